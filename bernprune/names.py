@@ -1,0 +1,16 @@
+"""The names of what can be chosen by a word, in one place, so that the configuration depends on no room."""
+
+from typing import Literal
+
+Kind = Literal["channel", "kv_group", "attention", "ffn", "layer"]
+Measure = Literal["parameters", "flops"]
+Pools = Literal["joint", "separate"]
+Projection = Literal["cost-weighted", "published"]
+MapName = Literal["sigmap", "norm", "const", "hybrid", "uniform"]
+Scope = Literal["layer", "global"]
+ScoreName = Literal["wanda-sp", "flap", "magnitude", "random"]
+BaselineName = Literal["none", "moving-average", "leave-one-out", "matched", "published"]
+Scaling = Literal["raw", "sqrt-fisher", "natural"]
+ObjectiveName = Literal["cross-entropy", "kl"]
+BackendName = Literal["auto", "torch", "triton"]
+PresetName = Literal["default", "paper"]

@@ -1,0 +1,257 @@
+"""The vocabulary: what may be removed, what it costs, and what is kept.
+
+A ``UnitSpace`` is one flat vector of U units in groups. Levels nest: a channel lies in an FFN block, a block in a
+layer. A unit is *alive* under a mask when it and everything it lies in are kept. Each unit owns the cost that no
+finer unit of the same space owns, so the cost of what is alive is a plain sum and nothing is counted twice.
+
+Letters: U units, R rows of masks. A mask's 1 keeps.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from bernprune.errors import ModelError
+from bernprune.names import Kind, Measure
+
+# Coarse before fine: the order of the groups within a layer, so that a parent always precedes its children.
+KINDS: tuple[Kind, ...] = ("layer", "attention", "kv_group", "ffn", "channel")
+ANCESTORS: dict[Kind, tuple[Kind, ...]] = {
+    "layer": (),
+    "attention": ("layer",),
+    "ffn": ("layer",),
+    "kv_group": ("attention", "layer"),
+    "channel": ("ffn", "layer"),
+}
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one decoder layer; ``query_heads`` are those of all its kv groups together."""
+
+    query_heads: int
+    kv_groups: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a plan must agree with: the family and every size that slicing depends on."""
+
+    model_type: str
+    hidden_size: int
+    head_dim: int
+    layers: tuple[LayerShape, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Architecture":
+        layers = tuple(LayerShape(**layer) for layer in data["layers"])
+        return cls(data["model_type"], data["hidden_size"], data["head_dim"], layers)
+
+    def difference(self, other: "Architecture") -> str | None:
+        """The first disagreement in words, or None."""
+        for name in ("model_type", "hidden_size", "head_dim"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} {mine} against {theirs}"
+        if len(self.layers) != len(other.layers):
+            return f"{len(self.layers)} layers against {len(other.layers)}"
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):
+            if mine != theirs:
+                return f"layer {index}: {mine} against {theirs}"
+        return None
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """``count`` units of one kind in one layer.
+
+    ``parameters`` and ``flops`` are what one unit owns: parameters, and forward FLOPs per token at the sequence
+    length the space was described for.
+    """
+
+    kind: Kind
+    layer: int
+    count: int
+    parameters: int
+    flops: float
+
+    @property
+    def name(self) -> str:
+        return f"layers.{self.layer}.{self.kind}"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Indices kept in one layer, sorted. No kv group: no attention. No channel: no FFN. Neither: no layer."""
+
+    kv_groups: tuple[int, ...]
+    channels: tuple[int, ...]
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.kv_groups and not self.channels
+
+
+class UnitSpace:
+    """All units of a model, flat, with what each costs and what it lies in."""
+
+    def __init__(self, architecture: Architecture, groups: Sequence[UnitGroup]) -> None:
+        self.architecture = architecture
+        self.groups = tuple(groups)
+        counts = [group.count for group in self.groups]
+        self.starts = [0, *np.cumsum(counts).tolist()]
+        self.size: int = self.starts[-1]
+        self._index = {(group.kind, group.layer): i for i, group in enumerate(self.groups)}
+        assert len(self._index) == len(self.groups), "two groups of one kind in one layer"
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for spaces whose vectors may be exchanged."""
+        described = {"architecture": self.architecture.to_dict(), "groups": [asdict(group) for group in self.groups]}
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        return tuple(kind for kind in KINDS if any(group.kind == kind for group in self.groups))
+
+    @property
+    def nested(self) -> bool:
+        """Whether some unit lies in another."""
+        return bool((self.parents_U >= 0).any())
+
+    def span(self, kind: Kind, layer: int) -> slice | None:
+        """Where the units of this kind and layer lie in a flat vector; None if the space has none."""
+        index = self._index.get((kind, layer))
+        return None if index is None else slice(self.starts[index], self.starts[index + 1])
+
+    def costs_U(self, measure: Measure = "parameters") -> torch.Tensor:
+        """What each unit owns, float64 ``[U]``."""
+        values = [float(getattr(group, measure)) for group in self.groups]
+        return self._spread(torch.tensor(values, dtype=torch.float64))
+
+    @functools.cached_property
+    def group_U(self) -> torch.Tensor:
+        """Index of each unit's group, int64 ``[U]``."""
+        return self._spread(torch.arange(len(self.groups)))
+
+    @functools.cached_property
+    def parents_U(self) -> torch.Tensor:
+        """Index of the unit that each unit lies in, -1 for none, int64 ``[U]``."""
+        parents = torch.full((self.size,), -1, dtype=torch.int64)
+        for group, start in zip(self.groups, self.starts, strict=False):
+            for ancestor in ANCESTORS[group.kind]:
+                span = self.span(ancestor, group.layer)
+                if span is not None:
+                    parents[start : start + group.count] = span.start
+                    break
+        return parents
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(torch.tensor([group.count for group in self.groups]))
+
+    def inherit(self, values_RU: torch.Tensor, combine: Any) -> torch.Tensor:
+        """Each unit's value combined with those of everything it lies in, e.g. ``torch.minimum``; ``[..., U]``."""
+        if not self.nested:
+            return values_RU
+        parents, root = self.parents_U.clamp(min=0), self.parents_U < 0
+        inherited = values_RU
+        for _ in range(2):  # channel -> ffn -> layer: two steps reach every ancestor
+            inherited = torch.where(root, values_RU, combine(values_RU, inherited[..., parents]))
+        return inherited
+
+    def alive(self, masks_RU: torch.Tensor) -> torch.Tensor:
+        """Which units are kept together with everything they lie in; bool ``[..., U]``."""
+        return self.inherit(masks_RU, torch.logical_and)
+
+    def plan(self, mask_U: torch.Tensor) -> "KeepPlan":
+        """What one mask keeps, in terms of kv groups and channels."""
+        alive = self.alive(mask_U.bool().cpu())
+        return KeepPlan(
+            self.architecture,
+            tuple(
+                LayerPlan(
+                    self._kept(alive, layer, "kv_group", shape.kv_groups),
+                    self._kept(alive, layer, "channel", shape.channels),
+                )
+                for layer, shape in enumerate(self.architecture.layers)
+            ),
+        )
+
+    def _kept(self, alive_U: torch.Tensor, layer: int, kind: Kind, count: int) -> tuple[int, ...]:
+        """Indices alive in one layer; where the space has no such units, their finest ancestor speaks for all."""
+        span = self.span(kind, layer)
+        if span is not None:
+            return tuple(alive_U[span].nonzero().flatten().tolist())
+        spans = (self.span(ancestor, layer) for ancestor in ANCESTORS[kind])
+        speaker = next((span for span in spans if span is not None), None)
+        kept = speaker is None or bool(alive_U[speaker].item())
+        return tuple(range(count)) if kept else ()
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """What is kept of a model, layer by layer; a few kilobytes of JSON that can be applied to any copy of it."""
+
+    architecture: Architecture
+    layers: tuple[LayerPlan, ...]
+
+    FORMAT = 1
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [
+            {
+                "kv_groups": list(layer.kv_groups),
+                "num_channels": len(layer.channels),
+                "channels_bitmap": _to_bitmap(layer.channels, shape.channels),
+            }
+            for layer, shape in zip(self.layers, self.architecture.layers, strict=True)
+        ]
+        return {"format": self.FORMAT, "architecture": self.architecture.to_dict(), "layers": layers}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "KeepPlan":
+        """Raises ``ModelError`` if ``data`` is not a plan of this format or contradicts itself."""
+        try:
+            if data["format"] != cls.FORMAT:
+                raise ModelError(f"the plan has format {data['format']!r}, but this version reads {cls.FORMAT}")
+            architecture = Architecture.from_dict(data["architecture"])
+            pairs = zip(data["layers"], architecture.layers, strict=True)
+            layers = tuple(
+                LayerPlan(_checked(layer["kv_groups"], shape.kv_groups), _from_bitmap(layer, shape.channels))
+                for layer, shape in pairs
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"this is not a plan written by bernprune: {type(error).__name__}: {error}") from None
+        return cls(architecture, layers)
+
+
+def _checked(indices: list[int], count: int) -> tuple[int, ...]:
+    if sorted(set(indices)) != indices or any(not 0 <= index < count for index in indices):
+        raise ValueError(f"kept kv groups {indices} are not increasing indices below {count}")
+    return tuple(indices)
+
+
+def _to_bitmap(indices: tuple[int, ...], count: int) -> str:
+    kept = np.zeros(count, dtype=bool)
+    kept[list(indices)] = True
+    return np.packbits(kept).tobytes().hex()
+
+
+def _from_bitmap(layer: dict[str, Any], count: int) -> tuple[int, ...]:
+    packed = np.frombuffer(bytes.fromhex(layer["channels_bitmap"]), dtype=np.uint8)
+    if len(packed) != (count + 7) // 8:
+        raise ValueError(f"a bitmap of {len(packed)} bytes does not describe {count} channels")
+    kept = np.flatnonzero(np.unpackbits(packed, count=count)).tolist()
+    if len(kept) != layer["num_channels"]:
+        raise ValueError(f"a bitmap keeps {len(kept)} channels where {layer['num_channels']} are stated")
+    return tuple(kept)
