@@ -1,0 +1,143 @@
+"""What is subtracted from a loss before it may move the policy.
+
+A baseline that does not depend on the mask it is subtracted for leaves the expected gradient alone and only lowers its
+variance (Williams, 1992). Each class here turns the losses of the K masks of a step into advantages; the estimator
+averages them over K. ``tests/test_estimators.py`` checks each against exact enumeration.
+"""
+
+from typing import Any, Protocol
+
+import torch
+
+from bernprune.errors import ConfigError
+from bernprune.names import BaselineName
+
+
+class Baseline(Protocol):
+    """Losses of one step to advantages; state is what the next steps need to know."""
+
+    needs_reference: bool
+    min_masks: int
+
+    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+        """``[K]`` nats per token; ``reference`` is the loss of the fixed reference mask on the same text."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class _Average:
+    """A running mean with the memory of about ``window`` steps; its first value starts it."""
+
+    def __init__(self, window: int) -> None:
+        self.weight = 1 / window
+        self.value: float | None = None
+
+    def update(self, value: float) -> float:
+        self.value = value if self.value is None else (1 - self.weight) * self.value + self.weight * value
+        return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["average"]
+
+
+def _less_the_others(losses_K: torch.Tensor) -> torch.Tensor:
+    num_masks = len(losses_K)
+    return (losses_K - losses_K.mean()) * (num_masks / (num_masks - 1))
+
+
+class NoBaseline:
+    """The plain estimator. Unbiased."""
+
+    needs_reference, min_masks = False, 1
+
+    def __init__(self, window: int = 1) -> None:
+        del window
+
+    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+        return losses_K
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert not state
+
+
+class LeaveOneOut(NoBaseline):
+    """Each loss less the mean of the step's others (Kool et al., 2019). Unbiased; blind to the text's difficulty."""
+
+    min_masks = 2
+
+    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+        return _less_the_others(losses_K)
+
+
+class MovingAverage(_Average):
+    """Each loss less a running mean of *earlier* steps. Unbiased. The first step, without a past, leaves one out."""
+
+    needs_reference, min_masks = False, 2
+
+    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+        past = self.value
+        self.update(losses_K.mean().item())
+        return _less_the_others(losses_K) if past is None else losses_K - past
+
+
+class Matched(_Average):
+    """Each loss less a reference mask's on the same text, and less a running mean of that gap over earlier steps.
+
+    The reference removes the difficulty of the text, the gap's mean what is left (Sun et al., 2025, arXiv 2506.12876).
+    Unbiased, as neither depends on the step's masks. The first step, without a past, leaves one out.
+    """
+
+    needs_reference, min_masks = True, 2
+
+    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+        assert reference is not None, "the matched baseline needs the loss of its reference mask"
+        gaps_K, past = losses_K - reference, self.value
+        self.update(gaps_K.mean().item())
+        return _less_the_others(gaps_K) if past is None else gaps_K - past
+
+
+class Published(_Average):
+    """The published method as released (Gao et al., 2024): a running mean that already contains the step's losses,
+    and a sum divided by K - 1.
+
+    Its expectation is the true gradient times K/(K-1) (1 - 1/(K T)) for a window of T steps, and times 1 at step 0,
+    where the running mean is the step's own.
+    """
+
+    needs_reference, min_masks = False, 2
+
+    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+        num_masks = len(losses_K)
+        return (losses_K - self.update(losses_K.mean().item())) * (num_masks / (num_masks - 1))
+
+
+BASELINES: dict[str, type[Any]] = {
+    "none": NoBaseline,
+    "moving-average": MovingAverage,
+    "leave-one-out": LeaveOneOut,
+    "matched": Matched,
+    "published": Published,
+}
+
+
+def make_baseline(name: BaselineName, *, window: int, num_masks: int) -> Baseline:
+    """A fresh baseline with the memory of ``window`` steps.
+
+    Raises:
+        ConfigError: unknown name, or more masks a step are needed than given.
+    """
+    if name not in BASELINES:
+        raise ConfigError(f"baseline {name!r} is unknown; known are {', '.join(BASELINES)}")
+    baseline: Baseline = BASELINES[name](window)
+    if num_masks < baseline.min_masks:
+        raise ConfigError(f"baseline {name!r} needs at least {baseline.min_masks} masks a step, but got {num_masks}")
+    return baseline

@@ -1,0 +1,99 @@
+"""The product-Bernoulli policy: its start from scores, its samples, its entropy.
+
+The maps from scores to keep probabilities are those of Gao et al., 2024 (arXiv 2406.10576, released code): each acts
+on one set of scores and gives it the mean ``keep`` before clamping to [0, 1].
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from bernprune.names import MapName, Scope
+from bernprune.seeding import generator
+from bernprune.units import UnitSpace
+
+_EPSILON = 1e-8
+
+
+def sigmap(scores_N: torch.Tensor, keep: float) -> torch.Tensor:
+    """Sigmoid of the standardised scores, shifted to the wanted mean."""
+    deviation = scores_N.std() if len(scores_N) > 1 else torch.zeros((), dtype=scores_N.dtype)
+    squashed = torch.sigmoid((scores_N - scores_N.mean()) / (deviation + _EPSILON))
+    return (squashed + keep - squashed.mean()).clamp(0, 1)
+
+
+def norm(scores_N: torch.Tensor, keep: float) -> torch.Tensor:
+    """Scores scaled to a range of one, shifted to the wanted mean."""
+    low, high = scores_N.min(), scores_N.max()
+    scaled = (scores_N - low) / (high - low + _EPSILON)
+    return (scaled + keep - scaled.mean()).clamp(0, 1)
+
+
+def const(scores_N: torch.Tensor, keep: float, *, sharpness: float = 1.0) -> torch.Tensor:
+    """``sharpness`` for the best scores, 1 - ``sharpness`` for the others; earlier units win ties."""
+    num_kept = round(keep * len(scores_N))
+    best = scores_N.argsort(descending=True, stable=True)[:num_kept]
+    probs = torch.full_like(scores_N, 1 - sharpness)
+    probs[best] = sharpness
+    return probs
+
+
+def initial_probs(
+    space: UnitSpace,
+    scores_U: torch.Tensor,
+    *,
+    keep: float,
+    map_name: MapName = "sigmap",
+    scope: Scope = "layer",
+    sharpness: float = 0.95,
+    ceiling: float = 0.99,
+) -> torch.Tensor:
+    """Keep probabilities from scores, float64 ``[U]``, not yet on the budget.
+
+    Args:
+        scores_U: larger is kept; any scale.
+        keep: wanted mean of each mapped set.
+        scope: ``layer`` maps each kind in each layer by itself, so every layer starts equal (published); ``global``
+            maps each kind over all layers. A kind with one unit a layer is always mapped over all layers.
+        sharpness: the high probability of the map ``const``.
+        ceiling: the start of units that contain others: what to remove is left to the finer ones at first.
+    """
+    probs_U = torch.empty(space.size, dtype=torch.float64)
+    parents = set(space.parents_U[space.parents_U >= 0].tolist())
+    for kind in space.kinds:
+        spans = [span for layer in range(len(space.architecture.layers)) if (span := space.span(kind, layer))]
+        mapped = _map_of(map_name, kind, sharpness)
+        contains_others = any(span.start in parents for span in spans)
+        one_a_layer = all(span.stop - span.start == 1 for span in spans)
+        if contains_others:
+            for span in spans:
+                probs_U[span] = max(sharpness, ceiling)
+        elif scope == "global" or one_a_layer:
+            index = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+            probs_U[index] = mapped(scores_U[index].double(), keep)
+        else:
+            for span in spans:
+                probs_U[span] = mapped(scores_U[span].double(), keep)
+    return probs_U
+
+
+def _map_of(name: MapName, kind: str, sharpness: float) -> Callable[[torch.Tensor, float], torch.Tensor]:
+    if name == "uniform":
+        return lambda scores, keep: torch.full_like(scores, keep)
+    if name == "const":
+        return lambda scores, keep: const(scores, keep, sharpness=sharpness)
+    if name == "hybrid":
+        return norm if kind == "channel" else sigmap
+    return {"sigmap": sigmap, "norm": norm}[name]
+
+
+def sample(probs_U: torch.Tensor, num_masks: int, *, seed: int, step: int) -> torch.Tensor:
+    """Independent masks, bool ``[K, U]``: a function of the probabilities, the seed and the step alone."""
+    uniform_KU = torch.rand(num_masks, len(probs_U), generator=generator(seed, "masks", step), dtype=torch.float64)
+    return uniform_KU < probs_U
+
+
+def entropy(probs_U: torch.Tensor) -> float:
+    """Mean entropy of a unit, in bits."""
+    kept, cut = probs_U.clamp(1e-12, 1), (1 - probs_U).clamp(1e-12, 1)
+    return -(kept * kept.log2() + cut * cut.log2()).mean().item()

@@ -1,0 +1,152 @@
+"""How much may stay alive, and the projection of a policy onto it.
+
+A budget limits the *expected cost alive* of each of its pools, sum over units u of c_u * P(u alive), where c_u is the
+cost that u owns and P(u alive) is the product of its keep probability and of those of all units it lies in. Without
+nesting that is the plain weighted sum.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bernprune.errors import BudgetError
+from bernprune.names import Measure, Pools
+from bernprune.units import UnitSpace
+
+_BISECTIONS = 64  # halves the bracket to the last bit of a float64
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Units that share one limit on the cost that stays alive."""
+
+    name: str
+    members_U: torch.Tensor
+    total: float
+    limit: float
+
+
+class Budget:
+    """The share of the space's cost that must go.
+
+    Args:
+        space: the units.
+        sparsity: share of the cost to remove, in (0, 1).
+        measure: ``parameters``, or ``flops`` at the sequence length that the space was described for.
+        pools: ``joint`` lets all units trade with each other; ``separate`` gives each kind the same sparsity, as the
+            published method does (Gao et al., 2024, arXiv 2406.10576).
+
+    Raises:
+        BudgetError: nothing to prune, or separate pools over units that lie in one another.
+    """
+
+    def __init__(
+        self, space: UnitSpace, sparsity: float, *, measure: Measure = "parameters", pools: Pools = "joint"
+    ) -> None:
+        if not (math.isfinite(sparsity) and 0 < sparsity < 1):
+            raise BudgetError(f"sparsity must lie strictly between 0 and 1, but is {sparsity}")
+        if space.size == 0:
+            raise BudgetError("this model has no unit of the chosen granularity, so there is nothing to prune")
+        if pools == "separate" and space.nested:
+            raise BudgetError(f"separate pools need units that do not lie in one another, but got {space.kinds}")
+        self.space, self.sparsity, self.measure = space, sparsity, measure
+        self.costs_U = space.costs_U(measure)
+        self.total = self.costs_U.sum().item()
+        everything = torch.ones(space.size, dtype=torch.bool)
+        if pools == "joint":
+            self.pools = [self._pool("all units", everything)]
+        else:
+            self.pools = [self._pool(kind, self._of_kind(kind)) for kind in space.kinds]
+
+    def _of_kind(self, kind: str) -> torch.Tensor:
+        return torch.tensor([group.kind == kind for group in self.space.groups])[self.space.group_U]
+
+    def _pool(self, name: str, members_U: torch.Tensor) -> Pool:
+        total = self.costs_U[members_U].sum().item()
+        return Pool(name, members_U, total, (1 - self.sparsity) * total)
+
+    def alive_cost(self, values_U: torch.Tensor) -> float:
+        """Expected cost alive of probabilities, or cost alive of a mask, over all pools."""
+        return (self.costs_U * self.space.inherit(values_U.double(), torch.mul)).sum().item()
+
+    def removed_share(self, values_U: torch.Tensor) -> float:
+        """Share of the cost that is (expected to be) removed."""
+        return 1 - self.alive_cost(values_U) / self.total
+
+    def project(self, probs_U: torch.Tensor, *, floor: float = 0.0, ceiling: float = 1.0) -> torch.Tensor:
+        """Nearest policy on the budget, in a metric in which a unit weighs as much as it costs.
+
+        Solves, per pool: minimise sum c_u (s_u - z_u)^2 subject to sum c_u s_u = limit, floor <= s_u <= ceiling. The
+        solution shifts every unit equally, s_u = clip(z_u - v), so that an expensive unit is not pushed further than
+        the many cheap ones that cost as much. With nesting, the same equal shift is chosen such that the expected
+        cost alive meets the limit.
+
+        Args:
+            probs_U: float64 ``[U]``, any real numbers.
+
+        Raises:
+            BudgetError: the limit cannot be met between floor and ceiling.
+        """
+        shifted = probs_U.clone()
+        for pool in self.pools:
+            members, values = pool.members_U, probs_U[pool.members_U]
+            low, high = values.min().item() - ceiling, values.max().item() - floor
+
+            def clipped(shift: float, values: torch.Tensor = values) -> torch.Tensor:
+                return (values - shift).clamp(floor, ceiling)
+
+            shift = self._solve(clipped, shifted, pool, low, high)
+            shifted[members] = clipped(shift)
+        return shifted
+
+    def project_published(self, probs_U: torch.Tensor, *, floor: float = 0.0, ceiling: float = 1.0) -> torch.Tensor:
+        """The published projection: nearest point in the plain metric whose cost is *at most* the limit.
+
+        Solves, per pool: minimise sum (s_u - z_u)^2 subject to sum c_u s_u <= limit, floor <= s_u <= ceiling, by
+        s_u = clip(z_u - v c_u), v >= 0. For units of equal cost (separate pools) this is Gao et al., 2024.
+        """
+        if self.space.nested:
+            raise BudgetError(f"the published projection needs units that do not nest, but got {self.space.kinds}")
+        shifted = probs_U.clone()
+        for pool in self.pools:
+            members, values = pool.members_U, probs_U[pool.members_U]
+            costs = self.costs_U[members] / self.costs_U[members].mean()
+            high = max(0.0, ((values - floor) / costs).max().item())
+
+            def clipped(shift: float, values: torch.Tensor = values, costs: torch.Tensor = costs) -> torch.Tensor:
+                return (values - shift * costs).clamp(floor, ceiling)
+
+            shifted[members] = clipped(0.0)
+            if self._pool_cost(shifted, pool) > pool.limit:
+                shifted[members] = clipped(self._solve(clipped, shifted, pool, 0.0, high))
+        return shifted
+
+    def _pool_cost(self, probs_U: torch.Tensor, pool: Pool) -> float:
+        alive_U = self.space.inherit(probs_U, torch.mul)
+        return (self.costs_U * alive_U)[pool.members_U].sum().item()
+
+    def _solve(
+        self, clipped: Callable[[float], torch.Tensor], probs_U: torch.Tensor, pool: Pool, low: float, high: float
+    ) -> float:
+        """The shift at which a pool's expected cost meets its limit; the cost falls as the shift grows."""
+        trial = probs_U.clone()
+
+        def cost(shift: float) -> float:
+            trial[pool.members_U] = clipped(shift)
+            return self._pool_cost(trial, pool)
+
+        slack = 1e-9 * pool.total
+        if cost(low) < pool.limit - slack or cost(high) > pool.limit + slack:
+            raise BudgetError(
+                f"no probabilities between the floor and the ceiling of the policy keep {1 - self.sparsity:.3g} of the "
+                f"cost of {pool.name}: they can keep {cost(high) / pool.total:.3g} to {cost(low) / pool.total:.3g}"
+            )
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            if cost(middle) > pool.limit:
+                low = middle
+            else:
+                high = middle
+        return (low + high) / 2

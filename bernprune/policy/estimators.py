@@ -1,0 +1,38 @@
+"""The score-function gradient of the expected loss of a Bernoulli policy (Williams, 1992).
+
+    dJ/ds = E[ A(m) (m - s) / (s (1 - s)) ],   m ~ Bernoulli(s)
+
+Letters: K masks, U units.
+"""
+
+import torch
+
+from bernprune.names import Scaling
+
+
+def reinforce(
+    probs_U: torch.Tensor,
+    masks_KU: torch.Tensor,
+    advantages_K: torch.Tensor,
+    *,
+    scaling: Scaling = "raw",
+    epsilon: float = 0.0,
+) -> torch.Tensor:
+    """Mean over masks of advantage times score, ``[U]`` in the dtype of ``probs_U``.
+
+    Args:
+        probs_U: keep probabilities in [0, 1].
+        masks_KU: sampled masks, bool.
+        advantages_K: losses less a baseline, nats per token.
+        scaling: with the Fisher information 1 / (s (1 - s)) of a unit, ``raw`` is the gradient in s; ``sqrt-fisher``
+            (published) multiplies it by sqrt(s (1 - s)), which gives every unit a score of variance 1; ``natural``
+            multiplies it by s (1 - s) and so is the natural gradient (Amari, 1998).
+        epsilon: added to s and to 1 - s under the root; 1e-7 in the released code of the published method. At 0, a
+            settled unit (s = 0 or 1) has gradient 0.
+    """
+    deviations_U = (masks_KU.to(probs_U.dtype) - probs_U).mul_(advantages_K[:, None].to(probs_U.dtype)).mean(0)
+    if scaling == "natural":
+        return deviations_U
+    variance_U = (probs_U + epsilon) * (1 - probs_U + epsilon)
+    variance_U = torch.where(variance_U > 0, variance_U, torch.ones_like(variance_U))
+    return deviations_U / (variance_U if scaling == "raw" else variance_U.sqrt())

@@ -1,0 +1,137 @@
+"""From probabilities to what is kept: exact, deterministic, and within one unit of the budget.
+
+Units are taken in order of their priority until the budget is full; one that no longer fits is passed over for a
+smaller one behind it. A unit counts as wanted only as much as the least wanted thing it lies in, which is the order in
+which lowering one threshold over all levels would let units in.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bernprune.errors import BudgetError
+from bernprune.names import Kind
+from bernprune.policy.budget import Budget
+from bernprune.units import KINDS
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every selection must honour.
+
+    Attributes:
+        min_kv_groups, min_channels: kept in each layer, unless a coarser unit removes the whole block. The first
+            layer keeps a kv group in any case: caches take their length from it.
+        channel_multiple: the kept channels of each layer are a multiple of it.
+    """
+
+    min_kv_groups: int = 1
+    min_channels: int = 1
+    channel_multiple: int = 1
+
+
+@dataclass(frozen=True)
+class _Item:
+    """Units of one group that are kept or cut together, with all that decides when their turn comes."""
+
+    order: tuple[float, ...]
+    units: tuple[int, ...]
+    cost: float
+    pool: int
+    group: int
+    parent: int
+    forced: bool
+
+
+def select(
+    probs_U: torch.Tensor, budget: Budget, *, limits: Limits | None = None, tie_break_U: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mask, bool ``[U]``, that keeps the most wanted units within the budget.
+
+    Args:
+        probs_U: priorities, larger is kept.
+        tie_break_U: decides between equal priorities (larger is kept), e.g. the initial scores; then the unit's index.
+
+    Raises:
+        BudgetError: what the limits force to be kept costs more than the budget allows, or does not exist.
+    """
+    items = sorted(_items(probs_U, budget, limits or Limits(), tie_break_U), key=lambda item: item.order)
+    left = [pool.limit * (1 + 1e-12) for pool in budget.pools]  # a limit met exactly must not fail by rounding
+    kept, closed = bytearray(budget.space.size), set[int]()
+    for item in items:
+        orphan = item.parent >= 0 and not kept[item.parent]
+        if orphan or item.group in closed:
+            continue
+        if item.cost > left[item.pool]:
+            if item.forced:
+                raise _impossible(items, budget, item.pool)
+            closed.add(item.group)  # what follows in the group costs as much, or stands on the minimum just refused
+            continue
+        left[item.pool] -= item.cost
+        for unit in item.units:
+            kept[unit] = 1
+    return torch.tensor(list(kept), dtype=torch.bool)
+
+
+def _impossible(items: list[_Item], budget: Budget, index: int) -> BudgetError:
+    pool = budget.pools[index]
+    forced = sum(item.cost for item in items if item.forced and item.pool == index)
+    return BudgetError(
+        f"the minimums per layer keep {forced / pool.total:.1%} of the {budget.measure} of {pool.name}, more than the "
+        f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity"
+    )
+
+
+def _items(probs_U: torch.Tensor, budget: Budget, limits: Limits, tie_break_U: torch.Tensor | None) -> Iterator[_Item]:
+    space, probs_U = budget.space, probs_U.double().cpu()
+    wanted = space.inherit(probs_U, torch.minimum).tolist()
+    second_U = torch.zeros_like(probs_U) if tie_break_U is None else tie_break_U.double().cpu()
+    own, second, parents = probs_U.tolist(), second_U.tolist(), space.parents_U.tolist()
+    pools = torch.stack([pool.members_U for pool in budget.pools]).int().argmax(0).tolist()
+    costs = budget.costs_U.tolist()
+    for index, (group, start) in enumerate(zip(space.groups, space.starts, strict=False)):
+        depth, parent = KINDS.index(group.kind), parents[start]
+        units = sorted(range(start, start + group.count), key=lambda u: (-wanted[u], -own[u], -second[u], u))
+        minimum = _minimum(group.kind, group.layer, group.count, limits)
+        for part in _parts(units, minimum, limits.channel_multiple if group.kind == "channel" else 1):
+            required = minimum > 0 and part[0] == units[0]
+            best, forced = part[0], required and parent < 0
+            # A mean must not exceed its largest value by rounding, or children would come before their parent.
+            mean = min(wanted[best], sum(wanted[u] for u in part) / len(part))
+            turn = wanted[parent] if required and parent >= 0 else mean
+            yield _Item(
+                order=(not forced, -turn, depth, -own[best], -second[best], best),
+                units=tuple(part),
+                cost=costs[start] * len(part),
+                pool=pools[start],
+                group=index,
+                parent=parent,
+                forced=forced,
+            )
+
+
+def _minimum(kind: Kind, layer: int, count: int, limits: Limits) -> int:
+    """How many units of this group a layer must keep, in whole multiples."""
+    if kind == "kv_group":
+        minimum, multiple = max(limits.min_kv_groups, 1 if layer == 0 else 0), 1
+    elif kind == "channel":
+        minimum, multiple = limits.min_channels, limits.channel_multiple
+    else:
+        return 0
+    minimum = math.ceil(minimum / multiple) * multiple
+    if minimum > count:
+        raise BudgetError(
+            f"layer {layer} has {count} units of kind {kind!r}, fewer than the {minimum} that the minimum per layer"
+            f"{f' in multiples of {multiple}' if multiple > 1 else ''} asks for"
+        )
+    return minimum
+
+
+def _parts(units: list[int], minimum: int, multiple: int) -> Iterator[list[int]]:
+    """Best units first: the minimum in one part, then a multiple each; a remainder can never be kept."""
+    if minimum:
+        yield units[:minimum]
+    for start in range(minimum, len(units) - multiple + 1, multiple):
+        yield units[start : start + multiple]
