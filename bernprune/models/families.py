@@ -1,0 +1,53 @@
+"""The model families: one table entry each, naming where a decoder layer keeps its parts.
+
+To add a family, name its parts below, add it to ``modeling_bernprune.FAMILIES`` so that its pruned form can be
+loaded, and add a tiny configuration to ``tests/tiny_models.py``: the invariants of masking, slicing and saving then
+run over it. The table assumes pre-norm decoder layers with separate q, k, v, o projections (rotary or not), a gated
+FFN, and query heads that share key/value heads in equal, contiguous groups.
+"""
+
+from dataclasses import dataclass
+
+from bernprune.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names, from the causal-LM model down to one layer's parts."""
+
+    decoder: str = "model"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    attention_norm: str = "input_layernorm"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    ffn: str = "mlp"
+    ffn_norm: str = "post_attention_layernorm"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    activation: str = "act_fn"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+}
+
+
+def family_of(model_type: str) -> Family:
+    """The table entry for a ``config.model_type``.
+
+    Raises:
+        ModelError: the type is not in the table.
+    """
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"model type {model_type!r} is not supported; known are {', '.join(FAMILIES)} "
+            "(to add one, see the head of bernprune/models/families.py)"
+        )
+    return FAMILIES[model_type]

@@ -1,0 +1,138 @@
+"""A pruned model on disk: written whole or not at all, and checked the way a stranger would load it.
+
+The folder is an ordinary Hugging Face one. ``AutoModelForCausalLM.from_pretrained`` loads it with
+``trust_remote_code=True`` anywhere, and without where bernprune is imported, so there is no loader of our own.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from bernprune.errors import ModelError, RunError
+from bernprune.models import modeling_bernprune
+from bernprune.models.slicing import plan_hash
+from bernprune.units import KeepPlan
+
+# Run by a clean interpreter. Its last line makes sure that the folder, and not an installed bernprune, did the work.
+CLEAN_LOAD = """
+import sys
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, exchange, dtype, device = sys.argv[1:]
+tokens = load_file(exchange + "/tokens.safetensors")["tokens"].to(device)
+dtype = getattr(torch, dtype)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).to(device).eval()
+with torch.no_grad():
+    logits = model(input_ids=tokens).logits
+save_file({"logits": logits.cpu().contiguous()}, exchange + "/logits.safetensors")
+if "bernprune" in sys.modules:
+    raise ImportError("the saved folder imports bernprune")
+"""
+
+
+def save_pruned(model: PreTrainedModel, tokenizer: Any, folder: str | Path, *, plan: KeepPlan) -> Path:
+    """Write a sliced model to a new ``folder`` and return its path.
+
+    It holds the config (native ``per_layer_config``, ``auto_map``, and a ``bernprune`` block with format version,
+    plan hash and base model), safetensors weights, generation config, the bundled modelling file, and the files of
+    ``tokenizer`` unless that is None. Everything is written and synced beside the target and then renamed, so the
+    target is complete or absent.
+
+    Raises:
+        ModelError: the model was not sliced by ``slice_model``, or by another plan.
+        RunError: the folder exists already or cannot be written; nothing of it is left then.
+    """
+    target = Path(folder)
+    _check_provenance(model, plan)
+    with _written_whole(target) as temporary:
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        source = Path(modeling_bernprune.__file__)
+        shutil.copyfile(source, temporary / source.name)
+        for weights in temporary.glob("*.safetensors"):  # written for their owner alone, which a server often is not
+            shutil.copymode(temporary / "config.json", weights)
+    return target
+
+
+def verify_saved(folder: str | Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, device: str = "cpu") -> float:
+    """Load ``folder`` as a user without bernprune would, and return the largest absolute difference of its logits.
+
+    A clean interpreter (isolated, off-line, with its own cache of remote code) loads the folder in the dtype of
+    ``logits`` on ``device`` and runs ``tokens_BT`` (int64 ``[B, T]``). The result is compared in float32 with
+    ``logits`` ``[B, T, V]``, those of the model in memory on the same tokens. Infinity if a logit is not finite on
+    one side.
+
+    Raises:
+        RunError: the folder does not load there, or gives logits of another shape; with the last line of its error.
+    """
+    with tempfile.TemporaryDirectory(prefix="bernprune-verify-") as exchange:
+        save_file({"tokens": tokens_BT.detach().cpu().contiguous()}, Path(exchange, "tokens.safetensors"))
+        dtype = str(logits.dtype).removeprefix("torch.")
+        _run_clean(Path(folder).resolve(), exchange, dtype, device)
+        loaded = load_file(Path(exchange, "logits.safetensors"))["logits"]
+    if loaded.shape != logits.shape:
+        raise RunError(f"{folder} gives logits of shape {tuple(loaded.shape)}, the model {tuple(logits.shape)}")
+    difference = (loaded.float() - logits.detach().cpu().float()).abs()
+    return float(difference.nan_to_num(nan=float("inf")).max())
+
+
+def _check_provenance(model: PreTrainedModel, plan: KeepPlan) -> None:
+    block = getattr(model.config, "bernprune", None)
+    if block is None:
+        raise ModelError(f"a {type(model).__name__} was not sliced by bernprune; call slice_model before saving")
+    if block["plan_hash"] != plan_hash(plan):
+        raise ModelError(f"the model was sliced by plan {block['plan_hash']}, but plan {plan_hash(plan)} was given")
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that takes its name at the end, or vanishes if anything fails on the way."""
+    if target.exists() or target.is_symlink():
+        raise RunError(f"{target} exists already; give a folder that does not")
+    # Not tempfile's: its folder would be readable by its owner alone, and keep that when renamed.
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _sync(path)
+        temporary.rename(target)
+        _sync(target.parent)
+    # Full disks reach us as SafetensorError, generation settings that contradict each other as ValueError.
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"could not save to {target}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _run_clean(folder: Path, exchange: str, dtype: str, device: str) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(exchange, "modules"))}
+    command = [sys.executable, "-I", "-c", CLEAN_LOAD, str(folder), exchange, dtype, device]
+    done = subprocess.run(command, cwd=exchange, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RunError(f"{folder} does not load in a clean process: {lines[-1]}")

@@ -1,0 +1,97 @@
+"""First and second moments of what enters the attention output and FFN down projections.
+
+Letters: N tokens of one forward pass, E input entries of a projection, W windows, T tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bernprune.models.view import LayerView, ModelView
+
+POINTS = ("output", "down")
+
+
+class InputStatistics:
+    """Running moments of one projection's input, float64 ``[E]`` on the CPU."""
+
+    def __init__(self, width: int) -> None:
+        self.count = 0
+        self._sum_E = torch.zeros(width, dtype=torch.float64)
+        self._squares_E = torch.zeros(width, dtype=torch.float64)
+
+    def add(self, x_NE: torch.Tensor) -> None:
+        # Sums of one batch are exact enough in float32; adding up many batches is not.
+        self._sum_E += x_NE.float().sum(0).double().cpu()
+        self._squares_E += x_NE.float().square().sum(0).double().cpu()
+        self.count += len(x_NE)
+
+    @property
+    def mean_E(self) -> torch.Tensor:
+        return self._sum_E / self.count
+
+    @property
+    def second_moment_E(self) -> torch.Tensor:
+        return self._squares_E / self.count
+
+    @property
+    def variance_E(self) -> torch.Tensor:
+        return (self.second_moment_E - self.mean_E.square()).clamp(min=0)
+
+
+class _LayerDone(Exception):
+    """Stops a forward pass once the last layer of interest has been seen."""
+
+
+@contextmanager
+def watching(layers: list[LayerView], *, stop: bool = False) -> Iterator[list[dict[str, InputStatistics]]]:
+    """Gather the inputs of both projections of the given layers; with ``stop``, a forward pass ends after them."""
+    gathered, handles = [], []
+    try:
+        for layer in layers:
+            statistics = {}
+            for point in POINTS:
+                projection: nn.Linear = getattr(layer, point)
+                statistics[point] = InputStatistics(projection.in_features)
+                handles.append(projection.register_forward_pre_hook(_recorder(statistics[point])))
+            gathered.append(statistics)
+        if stop:
+            handles.append(layers[-1].layer.register_forward_hook(_stop))
+        yield gathered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recorder(statistics: InputStatistics) -> Any:
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        statistics.add(inputs[0].flatten(0, -2))
+
+    return record
+
+
+def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise _LayerDone
+
+
+@torch.inference_mode()
+def run_windows(view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
+    """Run text through the decoder for the sake of hooks; the output embedding is not touched."""
+    device = next(view.model.parameters()).device
+    for tokens_RT in windows_WT.split(rows_per_forward):
+        try:
+            view.decoder(input_ids=tokens_RT.to(device), use_cache=False)
+        except _LayerDone:
+            continue
+
+
+def input_statistics(
+    view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int = 64
+) -> list[dict[str, InputStatistics]]:
+    """Statistics of every layer in one pass of the dense model; one dict a layer, keys ``output`` and ``down``."""
+    with watching(list(view.layers)) as gathered:
+        run_windows(view, windows_WT, rows_per_forward=rows_per_forward)
+    return gathered

@@ -1,0 +1,155 @@
+"""A model seen as units: which there are, what each costs, and where its masks bite."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from bernprune.errors import ConfigError
+from bernprune.models.architecture import architecture_of
+from bernprune.models.families import Family, family_of
+from bernprune.names import Kind
+from bernprune.units import KINDS, Architecture, LayerShape, UnitGroup, UnitSpace
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """One decoder layer's parts."""
+
+    layer: nn.Module
+    attention: nn.Module
+    ffn: nn.Module
+    output: nn.Linear
+    down: nn.Linear
+    shape: LayerShape
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """A live model with its units. ``prunable`` maps each kind to what all units of that kind own together."""
+
+    model: PreTrainedModel
+    family: Family
+    architecture: Architecture
+    space: UnitSpace
+    layers: tuple[LayerView, ...]
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Token ids to the last hidden states, without the output embedding."""
+        module: nn.Module = getattr(self.model, self.family.decoder)
+        return module
+
+    @property
+    def num_parameters(self) -> int:
+        """All parameters of the model; tied ones count once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def describe(
+    model: PreTrainedModel, granularity: Sequence[Kind] = ("kv_group", "channel"), *, sequence_length: int = 128
+) -> ModelView:
+    """Find the units of a transformers causal-LM model.
+
+    Args:
+        granularity: which levels may be removed.
+        sequence_length: tokens at which attention FLOPs are counted; every token attends to half of them on average.
+
+    Raises:
+        ModelError: a family that is not known, or modules that do not fit the configuration.
+        ConfigError: an empty or unknown granularity.
+    """
+    unknown = [kind for kind in granularity if kind not in KINDS]
+    if unknown or not granularity:
+        raise ConfigError(f"granularity must be some of {', '.join(KINDS)}, but is {list(granularity)}")
+    architecture = architecture_of(model)
+    family = family_of(architecture.model_type)
+    modules = getattr(getattr(model, family.decoder), family.layers)
+    layers = tuple(
+        _layer_view(module, family, shape) for module, shape in zip(modules, architecture.layers, strict=True)
+    )
+    groups = [
+        group
+        for index, layer in enumerate(layers)
+        for group in _groups(index, layer, family, architecture, set(granularity), sequence_length)
+    ]
+    return ModelView(model, family, architecture, UnitSpace(architecture, groups), layers)
+
+
+def _layer_view(layer: nn.Module, family: Family, shape: LayerShape) -> LayerView:
+    attention, ffn = getattr(layer, family.attention), getattr(layer, family.ffn)
+    return LayerView(layer, attention, ffn, getattr(attention, family.output), getattr(ffn, family.down), shape)
+
+
+@dataclass
+class _Cost:
+    parameters: int
+    flops: float
+
+    def __add__(self, other: "_Cost") -> "_Cost":
+        return _Cost(self.parameters + other.parameters, self.flops + other.flops)
+
+    def times(self, count: int) -> "_Cost":
+        return _Cost(self.parameters * count, self.flops * count)
+
+
+def _groups(
+    index: int, layer: LayerView, family: Family, architecture: Architecture, kinds: set[Kind], sequence_length: int
+) -> Iterator[UnitGroup]:
+    """The unit groups of one layer, coarse before fine; a level that is off leaves what it owns to a coarser one."""
+    head, channel = _kv_group_cost(layer, architecture, sequence_length), _channel_cost(layer, family)
+    attention_rest = _Cost(_count(layer.attention, getattr(layer.layer, family.attention_norm)), 0.0)
+    attention_rest.parameters -= head.parameters * layer.shape.kv_groups
+    ffn_rest = _Cost(_count(layer.ffn, getattr(layer.layer, family.ffn_norm)), 0.0)
+    ffn_rest.parameters -= channel.parameters * layer.shape.channels
+    # Without attention in the first layer, caches would take their length from nothing: it is never removed whole.
+    removable = kinds - ({"attention", "layer"} if index == 0 else set())
+    owned: dict[Kind, _Cost] = {kind: _Cost(0, 0.0) for kind in KINDS}
+    for rest, block in ((attention_rest, "attention"), (ffn_rest, "ffn")):
+        _give(owned, removable, (block, "layer"), rest)
+    if "kv_group" not in removable:
+        _give(owned, removable, ("attention", "layer"), head.times(layer.shape.kv_groups))
+    if "channel" not in removable:
+        _give(owned, removable, ("ffn", "layer"), channel.times(layer.shape.channels))
+    owned["kv_group"], owned["channel"] = head, channel
+    counts = {"kv_group": layer.shape.kv_groups, "channel": layer.shape.channels}
+    for kind in KINDS:
+        if kind in removable:
+            yield UnitGroup(kind, index, counts.get(kind, 1), owned[kind].parameters, owned[kind].flops)
+
+
+def _give(owned: dict[Kind, _Cost], removable: set[Kind], candidates: Sequence[Any], cost: _Cost) -> None:
+    """Give a cost to the finest level that removes it; to none if it always stays."""
+    for kind in candidates:
+        if kind in removable:
+            owned[kind] += cost
+            return
+
+
+def _count(*modules: nn.Module) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+def _kv_group_cost(layer: LayerView, architecture: Architecture, sequence_length: int) -> _Cost:
+    """One key/value head with its query heads: rows of q, k, v with their biases, columns of o."""
+    queries, width, hidden = (
+        layer.shape.query_heads // layer.shape.kv_groups,
+        architecture.head_dim,
+        architecture.hidden_size,
+    )
+    weights = (2 * queries + 2) * width * hidden
+    projections = [module for module in layer.attention.children() if isinstance(module, nn.Linear)]
+    biases = [module for module in projections if module is not layer.output and module.bias is not None]
+    rows = sum(module.out_features for module in biases) // layer.shape.kv_groups
+    scores_and_values = 2 * 2 * queries * width * sequence_length / 2
+    return _Cost(weights + rows, 2.0 * weights + scores_and_values)
+
+
+def _channel_cost(layer: LayerView, family: Family) -> _Cost:
+    """One row of gate and up with their biases, one column of down."""
+    gate, up = getattr(layer.ffn, family.gate), getattr(layer.ffn, family.up)
+    weights = gate.in_features + up.in_features + layer.down.out_features
+    biases = (gate.bias is not None) + (up.bias is not None)
+    return _Cost(weights + biases, 2.0 * weights)

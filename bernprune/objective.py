@@ -1,0 +1,108 @@
+"""Masks and text to losses: the only place where the search meets a model.
+
+The batch is laid out mask-major, K masks times B windows in one forward pass, every row under its own mask.
+Cross-entropy is taken from the last hidden states a few tokens at a time, so the logits of the whole batch never
+exist: their peak is about three float32 copies of ``LOGIT_BYTES``.
+
+Letters: K masks, U units, R rows, B windows, T tokens, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bernprune.backends import MaskedOps
+from bernprune.models.masking import LiveMasks, masked
+from bernprune.models.view import ModelView
+from bernprune.names import ObjectiveName
+
+LOGIT_BYTES = 32 * 2**20  # of one float32 chunk of logits
+
+
+def _chunk_tokens(vocab_size: int) -> int:
+    return max(1, LOGIT_BYTES // (4 * vocab_size))
+
+
+def _logits(head: nn.Linear, hidden_ND: torch.Tensor) -> torch.Tensor:
+    logits: torch.Tensor = head(hidden_ND)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def token_losses(head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
+    """Next-token cross-entropy in nats, at least float32, ``[R, T - 1]``, in chunks of tokens."""
+    hidden_ND, targets_N = hidden_RTD[:, :-1].flatten(0, 1), tokens_RT[:, 1:].flatten()
+    size = _chunk_tokens(head.weight.shape[0])
+    parts = [
+        F.cross_entropy(_logits(head, hidden), targets, reduction="none")
+        for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True)
+    ]
+    return torch.cat(parts).view(tokens_RT.shape[0], -1)
+
+
+def token_divergences(head: nn.Linear, hidden_RTD: torch.Tensor, dense_RTD: torch.Tensor) -> torch.Tensor:
+    """KL(dense || masked) of the next-token distributions in nats, ``[R, T]``, in chunks of tokens."""
+    size = max(1, _chunk_tokens(head.weight.shape[0]) // 2)
+    parts = []
+    for hidden, dense in zip(hidden_RTD.flatten(0, 1).split(size), dense_RTD.flatten(0, 1).split(size), strict=True):
+        ours, theirs = _logits(head, hidden).log_softmax(-1), _logits(head, dense).log_softmax(-1)
+        parts.append(F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1))
+    return torch.cat(parts).view(hidden_RTD.shape[:2])
+
+
+class MaskedObjective:
+    """Losses of masks on windows of text; made by ``masked_objective``.
+
+    Args:
+        kind: ``cross-entropy``, or ``kl`` to the dense model's predictions (one more forward of B windows a call).
+        rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else.
+    """
+
+    def __init__(self, view: ModelView, live: LiveMasks, kind: ObjectiveName, rows_per_forward: int) -> None:
+        self._view, self._live, self._kind, self._rows = view, live, kind, rows_per_forward
+        self._head: nn.Linear = view.model.get_output_embeddings()
+        self._device = next(view.model.parameters()).device
+
+    @torch.inference_mode()
+    def losses(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token."""
+        num_masks, num_windows = len(masks_KU), len(tokens_BT)
+        tokens_BT = tokens_BT.to(self._device)
+        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
+        rows = torch.arange(num_masks * num_windows)
+        parts = []
+        for chunk in rows.split(self._rows):
+            windows = (chunk % num_windows).to(self._device)
+            dense_RTD = None if dense_BTD is None else dense_BTD[windows]
+            parts.append(self._row_losses(masks_KU[chunk // num_windows], tokens_BT[windows], dense_RTD))
+        return torch.cat(parts).view(num_masks, num_windows).mean(1)
+
+    def _row_losses(
+        self, masks_RU: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
+    ) -> torch.Tensor:
+        self._live.set(masks_RU)
+        hidden_RTD = self._hidden(tokens_RT)
+        if dense_RTD is None:
+            losses = token_losses(self._head, hidden_RTD, tokens_RT)
+        else:
+            losses = token_divergences(self._head, hidden_RTD, dense_RTD)
+        return losses.double().mean(1).cpu()
+
+    def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
+        self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))
+        return torch.cat([self._hidden(tokens) for tokens in tokens_BT.split(self._rows)])
+
+    def _hidden(self, tokens_RT: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self._view.decoder(input_ids=tokens_RT, use_cache=False).last_hidden_state
+        return hidden
+
+
+@contextmanager
+def masked_objective(
+    view: ModelView, ops: MaskedOps, *, kind: ObjectiveName = "cross-entropy", rows_per_forward: int = 64
+) -> Iterator[MaskedObjective]:
+    """The objective for the length of a ``with`` block; the model is restored on leaving it."""
+    with masked(view, ops) as live:
+        yield MaskedObjective(view, live, kind, rows_per_forward)
