@@ -1,0 +1,44 @@
+"""bernprune: structured pruning of transformer language models by policy gradient, with forward passes only.
+
+    import bernprune
+
+    config = bernprune.make_config({"model": {"path": "folder"}, "data": {"text": "text.jsonl"}})
+    report = bernprune.prune(config, Path("out"))
+
+Importing it makes transformers' Auto classes load pruned folders without ``trust_remote_code``.
+"""
+
+from bernprune.config import RunConfig, make_config
+from bernprune.errors import BernpruneError
+from bernprune.models.modeling_bernprune import register
+from bernprune.models.saving import save_pruned
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import describe
+from bernprune.objective import masked_objective
+from bernprune.policy.selection import select
+from bernprune.run.pipeline import apply_plan, prune, read_plan, resume
+from bernprune.scores import SCORES, initial_scores
+from bernprune.units import KeepPlan, UnitSpace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SCORES",
+    "BernpruneError",
+    "KeepPlan",
+    "RunConfig",
+    "UnitSpace",
+    "apply_plan",
+    "describe",
+    "initial_scores",
+    "make_config",
+    "masked_objective",
+    "prune",
+    "read_plan",
+    "resume",
+    "save_pruned",
+    "select",
+    "slice_model",
+]
+
+register()

@@ -1,0 +1,3 @@
+from bernprune.cli import main
+
+main()

@@ -1,0 +1,235 @@
+"""The command line: the only room that parses arguments or prints."""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bernprune.errors import BernpruneError
+
+app = typer.Typer(
+    help="Prune transformer language models structurally, with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+DEFAULT_OUT = "out"
+
+
+def main() -> None:
+    """Run a command. Exit codes: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    _set_up_logging()
+    try:
+        code = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except BernpruneError as error:
+        _fail(str(error), debug)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted{_how_to_resume(interrupt)}", file=sys.stderr)
+        sys.exit(130)
+    except (typer.Exit, typer.Abort) as stop:
+        sys.exit(getattr(stop, "exit_code", 130))
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
+            raise
+        _fail(error.format_message(), debug)
+
+
+def _fail(message: str, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _how_to_resume(interrupt: KeyboardInterrupt) -> str:
+    out = _State.out
+    if out is None or not (out / "config.yaml").is_file():
+        return ""
+    return f"; continue with: bernprune resume {out}"
+
+
+class _State:
+    """The run folder at work, for the message after Ctrl-C."""
+
+    out: Path | None = None
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("bernprune").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+
+
+def _quiet_transformers() -> None:
+    """Its own progress bars and hints would bury ours."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+Config = Annotated[Path | None, typer.Argument(help="YAML file with settings; see configs/.", show_default=False)]
+Model = Annotated[str | None, typer.Option(help="Local folder, Hugging Face name, or 'embedded'.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. search.masks=8.")]
+
+
+@app.command()
+def prune(
+    config: Config = None,
+    model: Model = None,
+    text: Annotated[str | None, typer.Option(help="Calibration text: a file, dataset folder or name.")] = None,
+    eval_text: Annotated[str | None, typer.Option(help="Held-out text; by default the last tenth of --text.")] = None,
+    sparsity: Annotated[str | None, typer.Option(help="Share of the prunable block parameters to remove.")] = None,
+    granularity: Annotated[
+        str | None, typer.Option(help="Comma-separated: layer, attention, kv_group, ffn, channel.")
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="Metric that starts the policy.")] = None,
+    preset: Annotated[str | None, typer.Option(help="'default', or 'paper' for the published method.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; by default out/MODEL-SPARSITY.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Seed of masks and windows.")] = None,
+    settings: Set = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Learn what to remove, remove it, save and verify. Without arguments: the embedded model."""
+    from bernprune.config import make_config, merge, parse_settings, read_yaml
+    from bernprune.report import table
+    from bernprune.run.pipeline import prune as run
+
+    flags = {
+        "model": {"path": model},
+        "data": {"text": text, "eval_text": eval_text},
+        "budget": {"sparsity": sparsity},
+        "granularity": None if granularity is None else [kind.strip() for kind in granularity.split(",")],
+        "initial": {"score": score},
+        "preset": preset,
+        "seed": seed,
+    }
+    given = merge({} if config is None else read_yaml(config), _without_none(flags))
+    checked = make_config(_absolute(merge(given, parse_settings(settings or []))))
+    name = Path(checked.model.path).name
+    folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
+    _State.out = folder
+    _quiet_transformers()
+    report = run(checked, folder)
+    print(f"{table(report)}\n\nresult       {folder / 'model'}")
+
+
+@app.command()
+def resume(
+    out: Annotated[Path, typer.Argument(help="Run folder of an unfinished run.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Continue a run that was killed or interrupted."""
+    from bernprune.report import table
+    from bernprune.run.pipeline import resume as run
+
+    _State.out = out
+    _quiet_transformers()
+    report = run(out)
+    print(f"{table(report)}\n\nresult       {out / 'model'}")
+
+
+@app.command()
+def apply(
+    plan: Annotated[Path, typer.Argument(help="plan.json of a run.")],
+    model: Annotated[str, typer.Argument(help="Local folder, Hugging Face name, or 'embedded'.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the pruned model.")],
+    settings: Set = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Slice any copy of a model by a plan, save and verify."""
+    from bernprune.config import make_config, merge, parse_settings
+    from bernprune.run.pipeline import apply_plan, read_plan
+
+    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
+    _quiet_transformers()
+    done = apply_plan(checked, read_plan(plan), out)
+    print(
+        f"parameters   {done['dense_parameters']:,} before, {done['pruned_parameters']:,} after\n"
+        f"verified     reloaded in a clean process, largest logit difference {done['max_logit_difference']:.1e}\n"
+        f"result       {out}"
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder of a dense or pruned model, Hugging Face name, or 'embedded'.")],
+    text: Annotated[str, typer.Option(help="Text to evaluate on.")] = "embedded",
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 128,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Cut the text to this many tokens; by default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    settings: Set = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Perplexity with its protocol."""
+    from bernprune.config import make_config, merge, parse_settings
+    from bernprune.evaluation.perplexity import evaluate as measure
+
+    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
+    _quiet_transformers()
+    result = measure(checked.model, text, window=window, max_tokens=tokens)
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    protocol = result["protocol"]
+    print(
+        f"perplexity   {result['perplexity']:.4f} ({result['loss']:.4f} nats per token)\n"
+        f"protocol     {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
+        f"{protocol['tokens']:,} predictions, text {protocol['text_sha256']}\n"
+        f"parameters   {result['parameters']:,}"
+    )
+
+
+@app.command()
+def units(
+    model: Annotated[str, typer.Argument(help="Local folder, Hugging Face name, or 'embedded'.")] = "embedded",
+    granularity: Annotated[
+        str | None, typer.Option(help="Comma-separated: layer, attention, kv_group, ffn, channel.")
+    ] = None,
+    settings: Set = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """What can be removed from a model, what it costs, and what a run would take."""
+    from bernprune.config import make_config, merge, parse_settings
+    from bernprune.run.forecast import forecast
+
+    flags: dict[str, Any] = {"model": {"path": model}}
+    if granularity is not None:
+        flags["granularity"] = [kind.strip() for kind in granularity.split(",")]
+    _quiet_transformers()
+    print(forecast(make_config(merge(flags, parse_settings(settings or [])))))
+
+
+def _without_none(data: dict[str, Any]) -> dict[str, Any]:
+    """Only what was given."""
+    inner = {key: _without_none(value) if isinstance(value, dict) else value for key, value in data.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != {}}
+
+
+def _absolute(data: dict[str, Any]) -> dict[str, Any]:
+    """Local paths made absolute, so that a run can be resumed from another folder."""
+
+    def path(value: Any) -> Any:
+        return os.path.abspath(value) if isinstance(value, str) and Path(value).exists() else value
+
+    model, text = data.get("model"), data.get("data")
+    if isinstance(model, dict) and "path" in model:
+        data = {**data, "model": {**model, "path": path(model["path"])}}
+    if isinstance(text, dict):
+        texts = {key: path(text[key]) for key in ("text", "eval_text") if key in text}
+        data = {**data, "data": {**text, **texts}}
+    return data
+
+
+if __name__ == "__main__":
+    main()

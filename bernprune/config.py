@@ -1,0 +1,281 @@
+"""One run as checked data: what YAML, flags and ``--set a.b=c`` may say, and what it means.
+
+A preset is a set of defaults; anything given explicitly wins over it. Every problem is one sentence that names the
+dotted key, the value and what is allowed.
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from bernprune.embedded import EMBEDDED
+from bernprune.errors import ConfigError
+from bernprune.names import (
+    BackendName,
+    BaselineName,
+    Kind,
+    MapName,
+    Measure,
+    ObjectiveName,
+    Pools,
+    PresetName,
+    Projection,
+    Scaling,
+    Scope,
+    ScoreName,
+)
+from bernprune.units import KINDS
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    path: str = EMBEDDED
+    """Local folder, Hugging Face name, or 'embedded'."""
+    revision: str | None = None
+    """Revision of a Hugging Face name."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Number format of the weights; 'auto' keeps the checkpoint's."""
+    device: str = "auto"
+    """'auto' (GPU if there is one), 'cpu', 'cuda' or 'cuda:N'."""
+    trust_remote_code: bool = False
+    """Run code that comes with the tokenizer or configuration."""
+
+
+class DataConfig(_Section):
+    text: str = EMBEDDED
+    """Calibration text: .txt, .jsonl (field 'text'), .xz of either, dataset folder, Hugging Face dataset name."""
+    eval_text: str | None = None
+    """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not used."""
+    window: Annotated[int, Field(ge=2)] = 128
+    """Tokens a window, in search and evaluation."""
+    max_characters: Count = 64_000_000
+    """Calibration text is read up to here."""
+    eval_tokens: Count = 131_072
+    """Evaluation text is cut to this many tokens."""
+
+
+class BudgetConfig(_Section):
+    sparsity: Share = 0.3
+    """Share of the prunable cost to remove."""
+    measure: Measure = "parameters"
+    """What the cost is: parameters, or forward FLOPs per token at `flops_window`."""
+    flops_window: Count = 2048
+    """Sequence length at which attention FLOPs are counted."""
+    pools: Pools = "joint"
+    """'joint': one budget over all units; 'separate': each kind loses the same share (published)."""
+    min_kv_groups: Annotated[int, Field(ge=0)] = 1
+    """Kept in each layer unless a coarser unit removes the block; the first layer always keeps one."""
+    min_channels: Annotated[int, Field(ge=0)] = 1
+    """Kept in each layer unless a coarser unit removes the block."""
+    channel_multiple: Count = 1
+    """Kept channels of each layer are a multiple of this, e.g. 64 or 128 for tensor cores."""
+
+
+class InitialConfig(_Section):
+    score: ScoreName = "wanda-sp"
+    """Metric that starts the policy."""
+    map: MapName = "sigmap"
+    """How scores become probabilities."""
+    scope: Scope = "layer"
+    """Map each layer by itself, or each kind over all layers."""
+    sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
+    """High probability of the map 'const'."""
+    windows: Count = 128
+    """Calibration windows the metric sees."""
+    inputs: Literal["dense", "pruned"] = "dense"
+    """Score each layer on the dense model's activations, or on those of the already pruned earlier layers."""
+
+
+class PolicyConfig(_Section):
+    floor: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
+    """Least keep probability."""
+    ceiling: Annotated[float, Field(gt=0.5, le=1)] = 0.99
+    """Greatest keep probability."""
+    projection: Projection = "cost-weighted"
+    """'cost-weighted': equal shift, budget met exactly; 'published': at most the budget."""
+
+
+class SearchConfig(_Section):
+    sequences: Annotated[int, Field(ge=0)] | None = None
+    """Windows run forward in all, reference passes included; by default by the model's size. 0: the metric alone."""
+    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Stop after this much search time; a run limited so is not repeatable to the bit."""
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    """First step size; falls to zero along a cosine."""
+    masks: Count = 16
+    """Masks a step."""
+    windows: Count = 1
+    """Windows of text a step; every mask sees them all."""
+    baseline: BaselineName = "leave-one-out"
+    """What is subtracted from the losses."""
+    baseline_window: Count = 5
+    """Memory of a running baseline, in steps."""
+    scaling: Scaling = "natural"
+    """Preconditioning of the gradient."""
+    epsilon: Annotated[float, Field(ge=0, lt=0.1)] = 0.0
+    """Guard under the root of 'sqrt-fisher'."""
+    objective: ObjectiveName = "cross-entropy"
+    """'cross-entropy', or 'kl' to the dense model's predictions."""
+    non_finite: Literal["error", "drop"] = "error"
+    """What a loss that is not finite does: stop the run, or drop that mask from its step."""
+    rows_per_forward: Count = 64
+    """Most windows in one forward pass."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """At most this much work is lost to a crash."""
+    checkpoint_steps: Count | None = None
+    """Also write a checkpoint every so many steps."""
+
+
+class ReportConfig(_Section):
+    latency_rows: Count = 8
+    """Windows in the batch that latency is measured on."""
+    latency_repeats: Annotated[int, Field(ge=2)] = 20
+    """Timed passes."""
+    initial_latency: bool = True
+    """Also time the initial metric's model, for which the dense one is loaded once more."""
+
+
+class RunConfig(_Section):
+    """Everything a run is determined by, beside the versions of its libraries."""
+
+    preset: PresetName = "default"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    granularity: tuple[Kind, ...] = ("kv_group", "channel")
+    """Levels that may be removed; any of: layer, attention, kv_group, ffn, channel."""
+    budget: BudgetConfig = BudgetConfig()
+    initial: InitialConfig = InitialConfig()
+    policy: PolicyConfig = PolicyConfig()
+    search: SearchConfig = SearchConfig()
+    report: ReportConfig = ReportConfig()
+    backend: BackendName = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if not self.granularity or len(set(self.granularity)) != len(self.granularity):
+            raise ValueError(f"granularity must name different levels out of {', '.join(KINDS)}")
+        keep = 1 - self.budget.sparsity
+        if not self.policy.floor < keep < self.policy.ceiling:
+            raise ValueError(
+                f"budget.sparsity {self.budget.sparsity:g} keeps a share of {keep:g}, which must lie between "
+                f"policy.floor {self.policy.floor:g} and policy.ceiling {self.policy.ceiling:g}"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, every field explicit; ``make_config`` reads it back to an equal config."""
+        return self.model_dump(mode="json")
+
+
+# The published method (Gao et al., 2024, arXiv 2406.10576, released code); `search.sequences` is its 15,000 steps of
+# 2 masks on 8 windows.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {
+        "budget": {"pools": "separate", "min_kv_groups": 0, "min_channels": 0},
+        "initial": {"score": "wanda-sp", "map": "sigmap", "scope": "layer", "inputs": "pruned"},
+        "policy": {"floor": 0.0, "ceiling": 1.0, "projection": "published"},
+        "search": {
+            "learning_rate": 0.002,
+            "masks": 2,
+            "windows": 8,
+            "baseline": "published",
+            "baseline_window": 5,
+            "scaling": "sqrt-fisher",
+            "epsilon": 1e-7,
+            "non_finite": "drop",
+        },
+    },
+}
+
+
+def make_config(given: Mapping[str, Any]) -> RunConfig:
+    """A checked config from nested plain data over the defaults of its preset.
+
+    Raises:
+        ConfigError: unknown key (the nearest known one is suggested), wrong type, or a value out of range.
+    """
+    preset = given.get("preset", "default")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ConfigError(f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+    try:
+        return RunConfig.model_validate(merge(PRESETS[preset], given))
+    except ValidationError as error:
+        raise ConfigError(_sentence(error)) from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested ``base`` with the entries of ``over`` in their place; a section that is not one stays to be refused."""
+    merged = dict(base)
+    for key, value in over.items():
+        known = merged.get(key)
+        merged[key] = merge(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The nested data of a YAML file. Raises ``ConfigError`` if there is none."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config file {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data or {}, dict):
+        raise ConfigError(f"config file {path} must hold keys and values, but holds a {type(data).__name__}")
+    return data or {}
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """``["a.b=c", ...]`` to nested data; the values are read as YAML."""
+    nested: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"--set {setting!r} must have the form section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {setting!r}: the value is not YAML") from None
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
+def _sentence(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    path = [str(part) for part in problem["loc"]]
+    key, given = ".".join(path), problem.get("input")
+    if problem["type"] == "extra_forbidden":
+        return f"setting {key!r} is unknown; did you mean {_nearest(key)!r}?"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    return f"setting {key!r}: {message[0].lower()}{message[1:]}, but got {given!r}"
+
+
+def _nearest(key: str) -> str:
+    known = list(_keys(RunConfig))
+    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    return (same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from _keys(field.annotation, f"{prefix}{name}.")

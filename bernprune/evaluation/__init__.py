@@ -1,0 +1,1 @@
+"""What a model is worth: perplexity, size, latency, each with its protocol."""

@@ -1,0 +1,60 @@
+"""Time of a forward pass, as measured here and now."""
+
+import platform
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass over ``rows`` windows: median, and the 20th and 80th percentile."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    rows: int
+    window: int
+    repeats: int
+    machine: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def latency(model: Any, tokens_RT: torch.Tensor, *, repeats: int = 20, warmup: int = 3) -> Latency:
+    """Prefill latency of a batch, without cache, in the model's dtype on its device."""
+    device = next(model.parameters()).device
+    tokens_RT = tokens_RT.to(device)
+    times = [_one_pass(model, tokens_RT, device) for _ in range(warmup + repeats)][warmup:]
+    tenths = statistics.quantiles(times, n=10)
+    return Latency(
+        median_ms=round(statistics.median(times), 3),
+        low_ms=round(tenths[1], 3),
+        high_ms=round(tenths[7], 3),
+        rows=tokens_RT.shape[0],
+        window=tokens_RT.shape[1],
+        repeats=repeats,
+        machine=machine(device),
+    )
+
+
+def machine(device: torch.device) -> str:
+    """The machine in words, without its name."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def _one_pass(model: Any, tokens_RT: torch.Tensor, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    model(input_ids=tokens_RT, use_cache=False)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - started)

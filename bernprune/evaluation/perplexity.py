@@ -1,0 +1,94 @@
+"""Perplexity with its protocol: two figures compare only if their protocols are equal."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bernprune.backends import find_device
+from bernprune.config import ModelConfig
+from bernprune.data import evaluation_windows, fingerprint, tokenize
+from bernprune.errors import LossError, ModelError
+from bernprune.models.loading import load_model, load_tokenizer
+from bernprune.objective import LOGIT_BYTES
+from bernprune.text import load_documents
+
+CHARACTERS_PER_TOKEN = 10  # more than tokenizers reach: enough text, and no more of a huge file is read
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a perplexity was taken: disjoint windows in order, each read without its past, mean over all predicted
+    tokens. ``tokens`` counts predictions: ``window`` - 1 a window."""
+
+    text: str
+    text_sha256: str
+    window: int
+    windows: int
+    tokens: int
+
+    @classmethod
+    def of(cls, text: str, windows_WT: torch.Tensor) -> "Protocol":
+        count, window = windows_WT.shape
+        return cls(text, fingerprint(windows_WT.flatten()), window, count, count * (window - 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.inference_mode()
+def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
+    """Mean next-token cross-entropy over all windows, nats per token.
+
+    Raises:
+        ModelError: windows longer than the model's positions.
+        LossError: the loss is not finite.
+    """
+    check_window(model.config, windows_WT.shape[1])
+    device, (count, window) = next(model.parameters()).device, windows_WT.shape
+    rows = max(1, LOGIT_BYTES // (4 * window * model.get_output_embeddings().weight.shape[0]))
+    total = 0.0
+    for tokens_RT in windows_WT.split(rows):
+        tokens_RT = tokens_RT.to(device)
+        logits = model(input_ids=tokens_RT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total += F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens_RT[:, 1:].flatten(), reduction="sum"
+        ).item()
+    loss = total / (count * (window - 1))
+    if not math.isfinite(loss):
+        raise LossError(f"the loss on the evaluation text is {loss}; the model's outputs are not finite")
+    return loss
+
+
+def check_window(config: Any, window: int) -> None:
+    """Raises ``ModelError`` if the window is longer than the positions the model was made for."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and window > positions:
+        raise ModelError(f"a window of {window} tokens is longer than the model's {positions} positions")
+
+
+def evaluate(model: ModelConfig, text: str, *, window: int, max_tokens: int | None = None) -> dict[str, Any]:
+    """Load a dense or pruned model and measure its perplexity on a text.
+
+    Returns ``perplexity``, ``loss`` (nats per token), ``parameters`` and ``protocol``.
+    """
+    device = find_device(model.device)
+    options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    tokenizer = load_tokenizer(model.path, **options)
+    loaded = load_model(model.path, dtype=model.dtype, device=device, **options)
+    check_window(loaded.config, window)
+    characters = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
+    documents = load_documents(text, split="held-out", max_characters=characters)
+    stream_N = tokenize(tokenizer, documents, vocab_size=loaded.config.vocab_size)
+    windows_WT = evaluation_windows(
+        stream_N, window, max_windows=None if max_tokens is None else max(1, max_tokens // window)
+    )
+    loss = mean_loss(loaded, windows_WT)
+    return {
+        "perplexity": math.exp(loss),
+        "loss": loss,
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "protocol": Protocol.of(text, windows_WT).to_dict(),
+    }

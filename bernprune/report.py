@@ -1,0 +1,34 @@
+"""A run's report as a short table for people."""
+
+from typing import Any
+
+ROWS = {"dense": "dense", "initial": "initial metric", "pruned": "learned"}
+
+
+def table(report: dict[str, Any]) -> str:
+    """Dense, initial metric, learned: perplexity, parameters, latency; and the protocol they were taken by."""
+    lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
+    for name, title in ROWS.items():
+        figure = report["latency"].get(name)
+        time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
+        count = report["parameters"].get(name)
+        size = "-" if count is None else f"{count:,}"
+        lines.append(f"{title:<16}{report['perplexity'][name]:>12.3f}{size:>16}{time:>12}")
+    return "\n".join([*lines, "", *_notes(report)])
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    protocol, search, sparsity = report["protocol"], report["search"], report["sparsity"]
+    figure = report["latency"]["dense"]
+    return [
+        f"removed      {sparsity['block_parameters']:.2%} of the prunable block parameters, "
+        f"{sparsity['total_parameters']:.2%} of all parameters",
+        f"perplexity   {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
+        f"{protocol['tokens']:,} predictions",
+        f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
+        f"{figure['machine']}",
+        f"search       {search['sequences']:,} sequences, {search['forward_tokens']:,} tokens forward, "
+        f"{search['seconds']:.0f} s",
+        f"verified     reloaded in a clean process, largest logit difference "
+        f"{report['verified']['max_logit_difference']:.1e}",
+    ]

@@ -1,0 +1,99 @@
+"""Checkpoints that are whole or not used: one safetensors file each, with a digest of all it holds.
+
+Written beside and renamed; the newest two are kept, so that damage to one costs a few minutes and not the run.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from bernprune.errors import RunError
+from bernprune.storage import write_bytes
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+_PATTERN = "step-*.safetensors"
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Save nested plain data in which tensors may stand anywhere."""
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(_without_tensors(state, "", tensors), sort_keys=True)
+    write_bytes(path, save(tensors, metadata={"state": text, "sha256": _digest(text, tensors)}))
+
+
+def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
+    """Save the state after ``step`` steps, and forget all but the newest two."""
+    folder.mkdir(exist_ok=True)
+    write_state(folder / f"step-{step:08d}.safetensors", state)
+    for old in sorted(folder.glob(_PATTERN))[:-KEPT]:
+        old.unlink()
+
+
+def read_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest state that is whole; None if there is no checkpoint. A damaged one is skipped, and that is logged.
+
+    Raises:
+        RunError: there are checkpoints, but none can be read.
+    """
+    paths = sorted(folder.glob(_PATTERN), reverse=True)
+    for path in paths:
+        try:
+            state = read_state(path)
+        except RunError as error:
+            logger.warning("%s; trying an older one", error)
+            continue
+        if path != paths[0]:
+            logger.warning("continuing from the older checkpoint %s", path.name)
+        return state
+    if paths:
+        raise RunError(
+            f"none of the {len(paths)} checkpoints in {folder} can be read; delete that folder to start over"
+        )
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What ``write_state`` saved. Raises ``RunError`` if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if metadata["sha256"] != _digest(metadata["state"], tensors):
+            raise ValueError("its content does not match its digest")
+        state: dict[str, Any] = _with_tensors(json.loads(metadata["state"]), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise RunError(f"{path} is damaged ({error})") from None
+    return state
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value.contiguous()
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+    return value
+
+
+def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"tensor"}:
+            return tensors[value["tensor"]]
+        return {key: _with_tensors(item, tensors) for key, item in value.items()}
+    return value
+
+
+def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

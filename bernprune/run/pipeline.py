@@ -1,0 +1,237 @@
+"""The whole road: load, score, search, select, slice, save, verify, report."""
+
+import gc
+import json
+import logging
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bernprune.backends import find_device
+from bernprune.config import RunConfig
+from bernprune.errors import LossError, ModelError, RunError
+from bernprune.evaluation.latency import latency, machine
+from bernprune.evaluation.perplexity import mean_loss
+from bernprune.models.loading import load_tokenizer
+from bernprune.models.saving import save_pruned, verify_saved
+from bernprune.models.slicing import slice_model
+from bernprune.objective import masked_objective
+from bernprune.policy.bernoulli import initial_probs
+from bernprune.policy.selection import select
+from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.folder import RunFolder, open_run
+from bernprune.run.loop import Work, make_search, plan_work, run_search
+from bernprune.run.stage import Stage, check_family, open_model, set_stage
+from bernprune.scores import SCORES, initial_scores
+from bernprune.storage import write_json
+from bernprune.units import KeepPlan
+
+logger = logging.getLogger(__name__)
+
+# Largest difference of a logit between the model in memory and the saved folder, by number format.
+TOLERANCE = {"torch.float64": 1e-10, "torch.float32": 1e-5, "torch.bfloat16": 0.0625, "torch.float16": 0.01}
+_VERIFIED_WINDOWS = 2
+
+
+def prune(config: RunConfig, out: Path, *, overwrite: bool = False, progress: bool | None = None) -> dict[str, Any]:
+    """Prune a model as configured, in the run folder ``out``, and return the report.
+
+    An unfinished run of the same configuration is continued.
+
+    Raises:
+        BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
+    """
+    folder = RunFolder(out)
+    continued = folder.check(config, overwrite=overwrite)
+    stage = set_stage(config)
+    plan_work(stage)
+    with folder.locked():
+        try:
+            if not continued:
+                folder.start(config)
+            return _run(stage, folder, progress)
+        except OSError as error:
+            raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
+
+
+def resume(out: Path, *, progress: bool | None = None) -> dict[str, Any]:
+    """Continue the unfinished run in ``out``. Raises ``RunError`` if there is none."""
+    folder = open_run(out)
+    if folder.finished:
+        raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
+    return prune(folder.read_config(), out, progress=progress)
+
+
+def _run(stage: Stage, folder: RunFolder, progress: bool | None) -> dict[str, Any]:
+    dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)  # a model that gives NaN fails before the search
+    scores_U, probs_U = _start(stage, folder)
+    search = make_search(stage, probs_U)
+    initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    work = run_search(stage, folder, search, initial_U, progress=progress)
+    learned_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    initial_loss = mask_loss(stage, initial_U)
+    losses = {"dense": dense_loss, "initial": initial_loss}
+    report = _report_head(stage, work, initial_U, learned_U)
+    plan = stage.view.space.plan(learned_U)
+    write_json(folder.plan, plan.to_dict())
+    _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
+    write_json(folder.report, report)
+    return report
+
+
+def _start(stage: Stage, folder: RunFolder) -> tuple[torch.Tensor, torch.Tensor]:
+    """Initial scores and probabilities; kept, so that a resumed run starts from the very same."""
+    if folder.initial.is_file():
+        state = read_state(folder.initial)
+        return state["scores_U"], state["probs_U"]
+    initial, config = stage.config.initial, stage.config
+    windows_WT = stage.train.batch(0, min(initial.windows, stage.train.num_windows))
+    scores_U = initial_scores(
+        stage.view,
+        windows_WT,
+        SCORES[initial.score],
+        seed=config.seed,
+        pruned_inputs=(stage.ops, config.budget.sparsity) if initial.inputs == "pruned" else None,
+        rows_per_forward=config.search.rows_per_forward,
+    )
+    probs_U = initial_probs(
+        stage.view.space,
+        scores_U,
+        keep=1 - config.budget.sparsity,
+        map_name=initial.map,
+        scope=initial.scope,
+        sharpness=initial.sharpness,
+        ceiling=config.policy.ceiling,
+    )
+    write_state(folder.initial, {"scores_U": scores_U, "probs_U": probs_U})
+    return scores_U, probs_U
+
+
+def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
+    """Mean loss of one mask on the evaluation text, nats per token. Raises ``LossError`` if it is not finite."""
+    with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
+        loss = objective.losses(mask_U[None], stage.eval_windows_WT).item()
+    if not math.isfinite(loss):
+        raise LossError(f"the loss of the initial selection on the evaluation text is {loss}")
+    return loss
+
+
+def _report_head(stage: Stage, work: Work, initial_U: torch.Tensor, learned_U: torch.Tensor) -> dict[str, Any]:
+    config, budget, model = stage.config, stage.budget, stage.view.model
+    parameters_U = stage.view.space.costs_U("parameters")
+    prunable = int(parameters_U.sum().item())
+    removed = prunable - round((parameters_U * stage.view.space.alive(learned_U)).sum().item())
+    device = next(model.parameters()).device
+    return {
+        "model": {"path": config.model.path, "type": model.config.model_type, "dtype": str(model.dtype)},
+        "sparsity": {
+            "target": config.budget.sparsity,
+            "measure": config.budget.measure,
+            "achieved": budget.removed_share(learned_U),
+            "block_parameters": removed / prunable,
+        },
+        "parameters": {"prunable": prunable, "dense": stage.view.num_parameters},
+        "protocol": stage.protocol.to_dict(),
+        "search": {
+            "sequences": work.sequences,
+            "forward_tokens": work.sequences * config.data.window,
+            "seconds": round(work.seconds, 2),
+            "steps": work.step,
+            "changed_units": int((initial_U != learned_U).sum()),
+        },
+        "machine": machine(device),
+    }
+
+
+def _finish(
+    stage: Stage,
+    folder: RunFolder,
+    plan: KeepPlan,
+    initial_plan: KeepPlan,
+    report: dict[str, Any],
+    losses: dict[str, float],
+) -> None:
+    """Slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
+    settings = stage.config.report
+    rows = stage.eval_windows_WT[: settings.latency_rows]
+    dtype, device = stage.view.model.dtype, next(stage.view.model.parameters()).device
+    times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
+    sliced = slice_model(stage.view.model, plan)
+    losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
+    times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
+    report["parameters"]["pruned"] = _count(sliced)
+    difference = _save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
+    del sliced
+    gc.collect()
+    if settings.initial_latency:
+        initial = slice_model(open_model(stage.config, device), initial_plan)
+        times["initial"] = latency(initial, rows, repeats=settings.latency_repeats)
+        report["parameters"]["initial"] = _count(initial)
+    dense = report["parameters"]["dense"]
+    report["sparsity"]["total_parameters"] = 1 - report["parameters"]["pruned"] / dense
+    report["perplexity"] = {name: math.exp(loss) for name, loss in losses.items()}
+    report["loss"] = losses
+    report["latency"] = {name: figure.to_dict() for name, figure in times.items()}
+    report["verified"] = {"max_logit_difference": difference, "tolerance": TOLERANCE[str(dtype)]}
+    report["layers"] = [
+        {
+            "kv_groups": len(layer.kv_groups),
+            "of_kv_groups": shape.kv_groups,
+            "channels": len(layer.channels),
+            "of_channels": shape.channels,
+        }
+        for layer, shape in zip(plan.layers, plan.architecture.layers, strict=True)
+    ]
+
+
+def _count(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.inference_mode()
+def _save_and_verify(model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor) -> float:
+    """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier try that did not reach its report
+    save_pruned(model, tokenizer, target, plan=plan)
+    device = next(model.parameters()).device
+    logits = model(input_ids=tokens_BT.to(device)).logits
+    difference = verify_saved(target, tokens_BT, logits, device=str(device))
+    tolerance = TOLERANCE[str(model.dtype)]
+    if not difference <= tolerance:
+        raise RunError(
+            f"the model saved in {target} is not the one in memory: its logits differ by {difference:.3g}, more than "
+            f"the {tolerance:g} allowed for {model.dtype}"
+        )
+    return difference
+
+
+def read_plan(path: Path) -> KeepPlan:
+    """A plan from its JSON file. Raises ``ModelError`` if there is none or it is not one."""
+    try:
+        return KeepPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ModelError(f"plan {path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"plan {path} cannot be read: {error}") from None
+
+
+def apply_plan(config: RunConfig, plan: KeepPlan, out: Path) -> dict[str, Any]:
+    """Slice any copy of a model by a plan, save it in the new folder ``out`` and verify it there.
+
+    Raises:
+        ModelError: a plan of another architecture.
+        RunError: ``out`` exists or cannot be written.
+    """
+    if out.exists():
+        raise RunError(f"output {out} exists already; give a folder that does not")
+    check_family(config)
+    model = open_model(config, find_device(config.model.device))
+    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
+    dense = _count(model)
+    sliced = slice_model(model, plan)
+    generator_tokens = torch.arange(64)[None] % sliced.config.vocab_size
+    difference = _save_and_verify(sliced, tokenizer, out, plan, generator_tokens)
+    return {"dense_parameters": dense, "pruned_parameters": _count(sliced), "max_logit_difference": difference}
