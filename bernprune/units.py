@@ -236,7 +236,8 @@ class KeepPlan:
 
 
 def _checked(indices: list[int], count: int) -> tuple[int, ...]:
-    if sorted(set(indices)) != indices or any(not 0 <= index < count for index in indices):
+    whole = all(type(index) is int for index in indices)  # true and 1.0 compare like indices, but do not slice like one
+    if not whole or sorted(set(indices)) != indices or any(not 0 <= index < count for index in indices):
         raise ValueError(f"kept kv groups {indices} are not increasing indices below {count}")
     return tuple(indices)
 
@@ -251,7 +252,10 @@ def _from_bitmap(layer: dict[str, Any], count: int) -> tuple[int, ...]:
     packed = np.frombuffer(bytes.fromhex(layer["channels_bitmap"]), dtype=np.uint8)
     if len(packed) != (count + 7) // 8:
         raise ValueError(f"a bitmap of {len(packed)} bytes does not describe {count} channels")
-    kept = np.flatnonzero(np.unpackbits(packed, count=count)).tolist()
+    bits = np.unpackbits(packed)
+    if bits[count:].any():
+        raise ValueError(f"a bitmap keeps channels beyond the {count} there are")
+    kept = np.flatnonzero(bits).tolist()
     if len(kept) != layer["num_channels"]:
         raise ValueError(f"a bitmap keeps {len(kept)} channels where {layer['num_channels']} are stated")
     return tuple(kept)

@@ -92,7 +92,7 @@ class MovingAverage(_Average):
 class Matched(_Average):
     """Each loss less a reference mask's on the same text, and less a running mean of that gap over earlier steps.
 
-    The reference removes the difficulty of the text, the gap's mean what is left (Sun et al., 2025, arXiv 2506.12876).
+    The reference removes the difficulty of the text, the gap's mean what is left (MaskPro, 2025, arXiv 2506.12876).
     Unbiased, as neither depends on the step's masks. The first step, without a past, leaves one out.
     """
 

@@ -4,6 +4,7 @@ The maps from scores to keep probabilities are those of Gao et al., 2024 (arXiv 
 on one set of scores and gives it the mean ``keep`` before clamping to [0, 1].
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -67,7 +68,7 @@ def initial_probs(
         one_a_layer = all(span.stop - span.start == 1 for span in spans)
         if contains_others:
             for span in spans:
-                probs_U[span] = max(sharpness, ceiling)
+                probs_U[span] = ceiling
         elif scope == "global" or one_a_layer:
             index = torch.cat([torch.arange(span.start, span.stop) for span in spans])
             probs_U[index] = mapped(scores_U[index].double(), keep)
@@ -95,5 +96,5 @@ def sample(probs_U: torch.Tensor, num_masks: int, *, seed: int, step: int) -> to
 
 def entropy(probs_U: torch.Tensor) -> float:
     """Mean entropy of a unit, in bits."""
-    kept, cut = probs_U.clamp(1e-12, 1), (1 - probs_U).clamp(1e-12, 1)
-    return -(kept * kept.log2() + cut * cut.log2()).mean().item()
+    nats_U: torch.Tensor = torch.special.entr(probs_U) + torch.special.entr(1 - probs_U)
+    return nats_U.mean().item() / math.log(2)

@@ -69,6 +69,9 @@ class MaskSearch:
         self._project: Callable[..., torch.Tensor] = (
             budget.project if projection == "cost-weighted" else budget.project_published
         )
+        # Steepest descent and projection must agree on what distance is: where a unit weighs as much as it costs, it
+        # moves by its effect per cost, and a head does not outrun the many channels that cost as much.
+        self._metric_U = budget.metric_U if projection == "cost-weighted" else torch.ones_like(budget.costs_U)
         self.probs_U = self._project(probs_U.double(), **self._bounds)
 
     def ask(self, step: int) -> torch.Tensor:
@@ -88,7 +91,7 @@ class MaskSearch:
         losses_K = losses_K.double().cpu()
         advantages_K = self.baseline.advantages(losses_K, reference)
         gradient_U = reinforce(self.probs_U, masks_KU, advantages_K, scaling=self.scaling, epsilon=self.epsilon)
-        moved_U = self._project(self.probs_U - learning_rate * gradient_U, **self._bounds)
+        moved_U = self._project(self.probs_U - learning_rate * gradient_U / self._metric_U, **self._bounds)
         largest_move = (moved_U - self.probs_U).abs().max().item()
         self.probs_U = moved_U
         return StepStats(

@@ -1,0 +1,223 @@
+"""The policy's start keeps what it should on average, in the order of the scores; its samples are a pure function."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from spaces import BLOCKS, FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, of_kind, random_numbers
+from tolerances import EXACT, assert_close
+
+from bernprune.names import MapName, Scope
+from bernprune.policy.bernoulli import const, entropy, initial_probs, norm, sample, sigmap
+from bernprune.units import UnitSpace
+
+Map = Callable[[torch.Tensor, float], torch.Tensor]
+SMOOTH: dict[str, Map] = {"sigmap": sigmap, "norm": norm}
+SCORES: dict[str, torch.Tensor] = {
+    "random": random_numbers(13, 0),
+    "heavy_tailed": random_numbers(13, 1).pow(-3),
+    "ties": (3 * random_numbers(13, 2)).round(),
+    "constant": torch.full((13,), 0.1, dtype=torch.float64),
+    "zeros": torch.zeros(13, dtype=torch.float64),
+    "single": torch.tensor([4.2], dtype=torch.float64),
+    "pair": torch.tensor([1.0, 2.0], dtype=torch.float64),
+}
+MAPS: tuple[MapName, ...] = ("sigmap", "norm", "const", "hybrid", "uniform")
+
+smooth_maps = pytest.mark.parametrize("mapped", SMOOTH.values(), ids=SMOOTH)
+all_scores = pytest.mark.parametrize("scores_N", SCORES.values(), ids=SCORES)
+all_maps = pytest.mark.parametrize("map_name", MAPS)
+
+
+def published(name: str, scores_N: torch.Tensor, keep: float) -> torch.Tensor:
+    """methods.md 1.2 item 3, before clamping; a single score has no deviation."""
+    x = scores_N.tolist()
+    mean = sum(x) / len(x)
+    if name == "sigmap":
+        std = math.sqrt(sum((v - mean) ** 2 for v in x) / (len(x) - 1)) if len(x) > 1 else 0.0
+        raw = [1 / (1 + math.exp(-(v - mean) / (std + 1e-8))) for v in x]
+    else:
+        raw = [(v - min(x)) / (max(x) - min(x) + 1e-8) for v in x]
+    return torch.tensor([keep + v - sum(raw) / len(raw) for v in raw], dtype=torch.float64)
+
+
+# Maps
+
+
+@pytest.mark.parametrize("name", SMOOTH)
+@all_scores
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.8])
+def test_maps_have_the_wanted_mean_before_clamping(name: str, scores_N: torch.Tensor, keep: float) -> None:
+    """They are the published formulas, whose mean is the wanted one, clamped to probabilities."""
+    expected = published(name, scores_N, keep)
+    assert_close(expected.mean(), keep, EXACT)
+    assert (SMOOTH[name](scores_N, keep) - expected.clamp(0, 1)).abs().max() <= 1e-7  # a constant's mean may round
+
+
+@smooth_maps
+def test_the_mean_is_exact_where_nothing_is_clamped(mapped: Map) -> None:
+    """The map itself, not a transcription of it."""
+    for seed in range(10):
+        half = random_numbers(7, seed)
+        probs_N = mapped(torch.cat([half, -half]), 0.5)  # symmetric about its mean, so within [0, 1]
+        assert_close(probs_N.mean(), 0.5, EXACT)
+        assert ((probs_N > 0) & (probs_N < 1)).all()
+
+
+@smooth_maps
+@all_scores
+def test_better_scores_never_get_less(mapped: Map, scores_N: torch.Tensor) -> None:
+    """Increasing in the score, whatever is clamped; equal scores get equal probabilities."""
+    probs_N = mapped(scores_N, 0.7)
+    order = scores_N.argsort()
+    assert (probs_N[order].diff() >= 0).all()
+    for score in scores_N.unique():
+        assert probs_N[scores_N == score].unique().numel() == 1
+
+
+@smooth_maps
+@pytest.mark.parametrize("name", ["constant", "zeros", "single"])
+def test_scores_that_say_nothing_give_the_mean(mapped: Map, name: str) -> None:
+    """No division by zero."""
+    probs_N = mapped(SCORES[name], 0.3)
+    assert (probs_N - 0.3).abs().max() <= 1e-7
+
+
+@all_scores
+@pytest.mark.parametrize("keep", [0.0, 0.31, 0.5, 1.0])
+@pytest.mark.parametrize("sharpness", [0.95, 1.0])
+def test_const_keeps_a_count_of_the_best(scores_N: torch.Tensor, keep: float, sharpness: float) -> None:
+    """round(keep * N) are likely, none of them worse than one that is not, earlier ones first."""
+    probs_N = const(scores_N, keep, sharpness=sharpness)
+    likely = probs_N == sharpness
+    assert int(likely.sum()) == round(keep * len(scores_N))
+    assert_close(probs_N[~likely], torch.full_like(probs_N[~likely], 1 - sharpness), EXACT)
+    best = sorted(range(len(scores_N)), key=lambda i: (-scores_N[i].item(), i))[: int(likely.sum())]
+    assert likely.nonzero().flatten().tolist() == sorted(best)
+
+
+# Starts
+
+
+@all_maps
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
+def test_starts_are_probabilities(space: UnitSpace, scope: Scope, map_name: MapName) -> None:
+    """Of every kind of space, also from constant scores and float32."""
+    for scores_U in (random_numbers(space.size, 0).float(), torch.ones(space.size)):
+        probs_U = initial_probs(space, scores_U, keep=0.6, map_name=map_name, scope=scope)
+        assert probs_U.dtype == torch.float64
+        assert probs_U.shape == (space.size,)
+        assert ((probs_U >= 0) & (probs_U <= 1)).all()
+
+
+@pytest.mark.parametrize("map_name", ["sigmap", "norm"])
+def test_scope_decides_what_is_mapped_together(map_name: MapName) -> None:
+    """A kind in a layer by itself, or a kind over all layers."""
+    scores_U, mapped = 3 * random_numbers(FLAT.size, 0), SMOOTH[map_name]
+    by_layer = initial_probs(FLAT, scores_U, keep=0.6, map_name=map_name, scope="layer")
+    by_kind = initial_probs(FLAT, scores_U, keep=0.6, map_name=map_name, scope="global")
+    for kind in FLAT.kinds:
+        members = of_kind(FLAT, kind)
+        assert torch.equal(by_kind[members], mapped(scores_U[members], 0.6))
+        for layer in range(3):
+            span = FLAT.span(kind, layer)
+            assert torch.equal(by_layer[span], mapped(scores_U[span], 0.6))
+    assert not torch.equal(by_layer, by_kind)
+
+
+def test_hybrid_is_norm_for_channels_and_sigmap_for_the_rest() -> None:
+    """Each where the published method uses it."""
+    scores_U, channels = random_numbers(FLAT.size, 0), of_kind(FLAT, "channel")
+    starts = {name: initial_probs(FLAT, scores_U, keep=0.6, map_name=name) for name in ("hybrid", "sigmap", "norm")}
+    assert torch.equal(starts["hybrid"], torch.where(channels, starts["norm"], starts["sigmap"]))
+
+
+def test_const_uses_its_sharpness_and_uniform_no_score() -> None:
+    """Per layer: 7 of 11, 4 of 7, 3 of 5 channels at 0.6."""
+    scores_U, channels = random_numbers(FLAT.size, 0), of_kind(FLAT, "channel")
+    probs_U = initial_probs(FLAT, scores_U, keep=0.6, map_name="const", sharpness=0.8)
+    assert [int((probs_U[FLAT.span("channel", layer)] == 0.8).sum()) for layer in range(3)] == [7, 4, 3]
+    assert_close(probs_U[channels].unique(), [0.2, 0.8], EXACT)
+    assert initial_probs(FLAT, scores_U, keep=0.6, map_name="uniform").eq(0.6).all()
+
+
+@all_maps
+@pytest.mark.parametrize("space", [NESTED, LAYERED_BLOCKS], ids=["nested", "layered_blocks"])
+def test_units_that_contain_others_start_at_the_ceiling(space: UnitSpace, map_name: MapName) -> None:
+    """Whatever their scores; the finest units are mapped as if there were no others."""
+    parents = torch.zeros(space.size, dtype=torch.bool)
+    parents[space.parents_U[space.parents_U >= 0]] = True
+    for ceiling in (0.97, 1.0):
+        probs_U = initial_probs(
+            space, random_numbers(space.size, 0), keep=0.6, map_name=map_name, sharpness=0.98, ceiling=ceiling
+        )
+        assert probs_U[parents].eq(ceiling).all()
+        assert not probs_U[~parents].eq(ceiling).all()
+
+
+def test_one_unit_a_layer_is_mapped_over_all_layers() -> None:
+    """A set of one would ignore its score: blocks, and the kv group of multi-query attention."""
+    multi_query = make_space(("kv_group", "channel"), [(1, 5)] * 4)
+    for space, kind in ((BLOCKS, "ffn"), (BLOCKS, "attention"), (multi_query, "kv_group")):
+        scores_U, members = random_numbers(space.size, 3), of_kind(space, kind)
+        probs_U = initial_probs(space, scores_U, keep=0.6, scope="layer")
+        assert torch.equal(probs_U[members], sigmap(scores_U[members], 0.6))
+        assert probs_U[members].unique().numel() == int(members.sum())
+
+
+# Samples
+
+
+def test_samples_are_a_function_of_seed_and_step() -> None:
+    """In any order of calls and whatever the global generator does; other steps and seeds give other masks."""
+    probs_U = random_numbers(FLAT.size, 0)
+    keys = [(seed, step) for seed in (0, 1, 2**40) for step in (0, 1, 7)]
+    first = {key: sample(probs_U, 5, seed=key[0], step=key[1]) for key in keys}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(123)
+        before = torch.random.get_rng_state()
+        for seed, step in reversed(keys):
+            assert torch.equal(sample(probs_U, 5, seed=seed, step=step), first[seed, step])
+        assert torch.equal(torch.random.get_rng_state(), before)
+    assert len({str(mask.tolist()) for mask in first.values()}) == len(keys)
+    assert all(mask.dtype == torch.bool and mask.shape == (5, FLAT.size) for mask in first.values())
+
+
+def test_sampled_means_and_covariances_are_those_of_independent_units() -> None:
+    """Within five standard errors; certain units are certain."""
+    probs_U, num_masks = torch.tensor([0.0, 0.02, 0.3, 0.5, 0.77, 1.0], dtype=torch.float64), 20_000
+    masks_KU = sample(probs_U, num_masks, seed=0, step=0).double()
+    variance_U = probs_U * (1 - probs_U)
+    assert ((masks_KU.mean(0) - probs_U).abs() <= 5 * (variance_U / num_masks).sqrt()).all()
+    covariance = (masks_KU - probs_U).T @ (masks_KU - probs_U) / num_masks
+    bound = 5 * (variance_U[:, None] * variance_U / num_masks).sqrt()
+    off_diagonal = ~torch.eye(len(probs_U), dtype=torch.bool)
+    assert (covariance.abs() <= bound)[off_diagonal].all()
+
+
+def test_masks_of_a_step_and_of_successive_steps_are_independent() -> None:
+    """Row by row, their agreement is that of independent draws, within five standard errors."""
+    probs_U = torch.full((5_000,), 0.5, dtype=torch.float64)
+    masks = [
+        *sample(probs_U, 2, seed=0, step=0),
+        *sample(probs_U, 2, seed=0, step=1),
+        *sample(probs_U, 1, seed=1, step=0),
+    ]
+    for i in range(len(masks)):
+        for j in range(i):
+            agreement = (masks[i] == masks[j]).double().mean().item()
+            assert abs(agreement - 0.5) <= 5 * 0.5 / math.sqrt(5_000)
+
+
+# Entropy
+
+
+def test_entropy_is_in_bits_per_unit() -> None:
+    """One for fair coins, none for settled units, and the formula in between."""
+    assert_close(entropy(torch.full((7,), 0.5, dtype=torch.float64)), 1.0, EXACT)
+    assert entropy(torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)) == 0
+    p = 0.11
+    expected = -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
+    assert_close(entropy(torch.tensor([p, 1 - p, 0.0, 0.5], dtype=torch.float64)), (2 * expected + 1) / 4, EXACT)

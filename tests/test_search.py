@@ -1,0 +1,269 @@
+"""Ask and tell: the search finds a known optimum, repeats itself to the bit, and takes a step of the stated size."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from spaces import FLAT, NESTED, all_masks, make_space, of_kind, random_numbers
+from tolerances import BUDGET, EXACT, assert_close
+
+from bernprune.errors import BudgetError, RunError
+from bernprune.names import BaselineName, Scaling
+from bernprune.policy.baselines import BASELINES, make_baseline
+from bernprune.policy.bernoulli import entropy
+from bernprune.policy.budget import Budget
+from bernprune.policy.estimators import reinforce
+from bernprune.policy.search import MaskSearch, StepStats
+from bernprune.policy.selection import Limits, select
+from bernprune.units import KINDS, UnitSpace
+
+FREE = Limits(min_kv_groups=0, min_channels=0)
+EQUAL = make_space(["channel"], [(1, 5), (1, 8)])
+UNEQUAL = make_space(["kv_group", "channel"], [(2, 5), (2, 5)])
+
+
+def make_search(
+    space: UnitSpace,
+    *,
+    sparsity: float = 0.4,
+    start_U: torch.Tensor | None = None,
+    baseline: BaselineName = "leave-one-out",
+    num_masks: int = 8,
+    **settings: Any,
+) -> MaskSearch:
+    start_U = torch.full((space.size,), 0.6, dtype=torch.float64) if start_U is None else start_U
+    memory = make_baseline(baseline, window=5, num_masks=num_masks)
+    return MaskSearch(Budget(space, sparsity), start_U, baseline=memory, seed=3, num_masks=num_masks, **settings)
+
+
+def linear_loss(masks_KU: torch.Tensor, values_U: torch.Tensor) -> torch.Tensor:
+    """What the units that were cut are worth."""
+    return (1 - masks_KU.double()) @ values_U
+
+
+def run(search: MaskSearch, steps: range, learning_rate: float = 0.05) -> list[StepStats]:
+    """Steps on a loss with interactions and a level that changes from step to step."""
+    values_U, stats = random_numbers(search.budget.space.size, 5), []
+    for step in steps:
+        masks_KU = search.ask(step)
+        losses_K = linear_loss(masks_KU, values_U).square() + math.sin(step)
+        stats.append(search.tell(masks_KU, losses_K, learning_rate=learning_rate, reference=math.sin(step)))
+    return stats
+
+
+def worth_of_the_best(values_U: torch.Tensor, budget: Budget) -> float:
+    """Of all masks within the budget."""
+    masks = all_masks(budget.space.size).double()
+    affordable = masks @ budget.costs_U <= (1 - budget.sparsity) * budget.total * (1 + 1e-12)
+    return (masks[affordable] @ values_U).max().item()
+
+
+# The optimum
+
+# Raw gradients are large where a unit is nearly settled.
+LEARNING_RATES: dict[Scaling, float] = {"natural": 0.15, "sqrt-fisher": 0.06, "raw": 0.02}
+
+
+def found_worth(search: MaskSearch, values_U: torch.Tensor, learning_rate: float, num_steps: int = 150) -> float:
+    """Worth of the units that are selected after a search whose learning rate falls to zero."""
+    for step in range(num_steps):
+        masks_KU, decay = search.ask(step), 1 - step / num_steps
+        losses_K = linear_loss(masks_KU, values_U)
+        search.tell(masks_KU, losses_K, learning_rate=decay * learning_rate, reference=values_U.sum().item() / 2)
+    return values_U[select(search.probs_U, search.budget, limits=FREE)].sum().item()
+
+
+def two_classes(space: UnitSpace, good: torch.Tensor, worth: float, worth_of_others: float) -> torch.Tensor:
+    """Good units and others, no two worth the same."""
+    return torch.where(good, worth, worth_of_others) + 0.1 * random_numbers(space.size, 8)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "scaling", "projection"),
+    [
+        *itertools.product(["leave-one-out"], LEARNING_RATES, ["cost-weighted", "published"]),
+        *itertools.product(["matched", "moving-average", "published"], ["natural"], ["cost-weighted"]),
+    ],
+    ids=lambda value: value,
+)
+def test_the_best_units_of_equal_cost_are_found(baseline: BaselineName, scaling: Scaling, projection: str) -> None:
+    """On a linear loss they are the most valuable ones, and the policy becomes more certain of them."""
+    values_U = two_classes(EQUAL, 5 * torch.arange(13) % 13 < 7, 1.0, 0.6)
+    search = make_search(EQUAL, baseline=baseline, scaling=scaling, projection=projection, num_masks=32)
+    start = entropy(search.probs_U)
+    found = found_worth(search, values_U, LEARNING_RATES[scaling])
+    assert_close(found, worth_of_the_best(values_U, search.budget), EXACT)
+    assert entropy(search.probs_U) < 0.8 * start
+
+
+@pytest.mark.parametrize("cheap_is_better", [True, False], ids=["cheap_is_better", "dear_is_better"])
+@pytest.mark.parametrize("projection", ["cost-weighted", "published"])
+def test_the_best_units_of_unequal_cost_are_found(projection: str, cheap_is_better: bool) -> None:
+    """What counts is the worth per cost: a group costs as much as 11/3 channels."""
+    channels = of_kind(UNEQUAL, "channel")
+    values_U = two_classes(UNEQUAL, channels, *((0.5, 0.7) if cheap_is_better else (0.1, 1.5)))
+    values_U[0] += 0.3  # of the groups, the best to fill up with
+    search = make_search(UNEQUAL, projection=projection, num_masks=32)
+    found = found_worth(search, values_U, 0.15)
+    assert_close(found, worth_of_the_best(values_U, search.budget), EXACT)
+
+
+def test_a_worthless_layer_is_removed_whole() -> None:
+    """Units of every level trade with each other: the layer goes, and everything in the others stays."""
+    space = make_space(KINDS, [(1, 3), (2, 3), (2, 4), (2, 3)])
+    worthless = torch.tensor([group.layer == 2 for group in space.groups])[space.group_U]
+    costs_U, own = space.costs_U(), of_kind(space, "kv_group") | of_kind(space, "channel")
+    values_U = torch.where(own, costs_U * torch.where(worthless, 0.01, 0.2), 0.0)
+    sparsity = (costs_U[worthless].sum() / costs_U.sum()).item()
+    search = make_search(space, sparsity=sparsity, start_U=torch.full_like(values_U, 0.9), num_masks=32)
+    for step in range(200):
+        masks_KU = search.ask(step)
+        losses_K = linear_loss(space.alive(masks_KU), values_U)
+        search.tell(masks_KU, losses_K, learning_rate=0.1 * (1 - step / 200))
+    plan = space.plan(select(search.probs_U, search.budget))
+    everything = space.plan(torch.ones(space.size))
+    assert plan.layers[2].is_empty
+    assert plan.layers[:2] + plan.layers[3:] == everything.layers[:2] + everything.layers[3:]
+
+
+# Steps
+
+
+@pytest.mark.parametrize(
+    ("name", "num_masks"), [("none", 1), ("none", 2), ("none", 3), ("leave-one-out", 2), ("leave-one-out", 3)]
+)
+def test_the_expected_move_does_not_depend_on_the_number_of_masks(name: BaselineName, num_masks: int) -> None:
+    """Over every tuple of masks, it is the learning rate times the preconditioned gradient."""
+    space = make_space(["channel"], [(1, 3)])
+    probs_U, masks = torch.tensor([0.2, 0.35, 0.6], dtype=torch.float64), all_masks(3)
+    losses, expected_move = random_numbers(8, 0), torch.zeros(3, dtype=torch.float64)
+    chances = torch.where(masks, probs_U, 1 - probs_U).prod(-1)
+    for drawn in itertools.product(range(8), repeat=num_masks):
+        rows = list(drawn)
+        search = make_search(
+            space, sparsity=0.1, start_U=probs_U, baseline=name, num_masks=num_masks, projection="published"
+        )  # the limit is so far that nothing is projected
+        search.tell(masks[rows], losses[rows], learning_rate=0.01)
+        expected_move += chances[rows].prod() * (search.probs_U - probs_U)
+    gradient_U = ((chances * losses)[:, None] * (masks.double() - probs_U)).sum(0)
+    assert_close(expected_move, -0.01 * gradient_U, EXACT)
+
+
+@pytest.mark.parametrize("scaling", LEARNING_RATES)
+def test_a_step_is_the_projected_estimate(scaling: Scaling) -> None:
+    """Steepest descent in the metric of the projection: the estimate per cost, in units of the mean cost."""
+    search = make_search(NESTED, sparsity=0.5, start_U=random_numbers(NESTED.size, 0), scaling=scaling, epsilon=1e-7)
+    before, masks_KU = search.probs_U.clone(), search.ask(0)
+    losses_K = random_numbers(8, 1)
+    search.tell(masks_KU, losses_K, learning_rate=0.3)
+    advantages_K = (losses_K - losses_K.mean()) * 8 / 7
+    estimate_U = reinforce(before, masks_KU, advantages_K, scaling=scaling, epsilon=1e-7)
+    moved_U = before - 0.3 * estimate_U / search.budget.metric_U
+    assert_close(search.probs_U, search.budget.project(moved_U, floor=0.01, ceiling=0.99), EXACT)
+
+
+@pytest.mark.parametrize("projection", ["cost-weighted", "published"])
+@pytest.mark.parametrize("bounds", [(0.01, 0.99), (0.0, 1.0), (0.2, 0.8)], ids=str)
+def test_the_policy_stays_on_its_budget(projection: str, bounds: tuple[float, float]) -> None:
+    """From the start on, in every step, however large."""
+    search = make_search(FLAT, projection=projection, floor=bounds[0], ceiling=bounds[1])
+    limit = 0.6 * search.budget.total
+    for step in range(15):
+        alive = search.budget.alive_cost(search.probs_U)
+        if projection == "cost-weighted":
+            assert_close(alive, limit, BUDGET)
+        assert alive <= limit * (1 + BUDGET)
+        assert ((search.probs_U >= bounds[0]) & (search.probs_U <= bounds[1])).all()
+        run(search, range(step, step + 1), learning_rate=10.0 ** (step % 4 - 2))
+
+
+def test_statistics_say_what_happened() -> None:
+    """Every one against its definition, in a step with dropped masks."""
+    search = make_search(FLAT)
+    before, masks_KU = search.probs_U.clone(), search.ask(0)[1:6]
+    losses_K = random_numbers(5, 1)
+    stats = search.tell(masks_KU, losses_K.float(), learning_rate=0.1)
+    losses_K = losses_K.float().double()
+    advantages_K = (losses_K - losses_K.mean()) * 5 / 4
+    expected = {
+        "loss": losses_K.mean(),
+        "loss_spread": (losses_K - losses_K.mean()).square().mean().sqrt(),
+        "advantage_spread": advantages_K.square().mean().sqrt(),
+        "gradient_norm": reinforce(before, masks_KU, advantages_K, scaling="natural").square().sum().sqrt(),
+        "largest_move": (search.probs_U - before).abs().max(),
+        "expected_sparsity": 0.4,
+        "entropy": entropy(search.probs_U),
+    }
+    assert stats.to_dict().keys() == expected.keys()
+    for name, value in stats.to_dict().items():
+        assert_close(value, expected[name], BUDGET)
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize("bounds", [(0.01, 0.99), (0.0, 1.0)], ids=str)
+def test_statistics_are_finite(baseline: BaselineName, bounds: tuple[float, float]) -> None:
+    """Also where steps are huge and units settle for good."""
+    search = make_search(FLAT, baseline=baseline, scaling="raw", floor=bounds[0], ceiling=bounds[1])
+    stats = run(search, range(25), learning_rate=1.0)
+    assert all(math.isfinite(value) for step in stats for value in step.to_dict().values())
+    assert search.probs_U.isfinite().all()
+
+
+# State
+
+
+@pytest.mark.parametrize("space", [FLAT, NESTED], ids=["flat", "nested"])
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_twenty_steps_are_ten_and_ten(space: UnitSpace, baseline: BaselineName) -> None:
+    """Bit for bit, through the state of a search that started elsewhere."""
+    whole, first = (make_search(space, baseline=baseline) for _ in range(2))
+    second = make_search(space, baseline=baseline, start_U=random_numbers(space.size, 9))
+    expected = run(whole, range(20))
+    found = run(first, range(10))
+    state = first.state_dict()
+    second.load_state_dict({**state, "probs_U": state["probs_U"].clone()})
+    run(first, range(10, 13))  # what the first does later does not reach the second
+    found += run(second, range(10, 20))
+    assert found == expected
+    assert torch.equal(second.probs_U, whole.probs_U)
+    assert second.state_dict()["baseline"] == whole.state_dict()["baseline"]
+
+
+def test_a_state_is_a_snapshot() -> None:
+    """Later steps do not change it."""
+    search = make_search(FLAT, baseline="moving-average")
+    run(search, range(3))
+    state = search.state_dict()
+    probs_U, memory = state["probs_U"].clone(), dict(state["baseline"])
+    run(search, range(3, 6))
+    assert torch.equal(state["probs_U"], probs_U)
+    assert state["baseline"] == memory
+    assert search.state_dict()["baseline"] != memory
+
+
+def test_asking_changes_nothing() -> None:
+    """The same masks whenever asked, others in another step."""
+    search = make_search(FLAT)
+    masks = [search.ask(4), search.ask(5), search.ask(4)]
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[1])
+    assert masks[0].shape == (8, FLAT.size)
+
+
+def test_a_state_of_other_units_is_refused() -> None:
+    """Even if it has as many, and nothing is taken over from it."""
+    other = make_space(FLAT.kinds, [(1, 5), (2, 7), (3, 11)])
+    assert other.size == FLAT.size
+    search = make_search(FLAT)
+    before = search.probs_U.clone()
+    with pytest.raises(RunError, match="another model or another granularity"):
+        search.load_state_dict(make_search(other, start_U=random_numbers(other.size, 0)).state_dict())
+    assert torch.equal(search.probs_U, before)
+
+
+def test_probabilities_of_other_units_are_refused() -> None:
+    """With both sizes."""
+    with pytest.raises(BudgetError, match=rf"{FLAT.size} probabilities .*\(13,\)"):
+        make_search(FLAT, start_U=torch.full((13,), 0.5))
