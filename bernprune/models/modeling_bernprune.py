@@ -12,7 +12,6 @@ import copy
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict  # a dependency of transformers, and where its configs get it from
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -33,6 +32,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.configuration_utils import strict  # type: ignore[attr-defined]
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
