@@ -2,7 +2,7 @@
 
     python benchmarks/train_embedded_model.py --steps 3000 --out bernprune/embedded/model
 
-Writes bf16 safetensors, the tokenizer and ``training.json`` with the figures reached. Two CPU cores take about an
+Writes bf16 safetensors, the tokenizer and a model card with the figures reached. Two CPU cores take about an
 hour; glibc's allocator spends half of that returning memory unless told to keep it:
 
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 python benchmarks/train_embedded_model.py
@@ -14,6 +14,7 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +112,11 @@ def train(args: argparse.Namespace) -> None:
     stream, held_out = pack(tokenizer, texts), pack(tokenizer, documents("held-out"))
     model = build_model(args, tokenizer)
     optimizers, compiled = build_optimizers(model, args), torch.compile(model)
-    print(f"{sum(map(len, texts)):,} characters, {len(stream):,} tokens; {len(held_out):,} tokens held out; "
-          f"{model.num_parameters():,} parameters", flush=True)
+    print(
+        f"{sum(map(len, texts)):,} characters, {len(stream):,} tokens; {len(held_out):,} tokens held out; "
+        f"{model.num_parameters():,} parameters",
+        flush=True,
+    )
     generator = torch.Generator().manual_seed(args.seed)
     started, bar = time.monotonic(), tqdm(range(args.steps), mininterval=30)
     for step in bar:
@@ -127,7 +131,8 @@ def train(args: argparse.Namespace) -> None:
         if step % 25 == 0:
             bar.set_postfix(loss=f"{loss:.3f}")
         if (step + 1) % 500 == 0:
-            print(f"step {step + 1}: held out {held_out_loss(model, held_out[:100_000], args.window)[0]:.4f}", flush=True)
+            loss, _ = held_out_loss(model, held_out[:100_000], args.window)
+            tqdm.write(f"step {step + 1}: {loss:.4f} nats per token held out")
     seconds = time.monotonic() - started
     save(model, tokenizer, args, stream, held_out, seconds)
 
@@ -158,8 +163,33 @@ def save(
         "minutes": round(seconds / 60, 1),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
-    (args.out / "training.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (args.out / "README.md").write_text(card(figures))
     print(json.dumps(figures, indent=2))
+
+
+def card(figures: dict[str, Any]) -> str:
+    """The model card: data, tokens, loss, licence."""
+    rows = "\n".join(f"| {name.replace('_', ' ')} | {value} |" for name, value in figures.items())
+    return f"""# The embedded test model
+
+A small Llama (8 layers, hidden size 192, 8 query heads in 4 kv groups, 512 FFN channels, 2,048 byte-level BPE tokens,
+tied embeddings) to try bernprune on without a network. It is no use for anything else.
+
+**Data.** The docstrings of Python's standard library, torch, transformers, numpy and datasets, and the topics of
+Python's manual (`pydoc_data`), as installed on the training machine: English technical prose of at least 64 characters
+a document, equal documents once. One document in 16, by a hash of its content, is held out. Near-duplicates, of which
+docstrings are full, may stand on both sides, so the held-out loss flatters the model as a language model; it is meant
+as a reference for pruning only.
+
+**Training.** `benchmarks/train_embedded_model.py`: Muon for matrices, AdamW for the rest, bf16 autocast. Weights are
+stored in bf16; the loss below is that of the stored weights, over disjoint windows.
+
+| | |
+| --- | --- |
+{rows}
+
+**Licence.** Apache-2.0, as bernprune.
+"""
 
 
 def main() -> None:

@@ -3,59 +3,94 @@
 import json
 import logging
 import os
+import shlex
+import signal
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
+from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
+from bernprune.run.folder import RunFolder
 
 app = typer.Typer(
     help="Prune transformer language models structurally, with forward passes only.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
 DEFAULT_OUT = "out"
+INTERRUPTED, READER_GONE = 130, 141  # as shells count SIGINT and SIGPIPE
 
 
 def main() -> None:
-    """Run a command. Exit codes: 0 done, 2 a mistake that the user can mend, 130 interrupted."""
-    arguments = sys.argv[1:]
+    """Run a command. Exit codes: 0 done, 2 a mistake that the user can mend, 130 interrupted, 141 nobody reads on."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    _set_up_logging()
+    _State.out = None
+    _set_up_logging(debug)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        code = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else 0)
+        code = app([argument for argument in arguments if argument != "--debug"] or ["--help"], standalone_mode=False)
+        sys.stdout.flush()
     except BernpruneError as error:
-        _fail(str(error), debug)
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted{_how_to_resume(interrupt)}", file=sys.stderr)
-        sys.exit(130)
-    except (typer.Exit, typer.Abort) as stop:
-        sys.exit(getattr(stop, "exit_code", 130))
+        return _fail(str(error), debug)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except OSError as error:  # a full disk behind stdout, a folder for temporary files that is gone
+        _drop_stuck_output()
+        return _fail(f"the system refused: {error}", debug)
     except Exception as error:
         if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
             raise
-        _fail(error.format_message(), debug)
+        return _fail(error.format_message(), debug)
+    if code == INTERRUPTED:  # what typer makes of Ctrl-C
+        print(f"interrupted{_how_to_resume()}", file=sys.stderr)
+    return code if isinstance(code, int) else 0
 
 
-def _fail(message: str, debug: bool) -> None:
+def _fail(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
-def _how_to_resume(interrupt: KeyboardInterrupt) -> str:
+def _show(text: str) -> None:
+    """Print; a reader who has gone, as of `bernprune units | head -1`, ends the command quietly."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_stuck_output()
+        raise typer.Exit(READER_GONE) from None
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left."""
+    raise KeyboardInterrupt
+
+
+def _drop_stuck_output() -> None:
+    """What stdout cannot get rid of must not fail again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _how_to_resume() -> str:
     out = _State.out
-    if out is None or not (out / "config.yaml").is_file():
+    if out is None or not RunFolder(out).unfinished:
         return ""
-    return f"; continue with: bernprune resume {out}"
+    return f"; continue with: bernprune resume {shlex.quote(str(out))}"
 
 
 class _State:
@@ -64,15 +99,22 @@ class _State:
     out: Path | None = None
 
 
-def _set_up_logging() -> None:
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("bernprune").setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+def _set_up_logging(debug: bool) -> None:
+    """Our own messages on stderr. What libraries log would bury them, and their failures reach us as exceptions."""
+    ours = logging.getLogger("bernprune")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    ours.handlers = [handler]
+    ours.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    if not debug:
+        logging.root.addHandler(logging.NullHandler())  # else Python prints what nobody handles
 
 
-def _quiet_transformers() -> None:
-    """Its own progress bars and hints would bury ours."""
+def _quiet_libraries() -> None:
+    """Their progress bars and hints would bury ours."""
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -109,7 +151,7 @@ def prune(
         "model": {"path": model},
         "data": {"text": text, "eval_text": eval_text},
         "budget": {"sparsity": sparsity},
-        "granularity": None if granularity is None else [kind.strip() for kind in granularity.split(",")],
+        "granularity": granularity,
         "initial": {"score": score},
         "preset": preset,
         "seed": seed,
@@ -119,9 +161,9 @@ def prune(
     name = Path(checked.model.path).name
     folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
     _State.out = folder
-    _quiet_transformers()
-    report = run(checked, folder)
-    print(f"{table(report)}\n\nresult       {folder / 'model'}")
+    _quiet_libraries()
+    report = run(checked, folder, overwrite=overwrite)
+    _show(f"{table(report)}\n\nresult       {folder / 'model'}")
 
 
 @app.command()
@@ -134,9 +176,9 @@ def resume(
     from bernprune.run.pipeline import resume as run
 
     _State.out = out
-    _quiet_transformers()
+    _quiet_libraries()
     report = run(out)
-    print(f"{table(report)}\n\nresult       {out / 'model'}")
+    _show(f"{table(report)}\n\nresult       {out / 'model'}")
 
 
 @app.command()
@@ -152,9 +194,9 @@ def apply(
     from bernprune.run.pipeline import apply_plan, read_plan
 
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
-    _quiet_transformers()
+    _quiet_libraries()
     done = apply_plan(checked, read_plan(plan), out)
-    print(
+    _show(
         f"parameters   {done['dense_parameters']:,} before, {done['pruned_parameters']:,} after\n"
         f"verified     reloaded in a clean process, largest logit difference {done['max_logit_difference']:.1e}\n"
         f"result       {out}"
@@ -176,13 +218,13 @@ def evaluate(
     from bernprune.evaluation.perplexity import evaluate as measure
 
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
-    _quiet_transformers()
+    _quiet_libraries()
     result = measure(checked.model, text, window=window, max_tokens=tokens)
     if as_json:
-        print(json.dumps(result, indent=2))
+        _show(json.dumps(result, indent=2, allow_nan=False))
         return
     protocol = result["protocol"]
-    print(
+    _show(
         f"perplexity   {result['perplexity']:.4f} ({result['loss']:.4f} nats per token)\n"
         f"protocol     {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
         f"{protocol['tokens']:,} predictions, text {protocol['text_sha256']}\n"
@@ -203,11 +245,10 @@ def units(
     from bernprune.config import make_config, merge, parse_settings
     from bernprune.run.forecast import forecast
 
-    flags: dict[str, Any] = {"model": {"path": model}}
-    if granularity is not None:
-        flags["granularity"] = [kind.strip() for kind in granularity.split(",")]
-    _quiet_transformers()
-    print(forecast(make_config(merge(flags, parse_settings(settings or [])))))
+    flags = _without_none({"model": {"path": model}, "granularity": granularity})
+    checked = make_config(merge(flags, parse_settings(settings or [])))
+    _quiet_libraries()
+    _show(forecast(checked))
 
 
 def _without_none(data: dict[str, Any]) -> dict[str, Any]:
@@ -220,7 +261,8 @@ def _absolute(data: dict[str, Any]) -> dict[str, Any]:
     """Local paths made absolute, so that a run can be resumed from another folder."""
 
     def path(value: Any) -> Any:
-        return os.path.abspath(value) if isinstance(value, str) and Path(value).exists() else value
+        local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
+        return os.path.abspath(value) if local else value
 
     model, text = data.get("model"), data.get("data")
     if isinstance(model, dict) and "path" in model:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
@@ -28,7 +36,7 @@ from bernprune.names import (
     Scope,
     ScoreName,
 )
-from bernprune.units import KINDS
+from bernprune.units import ANCESTORS, KINDS
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -36,6 +44,14 @@ Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`masks: yes` is 1 to pydantic, and a slip to us."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("input should not be true or false")
+        return value
 
 
 class ModelConfig(_Section):
@@ -56,6 +72,8 @@ class DataConfig(_Section):
     """Calibration text: .txt, .jsonl (field 'text'), .xz of either, dataset folder, Hugging Face dataset name."""
     eval_text: str | None = None
     """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not used."""
+    eval_join: str | None = None
+    """Join the rows of the held-out text by this string, e.g. a blank line for WikiText-2; otherwise each is a text."""
     window: Annotated[int, Field(ge=2)] = 128
     """Tokens a window, in search and evaluation."""
     max_characters: Count = 64_000_000
@@ -92,6 +110,8 @@ class InitialConfig(_Section):
     """High probability of the map 'const'."""
     windows: Count = 128
     """Calibration windows the metric sees."""
+    window: Annotated[int, Field(ge=2)] | None = None
+    """Tokens of such a window; by default data.window."""
     inputs: Literal["dense", "pruned"] = "dense"
     """Score each layer on the dense model's activations, or on those of the already pruned earlier layers."""
 
@@ -110,7 +130,7 @@ class SearchConfig(_Section):
     """Windows run forward in all, reference passes included; by default by the model's size. 0: the metric alone."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.02
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     """First step size; falls to zero along a cosine."""
     masks: Count = 16
     """Masks a step."""
@@ -149,22 +169,44 @@ class RunConfig(_Section):
     """Everything a run is determined by, beside the versions of its libraries."""
 
     preset: PresetName = "default"
+    """Defaults under all that is given: 'default', or 'paper' for the published method."""
     model: ModelConfig = ModelConfig()
+    """What is pruned."""
     data: DataConfig = DataConfig()
+    """What it reads."""
     granularity: tuple[Kind, ...] = ("kv_group", "channel")
     """Levels that may be removed; any of: layer, attention, kv_group, ffn, channel."""
     budget: BudgetConfig = BudgetConfig()
+    """How much goes, and what must stay."""
     initial: InitialConfig = InitialConfig()
+    """Where the policy starts."""
     policy: PolicyConfig = PolicyConfig()
+    """Where it may go."""
     search: SearchConfig = SearchConfig()
+    """How it learns."""
     report: ReportConfig = ReportConfig()
+    """What is measured beside perplexity."""
     backend: BackendName = "auto"
+    """What runs the masked operations: 'torch', 'triton', or 'auto' for the fastest that runs on the device."""
     seed: Annotated[int, Field(ge=0)] = 0
+    """Of masks, windows and random scores; equal seeds repeat a run."""
+
+    @field_validator("granularity", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return [kind.strip() for kind in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.data.eval_join is not None and self.data.eval_text is None:
+            raise ValueError("data.eval_join is for data.eval_text, which is not given")
         if not self.granularity or len(set(self.granularity)) != len(self.granularity):
             raise ValueError(f"granularity must name different levels out of {', '.join(KINDS)}")
+        if self.initial.score == "flap" and not {"kv_group", "channel"} >= set(self._finest()):
+            raise ValueError(
+                "initial.score 'flap' standardises its scores within each block, so it cannot rank whole blocks; add "
+                "kv_group and channel to granularity, or take another score"
+            )
         keep = 1 - self.budget.sparsity
         if not self.policy.floor < keep < self.policy.ceiling:
             raise ValueError(
@@ -172,6 +214,10 @@ class RunConfig(_Section):
                 f"policy.floor {self.policy.floor:g} and policy.ceiling {self.policy.ceiling:g}"
             )
         return self
+
+    def _finest(self) -> list[Kind]:
+        """Levels that no other chosen level refines: those whose scores decide."""
+        return [kind for kind in self.granularity if not any(kind in ANCESTORS[other] for other in self.granularity)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every field explicit; ``make_config`` reads it back to an equal config."""
@@ -234,9 +280,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data or {}, dict):
-        raise ConfigError(f"config file {path} must hold keys and values, but holds a {type(data).__name__}")
-    return data or {}
+    if data is None:  # an empty file
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ConfigError(f"config file {path} must hold keys and values, but holds {str(data)[:80]!r}")
+    return data
 
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
@@ -263,6 +311,8 @@ def _sentence(error: ValidationError) -> str:
     if problem["type"] == "extra_forbidden":
         return f"setting {key!r} is unknown; did you mean {_nearest(key)!r}?"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        message = "should be a section of settings"
     if not path:
         return message
     return f"setting {key!r}: {message[0].lower()}{message[1:]}, but got {given!r}"

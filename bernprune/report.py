@@ -13,8 +13,12 @@ def table(report: dict[str, Any]) -> str:
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
         count = report["parameters"].get(name)
         size = "-" if count is None else f"{count:,}"
-        lines.append(f"{title:<16}{report['perplexity'][name]:>12.3f}{size:>16}{time:>12}")
+        lines.append(f"{title:<16}{_short(report['perplexity'][name]):>12}{size:>16}{time:>12}")
     return "\n".join([*lines, "", *_notes(report)])
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:.3f}" if perplexity < 1e7 else f"{perplexity:.3g}"
 
 
 def _notes(report: dict[str, Any]) -> list[str]:

@@ -27,9 +27,11 @@ def masked_linear(
     Raises:
         ValueError: sizes that do not fit each other.
     """
+    rows, width = x_RTE.shape[0], x_RTE.shape[-1]
+    if weight_DE.shape[-1] != width:
+        raise ValueError(f"a weight {tuple(weight_DE.shape)} does not fit an input of width {width}")
     if masks_RU is not None:
-        rows, width = x_RTE.shape[0], x_RTE.shape[-1]
-        if masks_RU.shape[0] != rows or masks_RU.shape[1] * unit_width != width:
+        if masks_RU.ndim != 2 or masks_RU.shape[0] != rows or masks_RU.shape[1] * unit_width != width:
             raise ValueError(
                 f"masks {tuple(masks_RU.shape)} with units of width {unit_width} do not fit an input of {rows} rows "
                 f"and width {width}"

@@ -98,7 +98,7 @@ def test_half_surrogates_become_question_marks(tmp_path: Path) -> None:
 
 def test_embedded_prose_has_its_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prose, "documents", lambda split, one_file_in: [f"{split} {one_file_in}", "x" * 50])
-    assert load_documents("embedded", split="held-out", max_characters=12) == ["held-out 4", "xx"]
+    assert load_documents("embedded", split="held-out", max_characters=12) == ["held-out 6", "xx"]
 
 
 PACKED = lzma.compress(b"some text " * 50)

@@ -27,9 +27,9 @@ _SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "__pycache__"
 def documents(split: Split, *, one_file_in: int = 1) -> list[str]:
     """Distinct docstrings of the standard library, torch, transformers, numpy and datasets, and Python's manual.
 
-    ``one_file_in`` reads only that share of the source files, chosen by a hash of their path: all of them take
-    half a minute and give 15 MB of text, one in six takes a few seconds and gives 3 MB. The order is that of the content's hash, so it does not depend on
-    the machine's folders.
+    ``one_file_in`` reads only that share of the source files, chosen by a hash of their path: all of them take half a
+    minute and give 15 MB of text, one in six takes a few seconds and gives 3 MB. The order is that of the content's
+    hash, so it does not depend on the machine's folders.
     """
     wanted = split == "held-out"
     return [text for digest, text in _collected(one_file_in) if (digest[0] % HELD_OUT_IN == 0) == wanted]

@@ -1,6 +1,7 @@
 """Perplexity with its protocol: two figures compare only if their protocols are equal."""
 
 import math
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,9 +13,10 @@ from bernprune.config import ModelConfig
 from bernprune.data import evaluation_windows, fingerprint, tokenize
 from bernprune.errors import LossError, ModelError
 from bernprune.models.loading import load_model, load_tokenizer
-from bernprune.objective import LOGIT_BYTES
 from bernprune.text import load_documents
 
+_LARGEST_LOSS = math.log(sys.float_info.max) * (1 - 1e-15)
+LOGIT_BYTES = 256 * 2**20  # most float32 logits of one forward pass, unless one window needs more
 CHARACTERS_PER_TOKEN = 10  # more than tokenizers reach: enough text, and no more of a huge file is read
 
 
@@ -62,6 +64,11 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
     return loss
 
 
+def perplexity(loss: float) -> float:
+    """The exponential of a loss; of one beyond 709 nats, the largest number that JSON can hold."""
+    return math.exp(min(loss, _LARGEST_LOSS))
+
+
 def check_window(config: Any, window: int) -> None:
     """Raises ``ModelError`` if the window is longer than the positions the model was made for."""
     positions = getattr(config, "max_position_embeddings", None)
@@ -87,7 +94,7 @@ def evaluate(model: ModelConfig, text: str, *, window: int, max_tokens: int | No
     )
     loss = mean_loss(loaded, windows_WT)
     return {
-        "perplexity": math.exp(loss),
+        "perplexity": perplexity(loss),
         "loss": loss,
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "protocol": Protocol.of(text, windows_WT).to_dict(),

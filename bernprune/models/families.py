@@ -43,8 +43,10 @@ def family_of(model_type: str) -> Family:
     """The table entry for a ``config.model_type``.
 
     Raises:
-        ModelError: the type is not in the table.
+        ModelError: the type is not in the table, or that of a pruned model.
     """
+    if model_type.startswith("bernprune_"):
+        raise ModelError("this model is already pruned; start from the dense model it was made of")
     if model_type not in FAMILIES:
         raise ModelError(
             f"model type {model_type!r} is not supported; known are {', '.join(FAMILIES)} "

@@ -1,16 +1,17 @@
 """Dense models and tokenizers from a folder or from the Hugging Face hub, with errors that say what to mend."""
 
+import os
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from bernprune.embedded import EMBEDDED, MODEL_FOLDER
-from bernprune.errors import ModelError
+from bernprune.errors import BernpruneError, ModelError
 
 # The public loading of transformers is imported where it is used: it takes seconds that a typo should not cost.
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 def resolve(path: str) -> str:
@@ -21,16 +22,32 @@ def resolve(path: str) -> str:
     """
     if path == EMBEDDED:
         return str(MODEL_FOLDER)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    folder = os.path.expanduser(path)
+    if os.path.isdir(folder):
+        if not os.path.isfile(os.path.join(folder, "config.json")):
             raise ModelError(f"model folder {path} holds no config.json")
-        return str(folder)
-    if folder.exists():
+        return folder
+    if os.path.exists(folder):
         raise ModelError(f"model {path} is a file, but a folder or a Hugging Face name is needed")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path):
         raise ModelError(f"model folder {path} does not exist")
     return path
+
+
+def stated_type(path: str, *, revision: str | None = None) -> str:
+    """The ``model_type`` that a model states, read alone: transformers builds no configuration of one it does not know.
+
+    Raises:
+        ModelError: as ``load_config``, or there is no model type.
+    """
+    from transformers import PreTrainedConfig
+
+    with _explained(path, "configuration"):
+        stated: Any = PreTrainedConfig.get_config_dict(resolve(path), revision=revision)[0]
+    model_type = stated.get("model_type") if isinstance(stated, dict) else None
+    if not isinstance(model_type, str):
+        raise ModelError(f"the configuration of {path} states no model_type")
+    return model_type
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -64,20 +81,34 @@ def load_model(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     model, info = loaded
+    _check_complete(path, info)
+    return model.to(device or torch.device("cpu")).eval().requires_grad_(False)
+
+
+def _check_complete(path: str, info: Any) -> None:
+    """Whatever the folder did not give has random values."""
     missing = sorted(info["missing_keys"])
     if missing:
-        raise ModelError(f"model {path} lacks {len(missing)} weights of its configuration, e.g. {missing[0]}")
-    return model.to(device or torch.device("cpu")).eval().requires_grad_(False)
+        raise ModelError(f"model {path} lacks {len(missing)} weight(s) of its configuration, e.g. {missing[0]}")
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ModelError(f"weight {name} of model {path} is {list(found)}, but the configuration says {list(wanted)}")
+    unknown = sorted(name for name in info["unexpected_keys"] if ".layers." in name)
+    if unknown:  # of layers that the configuration leaves out, say: what was pruned would not be this model
+        raise ModelError(f"model {path} holds {len(unknown)} weight(s) beyond its configuration, e.g. {unknown[0]}")
 
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer. Raises ``ModelError``."""
     from transformers import AutoTokenizer
 
+    folder = resolve(path)
+    if os.path.isdir(folder) and not any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
+        raise ModelError(f"model folder {path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     with _explained(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(resolve(path), revision=revision, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
 
 
 class _explained:
@@ -90,10 +121,11 @@ class _explained:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, OSError | ValueError | KeyError | RuntimeError | SafetensorError | TypeError):
-            return
-        reason = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, Exception) or isinstance(error, BernpruneError):
+            return  # transformers and what it calls raise nearly every other kind
+        told = isinstance(error, OSError | ValueError | ImportError | RuntimeError) and bool(str(error).strip())
+        reason = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
-        local = self.path == EMBEDDED or Path(self.path).expanduser().is_dir()
+        local = self.path == EMBEDDED or os.path.isdir(os.path.expanduser(self.path))
         where = "" if local else ", neither as a local folder nor from the Hugging Face hub"
         raise ModelError(f"the {self.what} of {self.path} cannot be loaded{where}: {reason}") from error

@@ -8,7 +8,7 @@ Letters: R rows of the batch, U units.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,9 +25,6 @@ class _Branch:
 
     units_RN: torch.Tensor | None = None  # None: every unit is kept in every row
     open_R11: torch.Tensor | None = None  # None: the branch is open in every row
-
-    def clear(self) -> None:
-        self.units_RN = self.open_R11 = None
 
     def units(self, num_rows: int) -> torch.Tensor | None:
         """The units' mask for a batch of so many rows; a single mask serves them all."""
@@ -96,7 +93,6 @@ class LiveMasks:
                 self._set_branch(branch, alive_RU, kind, layer)
 
     def _set_branch(self, branch: _Branch, alive_RU: torch.Tensor, kind: Kind, layer: int) -> None:
-        branch.clear()
         span = self.view.space.span(kind, layer)
         if span is not None:
             alive_RN = alive_RU[:, span]
@@ -119,23 +115,25 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
 
     The batches run inside have as many rows as the masks last set, or those have one row. Nothing is masked before
     the first ``set``.
-    ``layers`` limits masking to some layers; the others stay dense.
+    ``layers`` limits masking to some layers; the others stay what they were: dense, or masked by a block around this.
     """
     family, branches = view.family, dict[int, dict[Kind, _Branch]]()
     chosen = range(len(view.layers)) if layers is None else layers
     dtype = view.layers[0].down.weight.dtype
-    try:
+    with ExitStack() as swapped:
         for index in chosen:
             layer, attention, ffn = view.layers[index], _Branch(), _Branch()
             branches[index] = {"kv_group": attention, "channel": ffn}
-            setattr(layer.attention, family.output, _masked_output(layer, attention, ops))
+            _swap(swapped, layer.attention, family.output, _masked_output(layer, attention, ops))
             parts = {name: getattr(layer.ffn, getattr(family, name)) for name in ("gate", "up", "down", "activation")}
-            setattr(layer.layer, family.ffn, _MaskedFFN(layer.ffn, parts, ffn, ops))
+            _swap(swapped, layer.layer, family.ffn, _MaskedFFN(layer.ffn, parts, ffn, ops))
         yield LiveMasks(view, branches, dtype)
-    finally:
-        for layer in view.layers:
-            setattr(layer.attention, family.output, layer.output)
-            setattr(layer.layer, family.ffn, layer.ffn)
+
+
+def _swap(swapped: ExitStack, owner: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in its place until the stack is closed."""
+    swapped.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, module)
 
 
 def _masked_output(layer: LayerView, branch: _Branch, ops: MaskedOps) -> _MaskedOutput:

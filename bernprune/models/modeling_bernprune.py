@@ -56,9 +56,15 @@ class SkippedBlock(nn.Module):
         return (nothing, None) if self.gives_weights else nothing
 
 
+def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
+    """What layer ``index`` is built from; transformers 5.14 gives no views of a config whose layers are all equal."""
+    views = config.per_layer_config
+    return config if views is None else views[index]
+
+
 def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, index: int) -> nn.Module:
     """Decoder layer ``index`` in the sizes of its own view of ``config``, without the blocks it skips."""
-    view = config.per_layer_config[index]
+    view = layer_config(config, index)
     layer = layer_class(view, index)
     skipped = getattr(view, "skip", ())
     if "attention" in skipped:
@@ -80,7 +86,7 @@ def share_config(model: nn.Module, config: PreTrainedConfig) -> None:
 
 def _without_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     """A copy from which a stock constructor builds no layer, and whose head counts can be read without an error."""
-    bare = copy.copy(config.per_layer_config[0])
+    bare = copy.copy(layer_config(config, 0))
     bare.num_hidden_layers = 0
     return bare
 
@@ -107,7 +113,8 @@ class PrunedConfig:
 
     def validate_architecture(self) -> None:
         """Raises ``ValueError`` for a layer whose query heads are not shared equally by its key/value heads."""
-        for index, layer in enumerate(self.per_layer_config):  # type: ignore[attr-defined]
+        for index in range(self.num_hidden_layers):  # type: ignore[attr-defined]
+            layer = layer_config(self, index)  # type: ignore[arg-type]
             heads, groups = layer.num_attention_heads, layer.num_key_value_heads
             if groups < 1 or heads % groups:
                 raise ValueError(f"layer {index} has {heads} query heads for {groups} key/value heads")

@@ -25,8 +25,9 @@ class InputStatistics:
 
     def add(self, x_NE: torch.Tensor) -> None:
         # Sums of one batch are exact enough in float32; adding up many batches is not.
-        self._sum_E += x_NE.float().sum(0).double().cpu()
-        self._squares_E += x_NE.float().square().sum(0).double().cpu()
+        x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
+        self._sum_E += x_NE.sum(0).double().cpu()
+        self._squares_E += x_NE.square().sum(0).double().cpu()
         self.count += len(x_NE)
 
     @property

@@ -28,7 +28,7 @@ class LayerView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A live model with its units. ``prunable`` maps each kind to what all units of that kind own together."""
+    """A live model with its units."""
 
     model: PreTrainedModel
     family: Family
@@ -59,7 +59,7 @@ def describe(
 
     Raises:
         ModelError: a family that is not known, or modules that do not fit the configuration.
-        ConfigError: an empty or unknown granularity.
+        ConfigError: a granularity that is empty, unknown or finds no unit.
     """
     unknown = [kind for kind in granularity if kind not in KINDS]
     if unknown or not granularity:
@@ -75,6 +75,8 @@ def describe(
         for index, layer in enumerate(layers)
         for group in _groups(index, layer, family, architecture, set(granularity), sequence_length)
     ]
+    if not groups:
+        raise ConfigError(f"granularity {list(granularity)} finds no unit: the first layer's attention always stays")
     return ModelView(model, family, architecture, UnitSpace(architecture, groups), layers)
 
 

@@ -1,12 +1,13 @@
 """The folder of a run: what is in it, who may write it, and whether it is finished.
 
-config.yaml       the resolved configuration
-initial.safetensors   initial scores and the policy's start
-metrics.jsonl     one line a step
-checkpoints/      the newest two states
-plan.json         what is kept
-model/            the pruned model
-report.json       written last: its presence means the run is finished
+config.yaml            the resolved configuration
+initial.safetensors    initial scores and the policy's start
+metrics.jsonl          one line a step
+checkpoints/           the newest two states
+plan.json              what is kept
+model/                 the pruned model
+report.png             what each layer keeps, and the losses of the search
+report.json            written last: its presence means the run is finished
 """
 
 import contextlib
@@ -25,8 +26,8 @@ from bernprune.errors import RunError
 from bernprune.storage import write_bytes
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
-CHECKPOINTS, INITIAL, LOCK = "checkpoints", "initial.safetensors", ".lock"
-_OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, LOCK}
+CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
+_OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK}
 
 
 class RunFolder:
@@ -35,12 +36,17 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config, self.metrics, self.plan = path / CONFIG, path / METRICS, path / PLAN
-        self.model, self.report = path / MODEL, path / REPORT
+        self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
 
     @property
     def finished(self) -> bool:
         return self.report.is_file()
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether there is a run to continue."""
+        return self.config.is_file() and not self.finished
 
     def check(self, config: RunConfig, *, overwrite: bool) -> bool:
         """Whether a run of this config may use the folder; True if it continues an unfinished one.
@@ -48,10 +54,8 @@ class RunFolder:
         Raises:
             RunError: it holds something else, a finished run, or a run of another config, or cannot be written.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise RunError(f"output {self.path} is a file, but a folder is needed")
-        self._check_writable()
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        check_writable(self.path)
+        if not self.path.is_dir() or all(_is_scrap(item.name) for item in self.path.iterdir()):
             return False
         self._check_is_run()
         if overwrite:
@@ -66,13 +70,6 @@ class RunFolder:
             )
         return True
 
-    def _check_writable(self) -> None:
-        parent = self.path
-        while not parent.exists() and not parent.is_symlink():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise RunError(f"output {self.path} cannot be written: {parent} is not a writable folder")
-
     def _check_is_run(self) -> None:
         if not self.config.is_file():
             raise RunError(f"{self.path} is not empty and holds no bernprune run; give another --out")
@@ -83,18 +80,29 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """The folder, made if need be, for this process alone. Raises ``RunError``."""
+        """The folder for this process alone. It is made if need be, and gone again if no run began in it.
+
+        Raises:
+            RunError: it cannot be made, or another process works in it.
+        """
+        existed = _nearest_parent(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / LOCK, "w")  # noqa: SIM115 - closed below
         except OSError as error:
+            _remove_empty(self.path, existed)
             raise RunError(f"output {self.path} cannot be written: {error.strerror or error}") from None
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(f"another process is working in {self.path}") from None
-            yield
+            try:
+                yield
+            finally:
+                if not self.config.is_file():
+                    (self.path / LOCK).unlink(missing_ok=True)
+                    _remove_empty(self.path, existed)
 
     def start(self, config: RunConfig) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
@@ -103,11 +111,45 @@ class RunFolder:
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         write_bytes(self.config, text.encode())
 
+    def remove_model(self) -> None:
+        """The model, and what a process killed in writing it left beside. Raises ``OSError``."""
+        for path in (self.model, *self.path.glob(f".{MODEL}.*")):
+            _remove(path)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The records of all steps."""
+        return [json.loads(line) for line in _lines(self.metrics)]
+
     def open_metrics(self, step: int) -> TextIO:
-        """The metrics stream, cut to the steps before ``step``, ready for that step's line."""
+        """The metrics stream, cut to the steps before ``step``, ready for that step's line; lines are seen at once."""
         kept = [line for line in _lines(self.metrics) if _step_of(line) < step]
         write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
-        return open(self.metrics, "a", encoding="utf-8")
+        return open(self.metrics, "a", encoding="utf-8", buffering=1)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ``RunError`` where no folder of this path can be."""
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunError(f"output {path} is a file, but a folder is needed")
+        parent = _nearest_parent(path)
+    except OSError as error:  # a name too long for the file system
+        raise RunError(f"output {path} cannot be written: {error.strerror}") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(f"output {path} cannot be written: {parent} is not a writable folder")
+
+
+@contextlib.contextmanager
+def whole_or_gone(path: Path) -> Iterator[None]:
+    """On an error within, remove the folder ``path`` and those above it that were made for it."""
+    existed = _nearest_parent(path)
+    try:
+        yield
+    except BaseException:
+        if path != existed:
+            _remove(path)
+            _remove_empty(path.parent, existed)
+        raise
 
 
 def sync(file: TextIO) -> None:
@@ -124,6 +166,28 @@ def open_run(path: Path) -> RunFolder:
     return folder
 
 
+def _is_scrap(name: str) -> bool:
+    """What a process killed before its run began may have left."""
+    return name == LOCK or (name.startswith(".") and name.endswith(".part"))
+
+
+def _nearest_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    while not path.exists() and not path.is_symlink():
+        path = path.parent
+    return path
+
+
+def _remove_empty(path: Path, existed: Path) -> None:
+    """Remove the folders from ``path`` up to ``existed``, which stays, as far as they are empty."""
+    while path != existed and path != path.parent:
+        try:
+            path.rmdir()
+        except OSError:
+            return
+        path = path.parent
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -133,7 +197,7 @@ def _remove(path: Path) -> None:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()
     except FileNotFoundError:
         return []
 

@@ -7,6 +7,7 @@ import torch
 
 from bernprune.backends import find_device, load_backend
 from bernprune.config import RunConfig
+from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import LOGIT_BYTES, masked_objective
 from bernprune.run.loop import default_sequences
@@ -20,7 +21,7 @@ def forecast(config: RunConfig) -> str:
     The time comes from one step's forward passes on random tokens, here and now.
     """
     device = find_device(config.model.device)
-    check_family(config)
+    check_window(check_family(config), config.data.window)
     view = describe(open_model(config, device), config.granularity, sequence_length=config.budget.flops_window)
     return "\n".join([*_units(view), "", *_left_out(view, config), "", *_work(view, config, device)])
 

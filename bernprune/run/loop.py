@@ -57,9 +57,11 @@ class Workload:
 
     def progress(self, work: Work) -> float:
         """Share of the work that is done; 1 or more when it is over."""
+        if self.steps == 0:
+            return 1.0
         by_steps = work.step / self.steps if self.steps is not None else 0.0
         by_time = work.seconds / self.seconds if self.seconds is not None else 0.0
-        return max(by_steps, by_time) if self.steps != 0 else 1.0
+        return max(by_steps, by_time)
 
     def learning_rate_at(self, work: Work) -> float:
         """A cosine from the first step size to zero, without warm-up."""

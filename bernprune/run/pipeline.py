@@ -4,29 +4,30 @@ import gc
 import json
 import logging
 import math
-import shutil
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
 from bernprune.errors import LossError, ModelError, RunError
 from bernprune.evaluation.latency import latency, machine
-from bernprune.evaluation.perplexity import mean_loss
-from bernprune.models.loading import load_tokenizer
+from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
 from bernprune.objective import masked_objective
+from bernprune.picture import draw
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.run.folder import RunFolder, open_run
+from bernprune.run.folder import RunFolder, check_writable, open_run, whole_or_gone
 from bernprune.run.loop import Work, make_search, plan_work, run_search
-from bernprune.run.stage import Stage, check_family, open_model, set_stage
+from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
 from bernprune.scores import SCORES, initial_scores
-from bernprune.storage import write_json
+from bernprune.storage import write_bytes, write_json
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
@@ -45,16 +46,25 @@ def prune(config: RunConfig, out: Path, *, overwrite: bool = False, progress: bo
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
     folder = RunFolder(out)
-    continued = folder.check(config, overwrite=overwrite)
+    folder.check(config, overwrite=overwrite)  # before the work of loading
     stage = set_stage(config)
     plan_work(stage)
     with folder.locked():
+        continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
-            if not continued:
-                folder.start(config)
-            return _run(stage, folder, progress)
-        except OSError as error:
-            raise RunError(f"{out} cannot be written: {error.strerror or error}") from error
+            return _run(stage, folder, continued=continued, progress=progress)
+        except (OSError, SafetensorError) as error:  # full disks reach us as either
+            raise RunError(f"{out} cannot be written: {_reason(error)}{_how_to_continue(folder)}") from error
+
+
+def _reason(error: OSError | SafetensorError) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _how_to_continue(folder: RunFolder) -> str:
+    if not folder.unfinished:
+        return ""
+    return f"; when that is mended, continue with: bernprune resume {shlex.quote(str(folder.path))}"
 
 
 def resume(out: Path, *, progress: bool | None = None) -> dict[str, Any]:
@@ -65,37 +75,53 @@ def resume(out: Path, *, progress: bool | None = None) -> dict[str, Any]:
     return prune(folder.read_config(), out, progress=progress)
 
 
-def _run(stage: Stage, folder: RunFolder, progress: bool | None) -> dict[str, Any]:
-    dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)  # a model that gives NaN fails before the search
-    scores_U, probs_U = _start(stage, folder)
-    search = make_search(stage, probs_U)
+def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
+    """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
+    losses = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
+    stored = _stored_start(folder) if continued else None
+    start = stored or _start(stage)
+    scores_U, search = start["scores_U"], make_search(stage, start["probs_U"])
     initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    losses["initial"] = mask_loss(stage, initial_U)
+    if not continued:
+        folder.start(stage.config)
+    if stored is None:
+        write_state(folder.initial, start)
     work = run_search(stage, folder, search, initial_U, progress=progress)
     learned_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    initial_loss = mask_loss(stage, initial_U)
-    losses = {"dense": dense_loss, "initial": initial_loss}
     report = _report_head(stage, work, initial_U, learned_U)
     plan = stage.view.space.plan(learned_U)
     write_json(folder.plan, plan.to_dict())
-    _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
-    write_json(folder.report, report)
+    try:
+        _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
+        write_bytes(folder.picture, draw(report, [record["loss"] for record in folder.read_metrics()]))
+        write_json(folder.report, report)
+    except BaseException:
+        folder.remove_model()  # nobody must take it for a verified one; the plan is kept
+        raise
     return report
 
 
-def _start(stage: Stage, folder: RunFolder) -> tuple[torch.Tensor, torch.Tensor]:
+def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
+    """The start of the run that is continued; None if it was killed before it had one."""
+    if not folder.initial.is_file():
+        return None
+    try:
+        return read_state(folder.initial)
+    except RunError as error:
+        logger.warning("%s; computing the start again", error)
+        return None
+
+
+def _start(stage: Stage) -> dict[str, torch.Tensor]:
     """Initial scores and probabilities; kept, so that a resumed run starts from the very same."""
-    if folder.initial.is_file():
-        state = read_state(folder.initial)
-        return state["scores_U"], state["probs_U"]
     initial, config = stage.config.initial, stage.config
-    windows_WT = stage.train.batch(0, min(initial.windows, stage.train.num_windows))
     scores_U = initial_scores(
         stage.view,
-        windows_WT,
+        stage.initial_windows_WT,
         SCORES[initial.score],
         seed=config.seed,
         pruned_inputs=(stage.ops, config.budget.sparsity) if initial.inputs == "pruned" else None,
-        rows_per_forward=config.search.rows_per_forward,
     )
     probs_U = initial_probs(
         stage.view.space,
@@ -106,8 +132,7 @@ def _start(stage: Stage, folder: RunFolder) -> tuple[torch.Tensor, torch.Tensor]
         sharpness=initial.sharpness,
         ceiling=config.policy.ceiling,
     )
-    write_state(folder.initial, {"scores_U": scores_U, "probs_U": probs_U})
-    return scores_U, probs_U
+    return {"scores_U": scores_U, "probs_U": probs_U}
 
 
 def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
@@ -163,6 +188,7 @@ def _finish(
     losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
     report["parameters"]["pruned"] = _count(sliced)
+    folder.remove_model()  # of an earlier try that did not reach its report
     difference = _save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
     del sliced
     gc.collect()
@@ -172,7 +198,7 @@ def _finish(
         report["parameters"]["initial"] = _count(initial)
     dense = report["parameters"]["dense"]
     report["sparsity"]["total_parameters"] = 1 - report["parameters"]["pruned"] / dense
-    report["perplexity"] = {name: math.exp(loss) for name, loss in losses.items()}
+    report["perplexity"] = {name: perplexity(loss) for name, loss in losses.items()}
     report["loss"] = losses
     report["latency"] = {name: figure.to_dict() for name, figure in times.items()}
     report["verified"] = {"max_logit_difference": difference, "tolerance": TOLERANCE[str(dtype)]}
@@ -194,7 +220,6 @@ def _count(model: Any) -> int:
 @torch.inference_mode()
 def _save_and_verify(model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor) -> float:
     """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
-    shutil.rmtree(target, ignore_errors=True)  # of an earlier try that did not reach its report
     save_pruned(model, tokenizer, target, plan=plan)
     device = next(model.parameters()).device
     logits = model(input_ids=tokens_BT.to(device)).logits
@@ -214,7 +239,7 @@ def read_plan(path: Path) -> KeepPlan:
         return KeepPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ModelError(f"plan {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"plan {path} cannot be read: {error}") from None
 
 
@@ -225,13 +250,18 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: Path) -> dict[str, Any]:
         ModelError: a plan of another architecture.
         RunError: ``out`` exists or cannot be written.
     """
+    check_writable(out)
     if out.exists():
         raise RunError(f"output {out} exists already; give a folder that does not")
     check_family(config)
     model = open_model(config, find_device(config.model.device))
-    tokenizer = load_tokenizer(config.model.path, revision=config.model.revision)
+    tokenizer = open_tokenizer(config)
     dense = _count(model)
     sliced = slice_model(model, plan)
-    generator_tokens = torch.arange(64)[None] % sliced.config.vocab_size
-    difference = _save_and_verify(sliced, tokenizer, out, plan, generator_tokens)
+    tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
+    try:
+        with whole_or_gone(out):
+            difference = _save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written: {_reason(error)}") from error
     return {"dense_parameters": dense, "pruned_parameters": _count(sliced), "max_logit_difference": difference}

@@ -1,6 +1,8 @@
 """Everything a run works with, loaded and checked against each other before anything is written."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +12,10 @@ from bernprune.backends import MaskedOps, find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
+from bernprune.errors import DataError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
 from bernprune.models.families import family_of
-from bernprune.models.loading import load_config, load_model, load_tokenizer
+from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
 from bernprune.models.view import ModelView, describe
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
@@ -35,6 +38,7 @@ class Stage:
     budget: Budget
     limits: Limits
     train: TokenWindows
+    initial_windows_WT: torch.Tensor
     eval_windows_WT: torch.Tensor
     protocol: Protocol
     text_sha256: str
@@ -48,35 +52,45 @@ def set_stage(config: RunConfig) -> Stage:
     """
     device = find_device(config.model.device)
     ops = load_backend(config.backend, device)
-    check_family(config)
-    tokenizer = load_tokenizer(
-        config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
+    model_config = check_family(config)
+    check_window(model_config, max(config.data.window, config.initial.window or 0))
+    tokenizer = open_tokenizer(config)
+    # Text before weights: a typing error in its name must not cost the loading of a large model.
+    stream, held_out, eval_name = _text(config, tokenizer, model_config.vocab_size)
+    with _naming(config.data.text):
+        train = TokenWindows(stream, window=config.data.window, seed=config.seed, at_least=config.search.windows)
+        initial_WT = _initial_windows(config, stream)
+    with _naming(eval_name):
+        windows_WT = evaluation_windows(
+            held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
+        )
     model = open_model(config, device)
     view = describe(model, config.granularity, sequence_length=config.budget.flops_window)
     budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
     limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
-    select(
-        torch.full((view.space.size,), 0.5), budget, limits=limits
-    )  # an impossible budget fails here, not at the end
-    check_window(model.config, config.data.window)
-    train, held_out, text_sha256, eval_name = _text(config, tokenizer, model.config.vocab_size)
-    windows_WT = evaluation_windows(
-        held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
-    )
+    select(torch.full((view.space.size,), 0.5), budget, limits=limits)  # an impossible budget fails here
     logger.info(
         "%s on %s, %d units, %d training windows", config.model.path, device, view.space.size, train.num_windows
     )
     protocol = Protocol.of(eval_name, windows_WT)
-    return Stage(config, view, tokenizer, ops, budget, limits, train, windows_WT, protocol, text_sha256)
+    return Stage(
+        config, view, tokenizer, ops, budget, limits, train, initial_WT, windows_WT, protocol, fingerprint(stream)
+    )
 
 
-def check_family(config: RunConfig) -> None:
-    """Refuse an unknown model type before its weights are read."""
-    model_config = load_config(
+def check_family(config: RunConfig) -> Any:
+    """The model's configuration. Refuses an unknown model type before its weights are read."""
+    family_of(stated_type(config.model.path, revision=config.model.revision))
+    return load_config(
         config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
     )
-    family_of(model_config.model_type)
+
+
+def open_tokenizer(config: RunConfig) -> Any:
+    """The model's tokenizer."""
+    return load_tokenizer(
+        config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
+    )
 
 
 def open_model(config: RunConfig, device: torch.device) -> Any:
@@ -90,23 +104,40 @@ def open_model(config: RunConfig, device: torch.device) -> Any:
     )
 
 
-def _text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[TokenWindows, torch.Tensor, str, str]:
-    """Windows to learn from, the stream to evaluate on, the digest of the former, the name of the latter."""
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Say which of the texts is meant."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def _text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """The stream to learn from, the stream to evaluate on, and the name of the latter."""
     data = config.data
-    stream = _tokens(data.text, "train", data.max_characters, tokenizer, vocab_size)
+    stream = _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
     eval_characters = CHARACTERS_PER_TOKEN * data.eval_tokens
     if data.eval_text is not None:
-        held_out, name = _tokens(data.eval_text, "held-out", eval_characters, tokenizer, vocab_size), data.eval_text
+        held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", eval_characters, joined_by=data.eval_join)
+        name = data.eval_text
     elif data.text == EMBEDDED:
-        held_out, name = _tokens(EMBEDDED, "held-out", eval_characters, tokenizer, vocab_size), "embedded, held out"
+        held_out = _tokens(tokenizer, vocab_size, EMBEDDED, "held-out", eval_characters)
+        name = "embedded, held out"
     else:
         cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
         stream, held_out, name = stream[:cut], stream[cut:], f"{data.text}, last tenth"
-    needed = max(config.search.windows, 1)
-    train = TokenWindows(stream, window=data.window, seed=config.seed, at_least=needed)
-    return train, held_out, fingerprint(stream), name
+    return stream, held_out, name
 
 
-def _tokens(source: str, split: Any, max_characters: int, tokenizer: Any, vocab_size: int) -> torch.Tensor:
-    documents = load_documents(source, split=split, max_characters=max_characters)
+def _initial_windows(config: RunConfig, stream: torch.Tensor) -> torch.Tensor:
+    """What the metric sees: the first windows that the search would see, if they are of one length."""
+    source = TokenWindows(stream, window=config.initial.window or config.data.window, seed=config.seed)
+    return source.batch(0, min(config.initial.windows, source.num_windows))
+
+
+def _tokens(
+    tokenizer: Any, vocab_size: int, source: str, split: Any, max_characters: int, *, joined_by: str | None = None
+) -> torch.Tensor:
+    documents = load_documents(source, split=split, max_characters=max_characters, joined_by=joined_by)
     return tokenize(tokenizer, documents, vocab_size=vocab_size)

@@ -47,7 +47,7 @@ def initial_scores(
     *,
     seed: int = 0,
     pruned_inputs: tuple[MaskedOps, float] | None = None,
-    rows_per_forward: int = 64,
+    rows_per_forward: int = 16,
 ) -> torch.Tensor:
     """Scores of all units, float64 ``[U]``, larger is kept.
 

@@ -1,0 +1,50 @@
+"""A run at a glance: what each layer keeps, and how the loss of sampled masks fell."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+_COLOURS = {"kv_groups": "#3b6ea5", "channels": "#d98032"}
+_TITLES = {"kv_groups": "kv groups", "channels": "FFN channels"}
+
+
+def draw(report: dict[str, Any], losses: Sequence[float]) -> bytes:
+    """A PNG of the report of a run and the mean losses of its steps, nats per token."""
+    from matplotlib.figure import Figure  # takes a second, and most of the library never draws
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    kept, learning = figure.subplots(1, 2, width_ratios=[3, 2])
+    _draw_layers(kept, report["layers"])
+    _draw_losses(learning, losses)
+    perplexity = report["perplexity"]
+    figure.suptitle(
+        f"{report['sparsity']['block_parameters']:.1%} of block parameters removed: perplexity "
+        f"{perplexity['dense']:.2f} dense, {perplexity['initial']:.2f} initial metric, "
+        f"{perplexity['pruned']:.2f} learned"
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _draw_layers(axes: Any, layers: Sequence[dict[str, int]]) -> None:
+    positions = np.arange(len(layers))
+    for offset, kind in ((-0.2, "kv_groups"), (0.2, "channels")):
+        shares = [layer[kind] / layer[f"of_{kind}"] for layer in layers]
+        axes.bar(positions + offset, shares, 0.38, color=_COLOURS[kind], label=_TITLES[kind])
+    axes.set(xlabel="layer", ylabel="share kept", ylim=(0, 1))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
+
+
+def _draw_losses(axes: Any, losses: Sequence[float]) -> None:
+    axes.set(xlabel="step", ylabel="nats per token", title="loss of sampled masks")
+    if not losses:
+        axes.text(0.5, 0.5, "no search", ha="center", transform=axes.transAxes)
+        return
+    width = max(1, len(losses) // 50)
+    smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+    axes.plot(losses, color="#cccccc", linewidth=0.6)
+    axes.plot(np.arange(len(smooth)) + width // 2, smooth, color="#222222", linewidth=1.2)

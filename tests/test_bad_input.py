@@ -1,0 +1,338 @@
+"""Whatever a user gets wrong ends in one sentence, exit code 2 and nothing left behind."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+from tiny_run import (
+    KV_GROUPS,
+    POSITIONS,
+    SETTINGS,
+    VOCABULARY,
+    Place,
+    in_one_sentence,
+    prepare,
+    run,
+    succeed,
+    tiny_tokenizer,
+    visit,
+    words,
+)
+
+from bernprune.config import RunConfig, make_config, merge, parse_settings
+from bernprune.models.architecture import architecture_of
+from bernprune.models.families import FAMILIES
+from bernprune.names import BaselineName, ScoreName
+from bernprune.run import pipeline
+from bernprune.run.folder import RunFolder
+from bernprune.units import KeepPlan, LayerPlan
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return visit(prepared, tmp_path / "place", monkeypatch)
+
+
+# --- the table: what is tried, and what the sentence must say ---
+
+
+def _corrupt_weights(place: Place) -> Path:
+    weights = place.copied() / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return weights.parent
+
+
+def _weights_that_are_nan(place: Place) -> Path:
+    weights = place.copied() / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return weights.parent
+
+
+def _weights_missing(place: Place) -> Path:
+    weights = place.copied() / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.2.mlp.down_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return weights.parent
+
+
+def _other_tokenizer(place: Place) -> Path:
+    tiny_tokenizer(VOCABULARY + 30).save_pretrained(place.copied())
+    return place.folder / "changed"
+
+
+def _not_json(place: Place) -> Path:
+    (place.copied() / "config.json").write_text("{")
+    return place.folder / "changed"
+
+
+def _a_list(place: Place) -> Path:
+    (place.copied() / "config.json").write_text("[]")
+    return place.folder / "changed"
+
+
+def _broken_tokenizer(place: Place) -> Path:
+    (place.copied() / "tokenizer.json").write_text("{}")
+    return place.folder / "changed"
+
+
+def _without_tokenizer(place: Place) -> Path:
+    for path in place.copied().glob("tokenizer*"):
+        path.unlink()
+    return place.folder / "changed"
+
+
+def _without(place: Place, name: str) -> Path:
+    (place.copied() / name).unlink()
+    return place.folder / "changed"
+
+
+def _config_of(place: Place, *more: str) -> RunConfig:
+    """The config that ``place.prune`` resolves to."""
+    given = {"model": {"path": str(place.model)}, "data": {"text": str(place.text)}}
+    return make_config(merge(given, parse_settings([*SETTINGS, *more])))
+
+
+def _unfinished(place: Place, *more: str) -> Path:
+    folder = RunFolder(place.out)
+    with folder.locked():
+        folder.start(_config_of(place, *more))
+    return place.out
+
+
+def _finished(place: Place) -> Path:
+    (_unfinished(place) / "report.json").write_text("{}")
+    return place.out
+
+
+def _damaged_config(place: Place) -> Path:
+    (_unfinished(place) / "config.yaml").write_text("seed: [")
+    return place.out
+
+
+def _something_else(place: Place) -> Path:
+    place.out.mkdir(parents=True)
+    (place.out / "thesis.tex").write_text("precious")
+    return place.out
+
+
+def _plan(place: Place, content: Any) -> list[str]:
+    path = place.file("plan.json", content if isinstance(content, str) else json.dumps(content))
+    return ["apply", str(path), str(place.model), str(place.out)]
+
+
+def _plan_of_another_model(place: Place) -> list[str]:
+    architecture = architecture_of(tiny_model("llama"))
+    layers = tuple(LayerPlan((0,), (0,)) for _ in architecture.layers)
+    return _plan(place, KeepPlan(architecture, layers).to_dict())
+
+
+Try = Callable[[Place], list[str]]
+BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
+    # models
+    "model-missing": (lambda p: p.prune(model=p.folder / "none"), ("none", "does not exist")),
+    "model-is-a-file": (lambda p: p.prune(model=p.text), ("text.txt", "file", "folder")),
+    "model-without-config": (lambda p: p.prune(model=p.folder / "temporary"), ("no config.json",)),
+    "model-config-not-json": (lambda p: p.prune(model=_not_json(p)), ("configuration", "JSON")),
+    "model-config-a-list": (lambda p: p.prune(model=_a_list(p)), ("states no model_type",)),
+    "model-config-of-wrong-type": (lambda p: p.prune(model=p.model_with(hidden_size="x")), ("hidden_size", "int")),
+    "family-unknown": (lambda p: p.prune(model=p.model_with(model_type="gpt2")), ("'gpt2'", *FAMILIES)),
+    "family-nobody-knows": (lambda p: p.prune(model=p.model_with(model_type="none")), ("'none'", *FAMILIES)),
+    "family-unknown-to-units": (lambda p: ["units", str(p.model_with(model_type="gpt2"))], ("'gpt2'", *FAMILIES)),
+    "model-already-pruned": (lambda p: p.prune(model=p.model_with(model_type="bernprune_llama")), ("already pruned",)),
+    "weights-corrupt": (lambda p: p.prune(model=_corrupt_weights(p)), ("changed", "cannot be loaded")),
+    "weights-not-there": (lambda p: p.prune(model=_without(p, "model.safetensors")), ("no file", "model.safetensors")),
+    "weights-incomplete": (lambda p: p.prune(model=_weights_missing(p)), ("layers.2.mlp.down_proj", "lacks 1")),
+    "weights-of-another-size": (lambda p: p.prune(model=p.model_with(intermediate_size=23)), ("[36, 19]", "[36, 23]")),
+    "weights-nan": (lambda p: p.prune(model=_weights_that_are_nan(p)), ("nan", "not finite")),
+    "tokenizer-mismatch": (lambda p: p.prune(model=_other_tokenizer(p)), ("tokenizer", "id", str(VOCABULARY))),
+    "tokenizer-missing": (lambda p: p.prune(model=_without_tokenizer(p)), ("no tokenizer", "tokenizer.json")),
+    "tokenizer-broken": (lambda p: p.prune(model=_broken_tokenizer(p)), ("tokenizer", "cannot be loaded")),
+    # text
+    "text-missing": (lambda p: p.prune(text=p.folder / "none.txt"), ("none.txt", "does not exist")),
+    "text-empty": (lambda p: p.prune(text=p.file("empty.txt", "")), ("empty.txt", "is empty")),
+    "text-blank": (lambda p: p.prune(text=p.file("blank.txt", " \n")), ("blank.txt", "no text")),
+    "text-too-short": (lambda p: p.prune(text=p.file("short.txt", "a b c")), ("short.txt", "too short", "16")),
+    "text-too-short-for-a-tenth": (lambda p: p.prune(text=p.file("s.txt", words(30))), ("s.txt, last tenth", "short")),
+    "text-too-short-for-a-step": (lambda p: p.prune("search.windows=9999", "search.sequences=49995"), ("9,999",)),
+    "text-not-utf8": (lambda p: p.prune(text=p.file("latin.txt", b"caf\xe9 " * 99)), ("latin.txt", "UTF-8")),
+    "text-without-field": (lambda p: p.prune(text=p.file("t.jsonl", '{"body": "x"}')), ("t.jsonl", "line 1", "text")),
+    "eval-text-missing": (lambda p: [*p.prune(), "--eval-text", "none.txt"], ("none.txt", "does not exist")),
+    "eval-text-too-short": (lambda p: [*p.prune(), "--eval-text", str(p.file("e.txt", "a b"))], ("e.txt", "too short")),
+    "eval-join-without-text": (lambda p: p.prune("data.eval_join=x"), ("data.eval_join", "data.eval_text")),
+    # budgets
+    "sparsity-0": (lambda p: [*p.prune(), "--sparsity", "0"], ("budget.sparsity", "greater than 0", "'0'")),
+    "sparsity-negative": (lambda p: [*p.prune(), "--sparsity", "-0.3"], ("budget.sparsity", "greater than 0", "-0.3")),
+    "sparsity-1": (lambda p: [*p.prune(), "--sparsity", "1"], ("budget.sparsity", "less than 1", "'1'")),
+    "sparsity-percent": (lambda p: [*p.prune(), "--sparsity", "30"], ("budget.sparsity", "less than 1", "30")),
+    "sparsity-nan": (lambda p: [*p.prune(), "--sparsity", "nan"], ("budget.sparsity", "finite", "nan")),
+    "sparsity-infinite": (lambda p: [*p.prune(), "--sparsity", "inf"], ("budget.sparsity", "finite", "inf")),
+    "sparsity-text": (lambda p: [*p.prune(), "--sparsity", "much"], ("budget.sparsity", "number", "much")),
+    "sparsity-beyond-ceiling": (lambda p: [*p.prune(), "--sparsity", "0.005"], ("policy.ceiling", "0.995", "0.99")),
+    "minimums-impossible": (
+        lambda p: p.prune("budget.min_channels=18", f"budget.min_kv_groups={KV_GROUPS}"),
+        ("minimums", "70.0%", "0.3"),
+    ),
+    "minimum-more-than-there-is": (lambda p: p.prune("budget.min_channels=20"), ("19 units", "channel", "20")),
+    "multiple-more-than-there-is": (lambda p: p.prune("budget.channel_multiple=64"), ("19 units", "64")),
+    "separate-pools-nested": (
+        lambda p: p.prune("budget.pools=separate", "granularity=[layer, channel]"),
+        ("separate pools", "layer"),
+    ),
+    "sequences-below-a-step": (lambda p: p.prune("search.sequences=3"), ("search.sequences", "4", "3")),
+    "sequences-below-a-matched-step": (
+        lambda p: p.prune("search.sequences=4", "search.baseline=matched"),
+        ("search.sequences", "5", "4"),
+    ),
+    "masks-too-few": (lambda p: p.prune("search.masks=1"), ("leave-one-out", "2 masks", "1")),
+    # settings
+    "key-unknown": (lambda p: p.prune("budget.sparsty=0.5"), ("'budget.sparsty'", "'budget.sparsity'")),
+    "key-without-section": (lambda p: p.prune("learning_rate=0.1"), ("'search.learning_rate'",)),
+    "section-unknown": (lambda p: p.prune("serach.masks=4"), ("'serach'", "'search'")),
+    "section-is-a-value": (lambda p: p.prune("search=3"), ("'search'", "section", "3")),
+    "type-wrong": (lambda p: p.prune("search.masks=many"), ("search.masks", "integer", "'many'")),
+    "type-fraction": (lambda p: p.prune("search.masks=2.5"), ("search.masks", "integer", "2.5")),
+    "type-truth": (lambda p: p.prune("search.masks=yes"), ("search.masks", "true or false", "True")),
+    "type-of-text": (lambda p: p.prune("model.dtype=[1]"), ("model.dtype", "[1]")),
+    "seed-negative": (lambda p: [*p.prune(), "--seed", "-1"], ("seed", "0", "-1")),
+    "score-unknown": (lambda p: [*p.prune(), "--score", "wand"], ("initial.score", "'wand'", *get_args(ScoreName))),
+    "preset-unknown": (lambda p: [*p.prune(), "--preset", "best"], ("preset", "'best'", "default", "paper")),
+    "baseline-unknown": (lambda p: p.prune("search.baseline=mean"), ("baseline", "'mean'", *get_args(BaselineName))),
+    "granularity-unknown": (lambda p: [*p.prune(), "--granularity", "head"], ("granularity", "'head'", "kv_group")),
+    "granularity-twice": (lambda p: [*p.prune(), "--granularity", "channel,channel"], ("granularity", "different")),
+    "granularity-empty": (lambda p: p.prune("granularity=[]"), ("granularity", "channel")),
+    "set-without-equals": (lambda p: p.prune("search.masks"), ("--set", "'search.masks'", "section.key=value")),
+    "set-not-yaml": (lambda p: p.prune("granularity=["), ("--set", "YAML")),
+    "config-missing": (lambda p: ["prune", "none.yaml"], ("none.yaml", "does not exist")),
+    "config-not-yaml": (lambda p: ["prune", str(p.file("c.yaml", "a: ["))], ("c.yaml", "not YAML")),
+    "config-a-list": (lambda p: ["prune", str(p.file("c.yaml", "- a"))], ("c.yaml", "keys and values", "['a']")),
+    "config-false": (lambda p: ["prune", str(p.file("c.yaml", "no"))], ("c.yaml", "keys and values", "False")),
+    "config-of-numbers": (lambda p: ["prune", str(p.file("c.yaml", "1: 2"))], ("c.yaml", "keys and values")),
+    "config-binary": (lambda p: ["prune", str(p.file("c.yaml", b"\xff\x00"))], ("c.yaml", "cannot be read")),
+    "config-a-folder": (lambda p: ["prune", "model"], ("model", "cannot be read")),
+    "config-key-unknown": (lambda p: ["prune", str(p.file("c.yaml", "modle: {}"))], ("'modle'", "'model'")),
+    # windows, devices, backends
+    "window-beyond-positions": (
+        lambda p: p.prune(f"data.window={POSITIONS + 1}"),
+        (f"{POSITIONS + 1}", f"{POSITIONS}"),
+    ),
+    "initial-window-beyond": (lambda p: p.prune(f"initial.window={POSITIONS + 1}"), (f"{POSITIONS + 1}", "positions")),
+    "window-1": (lambda p: p.prune("data.window=1"), ("data.window", "2", "1")),
+    "units-window-beyond": (lambda p: ["units", str(p.model)], ("128", f"{POSITIONS}")),
+    "evaluate-window-beyond": (
+        lambda p: ["evaluate", str(p.model), "--text", str(p.text), "--window", "65"],
+        ("65", "positions"),
+    ),
+    "evaluate-window-1": (
+        lambda p: ["evaluate", str(p.model), "--text", str(p.text), "--window", "1"],
+        ("--window", "2"),
+    ),
+    "cuda-where-there-is-none": (lambda p: p.prune("model.device=cuda"), ("'cuda'", "0 GPUs")),
+    "cuda-number-too-high": (lambda p: p.prune("model.device=cuda:99"), ("'cuda:99'", "GPUs")),
+    "device-unknown": (lambda p: p.prune("model.device=tpu"), ("'tpu'", "cpu")),
+    "triton": (lambda p: p.prune("backend=triton"), ("triton", "cannot run")),
+    # the run folder
+    "out-under-a-file": (lambda p: p.prune(out=p.text / "out"), ("text.txt", "not a writable folder")),
+    "out-under-proc": (lambda p: p.prune(out=Path("/proc/bernprune")), ("/proc", "cannot be written")),
+    "out-is-a-file": (lambda p: p.prune(out=p.text), ("text.txt", "is a file", "folder")),
+    "out-name-too-long": (lambda p: p.prune(out=p.folder / ("x" * 300)), ("cannot be written", "too long")),
+    "out-holds-something-else": (lambda p: p.prune(out=_something_else(p)), ("not empty", "no bernprune run")),
+    "out-something-else-overwritten": (
+        lambda p: [*p.prune(out=_something_else(p)), "--overwrite"],
+        ("not empty", "no bernprune run"),
+    ),
+    "out-of-another-config": (lambda p: p.prune(out=_unfinished(p, "seed=5")), ("unfinished", "seed is 5", "0 here")),
+    "out-finished": (lambda p: p.prune(out=_finished(p)), ("finished run", "--overwrite")),
+    "resume-finished": (lambda p: ["resume", str(_finished(p))], ("is finished", "model")),
+    "resume-nothing": (lambda p: ["resume", "temporary"], ("temporary", "no bernprune run")),
+    "resume-damaged-config": (lambda p: ["resume", str(_damaged_config(p))], ("config.yaml", "not YAML")),
+    "overwrite-by-a-bad-run": (
+        lambda p: [*p.prune(out=_finished(p), model=_weights_that_are_nan(p)), "--overwrite"],
+        ("not finite",),
+    ),
+    # plans
+    "plan-missing": (lambda p: ["apply", "none.json", str(p.model), str(p.out)], ("none.json", "does not exist")),
+    "plan-not-json": (lambda p: _plan(p, "keep it all"), ("plan.json", "cannot be read")),
+    "plan-nested-without-end": (lambda p: _plan(p, "[" * 100_000), ("plan.json", "cannot be read")),
+    "plan-something-else": (lambda p: _plan(p, {"a": 1}), ("not a plan", "format")),
+    "plan-a-list": (lambda p: _plan(p, []), ("not a plan",)),
+    "plan-of-another-format": (lambda p: _plan(p, {"format": 99}), ("format 99", "1")),
+    "plan-of-another-model": (_plan_of_another_model, ("plan", "another model", "4 layers against 3")),
+    "plan-into-a-file": (lambda p: [*_plan_of_another_model(p)[:3], str(p.text)], ("text.txt", "folder")),
+    "plan-into-something-else": (
+        lambda p: [*_plan_of_another_model(p)[:3], str(_something_else(p))],
+        ("exists already",),
+    ),
+    # the command line
+    "command-unknown": (lambda p: ["prone"], ("prone",)),
+    "option-unknown": (lambda p: ["prune", "--sparse", "0.5"], ("--sparse",)),
+    "option-without-value": (lambda p: ["prune", "--model"], ("--model",)),
+    "option-of-wrong-type": (lambda p: ["evaluate", str(p.model), "--window", "x"], ("--window", "integer")),
+    "argument-missing": (lambda p: ["apply", "plan.json"], ("argument", "model")),
+    "argument-too-many": (lambda p: ["resume", "a", "b"], ("b",)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case: str, place: Place) -> None:
+    """One sentence that names what is wrong, exit code 2, and not a byte changed."""
+    attempt, said = BAD[case]
+    if case.startswith("cuda") and torch.cuda.device_count() > 0:
+        pytest.skip("there are GPUs here")
+    arguments = attempt(place)
+    before = place.contents()
+    sentence = in_one_sentence(run(*arguments))
+    assert [part for part in said if part not in sentence] == [], sentence
+    assert place.contents() == before
+
+
+GOOD: dict[str, Try] = {
+    "shortest": lambda p: p.prune(),
+    "smallest-sparsity": lambda p: [*p.prune(), "--sparsity", "0.02"],
+    "largest-window": lambda p: p.prune(f"data.window={POSITIONS}", f"initial.window={POSITIONS}"),
+    "smallest-window": lambda p: p.prune("data.window=2"),
+    "one-step": lambda p: p.prune("search.sequences=4"),
+    "minimums-just-possible": lambda p: p.prune("budget.min_channels=11"),
+    "empty-out-folder": lambda p: p.prune(out=p.folder / "temporary"),
+    "relative-paths": lambda p: p.prune(model=Path("model"), text=Path("text.txt"), out=Path("a/b")),
+    "granularity-in-words": lambda p: p.prune("granularity='channel, kv_group'"),
+    "empty-config": lambda p: ["prune", str(p.file("c.yaml", "# nothing")), *p.prune()[1:]],
+}
+
+
+@pytest.mark.parametrize("case", GOOD)
+def test_its_valid_neighbour(case: str, place: Place) -> None:
+    """What lies just on the right side of a limit runs, without a word on stderr."""
+    assert succeed(*GOOD[case](place)).err == ""
+    assert not list((place.folder / "temporary").glob("bernprune*"))
+
+
+def test_debug_shows_the_traceback(place: Place) -> None:
+    """With --debug the same mistake has its traceback, and the sentence as its last line."""
+    done = run(*place.prune("search.masks=many"), "--debug")
+    assert done.code == 2 and "Traceback" in done.err and "ConfigError" in done.err
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert not place.out.exists()
+
+
+def test_a_fault_of_ours_keeps_its_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user cannot mend is not dressed up as his mistake."""
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("a fault of ours")
+
+    monkeypatch.setattr(pipeline, "set_stage", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(*place.prune())

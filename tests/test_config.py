@@ -1,0 +1,250 @@
+"""Configuration: what may be said, what it means, and that names, presets and example files agree."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel
+from tiny_run import REPOSITORY, Place, prepare, run, visit
+
+from bernprune import names
+from bernprune.config import PRESETS, RunConfig, make_config, merge, parse_settings, read_yaml
+from bernprune.errors import ConfigError
+from bernprune.policy.baselines import BASELINES
+from bernprune.run.folder import RunFolder
+from bernprune.scores import SCORES
+from bernprune.units import KINDS
+
+EXAMPLES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+def fields(section: type[BaseModel], prefix: str = "") -> dict[str, Any]:
+    """Every field by its dotted key, sections too."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        found[prefix + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= fields(field.annotation, f"{prefix}{name}.")
+    return found
+
+
+def value_at(config: RunConfig, key: str) -> Any:
+    found: Any = config
+    for part in key.split("."):
+        found = getattr(found, part)
+    return found
+
+
+# --- presets and their order ---
+
+
+def test_the_default_preset_changes_nothing() -> None:
+    """Without a word, every setting is its field's default."""
+    assert make_config({}) == RunConfig()
+    assert make_config({}).preset == "default" and PRESETS["default"] == {}
+
+
+PAPER = {
+    "budget.pools": "separate",
+    "initial.score": "wanda-sp",
+    "initial.map": "sigmap",
+    "policy.floor": 0.0,
+    "policy.ceiling": 1.0,
+    "policy.projection": "published",
+    "search.masks": 2,
+    "search.windows": 8,
+    "search.learning_rate": 0.002,
+    "search.baseline": "published",
+    "search.baseline_window": 5,
+    "search.scaling": "sqrt-fisher",
+}
+
+
+def test_the_paper_preset_is_the_published_setting() -> None:
+    """2 masks on 8 windows of 128, rate 0.002, moving average over 5, separate budgets (Gao et al., 2024)."""
+    config = make_config({"preset": "paper"})
+    assert {key: value_at(config, key) for key in PAPER} == PAPER
+    assert config.data.window == 128 and set(config.granularity) == {"kv_group", "channel"}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_is_given_wins_over_a_preset(preset: str) -> None:
+    """A preset is defaults: one setting given leaves its neighbours in the same section alone."""
+    alone, given = make_config({"preset": preset}), make_config({"preset": preset, "search": {"learning_rate": 0.5}})
+    assert given.search.learning_rate == 0.5
+    changed = given.to_dict()
+    changed["search"]["learning_rate"] = alone.search.learning_rate
+    assert changed == alone.to_dict()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+def test_the_order_of_what_is_given(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset gives way to the file, the file to flags, flags to --set, and a --set to a later one."""
+    place = visit(prepared, tmp_path / "place", monkeypatch)
+    seen: list[RunConfig] = []
+
+    def stop(config: RunConfig, *_: Any, **__: Any) -> None:
+        seen.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bernprune.run.pipeline.prune", stop)
+    file = place.file(
+        "run.yaml",
+        "preset: paper\nseed: 3\nbudget: {sparsity: 0.2}\nsearch: {masks: 4, learning_rate: 0.1, windows: 2}\n"
+        "data: {text: text.txt}\n",
+    )
+    flags = ["--sparsity", "0.4", "--seed", "5", "--model", "model", "--score", "flap"]
+    run("prune", str(file), *flags, "--set", "seed=7", "--set", "search.windows=3", "--set", "search.windows=6")
+    config = seen[0]
+    assert config.search.baseline == "published", "from the preset"
+    assert (config.search.masks, config.search.learning_rate) == (4, 0.1), "from the file, over the preset"
+    assert (config.budget.sparsity, config.initial.score) == (0.4, "flap"), "from flags, over the file"
+    assert (config.seed, config.search.windows) == (7, 6), "from --set, over flags and the file"
+    assert (config.model.path, config.data.text) == (str(place.model), str(place.text)), "made absolute"
+
+
+def test_merge_changes_neither_side() -> None:
+    """Nested sections are merged, other values replaced, in a new mapping."""
+    base, over = {"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2], "c": 4}
+    assert merge(base, over) == {"a": {"x": 1, "y": 3}, "b": [2], "c": 4}
+    assert base == {"a": {"x": 1, "y": 2}, "b": [1]} and over == {"a": {"y": 3}, "b": [2], "c": 4}
+
+
+# --- single settings ---
+
+SAID = [
+    ("search.learning_rate=1e-3", "search.learning_rate", 1e-3),
+    ("search.sequences=null", "search.sequences", None),
+    ("granularity=channel", "granularity", ("channel",)),
+    ("granularity=[layer, channel]", "granularity", ("layer", "channel")),
+    ("granularity=layer, channel", "granularity", ("layer", "channel")),
+    ("model.path=a=b", "model.path", "a=b"),
+    ("data.eval_text=x.txt", "data.eval_text", "x.txt"),
+    ("report.initial_latency=false", "report.initial_latency", False),
+]
+
+
+@pytest.mark.parametrize(("setting", "key", "value"), SAID, ids=[setting for setting, _, _ in SAID])
+def test_a_setting_is_read_as_yaml(setting: str, key: str, value: Any) -> None:
+    """Numbers, null, lists, names and truth values come out as what they are."""
+    assert value_at(make_config(parse_settings([setting])), key) == value
+
+
+MEANT = [
+    ("budget.sparsty", "budget.sparsity"),
+    ("sparsity", "budget.sparsity"),
+    ("search.lerning_rate", "search.learning_rate"),
+    ("learning_rate", "search.learning_rate"),
+    ("search.mask", "search.masks"),
+    ("serach", "search"),
+    ("granularty", "granularity"),
+    ("policy.celing", "policy.ceiling"),
+    ("model.window", "data.window"),
+]
+
+
+@pytest.mark.parametrize(("given", "meant"), MEANT, ids=[given for given, _ in MEANT])
+def test_the_nearest_key_is_suggested(given: str, meant: str) -> None:
+    """A slip is answered with what was probably meant, the same name in another section first."""
+    with pytest.raises(ConfigError) as caught:
+        make_config(parse_settings([f"{given}=1"]))
+    assert str(caught.value) == f"setting {given!r} is unknown; did you mean {meant!r}?"
+
+
+NUMBERS = [key for key, field in fields(RunConfig).items() if field.annotation in (int, float)]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_number_is_neither_truth_nor_text(key: str) -> None:
+    """YAML's ``yes`` is not 1, and a word is no number; the message names the key and what was given."""
+    for given, shown in (("yes", "True"), ("many", "'many'"), (".nan", "nan")):
+        with pytest.raises(ConfigError, match=rf"setting '{key}': .*, but got {shown}"):
+            make_config(parse_settings([f"{key}={given}"]))
+
+
+def test_there_are_numbers() -> None:
+    """The test above looks at the settings it is meant for."""
+    assert {"budget.sparsity", "search.masks", "seed", "data.window"} <= set(NUMBERS)
+
+
+# --- storing ---
+
+VARIED: dict[str, dict[str, Any]] = {
+    "default": {},
+    "paper": {"preset": "paper"},
+    "everything": {
+        "granularity": ["layer", "channel"],
+        "search": {"seconds": 12.5, "sequences": 0, "objective": "kl", "checkpoint_steps": 3},
+        "data": {"text": "a b.txt", "eval_text": "größe: [.jsonl"},
+        "model": {"path": "~/x", "revision": "1e5", "dtype": "bfloat16"},
+    },
+}
+
+
+@pytest.mark.parametrize("case", VARIED)
+def test_a_config_survives_its_file(case: str, tmp_path: Path) -> None:
+    """to_dict names every setting, and what a run folder stores reads back to an equal config."""
+    config = make_config(VARIED[case])
+    assert make_config(config.to_dict()) == config
+    folder = RunFolder(tmp_path)
+    folder.start(config)
+    assert read_yaml(folder.config) == config.to_dict() and folder.read_config() == config
+    flat = parse_settings([f"{key}=1" for key, field in fields(RunConfig).items() if not _is_section(field)])
+    assert _keys(config.to_dict()) == _keys(flat)
+
+
+def _is_section(field: Any) -> bool:
+    return isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+
+
+def _keys(data: dict[str, Any], prefix: str = "") -> set[str]:
+    inner = (
+        _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key} for key, value in data.items()
+    )
+    return set().union(*inner)
+
+
+def test_a_config_cannot_be_changed() -> None:
+    """A run is determined by what was checked."""
+    config = make_config({})
+    with pytest.raises(ValueError, match="frozen"):
+        config.search.masks = 3
+
+
+# --- names and descriptions ---
+
+
+@pytest.mark.parametrize("key", fields(RunConfig))
+def test_every_setting_is_described(key: str) -> None:
+    """Each has a sentence under it."""
+    field = fields(RunConfig)[key]
+    assert field.description and field.description.endswith("."), key
+
+
+def test_names_agree_with_what_they_name() -> None:
+    """What the configuration allows is what there is, and the other way round."""
+    assert set(get_args(names.BaselineName)) == BASELINES.keys()
+    assert set(get_args(names.ScoreName)) == SCORES.keys()
+    assert set(get_args(names.PresetName)) == PRESETS.keys()
+    assert set(get_args(names.Kind)) == set(KINDS)
+
+
+# --- the example files ---
+
+
+@pytest.mark.skipif(not EXAMPLES, reason="configs/ holds no file yet")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_file_loads(path: Path) -> None:
+    """Every file in configs/ is a configuration that says something."""
+    config = make_config(read_yaml(path))
+    assert config != RunConfig() or path.stem == "quickstart"
+    assert make_config(config.to_dict()) == config
+
+
+def test_examples_are_read() -> None:
+    """Only files that the test above finds are in configs/."""
+    assert [path.name for path in (REPOSITORY / "configs").iterdir() if path.suffix != ".yaml"] == []

@@ -1,0 +1,281 @@
+"""What fails in the middle of a run, the disk, a checkpoint or the losses, leaves a run that can be resumed."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import (
+    Place,
+    in_one_sentence,
+    prepare,
+    prune_arguments,
+    run,
+    state_of,
+    steps_of,
+    succeed,
+    tiny_text,
+    verify_here,
+    visit,
+)
+
+from bernprune import storage
+from bernprune.models import saving
+from bernprune.run import loop, pipeline
+
+WORKING = ("search.sequences=40", "search.checkpoint_steps=4")  # 10 steps, checkpoints at 4, 8 and 10
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return visit(prepared, tmp_path / "place", monkeypatch)
+
+
+# --- a full disk ---
+
+
+def _full() -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _full_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file whose path holds ``name`` can be written whole."""
+    replace = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if re.search(name, str(target)):
+            raise _full()
+        replace(source, target)
+
+    monkeypatch.setattr(storage.os, "replace", fail)
+
+
+def _full_for_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = iter(range(1000))
+    original = loop.sync
+
+    def fail(file: Any) -> None:
+        if next(count) >= 1:
+            raise _full()
+        original(file)
+
+    monkeypatch.setattr(loop, "sync", fail)
+
+
+def _full_for_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise _full()
+
+    monkeypatch.setattr(saving.shutil, "copyfile", fail)
+
+
+def _full_for_verifying(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> float:
+        raise _full()
+
+    monkeypatch.setattr(pipeline, "verify_saved", fail)
+
+
+FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "initial": lambda patch: _full_for(r"initial\.safetensors$", patch),
+    "first-checkpoint": lambda patch: _full_for(r"step-00000004", patch),
+    "last-checkpoint": lambda patch: _full_for(r"step-00000010", patch),
+    "metrics": _full_for_metrics,
+    "plan": lambda patch: _full_for(r"plan\.json$", patch),
+    "model": _full_for_model,
+    "verifying": _full_for_verifying,
+    "report": lambda patch: _full_for(r"report\.json$", patch),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the disks' setting with nothing in its way."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", verify_here)
+        succeed(*prune_arguments(prepared.model, prepared.text, out, *WORKING))
+    return out
+
+
+@pytest.mark.parametrize("where", FULL)
+def test_a_full_disk(where: str, place: Place, undisturbed: Path) -> None:
+    """The run says so and leaves no model and no scrap; once there is room it is resumed to the same result."""
+    with pytest.MonkeyPatch.context() as patch:
+        FULL[where](patch)
+        sentence = in_one_sentence(run(*place.prune(*WORKING)))
+    assert "No space left" in sentence
+    left = {path.name for path in place.out.rglob("*")}
+    assert not (place.out / "model").exists() and not (place.out / "report.json").exists()
+    assert not [name for name in left if name.endswith(".part") or name.startswith(".model")]
+    assert not list((place.folder / "temporary").iterdir())
+    succeed("resume", str(place.out))
+    assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
+    assert steps_of(place.out) == list(range(10))
+
+
+def test_a_disk_full_from_the_start(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where not even the configuration can be written, the folder and those above it are gone again."""
+    _full_for(r"config\.yaml$", monkeypatch)
+    before = place.contents()
+    assert "No space left" in in_one_sentence(run(*place.prune()))
+    assert place.contents() == before
+
+
+def test_a_disk_full_while_applying(place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``apply`` leaves neither a model nor the folders it made for it."""
+    _full_for_verifying(monkeypatch)
+    before = place.contents()
+    done = run("apply", str(undisturbed / "plan.json"), str(place.model), str(place.folder / "deep" / "er"))
+    assert "No space left" in in_one_sentence(done)
+    assert place.contents() == before
+
+
+def test_a_saved_model_that_differs_is_not_left(
+    place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A saved folder whose logits are not the model's fails the run loudly, and nobody can mistake it for a result."""
+    monkeypatch.setattr(pipeline, "verify_saved", lambda *_, **__: 0.5)
+    for arguments in (place.prune(), ["apply", str(undisturbed / "plan.json"), str(place.model), "applied"]):
+        assert "not the one in memory" in in_one_sentence(run(*arguments))
+    assert not (place.out / "model").exists() and not (place.out / "report.json").exists()
+    assert not (place.folder / "applied").exists()
+
+
+# --- damaged checkpoints ---
+
+
+def _truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def _emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {"truncated": _truncated, "bit-flipped": _flipped, "emptied": _emptied}
+
+
+def _stopped_after_its_search(place: Place, undisturbed: Path) -> list[Path]:
+    """The run without its result; returns its checkpoints, the older one first."""
+    shutil.copytree(undisturbed, place.out)
+    (place.out / "report.json").unlink()
+    shutil.rmtree(place.out / "model")
+    return sorted((place.out / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_older_checkpoint_is_used(damage: str, place: Place, undisturbed: Path) -> None:
+    """A damaged checkpoint is named, the one before it is used, which is said too, and the result is the same."""
+    older, newer = _stopped_after_its_search(place, undisturbed)
+    whole = state_of(newer)
+    DAMAGE[damage](newer)
+    done = succeed("resume", str(place.out))
+    assert newer.name in done.err and "damaged" in done.err and f"older checkpoint {older.name}" in done.err
+    assert state_of(newer) == whole
+    assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
+    assert steps_of(place.out) == list(range(10))
+
+
+def test_no_checkpoint_is_whole(place: Place, undisturbed: Path) -> None:
+    """Where every checkpoint is damaged the last line says what to do, and doing it gives the same result."""
+    for path in _stopped_after_its_search(place, undisturbed):
+        _flipped(path)
+    before = place.contents()
+    done = run("resume", str(place.out))
+    assert done.code == 2 and "Traceback" not in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: none of the 2 checkpoints") and "delete that folder" in last
+    assert not (place.out / "model").exists()
+    assert {name for name, data in place.contents().items() if before.get(name) != data} <= {"runs/out/.lock"}
+    shutil.rmtree(place.out / "checkpoints")
+    succeed("resume", str(place.out))
+    assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
+
+
+def test_a_damaged_start_is_computed_again(place: Place, undisturbed: Path) -> None:
+    """The scores that a run began with are a function of its input, so losing them costs time alone."""
+    _stopped_after_its_search(place, undisturbed)
+    _flipped(place.out / "initial.safetensors")
+    done = succeed("resume", str(place.out))
+    assert "initial.safetensors" in done.err and "again" in done.err
+    assert state_of(place.out / "initial.safetensors") == state_of(undisturbed / "initial.safetensors")
+
+
+def test_a_checkpoint_of_another_text_is_refused(place: Place, undisturbed: Path) -> None:
+    """A text that changed under the run is noticed before it mixes two searches."""
+    _stopped_after_its_search(place, undisturbed)
+    stored = (place.out / "config.yaml").read_text()
+    old = re.search(r"text: (\S+)", stored)
+    assert old is not None
+    (place.out / "config.yaml").write_text(stored.replace(old[1], str(tiny_text(place.folder / "new.txt", seed=1))))
+    assert "training text" in in_one_sentence(run("resume", str(place.out)))
+
+
+def test_a_checkpoint_of_other_units_is_refused(place: Place, undisturbed: Path) -> None:
+    """A model that changed under the run is noticed where its units differ."""
+    _stopped_after_its_search(place, undisturbed)
+    stored = (place.out / "config.yaml").read_text()
+    (place.out / "config.yaml").write_text(stored.replace("- kv_group\n", ""))
+    (place.out / "initial.safetensors").unlink()
+    assert "another model or another granularity" in in_one_sentence(run("resume", str(place.out)))
+
+
+# --- losses that are not finite ---
+
+
+def _losses_with_nan(monkeypatch: pytest.MonkeyPatch, step: int, count: int) -> dict[int, torch.Tensor]:
+    """The first ``count`` masks of a step get a loss that is no number; the true losses are noted by step."""
+    noted: dict[int, torch.Tensor] = {}
+    original = loop._Loop._losses
+
+    def losses(self: Any, *arguments: Any) -> tuple[torch.Tensor, float | None]:
+        losses_K, reference = original(self, *arguments)
+        noted[self.work.step] = losses_K
+        bad_K = torch.arange(len(losses_K)) < (count if self.work.step == step else 0)
+        return torch.where(bad_K, float("nan"), losses_K), reference
+
+    monkeypatch.setattr(loop._Loop, "_losses", losses)
+    return noted
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, with the step, the number of masks and the way out."""
+    _losses_with_nan(monkeypatch, step=3, count=1)
+    sentence = in_one_sentence(run(*place.prune()))
+    assert "1 of 4 losses of step 3" in sentence and "search.non_finite=drop" in sentence
+    assert not (place.out / "model").exists()
+
+
+def test_losses_that_are_not_finite_can_be_dropped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On request: the others count, and the log says how many were left out."""
+    noted = _losses_with_nan(monkeypatch, step=3, count=2)
+    succeed(*place.prune("search.non_finite=drop"))
+    lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    dropped = [2 if step == 3 else 0 for step in range(8)]
+    assert [line["dropped"] for line in lines] == dropped
+    means = [noted[step][dropped[step] :].mean().item() for step in range(8)]
+    assert [line["loss"] for line in lines] == pytest.approx(means)
+
+
+def test_too_few_finite_losses_stop_the_run_all_the_same(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave-one-out needs two masks, and one is left."""
+    _losses_with_nan(monkeypatch, step=3, count=3)
+    assert "3 of 4 losses of step 3" in in_one_sentence(run(*place.prune("search.non_finite=drop")))

@@ -1,0 +1,221 @@
+"""A run that is killed, interrupted or started twice is continued to the same result, or refused in time."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import (
+    Place,
+    ended,
+    finish,
+    in_one_sentence,
+    prepare,
+    run,
+    same_run,
+    spawn,
+    steps_of,
+    succeed,
+    tiny_text,
+    visit,
+)
+
+from bernprune.config import make_config, read_yaml
+from bernprune.run import loop, pipeline
+from bernprune.run.folder import RunFolder
+from bernprune.run.stage import set_stage
+
+# 20 steps of a tenth of a second, so that a signal meets a search at work, and a baseline with a memory.
+SLOW = (
+    "search.baseline=matched",
+    "search.masks=32",
+    "search.sequences=660",
+    "search.rows_per_forward=1",
+    "search.checkpoint_steps=10",
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return visit(prepared, tmp_path / "place", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(prepared, tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(prepared, tmp_path_factory.mktemp("uninterrupted"), *SLOW)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert process.poll() is None, f"it ended before its time: {process.communicate()}"
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
+
+
+def test_twenty_steps_are_ten_and_a_kill_and_ten(place: Place, uninterrupted: Path) -> None:
+    """A process killed by SIGKILL after its checkpoint at step 10, and resumed, repeats the other to the last bit."""
+    held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
+    process = spawn([*place.prune(*SLOW), "--eval-text", str(held_out)], place.folder)
+    wait_for((place.out / "checkpoints" / "step-00000010.safetensors").is_file, process)
+    process.send_signal(signal.SIGKILL)
+    assert ended(process).code == -signal.SIGKILL
+    assert not (place.out / "checkpoints" / "step-00000020.safetensors").exists(), "too late: the search was over"
+    with open(place.out / "metrics.jsonl", "a") as metrics:  # what a crash may leave: steps beyond, and half a line
+        metrics.write('{"step": 10}\n{"step": 11, "sequ')
+    succeed("resume", str(place.out))
+    assert steps_of(place.out) == list(range(20))
+    assert len(list((place.out / "checkpoints").iterdir())) == 2
+    same_run(place.out, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_an_interrupted_search_says_how_to_go_on(number: signal.Signals, place: Place, uninterrupted: Path) -> None:
+    """Ctrl-C or SIGTERM: a checkpoint at the step at work, exit code 130, and a command that finishes the same run."""
+    held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
+    process = spawn([*place.prune(*SLOW), "--eval-text", str(held_out)], place.folder)
+    metrics = place.out / "metrics.jsonl"
+    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
+    process.send_signal(number)
+    done = ended(process)
+    assert done.code == 130 and done.err == f"interrupted; continue with: bernprune resume {place.out}\n"
+    steps = len(steps_of(place.out))
+    assert 2 <= steps < 20 and (place.out / "checkpoints" / f"step-{steps:08d}.safetensors").is_file()
+    succeed(*done.err.strip().partition("bernprune ")[2].split())
+    same_run(place.out, uninterrupted)
+
+
+def _interrupt(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_before_the_search(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the model is loaded or scored leaves nothing, and no advice to resume nothing."""
+    before = place.contents()
+    for name in ("set_stage", "initial_scores"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, name, _interrupt)
+            done = run(*place.prune())
+        assert (done.code, done.err) == (130, "interrupted\n")
+        assert place.contents() == before
+
+
+def test_terminated_before_the_search(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM outside the search unwinds like Ctrl-C, so that nothing is left either."""
+    before = place.contents()
+
+    def terminate(*_: Any, **__: Any) -> None:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "this would end the tests"
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(pipeline, "initial_scores", terminate)
+    assert run(*place.prune()).code == 130
+    assert place.contents() == before
+
+
+def test_interrupted_after_the_search(place: Place, finished: Path) -> None:
+    """Ctrl-C while the model is verified leaves no model, and the search need not be repeated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", _interrupt)
+        done = run(*place.prune(), "--eval-text", str(finished.parent / "held-out.txt"))
+    assert done.code == 130 and "bernprune resume" in done.err
+    assert not (place.out / "model").exists() and (place.out / "plan.json").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        succeed("resume", str(place.out))
+    assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+def test_the_advice_survives_a_space(place: Place) -> None:
+    """The command to resume can be pasted into a shell whatever the folder is called."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", _interrupt)
+        done = run(*place.prune(out=Path("my run")))
+    assert done.err == "interrupted; continue with: bernprune resume 'my run'\n"
+
+
+def test_the_same_command_continues(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an unfinished run of its own, ``prune`` goes on from the last checkpoint and repeats no step."""
+    arguments = place.prune("search.sequences=40", "search.checkpoint_steps=4")
+    step, done = loop._Loop.step, []
+
+    def counted(self: Any, *given: Any) -> Any:
+        done.append(self.work.step)
+        if len(done) == 7:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    monkeypatch.setattr(loop._Loop, "step", counted)
+    assert run(*arguments).code == 130
+    assert succeed(*arguments).err == ""
+    assert done == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]
+    assert steps_of(place.out) == list(range(10))
+    names = sorted(path.name for path in (place.out / "checkpoints").iterdir())
+    assert names == ["step-00000008.safetensors", "step-00000010.safetensors"]
+
+
+def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None:
+    """--overwrite starts over with another config, and touches nothing in the folder that is not a run's."""
+    shutil.copytree(finished, place.out)
+    (place.out / "notes.txt").write_text("mine")
+    arguments = [*place.prune(), "--seed", "7"]
+    assert "finished run" in in_one_sentence(run(*arguments))
+    succeed(*arguments, "--overwrite")
+    assert read_yaml(place.out / "config.yaml")["seed"] == 7
+    assert (place.out / "metrics.jsonl").read_text() != (finished / "metrics.jsonl").read_text()
+    assert steps_of(place.out) == list(range(8)) and (place.out / "notes.txt").read_text() == "mine"
+
+
+def test_a_second_process_is_refused(place: Place) -> None:
+    """While one works in a folder, another that would begin or continue a run there says so and changes nothing."""
+    folder = RunFolder(place.out)
+    with folder.locked():
+        assert "another process" in in_one_sentence(run(*place.prune()))
+        folder.start(
+            make_config({"model": {"path": str(place.model)}, "data": {"text": str(place.text), "window": 16}})
+        )
+        before = place.contents()
+        assert "another process" in in_one_sentence(run("resume", str(place.out)))
+        assert place.contents() == before
+
+
+def test_a_run_finished_meanwhile_is_not_replaced(
+    place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who found the folder free, and loaded while another process filled it, looks again before it starts."""
+
+    def load(config: Any) -> Any:
+        shutil.copytree(finished, place.out)
+        return set_stage(config)
+
+    monkeypatch.setattr(pipeline, "set_stage", load)
+    assert "finished run" in in_one_sentence(run(*place.prune()))
+    assert (place.out / "report.json").read_bytes() == (finished / "report.json").read_bytes()
+
+
+def test_scraps_of_a_killed_process_are_no_obstacle(place: Place) -> None:
+    """What SIGKILL leaves before a run began, or while it saved its model, is used or cleared away."""
+    place.out.mkdir(parents=True)
+    (place.out / ".lock").touch()
+    (place.out / ".config.yaml.part").write_text("seed:")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", _interrupt)
+        assert run(*place.prune()).code == 130
+    (place.out / ".model.0123abcd").mkdir()
+    succeed("resume", str(place.out))
+    assert not list(place.out.glob(".model*"))

@@ -1,0 +1,187 @@
+"""The losses of masks are those of the sliced models, in nats per token, however the batch is cut up."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
+from tolerances import EXACT, LOGITS, assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bernprune import objective as module
+from bernprune.backends import load_backend
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import ModelView, describe
+from bernprune.names import ObjectiveName
+from bernprune.objective import LOGIT_BYTES, masked_objective
+
+OPS = load_backend("torch", torch.device("cpu"))
+OBJECTIVES: tuple[ObjectiveName, ...] = ("cross-entropy", "kl")
+LARGE_VOCABULARY = 50_021
+FLOAT32_BYTES = 4
+
+all_objectives = pytest.mark.parametrize("kind", OBJECTIVES)
+
+
+def losses_of(
+    view: ModelView, masks_KU: torch.Tensor, tokens_BT: torch.Tensor, kind: ObjectiveName, **options: int
+) -> torch.Tensor:
+    with masked_objective(view, OPS, kind=kind, **options) as objective:
+        return objective.losses(masks_KU, tokens_BT)
+
+
+def random_masks(view: ModelView, num_masks: int, seed: int = 0) -> torch.Tensor:
+    """Masks ``[K, U]`` under which the model can be sliced."""
+    random = torch.Generator().manual_seed(seed)
+    masks_KU = torch.rand(num_masks, view.space.size, generator=random) < 0.6
+    masks_KU[:, 0] = True
+    return masks_KU
+
+
+@torch.no_grad()
+def log_probs(model: Any, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """Log probabilities from logits of the whole batch, float64 ``[B, T, V]``."""
+    logits = model(input_ids=tokens_BT, use_cache=False).logits.double()
+    return logits - logits.exp().sum(-1, keepdim=True).log()
+
+
+def expected_loss(dense: Any, sliced: Any, tokens_BT: torch.Tensor, kind: ObjectiveName) -> float:
+    """By the textbook, from full logits: mean over tokens of -log q(next token), or of sum p (log p - log q)."""
+    theirs = log_probs(sliced, tokens_BT)
+    if kind == "kl":
+        ours = log_probs(dense, tokens_BT)
+        return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
+    picked = [-theirs[b, t, tokens_BT[b, t + 1]] for b in range(len(tokens_BT)) for t in range(tokens_BT.shape[1] - 1)]
+    return (sum(picked) / len(picked)).item()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@all_objectives
+def test_losses_are_those_of_sliced_models(variant: Variant, kind: ObjectiveName) -> None:
+    """One loss a mask, in the order of the masks, each a mean over all windows."""
+    view, tokens_BT = describe(variant.model()), random_tokens(2, 11)
+    masks_KU = random_masks(view, 3)
+    sliced = [slice_model(copy.deepcopy(view.model), view.space.plan(mask_U)) for mask_U in masks_KU]
+    expected = [expected_loss(view.model, pruned, tokens_BT, kind) for pruned in sliced]
+    assert_close(losses_of(view, masks_KU, tokens_BT, kind), expected, LOGITS[torch.float64])
+
+
+@all_objectives
+@pytest.mark.parametrize("rows", [1, 2, 5, 11, 14, 15, 64])
+def test_rows_per_forward_changes_nothing(kind: ObjectiveName, rows: int) -> None:
+    """Chunks of rows may cut a mask's windows and join several masks; 15 rows in all."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(3, 9)
+    masks_KU = random_masks(view, 5)
+    expected = torch.cat([losses_of(view, mask_1U, tokens_BT, kind) for mask_1U in masks_KU.split(1)])
+    assert_close(losses_of(view, masks_KU, tokens_BT, kind, rows_per_forward=rows), expected, EXACT)
+
+
+@all_objectives
+@pytest.mark.parametrize("tokens_a_chunk", [1, 4, 7, 1000])
+def test_the_size_of_a_chunk_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, kind: ObjectiveName, tokens_a_chunk: int
+) -> None:
+    """Cutting the logits anywhere gives the same losses; a chunk holds at least one token."""
+    view, tokens_BT = describe(tiny_model("qwen2")), random_tokens(2, 13)
+    masks_KU = random_masks(view, 2)
+    expected = losses_of(view, masks_KU, tokens_BT, kind)
+    monkeypatch.setattr(module, "LOGIT_BYTES", FLOAT32_BYTES * 53 * tokens_a_chunk + 3)
+    assert_close(losses_of(view, masks_KU, tokens_BT, kind), expected, EXACT)
+    monkeypatch.setattr(module, "LOGIT_BYTES", 1)
+    assert_close(losses_of(view, masks_KU, tokens_BT, kind), expected, EXACT)
+
+
+@pytest.mark.parametrize(("windows", "length"), [(1, 2), (3, 7), (2, 30)])
+def test_losses_are_nats_per_token(windows: int, length: int) -> None:
+    """A model that knows nothing loses the logarithm of the vocabulary, for any number of windows and tokens."""
+    model = tiny_model("llama")
+    model.lm_head.weight.data.zero_()
+    view = describe(model)
+    masks_KU, tokens_BT = random_masks(view, 2), random_tokens(windows, length)
+    assert_close(losses_of(view, masks_KU, tokens_BT, "cross-entropy"), [math.log(53)] * 2, EXACT)
+    assert losses_of(view, masks_KU, tokens_BT, "kl").tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@all_objectives
+def test_losses_are_float64_on_the_cpu(dtype: torch.dtype, kind: ObjectiveName) -> None:
+    """One number a mask, whatever the model computes in, and without a graph."""
+    view = describe(tiny_model("mistral", dtype))
+    losses_K = losses_of(view, random_masks(view, 3), random_tokens(2), kind)
+    assert (losses_K.dtype, losses_K.device.type, losses_K.shape) == (torch.float64, "cpu", (3,))
+    assert not losses_K.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_losses_are_computed_in_float32_or_better(dtype: torch.dtype) -> None:
+    """Beyond the logits nothing is rounded to the model's dtype; bfloat16 losses would be off by 1 %."""
+    view, tokens_BT = describe(tiny_model("llama", dtype)), random_tokens(1, 40)
+    ones_1U = torch.ones(1, view.space.size)
+    expected = expected_loss(view.model, view.model, tokens_BT, "cross-entropy")
+    assert_close(losses_of(view, ones_1U, tokens_BT, "cross-entropy"), [expected], 1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_divergence_is_zero_for_the_dense_model_alone(variant: Variant) -> None:
+    """KL to the dense model is that of a distribution to another: never negative, zero where nothing is masked."""
+    view, tokens_BT = describe(variant.model()), random_tokens(2)
+    masks_KU = torch.cat([torch.ones(1, view.space.size, dtype=torch.bool), random_masks(view, 4)])
+    losses_K = losses_of(view, masks_KU, tokens_BT, "kl")
+    assert abs(losses_K[0].item()) < EXACT
+    assert (losses_K[1:] > 1e-3).all()
+
+
+@all_objectives
+def test_losses_can_be_taken_again(kind: ObjectiveName) -> None:
+    """No call depends on an earlier one, and the model is dense again when the block is left."""
+    view, tokens_BT = describe(tiny_model("qwen3")), random_tokens(2)
+    masks_KU, before = random_masks(view, 4), log_probs(view.model, tokens_BT)
+    with masked_objective(view, OPS, kind=kind) as objective:
+        first = objective.losses(masks_KU, tokens_BT)
+        objective.losses(~masks_KU, random_tokens(3, 5, seed=1))
+        assert torch.equal(objective.losses(masks_KU, tokens_BT), first)
+    assert torch.equal(log_probs(view.model, tokens_BT), before)
+
+
+# Memory
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the size of the largest float32 tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32:
+                self.num_bytes = max(self.num_bytes, leaf.numel() * FLOAT32_BYTES)
+        return result
+
+
+def largest_tensor(view: ModelView, tokens_BT: torch.Tensor, kind: ObjectiveName) -> int:
+    with LargestTensor() as largest:
+        losses_of(view, random_masks(view, 2), tokens_BT, kind)
+    return largest.num_bytes
+
+
+@all_objectives
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_the_whole_batch_never_exist(
+    monkeypatch: pytest.MonkeyPatch, kind: ObjectiveName, dtype: torch.dtype
+) -> None:
+    """The largest float32 tensor is one chunk of ``LOGIT_BYTES``, or of half of it where there are two models' logits;
+    uncut, it would be the whole batch."""
+    view = describe(tiny_model("llama", dtype, vocab_size=LARGE_VOCABULARY, num_hidden_layers=1, hidden_size=24))
+    tokens_BT = random_tokens(4, 33, vocabulary=LARGE_VOCABULARY)
+    whole_batch = 2 * 4 * 32 * LARGE_VOCABULARY * FLOAT32_BYTES
+    assert whole_batch > 1.4 * LOGIT_BYTES
+    chunk = LOGIT_BYTES / 2 if kind == "kl" else LOGIT_BYTES
+    assert 0.9 * chunk < largest_tensor(view, tokens_BT, kind) <= chunk
+    monkeypatch.setattr(module, "LOGIT_BYTES", 2 * whole_batch + LOGIT_BYTES)
+    assert largest_tensor(view, tokens_BT, kind) >= whole_batch

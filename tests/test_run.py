@@ -1,0 +1,351 @@
+"""Runs end to end: what they leave, what every kind of search does, and that they repeat themselves."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import (
+    CHANNELS,
+    REPOSITORY,
+    WINDOW,
+    Place,
+    ended,
+    finish,
+    prepare,
+    read_json,
+    run,
+    same_run,
+    settings,
+    spawn,
+    steps_of,
+    succeed,
+    visit,
+    without_times,
+)
+from transformers import AutoModelForCausalLM
+
+from bernprune.config import make_config, read_yaml
+from bernprune.data import fingerprint, tokenize
+from bernprune.models.loading import load_tokenizer
+from bernprune.run import loop
+from bernprune.run.stage import set_stage
+from bernprune.text import load_documents
+
+STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
+STORIES_TEXT = REPOSITORY.parent / "shared" / "data" / "tinystories"
+CHANNEL_PARAMETERS = 3 * 36
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return prepare(tmp_path_factory.mktemp("prepared"))
+
+
+@pytest.fixture
+def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    return visit(prepared, tmp_path / "place", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(prepared, tmp_path_factory.mktemp("finished"))
+
+
+# --- what a run leaves ---
+
+
+def test_the_report(finished: Path) -> None:
+    """It has what the issue lists, and the figures agree with each other and with the files."""
+    report = read_json(finished / "report.json")
+    sparsity, parameters, search = report["sparsity"], report["parameters"], report["search"]
+    assert sparsity["target"] == 0.3
+    surplus = (sparsity["achieved"] - sparsity["target"]) * parameters["prunable"]
+    assert -1e-6 <= surplus < CHANNEL_PARAMETERS, "the budget is met within one unit"
+    removed = parameters["dense"] - parameters["pruned"]
+    assert sparsity["block_parameters"] == pytest.approx(removed / parameters["prunable"])
+    assert sparsity["total_parameters"] == pytest.approx(removed / parameters["dense"])
+    weights = load_file(finished / "model" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in weights.values()) == parameters["pruned"]
+    assert report["perplexity"].keys() == {"dense", "initial", "pruned"}
+    for name, value in report["perplexity"].items():
+        assert math.isfinite(value) and value == pytest.approx(math.exp(report["loss"][name]))
+    protocol = report["protocol"]
+    assert (protocol["window"], protocol["windows"], protocol["tokens"]) == (WINDOW, 20, 20 * (WINDOW - 1))
+    assert protocol["text"].endswith("held-out.txt")
+    assert (search["sequences"], search["forward_tokens"], search["steps"]) == (32, 32 * WINDOW, 8)
+    assert 0 < search["seconds"] < 60
+    assert report["verified"]["max_logit_difference"] == 0
+
+
+def test_the_files(finished: Path) -> None:
+    """The folder holds what its module says and nothing else, and every step has one line."""
+    names = {path.name for path in finished.iterdir()}
+    required = {"config.yaml", "metrics.jsonl", "plan.json", "model", "report.json", "checkpoints"}
+    assert required <= names
+    assert steps_of(finished) == list(range(8))
+    assert (finished / "plan.json").stat().st_size < 4096
+    assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_bernprune.py"} <= {
+        path.name for path in (finished / "model").iterdir()
+    }
+
+
+def test_the_stored_config_is_the_config(finished: Path) -> None:
+    """config.yaml names every setting, and reads back to an equal config."""
+    stored = read_yaml(finished / "config.yaml")
+    config = make_config(stored)
+    assert config.to_dict() == stored and make_config(config.to_dict()) == config
+    assert config.search.sequences == 32 and config.data.window == WINDOW and config.budget.sparsity == 0.3
+
+
+def timeless(report: dict[str, Any]) -> dict[str, Any]:
+    search = {key: value for key, value in report["search"].items() if key != "seconds"}
+    return {**report, "search": search, "latency": None}
+
+
+def test_a_run_repeats_itself(place: Place, finished: Path) -> None:
+    """The same seed gives the same report but for times, the same plan and the same weights; another seed does not."""
+    held_out = str(finished.parent / "held-out.txt")
+    again, other = place.folder / "again", place.folder / "other"
+    succeed(
+        *place.prune(out=again, model=_path_in(finished, "model"), text=_path_in(finished, "data")), *_eval(held_out)
+    )
+    succeed(*place.prune(out=other), *_eval(held_out), "--seed", "1")
+    assert timeless(read_json(again / "report.json")) == timeless(read_json(finished / "report.json"))
+    same_run(again, finished)
+    weights, first = (load_file(out / "model" / "model.safetensors") for out in (again, finished))
+    assert weights.keys() == first.keys() and all(torch.equal(weights[name], first[name]) for name in first)
+    assert without_times(other / "metrics.jsonl") != without_times(finished / "metrics.jsonl")
+
+
+def _eval(path: str) -> list[str]:
+    return ["--eval-text", path]
+
+
+def _path_in(finished: Path, section: str) -> Path:
+    return Path(read_yaml(finished / "config.yaml")[section]["path" if section == "model" else "text"])
+
+
+def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
+    """Another seed draws other masks from the same policy, and reads the text in another order."""
+    asked = []
+    for seed in (0, 1, 0):
+        config = {
+            "model": {"path": str(place.model)},
+            "data": {"text": str(place.text), "window": WINDOW},
+            "seed": seed,
+        }
+        stage = set_stage(make_config(config))
+        search = loop.make_search(stage, torch.full((stage.view.space.size,), 0.7, dtype=torch.float64))
+        asked.append((search.ask(3), stage.train.batch(3, 4)))
+    for first, other, again in zip(*asked, strict=True):
+        assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_a_plan_applies_to_another_copy(place: Place, finished: Path) -> None:
+    """plan.json and any copy of the model give the very weights that the run saved."""
+    assert succeed("apply", str(finished / "plan.json"), str(place.model), "applied").err == ""
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (Path("applied"), finished / "model"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_evaluate_gives_the_figures_of_the_report(place: Place, finished: Path) -> None:
+    """On the same text and window, for the dense and for the pruned model."""
+    report, text = read_json(finished / "report.json"), str(finished.parent / "held-out.txt")
+    same = ["--text", text, "--window", str(WINDOW), "--tokens", "320"]
+    for name, folder in (("dense", place.model), ("pruned", finished / "model")):
+        result = json.loads(succeed("evaluate", str(folder), *same, "--json").out)
+        assert result["perplexity"] == pytest.approx(report["perplexity"][name], rel=1e-6)
+        assert result["protocol"] == report["protocol"]
+        assert result["parameters"] == report["parameters"][name]
+    printed = succeed("evaluate", str(finished / "model"), *same).out
+    assert f"{report['perplexity']['pruned']:.4f}" in printed and f"{report['parameters']['pruned']:,}" in printed
+
+
+def test_units_prints_what_there_is(place: Place) -> None:
+    """Units per layer and in all, their cost, what is left out, and what a run takes."""
+    done = succeed("units", str(place.model), *settings(f"data.window={WINDOW}", "search.sequences=32"))
+    rows = [line.split() for line in done.out.splitlines()]
+    assert ["channel", str(CHANNELS), str(3 * CHANNELS), str(CHANNEL_PARAMETERS)] in [row[:4] for row in rows]
+    assert ["kv_group", "3", "9", "1,728"] in [row[:4] for row in rows]
+    assert all(word in done.out for word in ("left out", "memory", "time", "32 sequences")) and done.err == ""
+
+
+def test_help_without_a_command() -> None:
+    """``bernprune`` alone explains itself, and is no error."""
+    done = run()
+    assert done.code == 0 and done.err == "" and all(name in done.out for name in ("prune", "resume", "evaluate"))
+
+
+# --- kinds of search ---
+
+
+def report_of(place: Place, *more: str, flags: tuple[str, ...] = ()) -> dict[str, Any]:
+    done = succeed(*place.prune(*more), *flags)
+    assert done.err == ""
+    return read_json(place.out / "report.json")
+
+
+def test_the_published_method(place: Place) -> None:
+    """--preset paper: two masks on eight windows a step, and each kind of unit loses its own 30 %."""
+    report = report_of(place, "search.sequences=64", "search.masks=2", flags=("--preset", "paper"))
+    assert report["search"]["steps"] == 4 and report["search"]["sequences"] == 64
+    kept = [sum(layer[name] for layer in report["layers"]) for name in ("kv_groups", "channels")]
+    assert kept == [math.floor(0.7 * 9), math.floor(0.7 * 57)]
+
+
+def test_without_a_search(place: Place) -> None:
+    """search.sequences=0 is the metric alone: what is learned is what it began with."""
+    report = report_of(place, "search.sequences=0")
+    assert report["search"]["changed_units"] == report["search"]["steps"] == report["search"]["sequences"] == 0
+    assert report["perplexity"]["pruned"] == pytest.approx(report["perplexity"]["initial"], rel=1e-5)
+    assert steps_of(place.out) == []
+
+
+@pytest.mark.parametrize("limit", ["search.sequences=null", "search.sequences=20000"])
+def test_a_search_stops_in_time(limit: str, place: Place) -> None:
+    """search.seconds ends the search with the step at work, whether or not sequences are limited too."""
+    started = time.monotonic()
+    search = report_of(place, limit, "search.seconds=0.3")["search"]
+    assert 0.3 <= search["seconds"] < time.monotonic() - started < 30
+    assert search["steps"] == len(steps_of(place.out)) > 1
+    last = json.loads((place.out / "metrics.jsonl").read_text().splitlines()[-2])
+    assert last["seconds"] <= 0.3, "it took no step more than it had to"
+
+
+@pytest.mark.parametrize(
+    ("setting", "passes"),
+    [
+        ("search.baseline=leave-one-out", 4),
+        ("search.baseline=none", 4),
+        ("search.baseline=moving-average", 4),
+        ("search.baseline=published", 4),
+        ("search.baseline=matched", 5),
+        ("search.objective=kl", 5),
+    ],
+)
+def test_every_pass_is_counted(setting: str, passes: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """search.sequences holds reference and dense passes too, and what is reported is what was run."""
+    rows = []
+    monkeypatch.setattr(loop, "masked_objective", _counting(loop.masked_objective, rows))
+    search = report_of(place, setting, "search.windows=2", "search.sequences=40")["search"]
+    steps = 40 // (2 * passes)
+    assert (search["steps"], search["sequences"]) == (steps, steps * 2 * passes)
+    assert sum(rows) == search["sequences"] and search["forward_tokens"] == search["sequences"] * WINDOW
+
+
+def _counting(original: Any, rows: list[int]) -> Any:
+    """``masked_objective`` that notes the rows of every forward pass."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def counted(view: Any, *given: Any, **more: Any) -> Any:
+        with original(view, *given, **more) as objective:
+            hook = view.decoder.register_forward_pre_hook(
+                lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+            )
+            try:
+                yield objective
+            finally:
+                hook.remove()
+
+    return counted
+
+
+def test_channel_multiples_reach_the_saved_model(place: Place) -> None:
+    """budget.channel_multiple=4: each layer of the loaded folder has a multiple of 4 channels; the budget holds."""
+    report = report_of(place, "budget.channel_multiple=4")
+    model = AutoModelForCausalLM.from_pretrained(place.out / "model")
+    widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
+    assert all(width % 4 == 0 and width > 0 for width in widths)
+    assert widths == [layer["channels"] for layer in report["layers"]]
+    assert report["sparsity"]["achieved"] >= 0.3
+
+
+def test_all_levels_at_once(place: Place) -> None:
+    """All five granularities: half of the model goes, it loads, generates, and is worth what the report says."""
+    everything = "granularity=layer,attention,kv_group,ffn,channel"
+    report = report_of(place, everything, flags=("--sparsity", "0.5", "--eval-text", str(place.text)))
+    assert 0.5 <= report["sparsity"]["achieved"] < 0.6
+    folder = str(place.out / "model")
+    same = ["--text", str(place.text), "--window", str(WINDOW), "--tokens", "320", "--json"]
+    result = json.loads(succeed("evaluate", folder, *same).out)
+    assert result["perplexity"] == pytest.approx(report["perplexity"]["pruned"], rel=1e-6)
+    tokens = torch.arange(5, 9)[None]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with_cache, without = (
+        model.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=cache) for cache in (True, False)
+    )
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("kind", ["layer", "attention", "kv_group", "ffn", "channel"])
+def test_each_level_alone(kind: str, place: Place) -> None:
+    """Every granularity is a run by itself."""
+    report = report_of(place, f"granularity={kind}", "budget.sparsity=0.4")
+    assert report["sparsity"]["achieved"] >= 0.4 and math.isfinite(report["perplexity"]["pruned"])
+
+
+def test_the_held_out_tenth_is_not_learned_from(place: Place) -> None:
+    """With one text, evaluation has the last tenth of its tokens, and search and metric have none of them."""
+    config = make_config({"model": {"path": str(place.model)}, "data": {"text": str(place.text), "window": WINDOW}})
+    stage = set_stage(config)
+    tokenizer = load_tokenizer(str(place.model))
+    stream = tokenize(tokenizer, load_documents(str(place.text), split="train"), vocab_size=10**6)
+    cut = len(stream) * 9 // 10
+    learned, held_out = stream[:cut], stream[cut:]
+    assert stage.text_sha256 == fingerprint(learned)
+    assert torch.equal(stage.eval_windows_WT.flatten(), held_out[: stage.eval_windows_WT.numel()])
+    assert stage.train.num_windows == cut // WINDOW
+    epoch = stage.train.batch(0, stage.train.num_windows)
+    expected = learned[: epoch.numel()].view(-1, WINDOW)
+    assert sorted(epoch.tolist()) == sorted(expected.tolist())
+    assert "last tenth" in stage.protocol.text
+
+
+# --- as a user starts it ---
+
+
+def test_an_ordinary_command(place: Place) -> None:
+    """In its own process: a table on stdout, nothing on stderr, verified by a clean load, in out/MODEL-SPARSITY."""
+    arguments = place.prune()
+    index = arguments.index("--out")
+    done = ended(spawn([*arguments[:index], *arguments[index + 2 :]], place.folder))
+    assert (done.code, done.err) == (0, "")
+    report = read_json(place.folder / "out" / "model-0.3" / "report.json")
+    assert report["verified"]["max_logit_difference"] == 0
+    lines = [line.split() for line in done.out.splitlines()]
+    shown = {line[0]: line for line in lines if line}
+    for row, name in (("dense", "dense"), ("learned", "pruned")):
+        assert shown[row][1:3] == [f"{report['perplexity'][name]:.3f}", f"{report['parameters'][name]:,}"]
+    assert shown["result"] == ["result", "out/model-0.3/model"]
+
+
+def test_nobody_reads_on(place: Place) -> None:
+    """``bernprune units | head -1`` ends without a traceback."""
+    process = spawn(["units", str(place.model), *settings(f"data.window={WINDOW}")], place.folder)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert (process.stderr.read(), process.wait(120)) == ("", 141)
+
+
+@pytest.mark.skipif(not STORIES.is_dir() or not STORIES_TEXT.is_dir(), reason=f"no {STORIES} or {STORIES_TEXT}")
+def test_a_real_model_gets_better_by_learning(place: Place) -> None:
+    """stories260K at 30 %: a short search already beats the metric it starts from on held-out text."""
+    small = (
+        "data.max_characters=400000",
+        "data.eval_tokens=8192",
+        "report.latency_repeats=2",
+        "search.sequences=2560",
+        "search.learning_rate=0.05",
+    )
+    where = ["--model", str(STORIES), "--text", str(STORIES_TEXT / "train.jsonl"), "--out", str(place.out)]
+    succeed("prune", *where, "--eval-text", str(STORIES_TEXT / "valid.jsonl"), *settings(*small))
+    report = read_json(place.out / "report.json")
+    assert report["perplexity"]["dense"] < report["perplexity"]["pruned"] < report["perplexity"]["initial"]
+    assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.001)
