@@ -10,12 +10,17 @@ Importing it makes transformers' Auto classes load pruned folders without ``trus
 
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import BernpruneError
+from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.modeling_bernprune import register
 from bernprune.models.saving import save_pruned
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
-from bernprune.policy.selection import select
+from bernprune.policy.baselines import make_baseline
+from bernprune.policy.bernoulli import initial_probs
+from bernprune.policy.budget import Budget
+from bernprune.policy.search import MaskSearch
+from bernprune.policy.selection import Limits, select
 from bernprune.run.pipeline import apply_plan, prune, read_plan, resume
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KeepPlan, UnitSpace
@@ -25,12 +30,19 @@ __version__ = "0.1.0"
 __all__ = [
     "SCORES",
     "BernpruneError",
+    "Budget",
     "KeepPlan",
+    "Limits",
+    "MaskSearch",
     "RunConfig",
     "UnitSpace",
     "apply_plan",
     "describe",
+    "initial_probs",
     "initial_scores",
+    "load_model",
+    "load_tokenizer",
+    "make_baseline",
     "make_config",
     "masked_objective",
     "prune",

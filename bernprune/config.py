@@ -104,8 +104,9 @@ class InitialConfig(_Section):
     """Metric that starts the policy."""
     map: MapName = "sigmap"
     """How scores become probabilities."""
-    scope: Scope = "layer"
-    """Map each layer by itself, or each kind over all layers."""
+    scope: Scope | None = None
+    """Map the scores of each layer and kind by themselves ('layer'), each kind over all layers ('global'), or all at
+    once ('pooled'); by default 'pooled' for flap and 'layer' for others."""
     sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
     """High probability of the map 'const'."""
     windows: Count = 128

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bernprune.backends import MaskedOps
+from bernprune.backends import MaskedOps, load_backend
+from bernprune.errors import ConfigError
 from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName
@@ -67,7 +68,12 @@ class MaskedObjective:
 
     @torch.inference_mode()
     def losses(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token."""
+        """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token.
+
+        Raises:
+            ConfigError: masks or windows of another shape.
+        """
+        self._check(masks_KU, tokens_BT)
         num_masks, num_windows = len(masks_KU), len(tokens_BT)
         tokens_BT = tokens_BT.to(self._device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
@@ -76,8 +82,16 @@ class MaskedObjective:
         for chunk in rows.split(self._rows):
             windows = (chunk % num_windows).to(self._device)
             dense_RTD = None if dense_BTD is None else dense_BTD[windows]
-            parts.append(self._row_losses(masks_KU[chunk // num_windows], tokens_BT[windows], dense_RTD))
+            masks_RU = masks_KU if num_masks == 1 else masks_KU[chunk // num_windows]  # a single one serves all rows
+            parts.append(self._row_losses(masks_RU, tokens_BT[windows], dense_RTD))
         return torch.cat(parts).view(num_masks, num_windows).mean(1)
+
+    def _check(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> None:
+        size = self._view.space.size
+        if masks_KU.ndim != 2 or masks_KU.shape[1] != size or not len(masks_KU):
+            raise ConfigError(f"masks must be [K, {size}] for this model, but are {list(masks_KU.shape)}")
+        if tokens_BT.ndim != 2 or not len(tokens_BT) or tokens_BT.shape[1] < 2:
+            raise ConfigError(f"windows must be [B, T] of at least 2 tokens, but are {list(tokens_BT.shape)}")
 
     def _row_losses(
         self, masks_RU: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
@@ -101,8 +115,12 @@ class MaskedObjective:
 
 @contextmanager
 def masked_objective(
-    view: ModelView, ops: MaskedOps, *, kind: ObjectiveName = "cross-entropy", rows_per_forward: int = 64
+    view: ModelView, ops: MaskedOps | None = None, *, kind: ObjectiveName = "cross-entropy", rows_per_forward: int = 64
 ) -> Iterator[MaskedObjective]:
-    """The objective for the length of a ``with`` block; the model is restored on leaving it."""
+    """The objective for the length of a ``with`` block; the model is restored on leaving it.
+
+    ``ops`` are by default the fastest that run on the model's device.
+    """
+    ops = ops or load_backend("auto", next(view.model.parameters()).device)
     with masked(view, ops) as live:
         yield MaskedObjective(view, live, kind, rows_per_forward)

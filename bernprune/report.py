@@ -2,7 +2,7 @@
 
 from typing import Any
 
-ROWS = {"dense": "dense", "initial": "initial metric", "pruned": "learned"}
+ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metric", "pruned": "learned"}
 
 
 def table(report: dict[str, Any]) -> str:

@@ -101,7 +101,7 @@ def test_const_keeps_a_count_of_the_best(scores_N: torch.Tensor, keep: float, sh
 
 
 @all_maps
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", ["layer", "global", "pooled"])
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 def test_starts_are_probabilities(space: UnitSpace, scope: Scope, map_name: MapName) -> None:
     """Of every kind of space, also from constant scores and float32."""
@@ -221,3 +221,15 @@ def test_entropy_is_in_bits_per_unit() -> None:
     p = 0.11
     expected = -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
     assert_close(entropy(torch.tensor([p, 1 - p, 0.0, 0.5], dtype=torch.float64)), (2 * expected + 1) / 4, EXACT)
+
+
+@pytest.mark.parametrize("map_name", ["sigmap", "norm"])
+def test_pooled_maps_keep_the_order_of_all_scores(map_name: MapName) -> None:
+    """Across layers and kinds; so does no other scope."""
+    scores_U = random_numbers(FLAT.size, 5)
+
+    def ordered(scope: Scope) -> bool:
+        probs_U = initial_probs(FLAT, scores_U, keep=0.5, map_name=map_name, scope=scope)
+        return bool((probs_U[scores_U.argsort()].diff() >= 0).all())
+
+    assert [ordered(scope) for scope in ("layer", "global", "pooled")] == [False, False, True]

@@ -275,7 +275,17 @@ def test_losses_that_are_not_finite_can_be_dropped(place: Place, monkeypatch: py
     assert [line["loss"] for line in lines] == pytest.approx(means)
 
 
-def test_too_few_finite_losses_stop_the_run_all_the_same(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave-one-out needs two masks, and one is left."""
-    _losses_with_nan(monkeypatch, step=3, count=3)
-    assert "3 of 4 losses of step 3" in in_one_sentence(run(*place.prune("search.non_finite=drop")))
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_one_finite_loss_is_enough(place: Place, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """Also of the published two masks: the step counts for less, and the run goes on."""
+    masks = 2
+    _losses_with_nan(monkeypatch, step=3, count=masks - 1)
+    succeed(*place.prune("search.non_finite=drop", f"search.masks={masks}", f"preset={preset}"))
+    lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["dropped"] for line in lines[:5]] == [0, 0, 0, 1, 0]
+
+
+def test_no_finite_loss_stops_the_run_all_the_same(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is nothing to learn from."""
+    _losses_with_nan(monkeypatch, step=3, count=4)
+    assert "4 of 4 losses of step 3" in in_one_sentence(run(*place.prune("search.non_finite=drop")))

@@ -250,3 +250,14 @@ def test_the_published_method_step_by_step(learning_rate: float) -> None:
         s, delta = literal_step(s, delta, masks_KU.numpy(), losses_K.numpy(), learning_rate)
         search.tell(masks_KU, losses_K, learning_rate=learning_rate)
     assert num_settled > 0
+
+
+def test_a_dropped_mask_shortens_the_published_sum() -> None:
+    """Of three masks asked for, two that are left are still divided by 3 - 1, and one does not divide by zero."""
+    for num_left in (1, 2, 3):
+        losses_K = torch.tensor([2.0, 3.5, 1.0], dtype=torch.float64)[:num_left]
+        baseline = make_baseline("published", window=5, num_masks=3)
+        baseline.load_state_dict({"average": 4.0})
+        average = 0.8 * 4.0 + 0.2 * losses_K.mean()
+        mean = baseline.advantages(losses_K, None).mean()
+        assert_close(mean, (losses_K - average).sum() / 2, EXACT)

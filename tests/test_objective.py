@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from bernprune import objective as module
 from bernprune.backends import load_backend
+from bernprune.errors import ConfigError
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import ObjectiveName
@@ -185,3 +186,20 @@ def test_logits_of_the_whole_batch_never_exist(
     assert 0.9 * chunk < largest_tensor(view, tokens_BT, kind) <= chunk
     monkeypatch.setattr(module, "LOGIT_BYTES", 2 * whole_batch + LOGIT_BYTES)
     assert largest_tensor(view, tokens_BT, kind) >= whole_batch
+
+
+@pytest.mark.parametrize("spoil", ["narrow", "wide", "flat", "none", "one_token"])
+def test_masks_and_windows_that_do_not_fit_are_refused(spoil: str) -> None:
+    """With what is needed and what was given."""
+    view = describe(tiny_model("llama"))
+    masks_KU, tokens_BT = random_masks(view, 2), random_tokens(2, 5)
+    bad = {
+        "narrow": (masks_KU[:, 1:], tokens_BT),
+        "wide": (torch.cat([masks_KU, masks_KU], dim=1), tokens_BT),
+        "flat": (masks_KU[0], tokens_BT),
+        "none": (masks_KU[:0], tokens_BT),
+        "one_token": (masks_KU, tokens_BT[:, :1]),
+    }
+    assert losses_of(view, masks_KU, tokens_BT, "cross-entropy").isfinite().all()
+    with pytest.raises(ConfigError, match="must be"):
+        losses_of(view, *bad[spoil], "cross-entropy")

@@ -71,7 +71,7 @@ def test_the_report(finished: Path) -> None:
     assert sparsity["total_parameters"] == pytest.approx(removed / parameters["dense"])
     weights = load_file(finished / "model" / "model.safetensors")
     assert sum(tensor.numel() for tensor in weights.values()) == parameters["pruned"]
-    assert report["perplexity"].keys() == {"dense", "initial", "pruned"}
+    assert report["perplexity"].keys() == {"dense", "uniform", "initial", "pruned"}
     for name, value in report["perplexity"].items():
         assert math.isfinite(value) and value == pytest.approx(math.exp(report["loss"][name]))
     protocol = report["protocol"]

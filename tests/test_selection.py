@@ -355,3 +355,14 @@ def test_minimums_just_at_the_budget_are_possible() -> None:
     space = make_space(kinds, [(1, 10), (1, 10)])
     mask_U = select(random_numbers(20, 0), Budget(space, 0.7), limits=Limits(min_channels=3))
     assert [len(layer.channels) for layer in space.plan(mask_U).layers] == [3, 3]
+
+
+@pytest.mark.parametrize("spoil", ["short", "long", "nan"])
+def test_priorities_that_are_none_are_refused(spoil: str) -> None:
+    """Of another length, or not numbers."""
+    good = random_numbers(FLAT.size, 0)
+    not_a_number = torch.where(good == good.max(), math.nan, good)
+    bad = {"short": good[1:], "long": torch.cat([good, good[:1]]), "nan": not_a_number}
+    select(good, Budget(FLAT, 0.3))
+    with pytest.raises(BudgetError, match=f"{FLAT.size} finite priorities"):
+        select(bad[spoil], Budget(FLAT, 0.3))

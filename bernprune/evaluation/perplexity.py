@@ -12,7 +12,8 @@ from bernprune.backends import find_device
 from bernprune.config import ModelConfig
 from bernprune.data import evaluation_windows, fingerprint, tokenize
 from bernprune.errors import LossError, ModelError
-from bernprune.models.loading import load_model, load_tokenizer
+from bernprune.models.loading import load_config, load_model, load_tokenizer
+from bernprune.models.view import count_parameters
 from bernprune.text import load_documents
 
 _LARGEST_LOSS = math.log(sys.float_info.max) * (1 - 1e-15)
@@ -83,19 +84,19 @@ def evaluate(model: ModelConfig, text: str, *, window: int, max_tokens: int | No
     """
     device = find_device(model.device)
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    tokenizer = load_tokenizer(model.path, **options)
-    loaded = load_model(model.path, dtype=model.dtype, device=device, **options)
-    check_window(loaded.config, window)
+    config, tokenizer = load_config(model.path, **options), load_tokenizer(model.path, **options)
+    check_window(config, window)
     characters = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
     documents = load_documents(text, split="held-out", max_characters=characters)
-    stream_N = tokenize(tokenizer, documents, vocab_size=loaded.config.vocab_size)
+    stream_N = tokenize(tokenizer, documents, vocab_size=config.vocab_size)
     windows_WT = evaluation_windows(
         stream_N, window, max_windows=None if max_tokens is None else max(1, max_tokens // window)
     )
+    loaded = load_model(model.path, dtype=model.dtype, device=device, **options)
     loss = mean_loss(loaded, windows_WT)
     return {
         "perplexity": perplexity(loss),
         "loss": loss,
-        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "parameters": count_parameters(loaded),
         "protocol": Protocol.of(text, windows_WT).to_dict(),
     }

@@ -60,7 +60,11 @@ def _check_modules(model: PreTrainedModel, architecture: Architecture, family: F
     for index, (layer, shape) in enumerate(zip(layers, architecture.layers, strict=True)):
         for role, wanted in _sizes(architecture, shape).items():
             module = part(layer, *projections(family)[role])
-            # Stated sizes, not the weight's shape, which a quantised layer packs.
+            if type(module) is not nn.Linear:  # masking reads its weight, slicing takes rows and columns of it
+                raise ModelError(
+                    f"the {role} projection of layer {index} is a {type(module).__name__}, not a plain linear layer; "
+                    "prune the model before quantising or adapting it"
+                )
             found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
             if found != wanted:
                 raise ModelError(f"the {role} projection of layer {index} maps {found}, but the config says {wanted}")

@@ -131,7 +131,7 @@ def _sync(path: Path) -> None:
 
 def _run_clean(folder: Path, exchange: str, dtype: str, device: str) -> None:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(exchange, "modules"))}
-    command = [sys.executable, "-I", "-c", CLEAN_LOAD, str(folder), exchange, dtype, device]
+    command = [sys.executable, "-P", "-c", CLEAN_LOAD, str(folder), exchange, dtype, device]
     done = subprocess.run(command, cwd=exchange, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]

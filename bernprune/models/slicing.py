@@ -21,7 +21,7 @@ from bernprune.errors import ModelError
 from bernprune.models.architecture import architecture_of, part, projections
 from bernprune.models.families import Family, family_of
 from bernprune.models.modeling_bernprune import FAMILIES, auto_map, share_config
-from bernprune.units import Architecture, KeepPlan, LayerPlan, LayerShape
+from bernprune.units import KeepPlan, LayerPlan, LayerShape
 
 FORMAT = 1
 # Which dimension of a projection's weight holds the units; an output-side one (0) has them in its bias too.
@@ -152,20 +152,6 @@ def _check(model: PreTrainedModel, plan: KeepPlan) -> None:
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1:
         raise ModelError(f"the model is spread over {len(devices)} devices; load it on one to slice it")
-    _check_plain(model, architecture)
-
-
-def _check_plain(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Only plain linear layers have rows and columns to take away."""
-    family = family_of(architecture.model_type)
-    for index, layer in enumerate(part(model, family.decoder, family.layers)):
-        for role, names in projections(family).items():
-            module = part(layer, *names)
-            if type(module) is not nn.Linear:
-                raise ModelError(
-                    f"the {role} projection of layer {index} is a {type(module).__name__}, not a plain linear layer; "
-                    "slice the model before quantising or adapting it"
-                )
 
 
 def _check_same_parts(model: PreTrainedModel, pruned: PreTrainedModel) -> None:

@@ -45,11 +45,11 @@ class ModelView:
     @property
     def num_parameters(self) -> int:
         """All parameters of the model; tied ones count once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_parameters(self.model)
 
 
 def describe(
-    model: PreTrainedModel, granularity: Sequence[Kind] = ("kv_group", "channel"), *, sequence_length: int = 128
+    model: PreTrainedModel, granularity: Sequence[Kind] = ("kv_group", "channel"), *, sequence_length: int = 2048
 ) -> ModelView:
     """Find the units of a transformers causal-LM model.
 
@@ -102,9 +102,9 @@ def _groups(
 ) -> Iterator[UnitGroup]:
     """The unit groups of one layer, coarse before fine; a level that is off leaves what it owns to a coarser one."""
     head, channel = _kv_group_cost(layer, architecture, sequence_length), _channel_cost(layer, family)
-    attention_rest = _Cost(_count(layer.attention, getattr(layer.layer, family.attention_norm)), 0.0)
+    attention_rest = _Cost(count_parameters(layer.attention, getattr(layer.layer, family.attention_norm)), 0.0)
     attention_rest.parameters -= head.parameters * layer.shape.kv_groups
-    ffn_rest = _Cost(_count(layer.ffn, getattr(layer.layer, family.ffn_norm)), 0.0)
+    ffn_rest = _Cost(count_parameters(layer.ffn, getattr(layer.layer, family.ffn_norm)), 0.0)
     ffn_rest.parameters -= channel.parameters * layer.shape.channels
     # Without attention in the first layer, caches would take their length from nothing: it is never removed whole.
     removable = kinds - ({"attention", "layer"} if index == 0 else set())
@@ -130,7 +130,8 @@ def _give(owned: dict[Kind, _Cost], removable: set[Kind], candidates: Sequence[A
             return
 
 
-def _count(*modules: nn.Module) -> int:
+def count_parameters(*modules: nn.Module) -> int:
+    """Parameters of all modules together; tied ones of one module count once."""
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 

@@ -14,7 +14,10 @@ from bernprune.names import BaselineName
 
 
 class Baseline(Protocol):
-    """Losses of one step to advantages; state is what the next steps need to know."""
+    """Losses of one step to advantages; state is what the next steps need to know.
+
+    ``min_masks`` a step must be asked for; a step of which some were dropped may have fewer, but at least one.
+    """
 
     needs_reference: bool
     min_masks: int
@@ -31,8 +34,8 @@ class Baseline(Protocol):
 class _Average:
     """A running mean with the memory of about ``window`` steps; its first value starts it."""
 
-    def __init__(self, window: int) -> None:
-        self.weight = 1 / window
+    def __init__(self, window: int, num_masks: int) -> None:
+        self.weight, self.num_masks = 1 / window, num_masks
         self.value: float | None = None
 
     def update(self, value: float) -> float:
@@ -47,7 +50,10 @@ class _Average:
 
 
 def _less_the_others(losses_K: torch.Tensor) -> torch.Tensor:
+    """Zero for a mask that has no others to learn from."""
     num_masks = len(losses_K)
+    if num_masks == 1:
+        return torch.zeros_like(losses_K)
     return (losses_K - losses_K.mean()) * (num_masks / (num_masks - 1))
 
 
@@ -56,8 +62,8 @@ class NoBaseline:
 
     needs_reference, min_masks = False, 1
 
-    def __init__(self, window: int = 1) -> None:
-        del window
+    def __init__(self, window: int, num_masks: int) -> None:
+        del window, num_masks
 
     def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
         return losses_K
@@ -81,7 +87,7 @@ class LeaveOneOut(NoBaseline):
 class MovingAverage(_Average):
     """Each loss less a running mean of *earlier* steps. Unbiased. The first step, without a past, leaves one out."""
 
-    needs_reference, min_masks = False, 2
+    needs_reference, min_masks = False, 1
 
     def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
         past = self.value
@@ -96,7 +102,7 @@ class Matched(_Average):
     Unbiased, as neither depends on the step's masks. The first step, without a past, leaves one out.
     """
 
-    needs_reference, min_masks = True, 2
+    needs_reference, min_masks = True, 1
 
     def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
         assert reference is not None, "the matched baseline needs the loss of its reference mask"
@@ -110,14 +116,13 @@ class Published(_Average):
     and a sum divided by K - 1.
 
     Its expectation is the true gradient times K/(K-1) (1 - 1/(K T)) for a window of T steps, and times 1 at step 0,
-    where the running mean is the step's own.
+    where the running mean is the step's own. K is the number asked for: of dropped masks the sum is merely shorter.
     """
 
     needs_reference, min_masks = False, 2
 
     def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
-        num_masks = len(losses_K)
-        return (losses_K - self.update(losses_K.mean().item())) * (num_masks / (num_masks - 1))
+        return (losses_K - self.update(losses_K.mean().item())) * (len(losses_K) / (self.num_masks - 1))
 
 
 BASELINES: dict[str, type[Any]] = {
@@ -137,7 +142,7 @@ def make_baseline(name: BaselineName, *, window: int, num_masks: int) -> Baselin
     """
     if name not in BASELINES:
         raise ConfigError(f"baseline {name!r} is unknown; known are {', '.join(BASELINES)}")
-    baseline: Baseline = BASELINES[name](window)
+    baseline: Baseline = BASELINES[name](window, num_masks)
     if num_masks < baseline.min_masks:
         raise ConfigError(f"baseline {name!r} needs at least {baseline.min_masks} masks a step, but got {num_masks}")
     return baseline

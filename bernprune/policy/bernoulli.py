@@ -55,26 +55,28 @@ def initial_probs(
         scores_U: larger is kept; any scale.
         keep: wanted mean of each mapped set.
         scope: ``layer`` maps each kind in each layer by itself, so every layer starts equal (published); ``global``
-            maps each kind over all layers. A kind with one unit a layer is always mapped over all layers.
+            maps each kind over all layers; ``pooled`` maps all that is mapped at once, for scores that compare across
+            kinds. A kind with one unit a layer is never mapped layer by layer.
         sharpness: the high probability of the map ``const``.
         ceiling: the start of units that contain others: what to remove is left to the finer ones at first.
     """
     probs_U = torch.empty(space.size, dtype=torch.float64)
     parents = set(space.parents_U[space.parents_U >= 0].tolist())
+    pooled = []
     for kind in space.kinds:
         spans = [span for layer in range(len(space.architecture.layers)) if (span := space.span(kind, layer))]
+        units = [torch.arange(span.start, span.stop) for span in spans]
+        if any(span.start in parents for span in spans):
+            probs_U[torch.cat(units)] = ceiling
+            continue
         mapped = _map_of(map_name, kind, sharpness)
-        contains_others = any(span.start in parents for span in spans)
-        one_a_layer = all(span.stop - span.start == 1 for span in spans)
-        if contains_others:
-            for span in spans:
-                probs_U[span] = ceiling
-        elif scope == "global" or one_a_layer:
-            index = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        one_a_layer = all(len(index) == 1 for index in units)
+        for index in [torch.cat(units)] if scope == "global" or one_a_layer else units:
             probs_U[index] = mapped(scores_U[index].double(), keep)
-        else:
-            for span in spans:
-                probs_U[span] = mapped(scores_U[span].double(), keep)
+        pooled += units
+    if scope == "pooled":
+        index = torch.cat(pooled)
+        probs_U[index] = _map_of(map_name, "channel", sharpness)(scores_U[index].double(), keep)
     return probs_U
 
 

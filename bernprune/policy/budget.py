@@ -139,15 +139,27 @@ class Budget:
         alive_U = self.space.inherit(probs_U, torch.mul)
         return torch.dot(self.costs_U * pool.members_U, alive_U).item()
 
+    def _cost_of(self, pool: Pool, probs_U: torch.Tensor) -> Callable[[torch.Tensor], float]:
+        """What a pool costs, as a function of the probabilities of its members alone."""
+        if not self.space.nested:
+            costs = self.costs_U[pool.members_U]
+            return lambda values: torch.dot(costs, values).item()
+        trial = probs_U.clone()
+
+        def cost(values: torch.Tensor) -> float:
+            trial[pool.members_U] = values
+            return self._pool_cost(trial, pool)
+
+        return cost
+
     def _solve(
         self, clipped: Callable[[float], torch.Tensor], probs_U: torch.Tensor, pool: Pool, low: float, high: float
     ) -> float:
         """The shift at which a pool's expected cost meets its limit; the cost falls as the shift grows."""
-        trial = probs_U.clone()
+        cost = self._cost_of(pool, probs_U)
 
         def excess(shift: float) -> float:
-            trial[pool.members_U] = clipped(shift)
-            return self._pool_cost(trial, pool) / pool.total - pool.limit / pool.total
+            return (cost(clipped(shift)) - pool.limit) / pool.total
 
         above, below = excess(low), excess(high)
         if above < -_SLACK or below > _SLACK:

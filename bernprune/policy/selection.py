@@ -57,9 +57,15 @@ def select(
     Raises:
         BudgetError: what the limits force to be kept costs more than the budget allows, or does not exist.
     """
+    size = budget.space.size
+    for values_U in (probs_U, tie_break_U):
+        if values_U is not None and (values_U.shape != (size,) or not values_U.isfinite().all()):
+            raise BudgetError(
+                f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
+            )
     items = sorted(_items(probs_U, budget, limits or Limits(), tie_break_U), key=lambda item: item.order)
     left = [pool.limit * (1 + 1e-12) for pool in budget.pools]  # a limit met exactly must not fail by rounding
-    kept, closed = bytearray(budget.space.size), set[int]()
+    kept, closed = bytearray(size), set[int]()
     for item in items:
         orphan = item.parent >= 0 and not kept[item.parent]
         if orphan or item.group in closed:

@@ -196,8 +196,7 @@ class _Loop:
         if finite_K.all() and (reference is None or math.isfinite(reference)):
             return finite_K
         settings = self.stage.config.search
-        enough = int(finite_K.sum()) >= self.search.baseline.min_masks
-        if settings.non_finite == "drop" and enough and (reference is None or math.isfinite(reference)):
+        if settings.non_finite == "drop" and finite_K.any() and (reference is None or math.isfinite(reference)):
             return finite_K
         raise LossError(
             f"{int((~finite_K).sum())} of {len(finite_K)} losses of step {step} are not finite"

@@ -13,11 +13,12 @@ from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
-from bernprune.errors import LossError, ModelError, RunError
-from bernprune.evaluation.latency import latency, machine
+from bernprune.errors import BernpruneError, LossError, ModelError, RunError
+from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
+from bernprune.models.view import count_parameters
 from bernprune.objective import masked_objective
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import initial_probs
@@ -32,12 +33,17 @@ from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
-# Largest difference of a logit between the model in memory and the saved folder, by number format.
-TOLERANCE = {"torch.float64": 1e-10, "torch.float32": 1e-5, "torch.bfloat16": 0.0625, "torch.float16": 0.01}
+# Largest difference of a logit between the model in memory and the saved folder, by number format; for the short ones
+# as a share of the largest logit, two roundings or so.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+RELATIVE_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
 _VERIFIED_WINDOWS = 2
+_SCORED_TOKENS = 2048  # of one forward pass for the metric, which keeps float32 copies of activations
 
 
-def prune(config: RunConfig, out: Path, *, overwrite: bool = False, progress: bool | None = None) -> dict[str, Any]:
+def prune(
+    config: RunConfig, out: str | Path, *, overwrite: bool = False, progress: bool | None = None
+) -> dict[str, Any]:
     """Prune a model as configured, in the run folder ``out``, and return the report.
 
     An unfinished run of the same configuration is continued.
@@ -45,7 +51,7 @@ def prune(config: RunConfig, out: Path, *, overwrite: bool = False, progress: bo
     Raises:
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
-    folder = RunFolder(out)
+    folder = RunFolder(Path(out))
     folder.check(config, overwrite=overwrite)  # before the work of loading
     stage = set_stage(config)
     plan_work(stage)
@@ -53,6 +59,11 @@ def prune(config: RunConfig, out: Path, *, overwrite: bool = False, progress: bo
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
             return _run(stage, folder, continued=continued, progress=progress)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "the GPU's memory is full; lower search.rows_per_forward, report.latency_rows or data.window"
+                f"{_how_to_continue(folder)}"
+            ) from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
             raise RunError(f"{out} cannot be written: {_reason(error)}{_how_to_continue(folder)}") from error
 
@@ -67,9 +78,9 @@ def _how_to_continue(folder: RunFolder) -> str:
     return f"; when that is mended, continue with: bernprune resume {shlex.quote(str(folder.path))}"
 
 
-def resume(out: Path, *, progress: bool | None = None) -> dict[str, Any]:
+def resume(out: str | Path, *, progress: bool | None = None) -> dict[str, Any]:
     """Continue the unfinished run in ``out``. Raises ``RunError`` if there is none."""
-    folder = open_run(out)
+    folder = open_run(Path(out))
     if folder.finished:
         raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
     return prune(folder.read_config(), out, progress=progress)
@@ -82,6 +93,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     start = stored or _start(stage)
     scores_U, search = start["scores_U"], make_search(stage, start["probs_U"])
     initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    losses["uniform"] = mask_loss(stage, _uniform_selection(stage, scores_U))
     losses["initial"] = mask_loss(stage, initial_U)
     if not continued:
         folder.start(stage.config)
@@ -122,17 +134,26 @@ def _start(stage: Stage) -> dict[str, torch.Tensor]:
         SCORES[initial.score],
         seed=config.seed,
         pruned_inputs=(stage.ops, config.budget.sparsity) if initial.inputs == "pruned" else None,
+        rows_per_forward=max(1, _SCORED_TOKENS // stage.initial_windows_WT.shape[1]),
     )
     probs_U = initial_probs(
         stage.view.space,
         scores_U,
         keep=1 - config.budget.sparsity,
         map_name=initial.map,
-        scope=initial.scope,
+        # FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer.
+        scope=initial.scope or ("pooled" if initial.score == "flap" else "layer"),
         sharpness=initial.sharpness,
         ceiling=config.policy.ceiling,
     )
     return {"scores_U": scores_U, "probs_U": probs_U}
+
+
+def _uniform_selection(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
+    """What the metric removes when every kind in every layer loses the same share, as near as the budget allows."""
+    keep = 1 - stage.config.budget.sparsity
+    probs_U = initial_probs(stage.view.space, scores_U, keep=keep, map_name="const", scope="layer")
+    return select(probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
 
 
 def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
@@ -182,26 +203,24 @@ def _finish(
     """Slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
     settings = stage.config.report
     rows = stage.eval_windows_WT[: settings.latency_rows]
-    dtype, device = stage.view.model.dtype, next(stage.view.model.parameters()).device
+    device = next(stage.view.model.parameters()).device
     times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
     sliced = slice_model(stage.view.model, plan)
     losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
-    report["parameters"]["pruned"] = _count(sliced)
+    report["parameters"]["pruned"] = count_parameters(sliced)
     folder.remove_model()  # of an earlier try that did not reach its report
-    difference = _save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
+    verified = _save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
     del sliced
     gc.collect()
     if settings.initial_latency:
-        initial = slice_model(open_model(stage.config, device), initial_plan)
-        times["initial"] = latency(initial, rows, repeats=settings.latency_repeats)
-        report["parameters"]["initial"] = _count(initial)
+        _time_initial(stage, initial_plan, device, times, report)
     dense = report["parameters"]["dense"]
     report["sparsity"]["total_parameters"] = 1 - report["parameters"]["pruned"] / dense
     report["perplexity"] = {name: perplexity(loss) for name, loss in losses.items()}
     report["loss"] = losses
     report["latency"] = {name: figure.to_dict() for name, figure in times.items()}
-    report["verified"] = {"max_logit_difference": difference, "tolerance": TOLERANCE[str(dtype)]}
+    report["verified"] = verified
     report["layers"] = [
         {
             "kv_groups": len(layer.kv_groups),
@@ -213,55 +232,71 @@ def _finish(
     ]
 
 
-def _count(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _time_initial(
+    stage: Stage, plan: KeepPlan, device: torch.device, times: dict[str, Latency], report: dict[str, Any]
+) -> None:
+    """Latency and size of what the metric alone would give; the result of the run must not hang on them."""
+    settings = stage.config.report
+    try:
+        initial = slice_model(open_model(stage.config, device), plan)
+        rows = stage.eval_windows_WT[: settings.latency_rows]
+        times["initial"] = latency(initial, rows, repeats=settings.latency_repeats)
+        report["parameters"]["initial"] = count_parameters(initial)
+    except (BernpruneError, OSError, RuntimeError) as error:
+        logger.warning("the initial metric's model could not be timed: %s", error)
 
 
 @torch.inference_mode()
-def _save_and_verify(model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor) -> float:
+def _save_and_verify(
+    model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor
+) -> dict[str, float]:
     """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
     save_pruned(model, tokenizer, target, plan=plan)
     device = next(model.parameters()).device
-    logits = model(input_ids=tokens_BT.to(device)).logits
+    logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
+    tolerance = TOLERANCE.get(model.dtype) or RELATIVE_TOLERANCE[model.dtype] * logits.abs().max().item()
+    if device.type == "cuda":  # the other process needs room for its own copy
+        model.to("cpu")
+        torch.cuda.empty_cache()
     difference = verify_saved(target, tokens_BT, logits, device=str(device))
-    tolerance = TOLERANCE[str(model.dtype)]
     if not difference <= tolerance:
         raise RunError(
             f"the model saved in {target} is not the one in memory: its logits differ by {difference:.3g}, more than "
             f"the {tolerance:g} allowed for {model.dtype}"
         )
-    return difference
+    return {"max_logit_difference": difference, "tolerance": tolerance}
 
 
-def read_plan(path: Path) -> KeepPlan:
+def read_plan(path: str | Path) -> KeepPlan:
     """A plan from its JSON file. Raises ``ModelError`` if there is none or it is not one."""
     try:
-        return KeepPlan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return KeepPlan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ModelError(f"plan {path} does not exist") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"plan {path} cannot be read: {error}") from None
 
 
-def apply_plan(config: RunConfig, plan: KeepPlan, out: Path) -> dict[str, Any]:
+def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, Any]:
     """Slice any copy of a model by a plan, save it in the new folder ``out`` and verify it there.
 
     Raises:
         ModelError: a plan of another architecture.
         RunError: ``out`` exists or cannot be written.
     """
+    out = Path(out)
     check_writable(out)
     if out.exists():
         raise RunError(f"output {out} exists already; give a folder that does not")
     check_family(config)
     model = open_model(config, find_device(config.model.device))
     tokenizer = open_tokenizer(config)
-    dense = _count(model)
+    dense = count_parameters(model)
     sliced = slice_model(model, plan)
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
     try:
         with whole_or_gone(out):
-            difference = _save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
+            verified = _save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written: {_reason(error)}") from error
-    return {"dense_parameters": dense, "pruned_parameters": _count(sliced), "max_logit_difference": difference}
+    return {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced), **verified}

@@ -68,7 +68,7 @@ def set_stage(config: RunConfig) -> Stage:
     view = describe(model, config.granularity, sequence_length=config.budget.flops_window)
     budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
     limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
-    select(torch.full((view.space.size,), 0.5), budget, limits=limits)  # an impossible budget fails here
+    _try_budget(config, budget, limits)
     logger.info(
         "%s on %s, %d units, %d training windows", config.model.path, device, view.space.size, train.num_windows
     )
@@ -76,6 +76,14 @@ def set_stage(config: RunConfig) -> Stage:
     return Stage(
         config, view, tokenizer, ops, budget, limits, train, initial_WT, windows_WT, protocol, fingerprint(stream)
     )
+
+
+def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
+    """An impossible budget fails before the work, not after it."""
+    probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
+    select(probs_U, budget, limits=limits)
+    project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
+    project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
 
 
 def check_family(config: RunConfig) -> Any:

@@ -1,7 +1,7 @@
 """Metrics that can start the policy. One file each: a projection's weight and inputs in, a score a column out.
 
-To add one, write ``def my_score(projection: Projection) -> torch.Tensor`` and give it a line in ``SCORES``; in Python,
-the function itself may be passed instead of a name.
+To add one, write ``def my_score(projection: Projection) -> torch.Tensor``; in Python, ``initial_scores`` takes it as it
+is. For a name in the configuration, give it a line in ``SCORES`` and in ``bernprune.names.ScoreName``.
 """
 
 from bernprune.scores.base import Projection, Score, initial_scores, unit_scores

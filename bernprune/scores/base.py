@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from bernprune.backends import MaskedOps
+from bernprune.errors import ConfigError
 from bernprune.models.masking import masked
 from bernprune.models.statistics import POINTS, InputStatistics, input_statistics, run_windows, watching
 from bernprune.models.view import ModelView
@@ -57,6 +58,8 @@ def initial_scores(
             sparsity), as Wanda-sp does, each layer sees what the already pruned earlier layers hand on, every kind in
             every layer losing that share of its units; this takes one partial pass a layer.
     """
+    if not callable(score):
+        raise ConfigError(f"a score must be a function, such as SCORES['wanda-sp'], but is {score!r}")
     if pruned_inputs is None:
         statistics = input_statistics(view, windows_WT, rows_per_forward=rows_per_forward)
         columns = [_columns(view, layer, statistics[layer], score, seed) for layer in range(len(view.layers))]
