@@ -107,7 +107,7 @@ class InitialConfig(_Section):
     scope: Scope | None = None
     """Map the scores of each layer and kind by themselves ('layer'), each kind over all layers ('global'), or all at
     once ('pooled'); by default 'pooled' for flap and 'layer' for others."""
-    sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
+    sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.9
     """High probability of the map 'const'."""
     windows: Count = 128
     """Calibration windows the metric sees."""
@@ -145,6 +145,8 @@ class SearchConfig(_Section):
     """Preconditioning of the gradient."""
     epsilon: Annotated[float, Field(ge=0, lt=0.1)] = 0.0
     """Guard under the root of 'sqrt-fisher'."""
+    final_windows: Annotated[int, Field(ge=0)] = 128
+    """Windows of training text on which what was learned must beat the metric's own selections; 0 takes it unseen."""
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
@@ -242,6 +244,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "scaling": "sqrt-fisher",
             "epsilon": 1e-7,
             "non_finite": "drop",
+            "final_windows": 0,
         },
     },
 }

@@ -8,13 +8,20 @@ ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metr
 def table(report: dict[str, Any]) -> str:
     """Dense, initial metric, learned: perplexity, parameters, latency; and the protocol they were taken by."""
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
-    for name, title in ROWS.items():
+    titles = ROWS if report["search"]["kept"] == "learned" else ROWS | {"pruned": "kept"}
+    for name, title in titles.items():
         figure = report["latency"].get(name)
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
         count = report["parameters"].get(name)
         size = "-" if count is None else f"{count:,}"
         lines.append(f"{title:<16}{_short(report['perplexity'][name]):>12}{size:>16}{time:>12}")
     return "\n".join([*lines, "", *_notes(report)])
+
+
+def _choice(search: dict[str, Any]) -> list[str]:
+    if search["kept"] == "learned":
+        return []
+    return [f"selected     the row '{ROWS[search['kept']]}': on training text, what was learned did not beat it"]
 
 
 def _short(perplexity: float) -> str:
@@ -31,6 +38,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{protocol['tokens']:,} predictions",
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
+        *_choice(search),
         f"search       {search['sequences']:,} sequences, {search['forward_tokens']:,} tokens forward, "
         f"{search['seconds']:.0f} s",
         f"verified     reloaded in a clean process, largest logit difference "

@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,7 +34,8 @@ from transformers import AutoModelForCausalLM
 from bernprune.config import make_config, read_yaml
 from bernprune.data import fingerprint, tokenize
 from bernprune.models.loading import load_tokenizer
-from bernprune.run import loop
+from bernprune.run import loop, pipeline
+from bernprune.run.loop import Work
 from bernprune.run.stage import set_stage
 from bernprune.text import load_documents
 
@@ -320,7 +323,8 @@ def test_an_ordinary_command(place: Place) -> None:
     assert report["verified"]["max_logit_difference"] == 0
     lines = [line.split() for line in done.out.splitlines()]
     shown = {line[0]: line for line in lines if line}
-    for row, name in (("dense", "dense"), ("learned", "pruned")):
+    last = "learned" if report["search"]["kept"] == "learned" else "kept"
+    for row, name in (("dense", "dense"), (last, "pruned")):
         assert shown[row][1:3] == [f"{report['perplexity'][name]:.3f}", f"{report['parameters'][name]:,}"]
     assert shown["result"] == ["result", "out/model-0.3/model"]
 
@@ -349,3 +353,20 @@ def test_a_real_model_gets_better_by_learning(place: Place) -> None:
     report = read_json(place.out / "report.json")
     assert report["perplexity"]["dense"] < report["perplexity"]["pruned"] < report["perplexity"]["initial"]
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.001)
+
+
+@pytest.mark.parametrize(("losses", "kept"), [([1.0, 2.0, 3.0], "learned"), ([3.0, 1.0, 2.0], "initial")])
+def test_what_was_learned_must_beat_the_metric(monkeypatch: pytest.MonkeyPatch, losses: list[float], kept: str) -> None:
+    """On windows of the training text that the search would have seen next; without any, it is taken unseen."""
+    asked: list[tuple[int, int]] = []
+    train = SimpleNamespace(batch=lambda step, count: asked.append((step, count)))
+    objective = SimpleNamespace(losses=lambda masks_KU, tokens_BT: torch.tensor(losses))
+    monkeypatch.setattr(pipeline, "masked_objective", lambda *_, **__: nullcontext(objective))
+    search = SimpleNamespace(final_windows=5, windows=2, rows_per_forward=8)
+    stage: Any = SimpleNamespace(config=SimpleNamespace(search=search), train=train, view=None, ops=None)
+    candidates = dict.fromkeys(("learned", "initial", "uniform"), torch.ones(3))
+    assert pipeline._best(stage, Work(step=7), candidates) == kept
+    assert asked == [(3, 5)], "14 windows were seen: the first batch of 5 beyond them is the fourth"
+    search.final_windows = 0
+    assert pipeline._best(stage, Work(step=7), candidates) == "learned"
+    assert len(asked) == 1

@@ -93,7 +93,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     start = stored or _start(stage)
     scores_U, search = start["scores_U"], make_search(stage, start["probs_U"])
     initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    losses["uniform"] = mask_loss(stage, _uniform_selection(stage, scores_U))
+    uniform_U = _uniform_selection(stage, scores_U)
+    losses["uniform"] = mask_loss(stage, uniform_U)
     losses["initial"] = mask_loss(stage, initial_U)
     if not continued:
         folder.start(stage.config)
@@ -101,8 +102,11 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, initial_U, progress=progress)
     learned_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    report = _report_head(stage, work, initial_U, learned_U)
-    plan = stage.view.space.plan(learned_U)
+    candidates = {"learned": learned_U, "initial": initial_U, "uniform": uniform_U}
+    kept = _best(stage, work, candidates)
+    report = _report_head(stage, work, initial_U, candidates[kept])
+    report["search"] |= {"kept": kept, "final_sequences": len(candidates) * stage.config.search.final_windows}
+    plan = stage.view.space.plan(candidates[kept])
     write_json(folder.plan, plan.to_dict())
     try:
         _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
@@ -147,6 +151,19 @@ def _start(stage: Stage) -> dict[str, torch.Tensor]:
         ceiling=config.policy.ceiling,
     )
     return {"scores_U": scores_U, "probs_U": probs_U}
+
+
+def _best(stage: Stage, work: Work, candidates: dict[str, torch.Tensor]) -> str:
+    """The name of the selection with the least loss on training text; the first, what was learned, if none is run."""
+    windows = stage.config.search.final_windows
+    if not windows:
+        return next(iter(candidates))
+    seen = work.step * stage.config.search.windows
+    tokens_BT = stage.train.batch(math.ceil(seen / windows), windows)  # those that would have come next
+    with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
+        losses = objective.losses(torch.stack(list(candidates.values())), tokens_BT).tolist()
+    logger.info("on %d training windows: %s", windows, dict(zip(candidates, losses, strict=True)))
+    return min(zip(losses, candidates, strict=True), key=lambda pair: pair[0])[1]
 
 
 def _uniform_selection(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
