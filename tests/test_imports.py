@@ -86,7 +86,13 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.config": ("bernprune.names", "bernprune.errors", "bernprune.units", "bernprune.embedded"),
     "bernprune.backends": ("bernprune.names", "bernprune.errors", "bernprune.kernels"),
     "bernprune.policy": (*VOCABULARY, "bernprune.policy"),
-    "bernprune.models": (*VOCABULARY, "bernprune.backends", "bernprune.embedded", "bernprune.models"),
+    "bernprune.models": (
+        *VOCABULARY,
+        "bernprune.backends",
+        "bernprune.embedded",
+        "bernprune.models",
+        "bernprune.storage",
+    ),
     "bernprune.models.modeling_bernprune": (),  # copied into every saved folder
     "bernprune.scores": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.scores"),
     "bernprune.objective": (*VOCABULARY, "bernprune.backends", "bernprune.models"),

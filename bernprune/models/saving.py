@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from bernprune.errors import ModelError, RunError
 from bernprune.models import modeling_bernprune
 from bernprune.models.slicing import plan_hash
+from bernprune.storage import sync
 from bernprune.units import KeepPlan
 
 # Run by a clean interpreter. Its last line makes sure that the folder, and not an installed bernprune, did the work.
@@ -110,23 +111,14 @@ def _written_whole(target: Path) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     # Full disks reach us as SafetensorError, generation settings that contradict each other as ValueError.
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"could not save to {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _run_clean(folder: Path, exchange: str, dtype: str, device: str) -> None:
