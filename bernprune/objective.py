@@ -2,7 +2,7 @@
 
 The batch is laid out mask-major, K masks times B windows in one forward pass, every row under its own mask.
 Cross-entropy is taken from the last hidden states a few tokens at a time, so the logits of the whole batch never
-exist: their peak is about three float32 copies of ``LOGIT_BYTES``.
+exist: what is live of them at once fits in two and a half times ``LOGIT_BYTES``.
 
 Letters: K masks, U units, R rows, B windows, T tokens, D hidden size, V vocabulary.
 """
@@ -20,11 +20,13 @@ from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName
 
-LOGIT_BYTES = 32 * 2**20  # of one float32 chunk of logits
+# Of one float32 chunk of logits, by type of device. A GPU must not read the output embedding for too few tokens; a
+# processor does best with chunks near the size of its caches.
+LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 
 
-def _chunk_tokens(vocab_size: int) -> int:
-    return max(1, LOGIT_BYTES // (4 * vocab_size))
+def _chunk_tokens(head: nn.Linear) -> int:
+    return max(1, LOGIT_BYTES[head.weight.device.type] // (4 * head.weight.shape[0]))
 
 
 def _logits(head: nn.Linear, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -35,7 +37,7 @@ def _logits(head: nn.Linear, hidden_ND: torch.Tensor) -> torch.Tensor:
 def token_losses(head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
     """Next-token cross-entropy in nats, at least float32, ``[R, T - 1]``, in chunks of tokens."""
     hidden_ND, targets_N = hidden_RTD[:, :-1].flatten(0, 1), tokens_RT[:, 1:].flatten()
-    size = _chunk_tokens(head.weight.shape[0])
+    size = _chunk_tokens(head)
     parts = [
         F.cross_entropy(_logits(head, hidden), targets, reduction="none")
         for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True)
@@ -45,7 +47,7 @@ def token_losses(head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Ten
 
 def token_divergences(head: nn.Linear, hidden_RTD: torch.Tensor, dense_RTD: torch.Tensor) -> torch.Tensor:
     """KL(dense || masked) of the next-token distributions in nats, ``[R, T]``, in chunks of tokens."""
-    size = max(1, _chunk_tokens(head.weight.shape[0]) // 2)
+    size = max(1, _chunk_tokens(head) // 2)
     parts = []
     for hidden, dense in zip(hidden_RTD.flatten(0, 1).split(size), dense_RTD.flatten(0, 1).split(size), strict=True):
         ours, theirs = _logits(head, hidden).log_softmax(-1), _logits(head, dense).log_softmax(-1)

@@ -1,6 +1,7 @@
 """The losses of masks are those of the sliced models, in nats per token, however the batch is cut up."""
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -8,8 +9,7 @@ import pytest
 import torch
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import EXACT, LOGITS, assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.profiler import ProfilerActivity, profile
 
 from bernprune import objective as module
 from bernprune.backends import load_backend
@@ -17,12 +17,12 @@ from bernprune.errors import ConfigError
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import ObjectiveName
-from bernprune.objective import LOGIT_BYTES, masked_objective
+from bernprune.objective import masked_objective
 
 OPS = load_backend("torch", torch.device("cpu"))
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross-entropy", "kl")
 LARGE_VOCABULARY = 50_021
-FLOAT32_BYTES = 4
+FLOAT32_BYTES, CHUNK_BYTES = 4, 8 * 2**20
 
 all_objectives = pytest.mark.parametrize("kind", OBJECTIVES)
 
@@ -89,9 +89,9 @@ def test_the_size_of_a_chunk_changes_nothing(
     view, tokens_BT = describe(tiny_model("qwen2")), random_tokens(2, 13)
     masks_KU = random_masks(view, 2)
     expected = losses_of(view, masks_KU, tokens_BT, kind)
-    monkeypatch.setattr(module, "LOGIT_BYTES", FLOAT32_BYTES * 53 * tokens_a_chunk + 3)
+    monkeypatch.setitem(module.LOGIT_BYTES, "cpu", FLOAT32_BYTES * 53 * tokens_a_chunk + 3)
     assert_close(losses_of(view, masks_KU, tokens_BT, kind), expected, EXACT)
-    monkeypatch.setattr(module, "LOGIT_BYTES", 1)
+    monkeypatch.setitem(module.LOGIT_BYTES, "cpu", 1)
     assert_close(losses_of(view, masks_KU, tokens_BT, kind), expected, EXACT)
 
 
@@ -150,25 +150,14 @@ def test_losses_can_be_taken_again(kind: ObjectiveName) -> None:
 # Memory
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest float32 tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float32:
-                self.num_bytes = max(self.num_bytes, leaf.numel() * FLOAT32_BYTES)
-        return result
-
-
-def largest_tensor(view: ModelView, tokens_BT: torch.Tensor, kind: ObjectiveName) -> int:
-    with LargestTensor() as largest:
-        losses_of(view, random_masks(view, 2), tokens_BT, kind)
-    return largest.num_bytes
+def peak_bytes(view: ModelView, tokens_BT: torch.Tensor, kind: ObjectiveName) -> int:
+    """Most bytes that were live at once, of all that was allocated meanwhile, counted by the allocator itself."""
+    masks_KU = random_masks(view, 2)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        losses_of(view, masks_KU, tokens_BT, kind)
+    results = profiler.profiler.kineto_results.events()
+    changes = sorted((event for event in results if event.name() == "[memory]"), key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
 @all_objectives
@@ -176,16 +165,15 @@ def largest_tensor(view: ModelView, tokens_BT: torch.Tensor, kind: ObjectiveName
 def test_logits_of_the_whole_batch_never_exist(
     monkeypatch: pytest.MonkeyPatch, kind: ObjectiveName, dtype: torch.dtype
 ) -> None:
-    """The largest float32 tensor is one chunk of ``LOGIT_BYTES``, or of half of it where there are two models' logits;
-    uncut, it would be the whole batch."""
+    """All that is live at once fits in two and a half chunks of ``LOGIT_BYTES``; uncut, it would be two batches."""
+    monkeypatch.setitem(module.LOGIT_BYTES, "cpu", CHUNK_BYTES)
     view = describe(tiny_model("llama", dtype, vocab_size=LARGE_VOCABULARY, num_hidden_layers=1, hidden_size=24))
     tokens_BT = random_tokens(4, 33, vocabulary=LARGE_VOCABULARY)
     whole_batch = 2 * 4 * 32 * LARGE_VOCABULARY * FLOAT32_BYTES
-    assert whole_batch > 1.4 * LOGIT_BYTES
-    chunk = LOGIT_BYTES / 2 if kind == "kl" else LOGIT_BYTES
-    assert 0.9 * chunk < largest_tensor(view, tokens_BT, kind) <= chunk
-    monkeypatch.setattr(module, "LOGIT_BYTES", 2 * whole_batch + LOGIT_BYTES)
-    assert largest_tensor(view, tokens_BT, kind) >= whole_batch
+    assert whole_batch > 6 * CHUNK_BYTES
+    assert 1.5 * CHUNK_BYTES < peak_bytes(view, tokens_BT, kind) < 2.5 * CHUNK_BYTES
+    monkeypatch.setitem(module.LOGIT_BYTES, "cpu", 2 * whole_batch + CHUNK_BYTES)
+    assert peak_bytes(view, tokens_BT, kind) >= 1.5 * whole_batch
 
 
 @pytest.mark.parametrize("spoil", ["narrow", "wide", "flat", "none", "one_token"])

@@ -143,7 +143,9 @@ def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
             "seed": seed,
         }
         stage = set_stage(make_config(config))
-        search = loop.make_search(stage, torch.full((stage.view.space.size,), 0.7, dtype=torch.float64))
+        search = loop.make_search(
+            stage.config, stage.budget, torch.full((stage.view.space.size,), 0.7, dtype=torch.float64)
+        )
         asked.append((search.ask(3), stage.train.batch(3, 4)))
     for first, other, again in zip(*asked, strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)

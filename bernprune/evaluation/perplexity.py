@@ -17,7 +17,7 @@ from bernprune.models.view import count_parameters
 from bernprune.text import load_documents
 
 _LARGEST_LOSS = math.log(sys.float_info.max) * (1 - 1e-15)
-LOGIT_BYTES = 256 * 2**20  # most float32 logits of one forward pass, unless one window needs more
+_FORWARD_LOGIT_BYTES = 256 * 2**20  # most float32 logits of one forward pass, unless one window needs more
 CHARACTERS_PER_TOKEN = 10  # more than tokenizers reach: enough text, and no more of a huge file is read
 
 
@@ -51,7 +51,7 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
     """
     check_window(model.config, windows_WT.shape[1])
     device, (count, window) = next(model.parameters()).device, windows_WT.shape
-    rows = max(1, LOGIT_BYTES // (4 * window * model.get_output_embeddings().weight.shape[0]))
+    rows = max(1, _FORWARD_LOGIT_BYTES // (4 * window * model.get_output_embeddings().weight.shape[0]))
     total = 0.0
     for tokens_RT in windows_WT.split(rows):
         tokens_RT = tokens_RT.to(device)

@@ -10,15 +10,18 @@ from bernprune.config import RunConfig
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import LOGIT_BYTES, masked_objective
-from bernprune.run.loop import default_sequences
+from bernprune.policy.budget import Budget
+from bernprune.run.loop import default_sequences, make_search
 from bernprune.run.stage import check_family, open_model
 from bernprune.units import KINDS, UnitGroup
+
+_TIMED_STEPS = 3
 
 
 def forecast(config: RunConfig) -> str:
     """Units per layer, cost per unit, what is left out, expected memory and time, as text.
 
-    The time comes from one step's forward passes on random tokens, here and now.
+    The time comes from a few steps on random tokens, here and now.
     """
     device = find_device(config.model.device)
     check_window(check_family(config), config.data.window)
@@ -62,32 +65,50 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
 
 
 def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]:
-    search = config.search
+    search, data = config.search, config.data
     sequences = search.sequences if search.sequences is not None else default_sequences(view.space.size)
     seconds_each = _time_sequences(view, config)
+    # Beside the search: the metric's windows, what three selections are compared on, and five evaluations.
+    others = config.initial.windows + 3 * search.final_windows + 5 * (data.eval_tokens // data.window)
     weights = sum(p.numel() * p.element_size() for p in view.model.parameters())
-    rows = min(search.rows_per_forward, search.masks * search.windows)
-    width = max(layer.channels for layer in view.architecture.layers)
-    # Gate, up and their product, and the residual stream a few times over, of the one layer at work.
-    activations = (
-        rows * config.data.window * (3 * width + 6 * view.architecture.hidden_size) * view.model.dtype.itemsize
+    memory = weights + max(
+        _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type]), _second_copy(device, weights)
     )
-    memory = weights + activations + 3 * LOGIT_BYTES
+    rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
+    limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
     return [
         f"memory       about {memory / 2**30:.2f} GiB on {device} (weights {weights / 2**30:.2f} GiB)",
-        f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of "
-        f"{config.data.window} tokens ({1 / seconds_each:,.0f} a second, measured now on {device})",
+        f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
+        f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation",
     ]
 
 
+def _activations(view: ModelView, config: RunConfig) -> int:
+    """Bytes of gate, up and their product, and the residual stream a few times over, of the one layer at work."""
+    rows = min(config.search.rows_per_forward, config.search.masks * config.search.windows)
+    width = max(layer.channels for layer in view.architecture.layers)
+    entries = rows * config.data.window * (3 * width + 6 * view.architecture.hidden_size)
+    return entries * view.model.dtype.itemsize
+
+
+def _second_copy(device: torch.device, weights: int) -> int:
+    """Bytes of what the clean process loads to verify the result; a GPU gives up its own copy first."""
+    return weights if device.type == "cpu" else 0
+
+
 def _time_sequences(view: ModelView, config: RunConfig) -> float:
-    """Seconds a sequence."""
-    search, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
-    masks_KU = torch.ones(search.masks, view.space.size, dtype=torch.bool)
+    """Seconds a sequence of whole steps: sampling, forward passes, and the update of the policy."""
+    settings, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
+    budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
+    keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
+    search = make_search(config, budget, keep_U)
     vocab: Any = view.model.config.vocab_size
-    tokens_BT = torch.randint(vocab, (search.windows, config.data.window), generator=torch.Generator().manual_seed(0))
-    with masked_objective(view, ops, kind=search.objective, rows_per_forward=search.rows_per_forward) as objective:
-        objective.losses(masks_KU, tokens_BT)
-        started = time.perf_counter()
-        objective.losses(masks_KU, tokens_BT)
-    return (time.perf_counter() - started) / (search.masks * search.windows)
+    tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
+    with masked_objective(view, ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward) as objective:
+        for step in range(_TIMED_STEPS + 1):
+            if step == 1:  # the first one warms up
+                started = time.perf_counter()
+            masks_KU = search.ask(step)
+            losses_K = objective.losses(masks_KU, tokens_BT)
+            search.tell(masks_KU, losses_K, learning_rate=settings.learning_rate, reference=losses_K.mean().item())
+    return (time.perf_counter() - started) / (_TIMED_STEPS * settings.masks * settings.windows)

@@ -19,9 +19,11 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
+from bernprune.config import RunConfig
 from bernprune.errors import ConfigError, LossError, RunError
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.baselines import make_baseline
+from bernprune.policy.budget import Budget
 from bernprune.policy.search import MaskSearch, StepStats
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder, sync
@@ -74,7 +76,7 @@ def plan_work(stage: Stage) -> Workload:
     Raises:
         ConfigError: a budget smaller than one step.
     """
-    search, baseline = stage.config.search, make_search_baseline(stage)
+    search, baseline = stage.config.search, make_search_baseline(stage.config)
     extra = int(baseline.needs_reference) + int(search.objective == "kl")
     step_sequences = (search.masks + extra) * search.windows
     sequences = search.sequences
@@ -94,19 +96,19 @@ def default_sequences(num_units: int) -> int:
     return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
 
 
-def make_search_baseline(stage: Stage) -> Any:
-    search = stage.config.search
+def make_search_baseline(config: RunConfig) -> Any:
+    search = config.search
     return make_baseline(search.baseline, window=search.baseline_window, num_masks=search.masks)
 
 
-def make_search(stage: Stage, probs_U: torch.Tensor) -> MaskSearch:
-    """The search of a stage, at its start."""
-    search, policy = stage.config.search, stage.config.policy
+def make_search(config: RunConfig, budget: Budget, probs_U: torch.Tensor) -> MaskSearch:
+    """The search of a run, at its start."""
+    search, policy = config.search, config.policy
     return MaskSearch(
-        stage.budget,
+        budget,
         probs_U,
-        baseline=make_search_baseline(stage),
-        seed=stage.config.seed,
+        baseline=make_search_baseline(config),
+        seed=config.seed,
         num_masks=search.masks,
         scaling=search.scaling,
         epsilon=search.epsilon,

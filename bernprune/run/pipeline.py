@@ -91,7 +91,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     losses = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
-    scores_U, search = start["scores_U"], make_search(stage, start["probs_U"])
+    scores_U, search = start["scores_U"], make_search(stage.config, stage.budget, start["probs_U"])
     initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     uniform_U = _uniform_selection(stage, scores_U)
     losses["uniform"] = mask_loss(stage, uniform_U)
