@@ -1,10 +1,10 @@
 """Masks and text to losses: the only place where the search meets a model.
 
-The batch is laid out mask-major, K masks times B windows in one forward pass, every row under its own mask.
+Many rows go through in one forward pass, each under its own mask, or under one for each of its chunks of tokens.
 Cross-entropy is taken from the last hidden states a few tokens at a time, so the logits of the whole batch never
 exist: what is live of them at once fits in two and a half times ``LOGIT_BYTES``.
 
-Letters: K masks, U units, R rows, B windows, T tokens, D hidden size, V vocabulary.
+Letters: K masks, U units, R rows, B windows, C chunks of a window, T tokens, P predictions, D hidden size.
 """
 
 from collections.abc import Iterator
@@ -68,43 +68,62 @@ class MaskedObjective:
         self._head: nn.Linear = view.model.get_output_embeddings()
         self._device = next(view.model.parameters()).device
 
-    @torch.inference_mode()
     def losses(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token.
 
         Raises:
             ConfigError: masks or windows of another shape.
         """
-        self._check(masks_KU, tokens_BT)
+        self._check(masks_KU, tokens_BT, "[K, {}]", masks_KU.ndim == 2)
         num_masks, num_windows = len(masks_KU), len(tokens_BT)
-        tokens_BT = tokens_BT.to(self._device)
-        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
         rows = torch.arange(num_masks * num_windows)
-        parts = []
-        for chunk in rows.split(self._rows):
-            windows = (chunk % num_windows).to(self._device)
-            dense_RTD = None if dense_BTD is None else dense_BTD[windows]
-            masks_RU = masks_KU if num_masks == 1 else masks_KU[chunk // num_windows]  # a single one serves all rows
-            parts.append(self._row_losses(masks_RU, tokens_BT[windows], dense_RTD))
-        return torch.cat(parts).view(num_masks, num_windows).mean(1)
+        losses_RP = self._token_losses(masks_KU, rows // num_windows, tokens_BT, rows % num_windows)
+        return losses_RP.mean(1).view(num_masks, num_windows).mean(1)
 
-    def _check(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> None:
+    def token_losses(self, masks_BKCU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """Losses of K masks of each window's own, one for each of its C chunks, float64 ``[B, K, T]`` on the CPU.
+
+        Position t holds the loss of what is predicted from the tokens up to t: it depends on the masks of its own
+        chunk and of those before. The last one, whose next token lies beyond the window, is zero in cross-entropy.
+
+        Raises:
+            ConfigError: masks or windows of another shape, or chunks that do not divide the window.
+        """
+        fits = masks_BKCU.ndim == 4 and len(masks_BKCU) == len(tokens_BT) and masks_BKCU.shape[1] > 0
+        self._check(masks_BKCU, tokens_BT, "[B, K, C, {}] for B windows", fits)
+        (num_windows, num_masks, chunks, _), window = masks_BKCU.shape, tokens_BT.shape[1]
+        if window % max(chunks, 1):
+            raise ConfigError(f"{chunks} chunks do not divide a window of {window} tokens")
+        rows = torch.arange(num_windows * num_masks)
+        losses_RP = self._token_losses(masks_BKCU.flatten(0, 1), rows, tokens_BT, rows // num_masks)
+        return F.pad(losses_RP, (0, window - losses_RP.shape[1])).view(num_windows, num_masks, window)
+
+    def _check(self, masks: torch.Tensor, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size
-        if masks_KU.ndim != 2 or masks_KU.shape[1] != size or not len(masks_KU):
-            raise ConfigError(f"masks must be [K, {size}] for this model, but are {list(masks_KU.shape)}")
+        if not fits or masks.shape[-1] != size or not masks.numel():
+            raise ConfigError(f"masks must be {wanted.format(size)} for this model, but are {list(masks.shape)}")
         if tokens_BT.ndim != 2 or not len(tokens_BT) or tokens_BT.shape[1] < 2:
             raise ConfigError(f"windows must be [B, T] of at least 2 tokens, but are {list(tokens_BT.shape)}")
 
-    def _row_losses(
-        self, masks_RU: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
+    @torch.inference_mode()
+    def _token_losses(
+        self, masks: torch.Tensor, mask_R: torch.Tensor, tokens_BT: torch.Tensor, window_R: torch.Tensor
     ) -> torch.Tensor:
-        self._live.set(masks_RU)
-        hidden_RTD = self._hidden(tokens_RT)
-        if dense_RTD is None:
-            losses = token_losses(self._head, hidden_RTD, tokens_RT)
-        else:
-            losses = token_divergences(self._head, hidden_RTD, dense_RTD)
-        return losses.double().mean(1).cpu()
+        """Float64 ``[R, P]`` of the P predictions of each row, whose mask and window are given by their indices."""
+        tokens_BT, window_R = tokens_BT.to(self._device), window_R.to(self._device)
+        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
+        parts = []
+        for first in range(0, len(mask_R), self._rows):
+            rows = slice(first, first + self._rows)
+            self._live.set(masks if len(masks) == 1 and masks.ndim == 2 else masks[mask_R[rows]])
+            tokens_RT = tokens_BT[window_R[rows]]
+            hidden_RTD = self._hidden(tokens_RT)
+            if dense_BTD is None:
+                losses_RP = token_losses(self._head, hidden_RTD, tokens_RT)
+            else:
+                losses_RP = token_divergences(self._head, hidden_RTD, dense_BTD[window_R[rows]])
+            parts.append(losses_RP.double().cpu())
+        return torch.cat(parts)
 
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))

@@ -1,13 +1,16 @@
-"""K masks on a live model: every row of the batch runs under its own.
+"""K masks on a live model: every row of the batch, or every chunk of tokens of every row, runs under its own.
 
 Masking the inputs of the attention output projection and of the FFN down projection, and switching off the residual
 branch of a block that has no unit left, equals physical slicing. For the length of a ``with`` block those modules are
 swapped for masked twins that hold no parameters; leaving it puts the very same objects back.
 
-Letters: R rows of the batch, U units.
+A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
+their own masks.
+
+Letters: R rows of the batch, C chunks of a row, U units, N units of one branch, T tokens, P pieces = R * C.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -23,16 +26,23 @@ from bernprune.units import ANCESTORS
 class _Branch:
     """What one residual branch of one layer sees of the current masks."""
 
-    units_RN: torch.Tensor | None = None  # None: every unit is kept in every row
-    open_R11: torch.Tensor | None = None  # None: the branch is open in every row
+    units_PN: torch.Tensor | None = None  # None: every unit is kept in every piece
+    open_P11: torch.Tensor | None = None  # None: the branch is open in every piece
+    chunks = 1
 
-    def units(self, num_rows: int) -> torch.Tensor | None:
-        """The units' mask for a batch of so many rows; a single mask serves them all."""
-        masks_RN = self.units_RN
-        return masks_RN.expand(num_rows, -1) if masks_RN is not None and len(masks_RN) == 1 else masks_RN
-
-    def close(self, output_RTD: torch.Tensor) -> torch.Tensor:
-        return output_RTD if self.open_R11 is None else output_RTD * self.open_R11
+    def run(
+        self, operation: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], x_RTE: torch.Tensor
+    ) -> torch.Tensor:
+        """``operation`` on the input and the units' mask, piece by piece, and closed where the branch is."""
+        rows, tokens = x_RTE.shape[:2]
+        x_PTE = x_RTE.reshape(rows * self.chunks, tokens // self.chunks, -1)
+        masks_PN = self.units_PN
+        if masks_PN is not None and len(masks_PN) == 1:  # a single one serves them all
+            masks_PN = masks_PN.expand(len(x_PTE), -1)
+        output_PTD = operation(x_PTE, masks_PN)
+        if self.open_P11 is not None:
+            output_PTD = output_PTD * self.open_P11
+        return output_PTD.view(rows, tokens, -1)
 
 
 class _MaskedOutput(nn.Module):
@@ -48,11 +58,11 @@ class _MaskedOutput(nn.Module):
         return self._dense[0].weight
 
     def forward(self, x_RTE: torch.Tensor) -> torch.Tensor:
+        return self._branch.run(self._piece, x_RTE)
+
+    def _piece(self, x_PTE: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
         dense = self._dense[0]
-        output_RTD = self._ops.masked_linear(
-            x_RTE, self._branch.units(len(x_RTE)), dense.weight, dense.bias, unit_width=self._unit_width
-        )
-        return self._branch.close(output_RTD)
+        return self._ops.masked_linear(x_PTE, masks_PN, dense.weight, dense.bias, unit_width=self._unit_width)
 
 
 class _MaskedFFN(nn.Module):
@@ -63,10 +73,13 @@ class _MaskedFFN(nn.Module):
         self._dense, self._parts, self._branch, self._ops = (dense,), (parts,), branch, ops
 
     def forward(self, x_RTD: torch.Tensor) -> torch.Tensor:
+        return self._branch.run(self._piece, x_RTD)
+
+    def _piece(self, x_PTD: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
         gate, up, down, activation = (self._parts[0][name] for name in ("gate", "up", "down", "activation"))
-        output_RTD = self._ops.masked_mlp(
-            x_RTD,
-            self._branch.units(len(x_RTD)),
+        return self._ops.masked_mlp(
+            x_PTD,
+            masks_PN,
             gate.weight,
             up.weight,
             down.weight,
@@ -75,7 +88,6 @@ class _MaskedFFN(nn.Module):
             up_bias_F=up.bias,
             down_bias_D=down.bias,
         )
-        return self._branch.close(output_RTD)
 
 
 class LiveMasks:
@@ -84,29 +96,34 @@ class LiveMasks:
     def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], dtype: torch.dtype) -> None:
         self.view, self._branches, self._dtype = view, branches, dtype
 
-    def set(self, masks_RU: torch.Tensor) -> None:
-        """One mask a row, bool ``[R, U]``, or one for all rows, ``[1, U]``; 1 keeps."""
+    def set(self, masks: torch.Tensor) -> None:
+        """One mask a row, bool ``[R, U]``, one for all rows, ``[1, U]``, or one a chunk, ``[R, C, U]``; 1 keeps.
+
+        The tokens of a row must divide into C equal chunks.
+        """
         device = next(self.view.model.parameters()).device
-        alive_RU = self.view.space.alive(masks_RU.bool().cpu()).to(device)
+        chunks = masks.shape[1] if masks.ndim == 3 else 1
+        alive_PU = self.view.space.alive(masks.bool().cpu()).flatten(0, -2).to(device)
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
-                self._set_branch(branch, alive_RU, kind, layer)
+                branch.chunks = chunks
+                self._set_branch(branch, alive_PU, kind, layer)
 
-    def _set_branch(self, branch: _Branch, alive_RU: torch.Tensor, kind: Kind, layer: int) -> None:
+    def _set_branch(self, branch: _Branch, alive_PU: torch.Tensor, kind: Kind, layer: int) -> None:
         span = self.view.space.span(kind, layer)
         if span is not None:
-            alive_RN = alive_RU[:, span]
-            branch.units_RN = alive_RN.to(self._dtype)
-            branch.open_R11 = self._opening(alive_RN.any(dim=1))
+            alive_PN = alive_PU[:, span]
+            branch.units_PN = alive_PN.to(self._dtype)
+            branch.open_P11 = self._opening(alive_PN.any(dim=1))
             return
         for ancestor in ANCESTORS[kind]:
             span = self.view.space.span(ancestor, layer)
             if span is not None:
-                branch.open_R11 = self._opening(alive_RU[:, span.start])
+                branch.open_P11 = self._opening(alive_PU[:, span.start])
                 return
 
-    def _opening(self, open_R: torch.Tensor) -> torch.Tensor:
-        return open_R.to(self._dtype)[:, None, None]
+    def _opening(self, open_P: torch.Tensor) -> torch.Tensor:
+        return open_P.to(self._dtype)[:, None, None]
 
 
 @contextmanager
