@@ -19,7 +19,9 @@ from bernprune.objective import masked_objective
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
-from bernprune.policy.search import MaskSearch
+from bernprune.policy.posterior import PosteriorSearch
+from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.search import Design, MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.run.pipeline import apply_plan, prune, read_plan, resume
 from bernprune.scores import SCORES, initial_scores
@@ -31,9 +33,12 @@ __all__ = [
     "SCORES",
     "BernpruneError",
     "Budget",
+    "Design",
     "KeepPlan",
     "Limits",
     "MaskSearch",
+    "PosteriorSearch",
+    "ReinforceSearch",
     "RunConfig",
     "UnitSpace",
     "apply_plan",

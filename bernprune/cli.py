@@ -135,7 +135,9 @@ def prune(
         str | None, typer.Option(help="Comma-separated: layer, attention, kv_group, ffn, channel.")
     ] = None,
     score: Annotated[str | None, typer.Option(help="Metric that starts the policy.")] = None,
-    preset: Annotated[str | None, typer.Option(help="'default', or 'paper' for the published method.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="'default', 'reinforce' (plain policy gradients) or 'paper' (published).")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default out/MODEL-SPARSITY.")] = None,
     seed: Annotated[str | None, typer.Option(help="Seed of masks and windows.")] = None,
     settings: Set = None,

@@ -27,7 +27,9 @@ from bernprune.names import (
     BaselineName,
     Kind,
     MapName,
+    MasksPer,
     Measure,
+    MethodName,
     ObjectiveName,
     Pools,
     PresetName,
@@ -102,12 +104,12 @@ class BudgetConfig(_Section):
 class InitialConfig(_Section):
     score: ScoreName = "wanda-sp"
     """Metric that starts the policy."""
-    map: MapName = "sigmap"
+    map: MapName = "const"
     """How scores become probabilities."""
     scope: Scope | None = None
     """Map the scores of each layer and kind by themselves ('layer'), each kind over all layers ('global'), or all at
     once ('pooled'); by default 'pooled' for flap and 'layer' for others."""
-    sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.9
+    sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
     """High probability of the map 'const'."""
     windows: Count = 128
     """Calibration windows the metric sees."""
@@ -118,9 +120,9 @@ class InitialConfig(_Section):
 
 
 class PolicyConfig(_Section):
-    floor: Annotated[float, Field(ge=0, lt=0.5)] = 0.01
+    floor: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
     """Least keep probability."""
-    ceiling: Annotated[float, Field(gt=0.5, le=1)] = 0.99
+    ceiling: Annotated[float, Field(gt=0.5, le=1)] = 0.98
     """Greatest keep probability."""
     projection: Projection = "cost-weighted"
     """'cost-weighted': equal shift, budget met exactly; 'published': at most the budget."""
@@ -131,20 +133,32 @@ class SearchConfig(_Section):
     """Windows run forward in all, reference passes included; by default by the model's size. 0: the metric alone."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
+    method: MethodName = "posterior"
+    """'posterior': estimate what each unit is worth, in rounds; 'reinforce': follow the gradient (published)."""
+    masks: Count = 8
+    """Masks that compete on the same text, a step."""
+    windows: Count = 8
+    """Windows of text a step."""
+    masks_per: MasksPer = "chunk"
+    """What has masks of its own: a whole 'batch' of windows (published), each 'sequence', or each 'chunk' of one."""
+    chunk: Count | None = None
+    """Tokens of a chunk; by default the largest divisor of data.window up to 32."""
+    discount: Annotated[float, Field(ge=0, le=1)] = 0.4
+    """How much a chunk's mask answers for the loss of each chunk behind it; 1 is unbiased, and noisy."""
+    rounds: Count | None = None
+    """posterior: how often the policy is renewed; by default for every 128 windows of text."""
+    forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """posterior: share of what was known of whole layers that a round forgets."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    """First step size; falls to zero along a cosine."""
-    masks: Count = 16
-    """Masks a step."""
-    windows: Count = 1
-    """Windows of text a step; every mask sees them all."""
+    """reinforce: first step size; falls to zero along a cosine."""
     baseline: BaselineName = "leave-one-out"
-    """What is subtracted from the losses."""
+    """reinforce: what is subtracted from the losses."""
     baseline_window: Count = 5
-    """Memory of a running baseline, in steps."""
+    """reinforce: memory of a running baseline, in steps."""
     scaling: Scaling = "natural"
-    """Preconditioning of the gradient."""
+    """reinforce: preconditioning of the gradient."""
     epsilon: Annotated[float, Field(ge=0, lt=0.1)] = 0.0
-    """Guard under the root of 'sqrt-fisher'."""
+    """reinforce: guard under the root of 'sqrt-fisher'."""
     final_windows: Annotated[int, Field(ge=0)] = 128
     """Windows of training text on which what was learned must beat the metric's own selections; 0 takes it unseen."""
     objective: ObjectiveName = "cross-entropy"
@@ -157,6 +171,13 @@ class SearchConfig(_Section):
     """At most this much work is lost to a crash."""
     checkpoint_steps: Count | None = None
     """Also write a checkpoint every so many steps."""
+
+
+# What only one of the methods knows.
+METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
+    "posterior": ("rounds", "forgetting"),
+    "reinforce": ("learning_rate", "baseline", "baseline_window", "scaling", "epsilon"),
+}
 
 
 class ReportConfig(_Section):
@@ -172,7 +193,8 @@ class RunConfig(_Section):
     """Everything a run is determined by, beside the versions of its libraries."""
 
     preset: PresetName = "default"
-    """Defaults under all that is given: 'default', or 'paper' for the published method."""
+    """Defaults under all that is given: 'default', 'reinforce' for plain policy gradients, or 'paper' for the published
+    method."""
     model: ModelConfig = ModelConfig()
     """What is pruned."""
     data: DataConfig = DataConfig()
@@ -210,6 +232,7 @@ class RunConfig(_Section):
                 "initial.score 'flap' standardises its scores within each block, so it cannot rank whole blocks; add "
                 "kv_group and channel to granularity, or take another score"
             )
+        self._check_search()
         keep = 1 - self.budget.sparsity
         if not self.policy.floor < keep < self.policy.ceiling:
             raise ValueError(
@@ -217,6 +240,31 @@ class RunConfig(_Section):
                 f"policy.floor {self.policy.floor:g} and policy.ceiling {self.policy.ceiling:g}"
             )
         return self
+
+    def _check_search(self) -> None:
+        search = self.search
+        for name in METHOD_SETTINGS["reinforce" if search.method == "posterior" else "posterior"]:
+            if getattr(search, name) != SearchConfig.model_fields[name].default:
+                raise ValueError(f"search.{name} has no meaning for search.method {search.method!r}")
+        if search.chunk is not None and (search.masks_per != "chunk" or self.data.window % search.chunk):
+            raise ValueError(
+                f"search.chunk {search.chunk} must divide data.window {self.data.window}, and needs search.masks_per "
+                f"'chunk', not {search.masks_per!r}"
+            )
+        if search.method == "posterior":
+            if search.masks < 2:
+                raise ValueError(f"search.method 'posterior' needs search.masks of 2 or more, but got {search.masks}")
+            if not 0 < self.policy.floor < self.policy.ceiling < 1 or self.policy.projection != "cost-weighted":
+                raise ValueError(
+                    "search.method 'posterior' needs policy.floor above 0, policy.ceiling below 1 and "
+                    "policy.projection 'cost-weighted'"
+                )
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk."""
+        window = self.data.window
+        return self.search.chunk or max(size for size in range(1, 33) if window % size == 0)
 
     def _finest(self) -> list[Kind]:
         """Levels that no other chosen level refines: those whose scores decide."""
@@ -227,15 +275,23 @@ class RunConfig(_Section):
         return self.model_dump(mode="json")
 
 
-# `paper` is the published method (Gao et al., 2024, arXiv 2406.10576, released code). What it was run with, 240,000
-# sequences (15,000 steps of 2 masks on 8 windows) and scores from windows of 1,024 tokens, stands in configs/.
+# `reinforce` is the best that plain policy gradients did for us. `paper` is the published method (Gao et al., 2024,
+# arXiv 2406.10576, released code); what it was run with, 240,000 sequences (15,000 steps of 2 masks on 8 windows) and
+# scores from windows of 1,024 tokens, stands in configs/.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
+    "reinforce": {
+        "initial": {"map": "sigmap"},
+        "policy": {"floor": 0.01, "ceiling": 0.99},
+        "search": {"method": "reinforce", "masks_per": "batch", "masks": 16, "windows": 1},
+    },
     "paper": {
         "budget": {"pools": "separate", "min_kv_groups": 0, "min_channels": 0},
         "initial": {"score": "wanda-sp", "map": "sigmap", "scope": "layer", "inputs": "pruned"},
         "policy": {"floor": 0.0, "ceiling": 1.0, "projection": "published"},
         "search": {
+            "method": "reinforce",
+            "masks_per": "batch",
             "learning_rate": 0.002,
             "masks": 2,
             "windows": 8,

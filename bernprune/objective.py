@@ -98,6 +98,12 @@ class MaskedObjective:
         losses_RP = self._token_losses(masks_BKCU.flatten(0, 1), rows, tokens_BT, rows // num_masks)
         return F.pad(losses_RP, (0, window - losses_RP.shape[1])).view(num_windows, num_masks, window)
 
+    def chunk_losses(self, masks_BKCU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """As ``token_losses``, each chunk's share of the mean over all predictions of its window: ``[B, K, C]``."""
+        losses_BKT = self.token_losses(masks_BKCU, tokens_BT)
+        predictions = losses_BKT.shape[-1] - (self._kind == "cross-entropy")
+        return losses_BKT.view(*masks_BKCU.shape[:3], -1).sum(-1) / predictions
+
     def _check(self, masks: torch.Tensor, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size
         if not fits or masks.shape[-1] != size or not masks.numel():

@@ -9,7 +9,10 @@ def table(report: dict[str, Any]) -> str:
     """Dense, initial metric, learned: perplexity, parameters, latency; and the protocol they were taken by."""
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
     titles = ROWS if report["search"]["kept"] == "learned" else ROWS | {"pruned": "kept"}
+    same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
     for name, title in titles.items():
+        if name == "uniform" and same_start:
+            continue
         figure = report["latency"].get(name)
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
         count = report["parameters"].get(name)

@@ -64,6 +64,11 @@ def random_numbers(count: int, seed: int) -> torch.Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def normal_numbers(*shape: int, seed: int) -> torch.Tensor:
+    """Standard normal, float64."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def of_kind(space: UnitSpace, kind: Kind) -> torch.Tensor:
     """Which units are of this kind, bool ``[U]``."""
     return torch.tensor([group.kind == kind for group in space.groups for _ in range(group.count)])

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from tiny_run import (
     KV_GROUPS,
+    METHODS,
+    PASSES,
     POSITIONS,
     SETTINGS,
     VOCABULARY,
@@ -24,10 +26,10 @@ from tiny_run import (
     words,
 )
 
-from bernprune.config import RunConfig, make_config, merge, parse_settings
+from bernprune.config import PolicyConfig, RunConfig, make_config, merge, parse_settings
 from bernprune.models.architecture import architecture_of
 from bernprune.models.families import FAMILIES
-from bernprune.names import BaselineName, ScoreName
+from bernprune.names import BaselineName, MasksPer, MethodName, PresetName, ScoreName
 from bernprune.run import pipeline
 from bernprune.run.folder import RunFolder
 from bernprune.units import KeepPlan, LayerPlan
@@ -44,6 +46,9 @@ def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 # --- the table: what is tried, and what the sentence must say ---
+
+CEILING = PolicyConfig().ceiling
+REINFORCE = METHODS["reinforce"]
 
 
 def _corrupt_weights(place: Place) -> Path:
@@ -166,7 +171,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "text-blank": (lambda p: p.prune(text=p.file("blank.txt", " \n")), ("blank.txt", "no text")),
     "text-too-short": (lambda p: p.prune(text=p.file("short.txt", "a b c")), ("short.txt", "too short", "16")),
     "text-too-short-for-a-tenth": (lambda p: p.prune(text=p.file("s.txt", words(30))), ("s.txt, last tenth", "short")),
-    "text-too-short-for-a-step": (lambda p: p.prune("search.windows=9999", "search.sequences=49995"), ("9,999",)),
+    "text-too-short-for-a-step": (lambda p: p.prune("search.windows=9999", "search.sequences=29997"), ("9,999",)),
     "text-not-utf8": (lambda p: p.prune(text=p.file("latin.txt", b"caf\xe9 " * 99)), ("latin.txt", "UTF-8")),
     "text-without-field": (lambda p: p.prune(text=p.file("t.jsonl", '{"body": "x"}')), ("t.jsonl", "line 1", "text")),
     "eval-text-missing": (lambda p: [*p.prune(), "--eval-text", "none.txt"], ("none.txt", "does not exist")),
@@ -180,7 +185,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "sparsity-nan": (lambda p: [*p.prune(), "--sparsity", "nan"], ("budget.sparsity", "finite", "nan")),
     "sparsity-infinite": (lambda p: [*p.prune(), "--sparsity", "inf"], ("budget.sparsity", "finite", "inf")),
     "sparsity-text": (lambda p: [*p.prune(), "--sparsity", "much"], ("budget.sparsity", "number", "much")),
-    "sparsity-beyond-ceiling": (lambda p: [*p.prune(), "--sparsity", "0.005"], ("policy.ceiling", "0.995", "0.99")),
+    "sparsity-beyond-ceiling": (
+        lambda p: [*p.prune(), "--sparsity", f"{(1 - CEILING) / 2:g}"],
+        ("policy.ceiling", f"{(1 + CEILING) / 2:g}", f"{CEILING:g}"),
+    ),
     "minimums-impossible": (
         lambda p: p.prune("budget.min_channels=18", f"budget.min_kv_groups={KV_GROUPS}"),
         ("minimums", "70.0%", "0.3"),
@@ -191,12 +199,66 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: p.prune("budget.pools=separate", "granularity=[layer, channel]"),
         ("separate pools", "layer"),
     ),
-    "sequences-below-a-step": (lambda p: p.prune("search.sequences=3"), ("search.sequences", "4", "3")),
-    "sequences-below-a-matched-step": (
-        lambda p: p.prune("search.sequences=4", "search.baseline=matched"),
-        ("search.sequences", "5", "4"),
+    "sequences-below-a-step": (
+        lambda p: p.prune(f"search.sequences={PASSES - 1}"),
+        ("search.sequences", f"one step of {PASSES}", f"got {PASSES - 1}"),
     ),
-    "masks-too-few": (lambda p: p.prune("search.masks=1"), ("leave-one-out", "2 masks", "1")),
+    "sequences-below-a-round-of-a-batch": (
+        lambda p: p.prune(*METHODS["posterior-batch"], f"search.sequences={2 * PASSES - 1}"),
+        ("search.sequences", f"two steps of {PASSES}", f"got {2 * PASSES - 1}"),
+    ),
+    "sequences-below-a-matched-step": (
+        lambda p: p.prune(*REINFORCE, "search.sequences=7", "search.baseline=matched"),
+        ("search.sequences", "one step of 8", "got 7"),
+    ),
+    "masks-too-few": (lambda p: p.prune(*REINFORCE, "search.masks=1"), ("leave-one-out", "2 masks", "1")),
+    # methods
+    "posterior-of-one-mask": (
+        lambda p: p.prune("search.masks=1"),
+        ("search.method 'posterior'", "search.masks of 2 or more", "got 1"),
+    ),
+    **{
+        f"posterior-with-{setting}": (
+            lambda p, setting=setting: p.prune(setting),
+            ("search.method 'posterior'", "policy.floor above 0", "policy.ceiling below 1", "'cost-weighted'"),
+        )
+        for setting in ("policy.floor=0", "policy.ceiling=1", "policy.projection=published")
+    },
+    "posterior-with-a-rate": (
+        lambda p: p.prune("search.learning_rate=0.05"),
+        ("search.learning_rate has no meaning for search.method 'posterior'",),
+    ),
+    "reinforce-with-rounds": (
+        lambda p: p.prune(*REINFORCE, "search.rounds=7"),
+        ("search.rounds has no meaning for search.method 'reinforce'",),
+    ),
+    "paper-by-another-method": (
+        lambda p: [*p.prune("search.method=posterior", "search.chunk=null"), "--preset", "paper"],
+        ("search.learning_rate has no meaning for search.method 'posterior'",),
+    ),
+    "method-unknown": (
+        lambda p: p.prune("search.method=genetic"),
+        ("search.method", "'genetic'", *get_args(MethodName)),
+    ),
+    "masks-per-unknown": (
+        lambda p: p.prune("search.masks_per=token"),
+        ("search.masks_per", "'token'", *get_args(MasksPer)),
+    ),
+    "chunk-does-not-divide": (
+        lambda p: p.prune("search.chunk=5"),
+        ("search.chunk 5 must divide data.window 16", "search.masks_per 'chunk'"),
+    ),
+    "chunk-longer-than-the-window": (lambda p: p.prune("search.chunk=32"), ("search.chunk 32", "data.window 16")),
+    "chunk-0": (lambda p: p.prune("search.chunk=0"), ("search.chunk", "1", "0")),
+    **{
+        f"chunk-of-a-{masks_per}": (
+            lambda p, masks_per=masks_per: p.prune("search.chunk=4", f"search.masks_per={masks_per}"),
+            ("search.chunk 4", "needs search.masks_per 'chunk'", f"not '{masks_per}'"),
+        )
+        for masks_per in ("batch", "sequence")
+    },
+    "forgetting-all": (lambda p: p.prune("search.forgetting=1"), ("search.forgetting", "less than 1", "1")),
+    "discount-above-1": (lambda p: p.prune("search.discount=1.5"), ("search.discount", "1.5")),
     # settings
     "key-unknown": (lambda p: p.prune("budget.sparsty=0.5"), ("'budget.sparsty'", "'budget.sparsity'")),
     "key-without-section": (lambda p: p.prune("learning_rate=0.1"), ("'search.learning_rate'",)),
@@ -208,7 +270,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "type-of-text": (lambda p: p.prune("model.dtype=[1]"), ("model.dtype", "[1]")),
     "seed-negative": (lambda p: [*p.prune(), "--seed", "-1"], ("seed", "0", "-1")),
     "score-unknown": (lambda p: [*p.prune(), "--score", "wand"], ("initial.score", "'wand'", *get_args(ScoreName))),
-    "preset-unknown": (lambda p: [*p.prune(), "--preset", "best"], ("preset", "'best'", "default", "paper")),
+    "preset-unknown": (lambda p: [*p.prune(), "--preset", "best"], ("preset", "'best'", *get_args(PresetName))),
     "baseline-unknown": (lambda p: p.prune("search.baseline=mean"), ("baseline", "'mean'", *get_args(BaselineName))),
     "granularity-unknown": (lambda p: [*p.prune(), "--granularity", "head"], ("granularity", "'head'", "kv_group")),
     "granularity-twice": (lambda p: [*p.prune(), "--granularity", "channel,channel"], ("granularity", "different")),
@@ -225,7 +287,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "config-key-unknown": (lambda p: ["prune", str(p.file("c.yaml", "modle: {}"))], ("'modle'", "'model'")),
     # windows, devices, backends
     "window-beyond-positions": (
-        lambda p: p.prune(f"data.window={POSITIONS + 1}"),
+        lambda p: p.prune(f"data.window={POSITIONS + 1}", "search.chunk=5"),
         (f"{POSITIONS + 1}", f"{POSITIONS}"),
     ),
     "initial-window-beyond": (lambda p: p.prune(f"initial.window={POSITIONS + 1}"), (f"{POSITIONS + 1}", "positions")),
@@ -300,10 +362,20 @@ def test_bad_input(case: str, place: Place) -> None:
 
 GOOD: dict[str, Try] = {
     "shortest": lambda p: p.prune(),
-    "smallest-sparsity": lambda p: [*p.prune(), "--sparsity", "0.02"],
+    "smallest-sparsity": lambda p: [*p.prune(), "--sparsity", f"{1.01 - CEILING:g}"],
     "largest-window": lambda p: p.prune(f"data.window={POSITIONS}", f"initial.window={POSITIONS}"),
-    "smallest-window": lambda p: p.prune("data.window=2"),
-    "one-step": lambda p: p.prune("search.sequences=4"),
+    "smallest-window": lambda p: p.prune("data.window=2", "search.chunk=1"),
+    "one-chunk": lambda p: p.prune("search.chunk=16"),
+    "one-step": lambda p: p.prune(f"search.sequences={PASSES}"),
+    "one-round-of-a-batch": lambda p: p.prune(*METHODS["posterior-batch"], f"search.sequences={2 * PASSES}"),
+    "one-matched-step": lambda p: p.prune(*REINFORCE, "search.sequences=8", "search.baseline=matched"),
+    "fewest-masks": lambda p: p.prune("search.masks=2"),
+    "one-window": lambda p: p.prune("search.windows=1"),
+    "one-window-all-batch": lambda p: p.prune(*METHODS["posterior-batch"], "search.windows=1"),
+    "as-many-rounds-as-steps": lambda p: p.prune(*METHODS["posterior-batch"], "search.rounds=24"),
+    "without-baseline": lambda p: p.prune(*REINFORCE, "search.masks=1", "search.baseline=none"),
+    "floor-and-ceiling-of-reinforce": lambda p: p.prune(*REINFORCE, "policy.floor=0", "policy.ceiling=1"),
+    "reinforce-in-chunks": lambda p: p.prune("preset=reinforce", "search.masks_per=chunk"),
     "minimums-just-possible": lambda p: p.prune("budget.min_channels=11"),
     "empty-out-folder": lambda p: p.prune(out=p.folder / "temporary"),
     "relative-paths": lambda p: p.prune(model=Path("model"), text=Path("text.txt"), out=Path("a/b")),

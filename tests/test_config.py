@@ -8,7 +8,7 @@ from pydantic import BaseModel
 from tiny_run import REPOSITORY, Place, prepare, run, visit
 
 from bernprune import names
-from bernprune.config import PRESETS, RunConfig, make_config, merge, parse_settings, read_yaml
+from bernprune.config import METHOD_SETTINGS, PRESETS, RunConfig, make_config, merge, parse_settings, read_yaml
 from bernprune.errors import ConfigError
 from bernprune.policy.baselines import BASELINES
 from bernprune.run.folder import RunFolder
@@ -44,7 +44,22 @@ def test_the_default_preset_changes_nothing() -> None:
     assert make_config({}).preset == "default" and PRESETS["default"] == {}
 
 
+REINFORCE = {
+    "initial.map": "sigmap",
+    "policy.floor": 0.01,
+    "policy.ceiling": 0.99,
+    "policy.projection": "cost-weighted",
+    "search.method": "reinforce",
+    "search.masks_per": "batch",
+    "search.masks": 16,
+    "search.windows": 1,
+    "search.learning_rate": 0.1,
+    "search.baseline": "leave-one-out",
+    "search.scaling": "natural",
+}
 PAPER = {
+    "search.method": "reinforce",
+    "search.masks_per": "batch",
     "budget.pools": "separate",
     "initial.score": "wanda-sp",
     "initial.map": "sigmap",
@@ -67,13 +82,19 @@ def test_the_paper_preset_is_the_published_setting() -> None:
     assert config.data.window == 128 and set(config.granularity) == {"kv_group", "channel"}
 
 
+def test_the_reinforce_preset_is_plain_policy_gradients() -> None:
+    """16 masks of a whole batch, which is one window, against each other, rate 0.1."""
+    config = make_config({"preset": "reinforce"})
+    assert {key: value_at(config, key) for key in REINFORCE} == REINFORCE
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_what_is_given_wins_over_a_preset(preset: str) -> None:
     """A preset is defaults: one setting given leaves its neighbours in the same section alone."""
-    alone, given = make_config({"preset": preset}), make_config({"preset": preset, "search": {"learning_rate": 0.5}})
-    assert given.search.learning_rate == 0.5
+    alone, given = make_config({"preset": preset}), make_config({"preset": preset, "search": {"windows": 5}})
+    assert given.search.windows == 5 != alone.search.windows
     changed = given.to_dict()
-    changed["search"]["learning_rate"] = alone.search.learning_rate
+    changed["search"]["windows"] = alone.search.windows
     assert changed == alone.to_dict()
 
 
@@ -117,7 +138,8 @@ def test_merge_changes_neither_side() -> None:
 # --- single settings ---
 
 SAID = [
-    ("search.learning_rate=1e-3", "search.learning_rate", 1e-3),
+    ("search.discount=1e-3", "search.discount", 1e-3),
+    ("search.chunk=null", "search.chunk", None),
     ("search.sequences=null", "search.sequences", None),
     ("granularity=channel", "granularity", ("channel",)),
     ("granularity=[layer, channel]", "granularity", ("layer", "channel")),
@@ -171,11 +193,119 @@ def test_there_are_numbers() -> None:
     assert {"budget.sparsity", "search.masks", "seed", "data.window"} <= set(NUMBERS)
 
 
+# --- what belongs together ---
+
+OTHER_VALUES = {
+    "rounds": 7,
+    "forgetting": 0.25,
+    "learning_rate": 0.5,
+    "baseline": "none",
+    "baseline_window": 3,
+    "scaling": "raw",
+    "epsilon": 1e-7,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_VALUES)
+@pytest.mark.parametrize("preset", ["default", "reinforce"])
+def test_a_setting_without_meaning_is_refused(preset: str, name: str) -> None:
+    """What only one method knows is no setting of the other, unless it changes nothing."""
+    method, given = make_config({"preset": preset}).search.method, {name: OTHER_VALUES[name]}
+    if name in METHOD_SETTINGS[method]:
+        assert getattr(make_config({"preset": preset, "search": given}).search, name) == OTHER_VALUES[name]
+        return
+    with pytest.raises(ConfigError) as caught:
+        make_config({"preset": preset, "search": given})
+    assert str(caught.value) == f"search.{name} has no meaning for search.method {method!r}"
+    default = getattr(RunConfig().search, name)
+    assert make_config({"preset": preset, "search": {name: default}}) == make_config({"preset": preset})
+
+
+def test_every_setting_of_a_method_is_known() -> None:
+    """The test above tries all of them, none belongs to both, and those that say so in their sentence are theirs."""
+    assert METHOD_SETTINGS.keys() == set(get_args(names.MethodName))
+    ours = [name for settings in METHOD_SETTINGS.values() for name in settings]
+    assert sorted(ours) == sorted(OTHER_VALUES)
+    for method, settings in METHOD_SETTINGS.items():
+        described = {
+            name
+            for name, field in type(RunConfig().search).model_fields.items()
+            if (field.description or "").startswith(f"{method}:")
+        }
+        assert described == set(settings)
+
+
+UNFIT = {
+    "chunk-does-not-divide": {"search": {"chunk": 5}, "data": {"window": 16}},
+    "chunk-of-a-sequence": {"search": {"chunk": 4, "masks_per": "sequence"}, "data": {"window": 16}},
+    "chunk-of-a-batch": {"preset": "reinforce", "search": {"chunk": 4}, "data": {"window": 16}},
+    "one-mask": {"search": {"masks": 1}},
+    "floor-0": {"policy": {"floor": 0.0}},
+    "ceiling-1": {"policy": {"ceiling": 1.0}},
+    "published-projection": {"policy": {"projection": "published"}},
+}
+CHUNKS = "search.chunk {} must divide data.window 16, and needs search.masks_per 'chunk', not {!r}"
+BOUNDS = (
+    "search.method 'posterior' needs policy.floor above 0, policy.ceiling below 1 and policy.projection 'cost-weighted'"
+)
+SAYING = {
+    "chunk-does-not-divide": CHUNKS.format(5, "chunk"),
+    "chunk-of-a-sequence": CHUNKS.format(4, "sequence"),
+    "chunk-of-a-batch": CHUNKS.format(4, "batch"),
+    "one-mask": "search.method 'posterior' needs search.masks of 2 or more, but got 1",
+    "floor-0": BOUNDS,
+    "ceiling-1": BOUNDS,
+    "published-projection": BOUNDS,
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_settings_that_contradict_are_refused(case: str) -> None:
+    """With all of those that are concerned."""
+    with pytest.raises(ConfigError) as caught:
+        make_config(UNFIT[case])
+    assert str(caught.value) == SAYING[case]
+
+
+FIT: dict[str, dict[str, Any]] = {
+    "chunk-divides": {"search": {"chunk": 4}, "data": {"window": 16}},
+    "chunk-is-the-window": {"search": {"chunk": 16}, "data": {"window": 16}},
+    "chunk-longer-than-by-default": {"search": {"chunk": 64}},
+    "reinforce-in-chunks": {
+        "preset": "reinforce",
+        "search": {"chunk": 4, "masks_per": "chunk"},
+        "data": {"window": 16},
+    },
+    "two-masks": {"search": {"masks": 2}},
+    "one-mask-of-reinforce": {"preset": "reinforce", "search": {"masks": 1, "baseline": "none"}},
+    "bounds-of-reinforce": {"preset": "reinforce", "policy": {"floor": 0.0, "ceiling": 1.0, "projection": "published"}},
+    "bounds-nearly-open": {"policy": {"floor": 1e-6, "ceiling": 1 - 1e-6}},
+}
+
+
+@pytest.mark.parametrize("case", FIT)
+def test_their_valid_neighbours(case: str) -> None:
+    """What lies just on the right side, or belongs to the other method."""
+    config = make_config(FIT[case])
+    assert make_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("window", [2, 16, 31, 32, 33, 34, 37, 64, 100, 128, 1022, 1024])
+def test_a_chunk_is_the_largest_that_fits(window: int) -> None:
+    """Up to 32 tokens, without a rest; or what is given."""
+    chunk = make_config({"data": {"window": window}}).chunk
+    assert window % chunk == 0 and 1 <= chunk <= 32
+    assert not [size for size in range(chunk + 1, 33) if window % size == 0]
+    assert make_config({"data": {"window": window}, "search": {"chunk": window}}).chunk == window
+
+
 # --- storing ---
 
 VARIED: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"preset": "paper"},
+    "reinforce": {"preset": "reinforce", "search": {"epsilon": 1e-7, "baseline": "matched"}},
+    "posterior": {"search": {"rounds": 5, "forgetting": 0.0, "discount": 1, "chunk": 2}},
     "everything": {
         "granularity": ["layer", "channel"],
         "search": {"seconds": 12.5, "sequences": 0, "objective": "kl", "checkpoint_steps": 3},

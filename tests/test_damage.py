@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -12,6 +13,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_run import (
+    METHODS,
+    NO_CHUNKS,
+    PASSES,
+    STEPS,
     Place,
     in_one_sentence,
     prepare,
@@ -29,7 +34,13 @@ from bernprune import storage
 from bernprune.models import saving
 from bernprune.run import loop, pipeline
 
-WORKING = ("search.sequences=40", "search.checkpoint_steps=4")  # 10 steps, checkpoints at 4, 8 and 10
+# 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
+WORKING = (
+    f"search.sequences={10 * PASSES}",
+    "search.checkpoint_steps=4",
+    "search.rounds=2",
+    "search.final_windows=0",
+)
 
 
 @pytest.fixture(scope="module")
@@ -241,50 +252,88 @@ def test_a_checkpoint_of_other_units_is_refused(place: Place, undisturbed: Path)
 # --- losses that are not finite ---
 
 
-def _losses_with_nan(monkeypatch: pytest.MonkeyPatch, step: int, count: int) -> dict[int, torch.Tensor]:
-    """The first ``count`` masks of a step get a loss that is no number; the true losses are noted by step."""
+MASKS, WINDOWS = 3, 2  # of a step
+LAYOUTS = {name: (1 if name in ("posterior-batch", "reinforce") else WINDOWS, MASKS) for name in METHODS}
+
+
+def _losses_with_nan(
+    monkeypatch: pytest.MonkeyPatch, step: int, bad: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[int, torch.Tensor]:
+    """The last chunks of ``bad`` masks of a step get a loss that is no number; the true losses are noted by step.
+
+    ``bad`` is given the numbers of the masks, ``[B, K]``.
+    """
     noted: dict[int, torch.Tensor] = {}
-    original = loop._Loop._losses
+    original = loop.evaluate
 
-    def losses(self: Any, *arguments: Any) -> tuple[torch.Tensor, float | None]:
-        losses_K, reference = original(self, *arguments)
-        noted[self.work.step] = losses_K
-        bad_K = torch.arange(len(losses_K)) < (count if self.work.step == step else 0)
-        return torch.where(bad_K, float("nan"), losses_K), reference
+    def evaluate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        losses_BKC, reference_BC = original(*arguments)
+        losses_BK, now = losses_BKC.sum(-1), len(noted)
+        noted[now] = losses_BK
+        if now == step:
+            losses_BKC = losses_BKC.clone()
+            losses_BKC[..., -1][bad(torch.arange(losses_BK.numel()).view_as(losses_BK))] = float("nan")
+        return losses_BKC, reference_BC
 
-    monkeypatch.setattr(loop._Loop, "_losses", losses)
+    monkeypatch.setattr(loop, "evaluate", evaluate)
     return noted
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_that_is_not_finite_stops_the_run(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """By default, with the step, the number of masks and the way out."""
-    _losses_with_nan(monkeypatch, step=3, count=1)
-    sentence = in_one_sentence(run(*place.prune()))
-    assert "1 of 4 losses of step 3" in sentence and "search.non_finite=drop" in sentence
+    _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK == 1)
+    sentence = in_one_sentence(run(*place.prune(*METHODS[method])))
+    groups, masks = LAYOUTS[method]
+    assert f"1 of {groups * masks} losses of step 3" in sentence and "search.non_finite=drop" in sentence
     assert not (place.out / "model").exists()
 
 
-def test_losses_that_are_not_finite_can_be_dropped(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On request: the others count, and the log says how many were left out."""
-    noted = _losses_with_nan(monkeypatch, step=3, count=2)
-    succeed(*place.prune("search.non_finite=drop"))
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_that_are_not_finite_can_be_dropped(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On request: the others count, and the log says how many were left out.
+
+    Where every window has masks of its own, those that competed with a lost one are lost with it.
+    """
+    noted = _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK < 2)
+    succeed(*place.prune("search.non_finite=drop", *METHODS[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
-    dropped = [2 if step == 3 else 0 for step in range(8)]
+    groups, masks = LAYOUTS[method]
+    dropped = [(2 if groups == 1 else masks) if step == 3 else 0 for step in range(STEPS)]
     assert [line["dropped"] for line in lines] == dropped
-    means = [noted[step][dropped[step] :].mean().item() for step in range(8)]
+    means = [noted[step].flatten()[dropped[step] :].mean().item() for step in range(STEPS)]
     assert [line["loss"] for line in lines] == pytest.approx(means)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
-def test_one_finite_loss_is_enough(place: Place, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
-    """Also of the published two masks: the step counts for less, and the run goes on."""
-    _losses_with_nan(monkeypatch, step=1, count=1)
-    succeed(*place.prune("search.non_finite=drop", "search.masks=2", "search.windows=1", f"preset={preset}"))
+ENOUGH = {
+    "posterior-chunk": METHODS["posterior-chunk"],
+    "posterior-batch": METHODS["posterior-batch"],
+    "reinforce": METHODS["reinforce"],
+    "paper": ("preset=paper", NO_CHUNKS),
+}
+
+
+@pytest.mark.parametrize("method", ENOUGH)
+def test_one_finite_loss_is_enough(place: Place, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Also of the published two masks, or one window of two: the step counts for less, and the run goes on."""
+    _losses_with_nan(monkeypatch, step=1, bad=lambda numbers_BK: numbers_BK == 0)
+    succeed(*place.prune("search.non_finite=drop", "search.masks=2", *ENOUGH[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["dropped"] for line in lines[:4]] == [0, 1, 0, 0]
+    assert [line["dropped"] for line in lines[:4]] == [0, 2 if method == "posterior-chunk" else 1, 0, 0]
 
 
-def test_no_finite_loss_stops_the_run_all_the_same(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_no_finite_loss_stops_the_run_all_the_same(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is nothing to learn from."""
-    _losses_with_nan(monkeypatch, step=3, count=4)
-    assert "4 of 4 losses of step 3" in in_one_sentence(run(*place.prune("search.non_finite=drop")))
+    _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK >= 0)
+    lost = math.prod(LAYOUTS[method])
+    arguments = place.prune("search.non_finite=drop", *METHODS[method])
+    assert f"{lost} of {lost} losses of step 3" in in_one_sentence(run(*arguments))
+
+
+@pytest.mark.parametrize("method", ["posterior-chunk", "posterior-sequence"])
+def test_a_loss_lost_in_every_window_stops_the_run(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No window is left whose masks can be compared."""
+    _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK % MASKS == 1)
+    assert "2 of 6 losses of step 3" in in_one_sentence(run(*place.prune("search.non_finite=drop", *METHODS[method])))

@@ -1,6 +1,8 @@
 """The gradient estimators against exact enumeration: 4 units, 16 masks, every tuple of K masks a step may draw.
 
 Letters: T tuples, K masks, U units.
+
+A step's masks are those of a whole batch here: one group, one chunk.
 """
 
 import functools
@@ -9,15 +11,16 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from spaces import FLAT, all_masks, of_kind, random_numbers
+from spaces import FLAT, all_masks, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import EXACT, assert_close
 
 from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Scaling
-from bernprune.policy.baselines import BASELINES, make_baseline
+from bernprune.policy.baselines import BASELINES, Baseline, make_baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import reinforce
-from bernprune.policy.search import MaskSearch
+from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.search import Design, rewards_to_go
 
 PROBS_U = torch.tensor([0.13, 0.5, 0.72, 0.96], dtype=torch.float64)
 MASKS = all_masks(4)
@@ -59,6 +62,12 @@ def expectation(advantages: Callable[[torch.Tensor], torch.Tensor], num_masks: i
     return weights_T @ gradients_TU
 
 
+def batch_advantages(baseline: Baseline, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+    """``[K]``, of the masks of a whole batch."""
+    reference_BC = None if reference is None else torch.full((1, 1), reference, dtype=torch.float64)
+    return baseline.advantages(losses_K[None, :, None], reference_BC)[0, :, 0]
+
+
 def advantages_of(
     name: BaselineName, num_masks: int, past: float | None, window: int
 ) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -69,7 +78,7 @@ def advantages_of(
     def advantages(losses_K: torch.Tensor) -> torch.Tensor:
         if remembers:
             baseline.load_state_dict({"average": past})
-        return baseline.advantages(losses_K, REFERENCE if baseline.needs_reference else None)
+        return batch_advantages(baseline, losses_K, REFERENCE if baseline.needs_reference else None)
 
     return advantages
 
@@ -142,7 +151,7 @@ def test_matched_removes_what_a_batch_shares(past: float | None) -> None:
     for difficulty in (0.0, 64.0, -0.5):
         baseline = make_baseline("matched", window=4, num_masks=4)
         baseline.load_state_dict({"average": past})
-        advantages_K = baseline.advantages(losses_K + difficulty, 2.0 + difficulty)
+        advantages_K = batch_advantages(baseline, losses_K + difficulty, 2.0 + difficulty)
         results.append((advantages_K.tolist(), baseline.state_dict()))
     assert results[0] == results[1] == results[2]
 
@@ -152,7 +161,7 @@ def test_averages_follow_their_window() -> None:
     for name, reference, offset in (("moving-average", None, 0.0), ("matched", 2.0, 2.0), ("published", None, 0.0)):
         baseline, expected = make_baseline(name, window=5, num_masks=2), None
         for mean in (3.0, 1.0, 2.5):
-            baseline.advantages(torch.tensor([mean - 1, mean + 1], dtype=torch.float64), reference)
+            batch_advantages(baseline, torch.tensor([mean - 1, mean + 1], dtype=torch.float64), reference)
             gap = mean - offset
             expected = gap if expected is None else 0.8 * expected + 0.2 * gap
             assert_close(baseline.state_dict()["average"], expected, EXACT)
@@ -163,7 +172,7 @@ def test_too_few_masks_are_refused(name: BaselineName) -> None:
     """Every baseline takes the fewest masks it states and refuses fewer, naming itself."""
     fewest = BASELINES[name].min_masks
     losses_K = torch.arange(fewest, dtype=torch.float64)
-    assert make_baseline(name, window=3, num_masks=fewest).advantages(losses_K, 1.0).isfinite().all()
+    assert batch_advantages(make_baseline(name, window=3, num_masks=fewest), losses_K, 1.0).isfinite().all()
     if fewest > 1:
         with pytest.raises(ConfigError, match=f"{name}.*{fewest}"):
             make_baseline(name, window=3, num_masks=fewest - 1)
@@ -218,13 +227,13 @@ def literal_step(
     return s - lr * g, delta
 
 
-def published_search(start_U: torch.Tensor, sparsity: float) -> MaskSearch:
-    return MaskSearch(
+def published_search(start_U: torch.Tensor, sparsity: float) -> ReinforceSearch:
+    return ReinforceSearch(
         Budget(FLAT, sparsity, pools="separate"),
         start_U,
         baseline=make_baseline("published", window=5, num_masks=2),
         seed=3,
-        num_masks=2,
+        design=Design(1, 2),
         scaling="sqrt-fisher",
         epsilon=1e-7,
         projection="published",
@@ -245,10 +254,11 @@ def test_the_published_method_step_by_step(learning_rate: float) -> None:
             s[members] = literal_projection(s[members], count)
         assert_close(search.probs_U, torch.from_numpy(s), EXACT)
         num_settled += int(((s == 0) | (s == 1)).sum())
-        masks_KU = search.ask(step)
+        masks_BKCU = search.ask(step)
+        masks_KU = masks_BKCU[0, :, 0]
         losses_K = (masks_KU.double() @ values_U).cos() + 0.1 * step
         s, delta = literal_step(s, delta, masks_KU.numpy(), losses_K.numpy(), learning_rate)
-        search.tell(masks_KU, losses_K, learning_rate=learning_rate)
+        search.tell(masks_BKCU, losses_K[None, :, None], learning_rate=learning_rate)
     assert num_settled > 0
 
 
@@ -259,5 +269,75 @@ def test_a_dropped_mask_shortens_the_published_sum() -> None:
         baseline = make_baseline("published", window=5, num_masks=3)
         baseline.load_state_dict({"average": 4.0})
         average = 0.8 * 4.0 + 0.2 * losses_K.mean()
-        mean = baseline.advantages(losses_K, None).mean()
+        mean = batch_advantages(baseline, losses_K, None).mean()
         assert_close(mean, (losses_K - average).sum() / 2, EXACT)
+
+
+# Chunks and groups
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.4, 1.0])
+def test_returns_are_discounted_sums(discount: float) -> None:
+    """A chunk's own loss and those behind it, as a double loop has them."""
+    losses_BKC = random_numbers(3 * 2 * 5, 0).view(3, 2, 5)
+    expected = torch.zeros_like(losses_BKC)
+    for chunk in range(5):
+        for later in range(chunk, 5):
+            expected[..., chunk] += discount ** (later - chunk) * losses_BKC[..., later]
+    before, found = losses_BKC.clone(), rewards_to_go(losses_BKC, discount)
+    assert torch.equal(losses_BKC, before)  # the argument is not written on
+    assert_close(found, expected, EXACT)
+    if discount == 0:
+        assert torch.equal(found, losses_BKC)
+    if discount == 1:
+        assert_close(found, losses_BKC.flip(-1).cumsum(-1).flip(-1), EXACT)
+
+
+def table(group: int, chunk: int, num_masks: int) -> torch.Tensor:
+    """Arbitrary losses of a chunk in a group, by the masks, out of ``num_masks``, of all chunks up to it."""
+    return 2 + normal_numbers(*[num_masks] * (chunk + 1), seed=10 * group + chunk)
+
+
+def shared_gradient(probs_U: torch.Tensor, design: Design) -> torch.Tensor:
+    """Of the mean over groups of the exact expected sum over chunks, which all share the probabilities."""
+    probs_U, masks, total = probs_U.clone().requires_grad_(), all_masks(len(probs_U)), 0.0
+    chances = torch.where(masks, probs_U, 1 - probs_U).prod(-1)
+    for group in range(design.groups):
+        for chunk in range(design.chunks):
+            expected = table(group, chunk, len(masks))
+            for _ in range(chunk + 1):
+                expected = chances @ expected  # over one mask after the other
+            total = total + expected / design.groups
+    (gradient_U,) = torch.autograd.grad(total, probs_U)
+    return gradient_U
+
+
+@pytest.mark.parametrize("name", ["leave-one-out", "none"])
+@pytest.mark.parametrize(
+    ("num_units", "design"),
+    [(2, Design(1, 2, 2)), (3, Design(1, 2, 2)), (2, Design(2, 2, 1)), (1, Design(2, 2, 2))],
+    ids=str,
+)
+def test_the_expected_step_follows_the_gradient_of_the_mean(num_units: int, design: Design, name: BaselineName) -> None:
+    """Over every draw of a step of the real search: chunks add up, groups are averaged."""
+    probs_U, masks = torch.tensor([0.72, 0.13, 0.5])[:num_units].double(), all_masks(num_units)
+    space, rate = make_space(["channel"], [(1, num_units)]), 0.001
+    # The limit is so far, and the step so small, that nothing is projected.
+    settings = {"projection": "published", "scaling": "raw", "floor": 0.0, "ceiling": 1.0, "seed": 3}
+    search = ReinforceSearch(
+        Budget(space, 0.01), probs_U, baseline=make_baseline(name, window=5, num_masks=2), design=design, **settings
+    )
+    codes_TBKC = torch.cartesian_prod(*[torch.arange(len(masks))] * (design.groups * 2 * design.chunks))
+    codes_TBKC = codes_TBKC.view(-1, design.groups, 2, design.chunks)
+    losses_TBKC = torch.empty(codes_TBKC.shape, dtype=torch.float64)
+    for group in range(design.groups):
+        for chunk in range(design.chunks):
+            seen = tuple(codes_TBKC[:, group, :, earlier] for earlier in range(chunk + 1))
+            losses_TBKC[:, group, :, chunk] = table(group, chunk, len(masks))[seen]
+    chances_T = torch.where(masks, probs_U, 1 - probs_U).prod(-1)[codes_TBKC].flatten(1).prod(1)
+    expected_move = torch.zeros_like(probs_U)
+    for codes_BKC, losses_BKC, chance in zip(codes_TBKC, losses_TBKC, chances_T, strict=True):
+        search.probs_U = probs_U
+        search.tell(masks[codes_BKC], losses_BKC, learning_rate=rate)
+        expected_move += chance * (search.probs_U - probs_U)
+    assert_close(-expected_move / rate, shared_gradient(probs_U, design), EXACT)

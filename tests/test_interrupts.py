@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or started twice is continued to the same result, or refused in time."""
 
+import functools
 import os
 import shutil
 import signal
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 from tiny_run import (
+    METHODS,
+    PASSES,
+    STEPS,
     Place,
     ended,
     finish,
@@ -30,14 +34,18 @@ from bernprune.run import loop, pipeline
 from bernprune.run.folder import RunFolder
 from bernprune.run.stage import set_stage
 
-# 20 steps of a tenth of a second, so that a signal meets a search at work, and a baseline with a memory.
+# 20 steps of a tenth of a second, so that a signal meets a search at work; a checkpoint in the middle of a round, or a
+# baseline with a memory; and what was learned is what is kept.
 SLOW = (
-    "search.baseline=matched",
-    "search.masks=32",
-    "search.sequences=660",
+    "search.masks=16",
     "search.rows_per_forward=1",
     "search.checkpoint_steps=10",
+    "search.final_windows=0",
 )
+SLOW_RUNS = {
+    "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=640", "search.rounds=5"),
+    "reinforce": (*SLOW, *METHODS["reinforce"], "search.sequences=680", "search.baseline=matched"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +64,9 @@ def finished(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(prepared, tmp_path_factory.mktemp("uninterrupted"), *SLOW)
+def uninterrupted(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The slow run of a method with nothing in its way."""
+    return functools.cache(lambda method: finish(prepared, tmp_path_factory.mktemp(method), *SLOW_RUNS[method]))
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -68,10 +77,13 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.005)
 
 
-def test_twenty_steps_are_ten_and_a_kill_and_ten(place: Place, uninterrupted: Path) -> None:
+@pytest.mark.parametrize("method", SLOW_RUNS)
+def test_twenty_steps_are_ten_and_a_kill_and_ten(
+    method: str, place: Place, uninterrupted: Callable[[str], Path]
+) -> None:
     """A process killed by SIGKILL after its checkpoint at step 10, and resumed, repeats the other to the last bit."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
-    process = spawn([*place.prune(*SLOW), "--eval-text", str(held_out)], place.folder)
+    process = spawn([*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)], place.folder)
     wait_for((place.out / "checkpoints" / "step-00000010.safetensors").is_file, process)
     process.send_signal(signal.SIGKILL)
     assert ended(process).code == -signal.SIGKILL
@@ -81,14 +93,20 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten(place: Place, uninterrupted: Pa
     succeed("resume", str(place.out))
     assert steps_of(place.out) == list(range(20))
     assert len(list((place.out / "checkpoints").iterdir())) == 2
-    same_run(place.out, uninterrupted)
+    same_run(place.out, uninterrupted(method))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_an_interrupted_search_says_how_to_go_on(number: signal.Signals, place: Place, uninterrupted: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "method"),
+    [(signal.SIGINT, "posterior-chunk"), (signal.SIGINT, "reinforce"), (signal.SIGTERM, "posterior-chunk")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_an_interrupted_search_says_how_to_go_on(
+    number: signal.Signals, method: str, place: Place, uninterrupted: Callable[[str], Path]
+) -> None:
     """Ctrl-C or SIGTERM: a checkpoint at the step at work, exit code 130, and a command that finishes the same run."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
-    process = spawn([*place.prune(*SLOW), "--eval-text", str(held_out)], place.folder)
+    process = spawn([*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)], place.folder)
     metrics = place.out / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
     process.send_signal(number)
@@ -97,7 +115,7 @@ def test_an_interrupted_search_says_how_to_go_on(number: signal.Signals, place: 
     steps = len(steps_of(place.out))
     assert 2 <= steps < 20 and (place.out / "checkpoints" / f"step-{steps:08d}.safetensors").is_file()
     succeed(*done.err.strip().partition("bernprune ")[2].split())
-    same_run(place.out, uninterrupted)
+    same_run(place.out, uninterrupted(method))
 
 
 def _interrupt(*_: Any, **__: Any) -> None:
@@ -149,9 +167,14 @@ def test_the_advice_survives_a_space(place: Place) -> None:
     assert done.err == "interrupted; continue with: bernprune resume 'my run'\n"
 
 
-def test_the_same_command_continues(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over an unfinished run of its own, ``prune`` goes on from the last checkpoint and repeats no step."""
-    arguments = place.prune("search.sequences=40", "search.checkpoint_steps=4")
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_command_continues(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over an unfinished run of its own, ``prune`` goes on from the last checkpoint, in the middle of a round or not,
+    repeats no step, and ends as if nothing had happened."""
+    rounds = () if method == "reinforce" else ("search.rounds=2",)
+    more = (*METHODS[method], f"search.sequences={10 * PASSES}", "search.checkpoint_steps=4", *rounds)
+    undisturbed = place.folder / "undisturbed"
+    succeed(*place.prune(*more, out=undisturbed))
     step, done = loop._Loop.step, []
 
     def counted(self: Any, *given: Any) -> Any:
@@ -161,12 +184,13 @@ def test_the_same_command_continues(place: Place, monkeypatch: pytest.MonkeyPatc
         return step(self, *given)
 
     monkeypatch.setattr(loop._Loop, "step", counted)
-    assert run(*arguments).code == 130
-    assert succeed(*arguments).err == ""
+    assert run(*place.prune(*more)).code == 130
+    assert succeed(*place.prune(*more)).err == ""
     assert done == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6, 7, 8, 9]
     assert steps_of(place.out) == list(range(10))
     names = sorted(path.name for path in (place.out / "checkpoints").iterdir())
     assert names == ["step-00000008.safetensors", "step-00000010.safetensors"]
+    same_run(place.out, undisturbed)
 
 
 def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None:
@@ -178,7 +202,7 @@ def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None
     succeed(*arguments, "--overwrite")
     assert read_yaml(place.out / "config.yaml")["seed"] == 7
     assert (place.out / "metrics.jsonl").read_text() != (finished / "metrics.jsonl").read_text()
-    assert steps_of(place.out) == list(range(8)) and (place.out / "notes.txt").read_text() == "mine"
+    assert steps_of(place.out) == list(range(STEPS)) and (place.out / "notes.txt").read_text() == "mine"
 
 
 def test_a_second_process_is_refused(place: Place) -> None:

@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import random_tokens, tiny_model
 from tiny_run import (
     CHANNELS,
+    METHODS,
+    NO_CHUNKS,
+    PASSES,
     REPOSITORY,
+    STEPS,
     WINDOW,
     Place,
     ended,
@@ -29,14 +34,18 @@ from tiny_run import (
     visit,
     without_times,
 )
+from tolerances import EXACT, assert_close
 from transformers import AutoModelForCausalLM
 
 from bernprune.config import make_config, read_yaml
 from bernprune.data import fingerprint, tokenize
 from bernprune.models.loading import load_tokenizer
+from bernprune.models.view import describe
+from bernprune.objective import masked_objective
+from bernprune.policy.search import Design
 from bernprune.run import loop, pipeline
-from bernprune.run.loop import Work
 from bernprune.run.stage import set_stage
+from bernprune.run.workload import ROUND_WINDOWS, Work, Workload, default_sequences, make_search, plan_work
 from bernprune.text import load_documents
 
 STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
@@ -80,7 +89,8 @@ def test_the_report(finished: Path) -> None:
     protocol = report["protocol"]
     assert (protocol["window"], protocol["windows"], protocol["tokens"]) == (WINDOW, 20, 20 * (WINDOW - 1))
     assert protocol["text"].endswith("held-out.txt")
-    assert (search["sequences"], search["forward_tokens"], search["steps"]) == (32, 32 * WINDOW, 8)
+    sequences = STEPS * PASSES
+    assert (search["sequences"], search["forward_tokens"], search["steps"]) == (sequences, sequences * WINDOW, STEPS)
     assert 0 < search["seconds"] < 60
     assert report["verified"]["max_logit_difference"] == 0
 
@@ -90,7 +100,7 @@ def test_the_files(finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     required = {"config.yaml", "metrics.jsonl", "plan.json", "model", "report.json", "checkpoints"}
     assert required <= names
-    assert steps_of(finished) == list(range(8))
+    assert steps_of(finished) == list(range(STEPS))
     assert (finished / "plan.json").stat().st_size < 4096
     assert {"config.json", "model.safetensors", "tokenizer.json", "modeling_bernprune.py"} <= {
         path.name for path in (finished / "model").iterdir()
@@ -102,7 +112,7 @@ def test_the_stored_config_is_the_config(finished: Path) -> None:
     stored = read_yaml(finished / "config.yaml")
     config = make_config(stored)
     assert config.to_dict() == stored and make_config(config.to_dict()) == config
-    assert config.search.sequences == 32 and config.data.window == WINDOW and config.budget.sparsity == 0.3
+    assert config.search.sequences == STEPS * PASSES and config.data.window == WINDOW and config.budget.sparsity == 0.3
 
 
 def timeless(report: dict[str, Any]) -> dict[str, Any]:
@@ -110,27 +120,45 @@ def timeless(report: dict[str, Any]) -> dict[str, Any]:
     return {**report, "search": search, "latency": None}
 
 
-def test_a_run_repeats_itself(place: Place, finished: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_repeats_itself(method: str, prepared: Place, tmp_path: Path) -> None:
     """The same seed gives the same report but for times, the same plan and the same weights; another seed does not."""
-    held_out = str(finished.parent / "held-out.txt")
-    again, other = place.folder / "again", place.folder / "other"
-    succeed(
-        *place.prune(out=again, model=_path_in(finished, "model"), text=_path_in(finished, "data")), *_eval(held_out)
-    )
-    succeed(*place.prune(out=other), *_eval(held_out), "--seed", "1")
-    assert timeless(read_json(again / "report.json")) == timeless(read_json(finished / "report.json"))
-    same_run(again, finished)
-    weights, first = (load_file(out / "model" / "model.safetensors") for out in (again, finished))
-    assert weights.keys() == first.keys() and all(torch.equal(weights[name], first[name]) for name in first)
-    assert without_times(other / "metrics.jsonl") != without_times(finished / "metrics.jsonl")
+    more = (*METHODS[method], "search.final_windows=0")  # so that what was learned decides
+    for name in ("first", "again", "other"):
+        (tmp_path / name).mkdir()
+    first, again = (finish(prepared, tmp_path / name, *more) for name in ("first", "again"))
+    other = finish(prepared, tmp_path / "other", *more, "seed=1")
+    reports = [timeless(read_json(out / "report.json")) for out in (first, again)]
+    reports[1]["protocol"]["text"] = reports[0]["protocol"]["text"]
+    assert reports[0] == reports[1]
+    same_run(again, first)
+    weights, expected = (load_file(out / "model" / "model.safetensors") for out in (again, first))
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert without_times(other / "metrics.jsonl") != without_times(first / "metrics.jsonl")
 
 
-def _eval(path: str) -> list[str]:
-    return ["--eval-text", path]
+METRICS = {
+    *("step", "sequences", "seconds", "dropped"),
+    *("loss", "loss_spread", "advantage_spread", "largest_move", "expected_sparsity", "entropy"),
+}
 
 
-def _path_in(finished: Path, section: str) -> Path:
-    return Path(read_yaml(finished / "config.yaml")[section]["path" if section == "model" else "text"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_metrics_of_every_method(method: str, place: Place) -> None:
+    """What all have, and what moves the policy: a falling learning rate, or rounds that are concluded in time."""
+    succeed(*place.prune(*METHODS[method]))
+    lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    own = {"learning_rate"} if method == "reinforce" else {"rounds", "reliability"}
+    assert [line.keys() for line in lines] == [METRICS | own] * STEPS
+    assert [line["sequences"] for line in lines] == [PASSES * (step + 1) for step in range(STEPS)]
+    if method == "reinforce":
+        rates = [0.05 * (1 + math.cos(math.pi * step / STEPS)) for step in range(STEPS)]
+        assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
+    else:
+        assert [line["rounds"] for line in lines] == [(step + 1) // 2 for step in range(STEPS)]
+        moved = [line["largest_move"] > 0 for line in lines]
+        assert moved == [step % 2 == 1 for step in range(STEPS)], "the policy moves between rounds alone"
+        assert all(0 < line["reliability"] <= 1 for line in lines[1:]) and lines[0]["reliability"] == 0
 
 
 def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
@@ -143,9 +171,8 @@ def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
             "seed": seed,
         }
         stage = set_stage(make_config(config))
-        search = loop.make_search(
-            stage.config, stage.budget, torch.full((stage.view.space.size,), 0.7, dtype=torch.float64)
-        )
+        flat_U = torch.full((stage.view.space.size,), 0.7, dtype=torch.float64)
+        search = make_search(stage.config, stage.budget, {"probs_U": flat_U, "scores_U": flat_U})
         asked.append((search.ask(3), stage.train.batch(3, 4)))
     for first, other, again in zip(*asked, strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)
@@ -173,11 +200,11 @@ def test_evaluate_gives_the_figures_of_the_report(place: Place, finished: Path) 
 
 def test_units_prints_what_there_is(place: Place) -> None:
     """Units per layer and in all, their cost, what is left out, and what a run takes."""
-    done = succeed("units", str(place.model), *settings(f"data.window={WINDOW}", "search.sequences=32"))
+    done = succeed("units", str(place.model), *settings(f"data.window={WINDOW}", "search.sequences=640"))
     rows = [line.split() for line in done.out.splitlines()]
     assert ["channel", str(CHANNELS), str(3 * CHANNELS), str(CHANNEL_PARAMETERS)] in [row[:4] for row in rows]
     assert ["kv_group", "3", "9", "1,728"] in [row[:4] for row in rows]
-    assert all(word in done.out for word in ("left out", "memory", "time", "32 sequences")) and done.err == ""
+    assert all(word in done.out for word in ("left out", "memory", "time", "640 sequences")) and done.err == ""
 
 
 def test_help_without_a_command() -> None:
@@ -197,7 +224,8 @@ def report_of(place: Place, *more: str, flags: tuple[str, ...] = ()) -> dict[str
 
 def test_the_published_method(place: Place) -> None:
     """--preset paper: two masks on eight windows a step, and each kind of unit loses its own 30 %."""
-    report = report_of(place, "search.sequences=64", "search.masks=2", flags=("--preset", "paper"))
+    given = ("search.sequences=64", "search.masks=2", "search.windows=8", NO_CHUNKS)
+    report = report_of(place, *given, flags=("--preset", "paper"))
     assert report["search"]["steps"] == 4 and report["search"]["sequences"] == 64
     kept = [sum(layer[name] for layer in report["layers"]) for name in ("kv_groups", "channels")]
     assert kept == [math.floor(0.7 * 9), math.floor(0.7 * 57)]
@@ -222,23 +250,40 @@ def test_a_search_stops_in_time(limit: str, place: Place) -> None:
     assert last["seconds"] <= 0.3, "it took no step more than it had to"
 
 
-@pytest.mark.parametrize(
-    ("setting", "passes"),
-    [
-        ("search.baseline=leave-one-out", 4),
-        ("search.baseline=none", 4),
-        ("search.baseline=moving-average", 4),
-        ("search.baseline=published", 4),
-        ("search.baseline=matched", 5),
-        ("search.objective=kl", 5),
-    ],
-)
-def test_every_pass_is_counted(setting: str, passes: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+PASSES_OF = {
+    "search.baseline=leave-one-out": 3,
+    "search.baseline=none": 3,
+    "search.baseline=moving-average": 3,
+    "search.baseline=published": 3,
+    "search.baseline=matched": 4,
+    "search.objective=kl": 4,
+    "search.objective=kl search.baseline=matched": 5,
+    "search.baseline=matched search.masks_per=sequence": 4,
+    "search.baseline=matched search.masks_per=chunk search.chunk=8": 4,
+}
+
+
+@pytest.mark.parametrize("given", PASSES_OF)
+def test_every_pass_is_counted(given: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """search.sequences holds reference and dense passes too, and what is reported is what was run."""
-    rows = []
+    check_passes(place, monkeypatch, PASSES_OF[given], *METHODS["reinforce"], *given.split())
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("cross-entropy", 3), ("kl", 4)])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "reinforce"])
+def test_every_pass_of_the_posterior_is_counted(
+    method: str, objective: str, passes: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has masks of its own, and whether or not the rounds divide the steps."""
+    check_passes(place, monkeypatch, passes, *METHODS[method], "search.rounds=2", f"search.objective={objective}")
+
+
+def check_passes(place: Place, monkeypatch: pytest.MonkeyPatch, passes: int, *given: str) -> None:
+    """Of 45 sequences, in steps of ``passes`` on two windows."""
+    rows: list[int] = []
     monkeypatch.setattr(loop, "masked_objective", _counting(loop.masked_objective, rows))
-    search = report_of(place, setting, "search.windows=2", "search.sequences=40")["search"]
-    steps = 40 // (2 * passes)
+    search = report_of(place, *given, "search.sequences=45")["search"]
+    steps = 45 // (2 * passes)
     assert (search["steps"], search["sequences"]) == (steps, steps * 2 * passes)
     assert sum(rows) == search["sequences"] and search["forward_tokens"] == search["sequences"] * WINDOW
 
@@ -259,6 +304,59 @@ def _counting(original: Any, rows: list[int]) -> Any:
                 hook.remove()
 
     return counted
+
+
+@pytest.mark.parametrize("masks_per", ["batch", "chunk"])
+@pytest.mark.parametrize("rounds", [1, 3, 24, None])
+@pytest.mark.parametrize("sequences", [48, 100, 1000, 8192, None])
+def test_the_work_fits_its_budget(sequences: int | None, rounds: int | None, masks_per: str) -> None:
+    """As many whole steps as the sequences allow, and as many rounds as asked for, the last ending with the work."""
+    search = {"masks": 5, "windows": 3, "sequences": sequences, "rounds": rounds, "masks_per": masks_per}
+    workload, available = plan_work(make_config({"search": search}), 5000), sequences or default_sequences(5000)
+    least = 2 if masks_per == "batch" else 1
+    check_whole(workload, available, 15)
+    assert workload.steps is not None and workload.round_steps >= least
+    planned = workload.steps / workload.round_steps
+    assert_close(planned, round(planned), EXACT)
+    wanted = workload.steps * 3 // ROUND_WINDOWS if rounds is None else rounds
+    assert round(planned) == max(1, min(wanted, workload.steps // least))
+
+
+@pytest.mark.parametrize("sequences", [48, 100, 8192, None])
+def test_the_work_of_policy_gradients_fits_its_budget(sequences: int | None) -> None:
+    """As many whole steps as the sequences allow, reference passes included."""
+    search = {"method": "reinforce", "baseline": "matched", "masks": 6, "windows": 3, "sequences": sequences}
+    available = sequences or default_sequences(5000)
+    check_whole(plan_work(make_config({"search": search}), 5000), available, 21)
+
+
+def check_whole(workload: Workload, available: int, per_step: int) -> None:
+    """Nothing is left over but less than a step, and the work is over when the steps are done, not before."""
+    assert workload.step_sequences == per_step and workload.steps is not None
+    assert 0 <= available - workload.steps * per_step < per_step
+    done = [workload.progress(Work(step=workload.steps * part // 2)) >= 1 for part in range(3)]
+    assert done == [False, False, True]
+
+
+@pytest.mark.parametrize("needs_reference", [False, True])
+@pytest.mark.parametrize("design", [Design(1, 3), Design(2, 3), Design(2, 3, 4)], ids=str)
+def test_masks_meet_their_windows(design: Design, needs_reference: bool) -> None:
+    """One for a whole batch is evaluated on all of it, others on their own window; the reference is on every window."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 8)
+    masks_BKCU = torch.rand(design.groups, design.masks, design.chunks, view.space.size) < 0.7
+    reference_U = torch.arange(view.space.size) % 3 > 0
+    search: Any = SimpleNamespace(design=design, needs_reference=needs_reference)
+    with masked_objective(view) as objective:
+        losses_BKC, reference_BC = loop.evaluate(objective, search, masks_BKCU, tokens_BT, reference_U)
+        for group in range(design.groups):
+            text = tokens_BT if design.groups == 1 else tokens_BT[group : group + 1]
+            wanted = masks_BKCU[group].expand(len(text), -1, -1, -1)
+            assert_close(losses_BKC[group], objective.chunk_losses(wanted, text).mean(0), EXACT)
+            if reference_BC is not None:
+                wanted = reference_U.expand(len(text), 1, design.chunks, -1)
+                assert_close(reference_BC[group], objective.chunk_losses(wanted, text).mean(0)[0], EXACT)
+    assert (reference_BC is not None) == needs_reference
+    assert losses_BKC.shape == masks_BKCU.shape[:3]
 
 
 def test_channel_multiples_reach_the_saved_model(place: Place) -> None:
@@ -340,20 +438,24 @@ def test_nobody_reads_on(place: Place) -> None:
     assert (process.stderr.read(), process.wait(120)) == ("", 141)
 
 
+# Settings of a short search, and the share of the initial perplexity that it must reach.
+LEARNING = {
+    "posterior": (("search.sequences=1280", "search.rounds=4"), 0.95),
+    "reinforce": (("preset=reinforce", "search.sequences=1280", "search.learning_rate=0.05"), 0.98),
+}
+
+
 @pytest.mark.skipif(not STORIES.is_dir() or not STORIES_TEXT.is_dir(), reason=f"no {STORIES} or {STORIES_TEXT}")
-def test_a_real_model_gets_better_by_learning(place: Place) -> None:
+@pytest.mark.parametrize(("given", "share"), LEARNING.values(), ids=LEARNING)
+def test_a_real_model_gets_better_by_learning(given: tuple[str, ...], share: float, place: Place) -> None:
     """stories260K at 30 %: a short search already beats the metric it starts from on held-out text."""
-    small = (
-        "data.max_characters=400000",
-        "data.eval_tokens=8192",
-        "report.latency_repeats=2",
-        "search.sequences=2560",
-        "search.learning_rate=0.05",
-    )
+    small = ("data.max_characters=400000", "data.eval_tokens=8192", "report.latency_repeats=2")
     where = ["--model", str(STORIES), "--text", str(STORIES_TEXT / "train.jsonl"), "--out", str(place.out)]
-    succeed("prune", *where, "--eval-text", str(STORIES_TEXT / "valid.jsonl"), *settings(*small))
+    succeed("prune", *where, "--eval-text", str(STORIES_TEXT / "valid.jsonl"), *settings(*small, *given))
     report = read_json(place.out / "report.json")
-    assert report["perplexity"]["dense"] < report["perplexity"]["pruned"] < report["perplexity"]["initial"]
+    perplexities = report["perplexity"]
+    assert perplexities["dense"] < perplexities["pruned"] < share * perplexities["initial"]
+    assert report["search"]["kept"] == "learned"
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.001)
 
 

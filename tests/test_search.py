@@ -1,4 +1,7 @@
-"""Ask and tell: the search finds a known optimum, repeats itself to the bit, and takes a step of the stated size."""
+"""Plain policy gradients find a known optimum, repeat themselves to the bit, and take steps of the stated size.
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units.
+"""
 
 import itertools
 import math
@@ -15,13 +18,16 @@ from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import reinforce
-from bernprune.policy.search import MaskSearch, StepStats
+from bernprune.policy.posterior import PosteriorSearch
+from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.search import Design, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.units import KINDS, UnitSpace
 
 FREE = Limits(min_kv_groups=0, min_channels=0)
 EQUAL = make_space(["channel"], [(1, 5), (1, 8)])
 UNEQUAL = make_space(["kv_group", "channel"], [(2, 5), (2, 5)])
+DESIGNS = {"batch": Design(1, 8), "sequences": Design(3, 5), "chunks": Design(2, 3, 7)}
 
 
 def make_search(
@@ -31,11 +37,14 @@ def make_search(
     start_U: torch.Tensor | None = None,
     baseline: BaselineName = "leave-one-out",
     num_masks: int = 8,
+    design: Design | None = None,
     **settings: Any,
-) -> MaskSearch:
+) -> ReinforceSearch:
+    """Plain policy gradients, by default under one mask for a whole batch."""
     start_U = torch.full((space.size,), 0.6, dtype=torch.float64) if start_U is None else start_U
-    memory = make_baseline(baseline, window=5, num_masks=num_masks)
-    return MaskSearch(Budget(space, sparsity), start_U, baseline=memory, seed=3, num_masks=num_masks, **settings)
+    design = design or Design(1, num_masks)
+    memory = make_baseline(baseline, window=5, num_masks=design.masks)
+    return ReinforceSearch(Budget(space, sparsity), start_U, baseline=memory, seed=3, design=design, **settings)
 
 
 def linear_loss(masks_KU: torch.Tensor, values_U: torch.Tensor) -> torch.Tensor:
@@ -43,13 +52,20 @@ def linear_loss(masks_KU: torch.Tensor, values_U: torch.Tensor) -> torch.Tensor:
     return (1 - masks_KU.double()) @ values_U
 
 
-def run(search: MaskSearch, steps: range, learning_rate: float = 0.05) -> list[StepStats]:
-    """Steps on a loss with interactions and a level that changes from step to step."""
+def tell(search: ReinforceSearch, masks_KU: torch.Tensor, losses_K: torch.Tensor, learning_rate: float) -> StepStats:
+    """As the search's, for masks of a whole batch."""
+    return search.tell(masks_KU[None, :, None], losses_K[None, :, None], learning_rate=learning_rate)
+
+
+def run(search: ReinforceSearch, steps: range, learning_rate: float = 0.05) -> list[StepStats]:
+    """Steps on a loss with interactions and a level that changes from step to step and from window to window."""
     values_U, stats = random_numbers(search.budget.space.size, 5), []
     for step in steps:
-        masks_KU = search.ask(step)
-        losses_K = linear_loss(masks_KU, values_U).square() + math.sin(step)
-        stats.append(search.tell(masks_KU, losses_K, learning_rate=learning_rate, reference=math.sin(step)))
+        masks_BKCU = search.ask(step)
+        level_BC = (step + torch.arange(len(masks_BKCU)))[:, None].sin().expand(-1, masks_BKCU.shape[2])
+        losses_BKC = linear_loss(masks_BKCU, values_U).square() + level_BC[:, None]
+        reference_BC = level_BC if search.needs_reference else None
+        stats.append(search.tell(masks_BKCU, losses_BKC, learning_rate=learning_rate, reference_BC=reference_BC))
     return stats
 
 
@@ -66,13 +82,13 @@ def worth_of_the_best(values_U: torch.Tensor, budget: Budget) -> float:
 LEARNING_RATES: dict[Scaling, float] = {"natural": 0.15, "sqrt-fisher": 0.06, "raw": 0.02}
 
 
-def found_worth(search: MaskSearch, values_U: torch.Tensor, learning_rate: float, num_steps: int = 150) -> float:
+def found_worth(search: ReinforceSearch, values_U: torch.Tensor, learning_rate: float, num_steps: int = 150) -> float:
     """Worth of the units that are selected after a search whose learning rate falls to zero."""
     for step in range(num_steps):
-        masks_KU, decay = search.ask(step), 1 - step / num_steps
-        losses_K = linear_loss(masks_KU, values_U)
-        search.tell(masks_KU, losses_K, learning_rate=decay * learning_rate, reference=values_U.sum().item() / 2)
-    return values_U[select(search.probs_U, search.budget, limits=FREE)].sum().item()
+        masks_BKCU, decay = search.ask(step), 1 - step / num_steps
+        losses_BKC, level_BC = linear_loss(masks_BKCU, values_U), (values_U.sum() / 2).expand(1, 1)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=decay * learning_rate, reference_BC=level_BC)
+    return values_U[select(search.priorities_U, search.budget, limits=FREE)].sum().item()
 
 
 def two_classes(space: UnitSpace, good: torch.Tensor, worth: float, worth_of_others: float) -> torch.Tensor:
@@ -119,10 +135,10 @@ def test_a_worthless_layer_is_removed_whole() -> None:
     sparsity = (costs_U[worthless].sum() / costs_U.sum()).item()
     search = make_search(space, sparsity=sparsity, start_U=torch.full_like(values_U, 0.9), num_masks=32)
     for step in range(200):
-        masks_KU = search.ask(step)
-        losses_K = linear_loss(space.alive(masks_KU), values_U)
-        search.tell(masks_KU, losses_K, learning_rate=0.1 * (1 - step / 200))
-    plan = space.plan(select(search.probs_U, search.budget))
+        masks_BKCU = search.ask(step)
+        losses_BKC = linear_loss(space.alive(masks_BKCU), values_U)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=0.1 * (1 - step / 200))
+    plan = space.plan(select(search.priorities_U, search.budget))
     everything = space.plan(torch.ones(space.size))
     assert plan.layers[2].is_empty
     assert plan.layers[:2] + plan.layers[3:] == everything.layers[:2] + everything.layers[3:]
@@ -145,21 +161,67 @@ def test_the_expected_move_does_not_depend_on_the_number_of_masks(name: Baseline
         search = make_search(
             space, sparsity=0.1, start_U=probs_U, baseline=name, num_masks=num_masks, projection="published"
         )  # the limit is so far that nothing is projected
-        search.tell(masks[rows], losses[rows], learning_rate=0.01)
+        tell(search, masks[rows], losses[rows], learning_rate=0.01)
         expected_move += chances[rows].prod() * (search.probs_U - probs_U)
     gradient_U = ((chances * losses)[:, None] * (masks.double() - probs_U)).sum(0)
     assert_close(expected_move, -0.01 * gradient_U, EXACT)
 
 
+@pytest.mark.parametrize("discount", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize(("num_windows", "num_masks"), [(1, 2), (2, 1)], ids=["two_masks", "two_windows"])
+def test_the_expected_move_of_chunks(num_windows: int, num_masks: int, discount: float) -> None:
+    """It sums over the chunks of a mask; at a discount of 1 it is the gradient of the whole window's loss."""
+    space, settings = make_space(["channel"], [(1, 2)]), {"discount": discount, "projection": "published"}
+    name: BaselineName = "leave-one-out" if num_masks > 1 else "none"
+    design = Design(num_windows, num_masks, 2)
+    probs_U, masks_RCU = torch.tensor([0.2, 0.55], dtype=torch.float64), all_masks(4).view(16, 2, 2)
+    chances_RC = torch.where(masks_RCU, probs_U, 1 - probs_U).prod(-1)
+    chances_R = chances_RC.prod(-1)
+    first_R = random_numbers(4, 0)[masks_RCU[:, 0].long() @ torch.tensor([2, 1])]
+    losses_RC = torch.stack([first_R, random_numbers(16, 1)], dim=1)  # the second chunk has read what the first left
+    expected_move = torch.zeros(2, dtype=torch.float64)
+    for drawn in itertools.product(range(16), repeat=2):
+        rows = torch.tensor(drawn)
+        search = make_search(space, sparsity=0.1, start_U=probs_U, baseline=name, design=design, **settings)
+        masks_BKCU = masks_RCU[rows].view(num_windows, num_masks, 2, 2)
+        search.tell(masks_BKCU, losses_RC[rows].view(num_windows, num_masks, 2), learning_rate=0.01)
+        expected_move += chances_R[rows].prod() * (search.probs_U - probs_U)
+    answered_RC = torch.stack([losses_RC[:, 0] + discount * losses_RC[:, 1], losses_RC[:, 1]], dim=1)
+    deviations_RCU = chances_R[:, None, None] * (masks_RCU.double() - probs_U)
+    assert_close(expected_move, -0.01 * (answered_RC[..., None] * deviations_RCU).sum((0, 1)), EXACT)
+    if discount == 1:
+        whole_R = losses_RC.sum(-1)
+        assert_close(expected_move, -0.01 * whole_R @ deviations_RCU.sum(1), EXACT)
+
+
+def answered_for(losses_BKC: torch.Tensor, discount: float) -> torch.Tensor:
+    """Each chunk's own loss, and that of each later one at the discount to the power of its distance."""
+    later = torch.arange(losses_BKC.shape[-1])
+    powers_CC = torch.where(later >= later[:, None], discount ** (later - later[:, None]).clamp(min=0).double(), 0)
+    return losses_BKC @ powers_CC.T
+
+
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
 @pytest.mark.parametrize("scaling", LEARNING_RATES)
-def test_a_step_is_the_projected_estimate(scaling: Scaling) -> None:
-    """Steepest descent in the metric of the projection: the estimate per cost, in units of the mean cost."""
-    search = make_search(NESTED, sparsity=0.5, start_U=random_numbers(NESTED.size, 0), scaling=scaling, epsilon=1e-7)
-    before, masks_KU = search.probs_U.clone(), search.ask(0)
-    losses_K = random_numbers(8, 1)
-    search.tell(masks_KU, losses_K, learning_rate=0.3)
-    advantages_K = (losses_K - losses_K.mean()) * 8 / 7
-    estimate_U = reinforce(before, masks_KU, advantages_K, scaling=scaling, epsilon=1e-7)
+def test_a_step_is_the_projected_estimate(scaling: Scaling, design: Design) -> None:
+    """Steepest descent in the metric of the projection: the estimate per cost, in units of the mean cost.
+
+    The estimate is a mean over the masks of all windows, each against the others of its window, summed over chunks.
+    """
+    settings: dict[str, Any] = {"scaling": scaling, "epsilon": 1e-7}
+    search = make_search(
+        NESTED, sparsity=0.5, start_U=random_numbers(NESTED.size, 0), design=design, discount=0.7, **settings
+    )
+    before, masks_BKCU = search.probs_U.clone(), search.ask(0)
+    losses_BKC = random_numbers(masks_BKCU[..., 0].numel(), 1).view(masks_BKCU.shape[:3])
+    search.tell(masks_BKCU, losses_BKC, learning_rate=0.3)
+    returns_BKC, masks = answered_for(losses_BKC, 0.7), design.masks
+    advantages_BKC = (returns_BKC - returns_BKC.mean(1, keepdim=True)) * masks / (masks - 1)
+    chunks = [
+        reinforce(before, masks_BKU.flatten(0, 1), advantages_BK.flatten(), **settings)
+        for masks_BKU, advantages_BK in zip(masks_BKCU.unbind(2), advantages_BKC.unbind(2), strict=True)
+    ]
+    estimate_U = torch.stack(chunks).sum(0)
     moved_U = before - 0.3 * estimate_U / search.budget.metric_U
     assert_close(search.probs_U, search.budget.project(moved_U, floor=0.01, ceiling=0.99), EXACT)
 
@@ -179,19 +241,40 @@ def test_the_policy_stays_on_its_budget(projection: str, bounds: tuple[float, fl
         run(search, range(step, step + 1), learning_rate=10.0 ** (step % 4 - 2))
 
 
-def test_statistics_say_what_happened() -> None:
-    """Every one against its definition, in a step with dropped masks."""
-    search = make_search(FLAT)
-    before, masks_KU = search.probs_U.clone(), search.ask(0)[1:6]
-    losses_K = random_numbers(5, 1)
-    stats = search.tell(masks_KU, losses_K.float(), learning_rate=0.1)
-    losses_K = losses_K.float().double()
-    advantages_K = (losses_K - losses_K.mean()) * 5 / 4
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+@pytest.mark.parametrize(("baseline", "blind"), [("leave-one-out", True), ("matched", True), ("none", False)])
+def test_what_the_text_adds_moves_nothing(baseline: BaselineName, blind: bool, design: Design) -> None:
+    """Each chunk of each window may be as difficult as it likes, if all masks and the reference meet it."""
+    moved = []
+    for difficulty in (0.0, 3.0):
+        search = make_search(FLAT, baseline=baseline, design=design, discount=0.7)
+        for step in range(3):
+            masks_BKCU = search.ask(step)
+            losses_BKC = linear_loss(masks_BKCU, random_numbers(FLAT.size, 5))
+            added_BC = difficulty * random_numbers(losses_BKC[:, 0].numel(), step).view_as(losses_BKC[:, 0])
+            search.tell(masks_BKCU, losses_BKC + added_BC[:, None], learning_rate=0.02, reference_BC=1 + added_BC)
+        moved.append(search.probs_U)
+    found = (moved[0] - moved[1]).norm() <= EXACT * moved[0].norm()
+    assert found == blind
+
+
+DROPPED = {"batch": (slice(None), slice(1, 6)), "sequences": (slice(1, 3),), "chunks": (slice(1),)}
+
+
+@pytest.mark.parametrize("layout", DESIGNS)
+def test_statistics_say_what_happened(layout: str) -> None:
+    """Every one against its definition, in a step with dropped masks; the spread is that of masks on the same text."""
+    search, left = make_search(FLAT, design=DESIGNS[layout], discount=0.7), DROPPED[layout]
+    before, masks_BKCU = search.probs_U.clone(), search.ask(0)[left]
+    losses_BKC = random_numbers(masks_BKCU[..., 0].numel(), 1).view(masks_BKCU.shape[:3]).float()
+    stats = search.tell(masks_BKCU, losses_BKC, learning_rate=0.1)
+    losses_BK, returns_BKC = losses_BKC.double().sum(-1), answered_for(losses_BKC.double(), 0.7)
+    masks = masks_BKCU.shape[1]
+    advantages_BKC = (returns_BKC - returns_BKC.mean(1, keepdim=True)) * masks / (masks - 1)
     expected = {
-        "loss": losses_K.mean(),
-        "loss_spread": (losses_K - losses_K.mean()).square().mean().sqrt(),
-        "advantage_spread": advantages_K.square().mean().sqrt(),
-        "gradient_norm": reinforce(before, masks_KU, advantages_K, scaling="natural").square().sum().sqrt(),
+        "loss": losses_BK.mean(),
+        "loss_spread": (losses_BK - losses_BK.mean(1, keepdim=True)).square().mean(1).sqrt().mean(),
+        "advantage_spread": advantages_BKC.square().mean().sqrt(),
         "largest_move": (search.probs_U - before).abs().max(),
         "expected_sparsity": 0.4,
         "entropy": entropy(search.probs_U),
@@ -215,11 +298,12 @@ def test_statistics_are_finite(baseline: BaselineName, bounds: tuple[float, floa
 
 
 @pytest.mark.parametrize("space", [FLAT, NESTED], ids=["flat", "nested"])
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
 @pytest.mark.parametrize("baseline", BASELINES)
-def test_twenty_steps_are_ten_and_ten(space: UnitSpace, baseline: BaselineName) -> None:
+def test_twenty_steps_are_ten_and_ten(space: UnitSpace, design: Design, baseline: BaselineName) -> None:
     """Bit for bit, through the state of a search that started elsewhere."""
-    whole, first = (make_search(space, baseline=baseline) for _ in range(2))
-    second = make_search(space, baseline=baseline, start_U=random_numbers(space.size, 9))
+    whole, first = (make_search(space, baseline=baseline, design=design) for _ in range(2))
+    second = make_search(space, baseline=baseline, design=design, start_U=random_numbers(space.size, 9))
     expected = run(whole, range(20))
     found = run(first, range(10))
     state = first.state_dict()
@@ -243,13 +327,15 @@ def test_a_state_is_a_snapshot() -> None:
     assert search.state_dict()["baseline"] != memory
 
 
-def test_asking_changes_nothing() -> None:
-    """The same masks whenever asked, others in another step."""
-    search = make_search(FLAT)
+@pytest.mark.parametrize("design", DESIGNS.values(), ids=DESIGNS)
+def test_asking_changes_nothing(design: Design) -> None:
+    """The same masks whenever asked, others in another step, and no two of them alike."""
+    search = make_search(FLAT, design=design)
     masks = [search.ask(4), search.ask(5), search.ask(4)]
     assert torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0], masks[1])
-    assert masks[0].shape == (8, FLAT.size)
+    assert masks[0].shape == (design.groups, design.masks, design.chunks, FLAT.size) and masks[0].dtype == torch.bool
+    assert len(masks[0].flatten(0, 2).unique(dim=0)) == design.groups * design.masks * design.chunks
 
 
 def test_a_state_of_other_units_is_refused() -> None:
@@ -261,6 +347,14 @@ def test_a_state_of_other_units_is_refused() -> None:
     with pytest.raises(RunError, match="another model or another granularity"):
         search.load_state_dict(make_search(other, start_U=random_numbers(other.size, 0)).state_dict())
     assert torch.equal(search.probs_U, before)
+
+
+def test_a_state_of_the_other_method_is_refused() -> None:
+    """By the name of the method that it was not written by."""
+    start_U = torch.full((FLAT.size,), 0.6, dtype=torch.float64)
+    other = PosteriorSearch(Budget(FLAT, 0.4), start_U, start_U, seed=3, design=Design(2, 4), round_steps=1)
+    with pytest.raises(RunError, match=r"not written by search\.method 'reinforce'"):
+        make_search(FLAT).load_state_dict(other.state_dict())
 
 
 def test_probabilities_of_other_units_are_refused() -> None:

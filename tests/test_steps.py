@@ -1,5 +1,6 @@
 """The README's promise that the steps of a run are open: all of them from public names alone."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,23 +8,38 @@ import torch
 from tiny_models import random_tokens, tiny_model
 
 import bernprune
+from bernprune import Design
 
 
-def test_the_steps_of_a_run_by_hand(tmp_path: Path) -> None:
+def posterior(budget: bernprune.Budget, probs_U: torch.Tensor, scores_U: torch.Tensor) -> bernprune.MaskSearch:
+    """Two rounds of two steps, three chunks a window."""
+    return bernprune.PosteriorSearch(budget, probs_U, scores_U, seed=0, design=Design(6, 4, 3), round_steps=2)
+
+
+def reinforce(budget: bernprune.Budget, probs_U: torch.Tensor, scores_U: torch.Tensor) -> bernprune.MaskSearch:
+    """Plain policy gradients, each window under masks of its own."""
+    baseline = bernprune.make_baseline("leave-one-out", window=5, num_masks=4)
+    return bernprune.ReinforceSearch(budget, probs_U, baseline=baseline, seed=0, design=Design(6, 4))
+
+
+@pytest.mark.parametrize("method", [posterior, reinforce], ids=["posterior", "reinforce"])
+def test_the_steps_of_a_run_by_hand(method: Callable[..., bernprune.MaskSearch], tmp_path: Path) -> None:
     """Describe, score, search, select, slice, save; and the saved model is the selected one."""
     model, text_WT = tiny_model("llama", torch.float32), random_tokens(6, 9)
     view = bernprune.describe(model)
     scores_U = bernprune.initial_scores(view, text_WT, bernprune.SCORES["wanda-sp"])
     budget = bernprune.Budget(view.space, 0.4)
     probs_U = bernprune.initial_probs(view.space, scores_U, keep=0.6)
-    baseline = bernprune.make_baseline("leave-one-out", window=5, num_masks=4)
-    search = bernprune.MaskSearch(budget, probs_U, baseline=baseline, seed=0, num_masks=4)
+    search = method(budget, probs_U, scores_U)
+    start_U = search.probs_U.clone()
     with bernprune.masked_objective(view) as objective:
-        for step in range(3):
-            masks_KU = search.ask(step)
-            search.tell(masks_KU, objective.losses(masks_KU, text_WT), learning_rate=0.1)
-        mask_U = bernprune.select(search.probs_U, budget, limits=bernprune.Limits(), tie_break_U=scores_U)
+        for step in range(4):
+            masks_BKCU = search.ask(step)
+            losses_BKC = objective.chunk_losses(masks_BKCU, text_WT)
+            search.tell(masks_BKCU, losses_BKC, learning_rate=0.1)
+        mask_U = bernprune.select(search.priorities_U, budget, limits=bernprune.Limits(), tie_break_U=scores_U)
         loss = objective.losses(mask_U[None], text_WT).item()
+    assert not torch.equal(search.probs_U, start_U)
     plan = view.space.plan(mask_U)
     sliced = bernprune.slice_model(model, plan)
     loaded = bernprune.load_model(str(bernprune.save_pruned(sliced, None, tmp_path / "pruned", plan=plan)))

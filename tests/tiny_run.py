@@ -36,18 +36,29 @@ SIZES: dict[str, Any] = {
     "intermediate_size": CHANNELS,
     "max_position_embeddings": POSITIONS,
 }
-# Small enough for a run of a second; a test adds what it is about.
+# Small enough for a run of a second, 8 steps of 6 passes; a test adds what it is about.
+STEPS, PASSES, CHUNK = 8, 6, 4
 SETTINGS = (
     f"data.window={WINDOW}",
     "data.eval_tokens=320",
     "initial.windows=4",
-    "search.masks=4",
-    "search.sequences=32",
+    "search.masks=3",
+    "search.windows=2",
+    f"search.chunk={CHUNK}",
+    f"search.sequences={STEPS * PASSES}",
     "search.checkpoint_seconds=1000",
     "report.latency_rows=2",
     "report.latency_repeats=2",
     "report.initial_latency=false",
 )
+# What makes a tiny run one of the other method, or of masks that last longer. A round has several observations.
+NO_CHUNKS = "search.chunk=null"
+METHODS: dict[str, tuple[str, ...]] = {
+    "posterior-chunk": ("search.rounds=4",),
+    "posterior-sequence": ("search.rounds=4", "search.masks_per=sequence", NO_CHUNKS),
+    "posterior-batch": ("search.rounds=4", "search.masks_per=batch", NO_CHUNKS),
+    "reinforce": ("preset=reinforce", NO_CHUNKS),
+}
 
 
 @dataclass(frozen=True)

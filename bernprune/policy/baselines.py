@@ -1,8 +1,10 @@
 """What is subtracted from a loss before it may move the policy.
 
 A baseline that does not depend on the mask it is subtracted for leaves the expected gradient alone and only lowers its
-variance (Williams, 1992). Each class here turns the losses of the K masks of a step into advantages; the estimator
-averages them over K. ``tests/test_estimators.py`` checks each against exact enumeration.
+variance (Williams, 1992). Each class here turns the losses of a step into advantages; the estimator averages them over
+masks. ``tests/test_estimators.py`` checks each against exact enumeration.
+
+Letters: B windows of text, K masks that compete on one, C chunks of it.
 """
 
 from typing import Any, Protocol
@@ -22,8 +24,8 @@ class Baseline(Protocol):
     needs_reference: bool
     min_masks: int
 
-    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
-        """``[K]`` nats per token; ``reference`` is the loss of the fixed reference mask on the same text."""
+    def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
+        """``[B, K, C]`` nats per token; ``reference_BC``: losses of the fixed reference mask on the same text."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -49,12 +51,12 @@ class _Average:
         self.value = state["average"]
 
 
-def _less_the_others(losses_K: torch.Tensor) -> torch.Tensor:
-    """Zero for a mask that has no others to learn from."""
-    num_masks = len(losses_K)
+def less_the_others(losses_BKC: torch.Tensor) -> torch.Tensor:
+    """Each loss less the mean of the other masks' on the same text; zero for a mask that has no others."""
+    num_masks = losses_BKC.shape[1]
     if num_masks == 1:
-        return torch.zeros_like(losses_K)
-    return (losses_K - losses_K.mean()) * (num_masks / (num_masks - 1))
+        return torch.zeros_like(losses_BKC)
+    return (losses_BKC - losses_BKC.mean(1, keepdim=True)) * (num_masks / (num_masks - 1))
 
 
 class NoBaseline:
@@ -65,8 +67,8 @@ class NoBaseline:
     def __init__(self, window: int, num_masks: int) -> None:
         del window, num_masks
 
-    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
-        return losses_K
+    def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
+        return losses_BKC
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -80,8 +82,8 @@ class LeaveOneOut(NoBaseline):
 
     min_masks = 2
 
-    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
-        return _less_the_others(losses_K)
+    def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
+        return less_the_others(losses_BKC)
 
 
 class MovingAverage(_Average):
@@ -89,10 +91,10 @@ class MovingAverage(_Average):
 
     needs_reference, min_masks = False, 1
 
-    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
+    def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
         past = self.value
-        self.update(losses_K.mean().item())
-        return _less_the_others(losses_K) if past is None else losses_K - past
+        self.update(losses_BKC.mean().item())
+        return less_the_others(losses_BKC) if past is None else losses_BKC - past
 
 
 class Matched(_Average):
@@ -104,11 +106,11 @@ class Matched(_Average):
 
     needs_reference, min_masks = True, 1
 
-    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
-        assert reference is not None, "the matched baseline needs the loss of its reference mask"
-        gaps_K, past = losses_K - reference, self.value
-        self.update(gaps_K.mean().item())
-        return _less_the_others(gaps_K) if past is None else gaps_K - past
+    def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
+        assert reference_BC is not None, "the matched baseline needs the losses of its reference mask"
+        gaps_BKC, past = losses_BKC - reference_BC[:, None], self.value
+        self.update(gaps_BKC.mean().item())
+        return less_the_others(gaps_BKC) if past is None else gaps_BKC - past
 
 
 class Published(_Average):
@@ -121,8 +123,9 @@ class Published(_Average):
 
     needs_reference, min_masks = False, 2
 
-    def advantages(self, losses_K: torch.Tensor, reference: float | None) -> torch.Tensor:
-        return (losses_K - self.update(losses_K.mean().item())) * (len(losses_K) / (self.num_masks - 1))
+    def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
+        given = losses_BKC.shape[1]
+        return (losses_BKC - self.update(losses_BKC.mean().item())) * (given / (self.num_masks - 1))
 
 
 BASELINES: dict[str, type[Any]] = {

@@ -92,8 +92,10 @@ def _map_of(name: MapName, kind: str, sharpness: float) -> Callable[[torch.Tenso
 
 def sample(probs_U: torch.Tensor, num_masks: int, *, seed: int, step: int) -> torch.Tensor:
     """Independent masks, bool ``[K, U]``: a function of the probabilities, the seed and the step alone."""
-    uniform_KU = torch.rand(num_masks, len(probs_U), generator=generator(seed, "masks", step), dtype=torch.float64)
-    return uniform_KU < probs_U
+    random = generator(seed, "masks", step)
+    # Row by row, so that there is never more than one of uniform numbers.
+    rows = [torch.rand(len(probs_U), generator=random, dtype=torch.float64) < probs_U for _ in range(num_masks)]
+    return torch.stack(rows)
 
 
 def entropy(probs_U: torch.Tensor) -> float:

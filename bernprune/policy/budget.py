@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from bernprune.units import UnitSpace
 _SLACK = 1e-9  # share of a pool's cost by which a bound may miss the limit before that is an error
 _RESOLUTION = 1e-15  # share of a pool's cost that counts as having met it
 _MOST_EVALUATIONS = 200
+_SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 in float64
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,16 @@ class Budget:
     @functools.cached_property
     def metric_U(self) -> torch.Tensor:
         """What each unit costs with all that lies in it, relative to the mean: the metric of ``project``."""
+        within_U = self.hanging_cost(torch.ones_like(self.costs_U))
+        return within_U / within_U.mean()
+
+    def hanging_cost(self, probs_U: torch.Tensor) -> torch.Tensor:
+        """What keeping each unit is expected to cost, with what is kept of all that lies in it, ``[U]``."""
         parents_U, within_U = self.space.parents_U, self.costs_U
         inner_U = parents_U >= 0
         for _ in range(2):  # channel -> ffn -> layer: two steps reach every ancestor
-            within_U = self.costs_U.index_add(0, parents_U[inner_U], within_U[inner_U])
-        return within_U / within_U.mean()
+            within_U = self.costs_U.index_add(0, parents_U[inner_U], (probs_U * within_U)[inner_U])
+        return within_U
 
     def alive_cost(self, values_U: torch.Tensor) -> float:
         """Expected cost alive of probabilities, or cost alive of a mask, over all pools."""
@@ -112,6 +119,34 @@ class Budget:
             shift = self._solve(clipped, shifted, pool, low, high)
             shifted[members] = clipped(shift)
         return shifted
+
+    def at_price(
+        self, worth_U: torch.Tensor, deviation_U: torch.Tensor, costs_U: torch.Tensor, *, floor: float, ceiling: float
+    ) -> torch.Tensor:
+        """The policy on the budget that keeps a unit with the probability that it is worth its price.
+
+        s_u = clip(Phi((worth_u - price * cost_u) / deviation_u)), for normally distributed worths; each pool has the
+        price at which its expected cost alive meets the limit.
+
+        Args:
+            worth_U, deviation_U: mean and standard deviation of what is believed of each unit.
+            costs_U: what each unit is charged for, positive.
+
+        Raises:
+            BudgetError: the limit cannot be met between floor and ceiling.
+        """
+        probs_U = torch.full_like(worth_U, ceiling)
+        for pool in self.pools:
+            worth, deviation, costs = (values_U[pool.members_U] for values_U in (worth_U, deviation_U, costs_U))
+            low = ((worth - _SURE * deviation) / costs).min().item()
+            high = ((worth + _SURE * deviation) / costs).max().item()
+
+            def kept(price: float, worth: Any = worth, deviation: Any = deviation, costs: Any = costs) -> torch.Tensor:
+                probs: torch.Tensor = torch.special.ndtr((worth - price * costs) / deviation)
+                return probs.clamp(floor, ceiling)
+
+            probs_U[pool.members_U] = kept(self._solve(kept, probs_U, pool, low, high))
+        return probs_U
 
     def project_published(self, probs_U: torch.Tensor, *, floor: float = 0.0, ceiling: float = 1.0) -> torch.Tensor:
         """The published projection: nearest point in the plain metric whose cost is *at most* the limit.
@@ -162,7 +197,7 @@ class Budget:
             return (cost(clipped(shift)) - pool.limit) / pool.total
 
         above, below = excess(low), excess(high)
-        if above < -_SLACK or below > _SLACK:
+        if not (above >= -_SLACK and below <= _SLACK):  # so that NaN is refused too
             keep = 1 - self.sparsity
             raise BudgetError(
                 f"no probabilities between the floor and the ceiling of the policy keep {keep:.3g} of the cost of "

@@ -1,20 +1,31 @@
-"""Ask and tell: the search proposes masks and is told losses. It never sees a model.
+"""Ask and tell: a search proposes masks and is told losses. It never sees a model.
 
-Its whole state is the probabilities and the baseline's memory: masks are functions of (seed, step).
+Its whole state is the policy and what it remembers: masks are functions of (seed, step).
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from bernprune.errors import BudgetError, RunError
-from bernprune.names import Projection, Scaling
-from bernprune.policy.baselines import Baseline
 from bernprune.policy.bernoulli import entropy, sample
 from bernprune.policy.budget import Budget
-from bernprune.policy.estimators import reinforce
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the masks of a step are laid out over its text.
+
+    ``groups`` of ``masks`` compete on the same text, each with ``chunks`` masks of its own in turn. Under one mask for
+    a whole batch that is one group; otherwise there is a group for each window.
+    """
+
+    groups: int
+    masks: int
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -24,7 +35,6 @@ class StepStats:
     loss: float
     loss_spread: float
     advantage_spread: float
-    gradient_norm: float
     largest_move: float
     expected_sparsity: float
     entropy: float
@@ -33,87 +43,85 @@ class StepStats:
         return asdict(self)
 
 
-class MaskSearch:
-    """Projected policy-gradient descent on the expected loss of a product-Bernoulli policy.
+class MaskSearch(Protocol):
+    """What the loop needs of a search."""
 
-    Args:
-        probs_U: where to start, float64 ``[U]``; projected on the budget here.
-        baseline: losses to advantages.
-        floor, ceiling: bounds of every probability. At 0 or 1 a unit is never sampled otherwise and so never learns;
-            bounds inside keep it alive.
-        projection: ``cost-weighted`` (equal shift, budget met exactly) or ``published`` (at most the budget).
+    budget: Budget
+    design: Design
+    probs_U: torch.Tensor
+    needs_reference: bool
 
-    Raises:
-        BudgetError: the budget cannot be met between floor and ceiling.
-    """
-
-    def __init__(
-        self,
-        budget: Budget,
-        probs_U: torch.Tensor,
-        *,
-        baseline: Baseline,
-        seed: int,
-        num_masks: int,
-        scaling: Scaling = "natural",
-        epsilon: float = 0.0,
-        projection: Projection = "cost-weighted",
-        floor: float = 0.01,
-        ceiling: float = 0.99,
-    ) -> None:
-        if probs_U.shape != (budget.space.size,):
-            raise BudgetError(f"{budget.space.size} probabilities are needed, but got {tuple(probs_U.shape)}")
-        self.budget, self.baseline, self.seed, self.num_masks = budget, baseline, seed, num_masks
-        self.scaling, self.epsilon = scaling, epsilon
-        self._bounds = {"floor": floor, "ceiling": ceiling}
-        self._project: Callable[..., torch.Tensor] = (
-            budget.project if projection == "cost-weighted" else budget.project_published
-        )
-        # Steepest descent and projection must agree on what distance is: where a unit weighs as much as it costs, it
-        # moves by its effect per cost, and a head does not outrun the many channels that cost as much.
-        self._metric_U = budget.metric_U if projection == "cost-weighted" else torch.ones_like(budget.costs_U)
-        self.probs_U = self._project(probs_U.double(), **self._bounds)
+    @property
+    def priorities_U(self) -> torch.Tensor:
+        """What the final selection goes by, larger is kept, float64 ``[U]``."""
+        ...
 
     def ask(self, step: int) -> torch.Tensor:
-        """The masks of a step, bool ``[K, U]``; the same whenever asked."""
-        return sample(self.probs_U, self.num_masks, seed=self.seed, step=step)
+        """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked."""
+        ...
 
     def tell(
-        self, masks_KU: torch.Tensor, losses_K: torch.Tensor, *, learning_rate: float, reference: float | None = None
+        self,
+        masks_BKCU: torch.Tensor,
+        losses_BKC: torch.Tensor,
+        *,
+        learning_rate: float,
+        reference_BC: torch.Tensor | None = None,
     ) -> StepStats:
-        """Move the policy by the losses of masks it was asked for.
+        """Learn from the losses of masks it was asked for.
 
         Args:
-            losses_K: float64 nats per token; masks whose losses are dropped must be dropped from both.
+            losses_BKC: float64 nats per token of the window: a chunk's is its share of the mean over all predictions,
+                so that the sum over C is the window's loss. What is dropped must be dropped from both.
             learning_rate: step size for the *mean* over masks, hence independent of their number.
-            reference: loss of the fixed reference mask on the same text, if the baseline needs it.
+            reference_BC: losses of the fixed reference mask on the same text, if the search needs them.
         """
-        losses_K = losses_K.double().cpu()
-        advantages_K = self.baseline.advantages(losses_K, reference)
-        gradient_U = reinforce(self.probs_U, masks_KU, advantages_K, scaling=self.scaling, epsilon=self.epsilon)
-        moved_U = self._project(self.probs_U - learning_rate * gradient_U / self._metric_U, **self._bounds)
-        largest_move = (moved_U - self.probs_U).abs().max().item()
-        self.probs_U = moved_U
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ``RunError`` if the state belongs to other units."""
+        ...
+
+
+class BernoulliSearch:
+    """What all searches share: a policy on the budget, and its masks."""
+
+    def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
+        if probs_U.shape != (budget.space.size,):
+            raise BudgetError(f"{budget.space.size} probabilities are needed, but got {tuple(probs_U.shape)}")
+        self.budget, self.seed, self.design = budget, seed, design
+        self.probs_U = probs_U.double()
+
+    def ask(self, step: int) -> torch.Tensor:
+        design = self.design
+        masks_NU = sample(self.probs_U, design.groups * design.masks * design.chunks, seed=self.seed, step=step)
+        return masks_NU.view(design.groups, design.masks, design.chunks, -1)
+
+    def _stats(self, losses_BKC: torch.Tensor, advantages_BKC: torch.Tensor, before_U: torch.Tensor) -> StepStats:
+        losses_BK = losses_BKC.sum(-1)
         return StepStats(
-            loss=losses_K.mean().item(),
-            loss_spread=losses_K.std(correction=0).item(),
-            advantage_spread=advantages_K.square().mean().sqrt().item(),
-            gradient_norm=gradient_U.norm().item(),
-            largest_move=largest_move,
+            loss=losses_BK.mean().item(),
+            loss_spread=losses_BK.std(1, correction=0).mean().item(),
+            advantage_spread=advantages_BKC.square().mean().sqrt().item(),
+            largest_move=(self.probs_U - before_U).abs().max().item(),
             expected_sparsity=self.budget.removed_share(self.probs_U),
             entropy=entropy(self.probs_U),
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "fingerprint": self.budget.space.fingerprint,
-            "probs_U": self.probs_U,
-            "baseline": self.baseline.state_dict(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ``RunError`` if the state belongs to other units."""
+    def _check_state(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.budget.space.fingerprint:
             raise RunError("the checkpoint was written for another model or another granularity")
-        self.probs_U = state["probs_U"].double()
-        self.baseline.load_state_dict(state["baseline"])
+
+
+def rewards_to_go(losses_C: torch.Tensor, discount: float) -> torch.Tensor:
+    """What each chunk's mask answers for, ``[..., C]``: its own loss, and that of later chunks at a discount.
+
+    A mask reaches later chunks only through the keys and values that it left behind, so most of what happens there is
+    others' doing; discounting trades a small bias for much less noise. At 1 the policy gradient is unbiased.
+    """
+    returns_C = losses_C.clone()
+    for chunk in range(losses_C.shape[-1] - 2, -1, -1):
+        returns_C[..., chunk] += discount * returns_C[..., chunk + 1]
+    return returns_C

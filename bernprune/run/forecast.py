@@ -11,8 +11,9 @@ from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import LOGIT_BYTES, masked_objective
 from bernprune.policy.budget import Budget
-from bernprune.run.loop import default_sequences, make_search
+from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model
+from bernprune.run.workload import default_sequences, make_search
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3
@@ -101,14 +102,14 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     settings, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
     budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
     keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
-    search = make_search(config, budget, keep_U)
+    search = make_search(config, budget, {"probs_U": keep_U, "scores_U": keep_U})
     vocab: Any = view.model.config.vocab_size
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     with masked_objective(view, ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward) as objective:
         for step in range(_TIMED_STEPS + 1):
             if step == 1:  # the first one warms up
                 started = time.perf_counter()
-            masks_KU = search.ask(step)
-            losses_K = objective.losses(masks_KU, tokens_BT)
-            search.tell(masks_KU, losses_K, learning_rate=settings.learning_rate, reference=losses_K.mean().item())
+            masks_BKCU = search.ask(step)
+            losses_BKC, reference_BC = evaluate(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
+            search.tell(masks_BKCU, losses_BKC, learning_rate=settings.learning_rate, reference_BC=reference_BC)
     return (time.perf_counter() - started) / (_TIMED_STEPS * settings.masks * settings.windows)

@@ -6,7 +6,6 @@ uninterrupted one bit for bit (unless it is limited by time).
 
 import json
 import logging
-import math
 import signal
 import threading
 import time
@@ -19,103 +18,19 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from bernprune.config import RunConfig
-from bernprune.errors import ConfigError, LossError, RunError
+from bernprune.errors import LossError, RunError
 from bernprune.objective import MaskedObjective, masked_objective
-from bernprune.policy.baselines import make_baseline
-from bernprune.policy.budget import Budget
 from bernprune.policy.search import MaskSearch, StepStats
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder, sync
 from bernprune.run.stage import Stage
+from bernprune.run.workload import Work, Workload, plan_work
 
 logger = logging.getLogger(__name__)
-
-# The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
-MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM during the search, after its checkpoint was written."""
-
-
-@dataclass
-class Work:
-    """How much was done; all of it is saved."""
-
-    step: int = 0
-    sequences: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How much is to be done: steps of ``step_sequences`` windows, or as many as fit in ``seconds``."""
-
-    steps: int | None
-    seconds: float | None
-    step_sequences: int
-    learning_rate: float
-
-    def progress(self, work: Work) -> float:
-        """Share of the work that is done; 1 or more when it is over."""
-        if self.steps == 0:
-            return 1.0
-        by_steps = work.step / self.steps if self.steps is not None else 0.0
-        by_time = work.seconds / self.seconds if self.seconds is not None else 0.0
-        return max(by_steps, by_time)
-
-    def learning_rate_at(self, work: Work) -> float:
-        """A cosine from the first step size to zero, without warm-up."""
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress(work))))
-
-
-def plan_work(stage: Stage) -> Workload:
-    """Turn the budget of sequences and seconds into steps.
-
-    Raises:
-        ConfigError: a budget smaller than one step.
-    """
-    search, baseline = stage.config.search, make_search_baseline(stage.config)
-    extra = int(baseline.needs_reference) + int(search.objective == "kl")
-    step_sequences = (search.masks + extra) * search.windows
-    sequences = search.sequences
-    if sequences is None and search.seconds is None:
-        sequences = default_sequences(stage.view.space.size)
-    if sequences is not None and 0 < sequences < step_sequences:
-        raise ConfigError(
-            f"setting 'search.sequences' must be 0 or at least one step of {step_sequences} sequences "
-            f"(masks and reference passes times windows), but got {sequences}"
-        )
-    steps = None if sequences is None else sequences // step_sequences
-    return Workload(steps, search.seconds, step_sequences, search.learning_rate)
-
-
-def default_sequences(num_units: int) -> int:
-    """A sensible number of windows to run forward for so many units."""
-    return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
-
-
-def make_search_baseline(config: RunConfig) -> Any:
-    search = config.search
-    return make_baseline(search.baseline, window=search.baseline_window, num_masks=search.masks)
-
-
-def make_search(config: RunConfig, budget: Budget, probs_U: torch.Tensor) -> MaskSearch:
-    """The search of a run, at its start."""
-    search, policy = config.search, config.policy
-    return MaskSearch(
-        budget,
-        probs_U,
-        baseline=make_search_baseline(config),
-        seed=config.seed,
-        num_masks=search.masks,
-        scaling=search.scaling,
-        epsilon=search.epsilon,
-        projection=policy.projection,
-        floor=policy.floor,
-        ceiling=policy.ceiling,
-    )
 
 
 def run_search(
@@ -132,7 +47,7 @@ def run_search(
         RunError: the checkpoint belongs to other text or units.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    workload = plan_work(stage)
+    workload = plan_work(stage.config, stage.view.space.size)
     work = _restore(folder, search, stage.text_sha256)
     loop = _Loop(stage, folder, search, reference_U, workload, work)
     settings = stage.config.search
@@ -158,6 +73,26 @@ def run_search(
     return work
 
 
+def evaluate(
+    objective: MaskedObjective,
+    search: MaskSearch,
+    masks_BKCU: torch.Tensor,
+    tokens_BT: torch.Tensor,
+    reference_U: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Losses ``[B, K, C]`` of the masks of a step, and ``[B, C]`` of the reference mask if the search needs them."""
+    design = search.design
+    if search.needs_reference:
+        masks_BKCU = torch.cat([masks_BKCU, reference_U.expand_as(masks_BKCU[:, :1])], dim=1)
+    if design.groups == design.chunks == 1:
+        losses_BKC = objective.losses(masks_BKCU[0, :, 0], tokens_BT)[None, :, None]
+    else:
+        losses_BKC = objective.chunk_losses(masks_BKCU, tokens_BT)
+    if not search.needs_reference:
+        return losses_BKC, None
+    return losses_BKC[:, :-1], losses_BKC[:, -1]
+
+
 @dataclass
 class _Loop:
     stage: Stage
@@ -172,45 +107,46 @@ class _Loop:
         """One round of ask, evaluate, tell; the work done is counted here and nowhere else."""
         started, step = time.monotonic(), self.work.step
         learning_rate = self.workload.learning_rate_at(self.work)
-        masks_KU = self.search.ask(step)
+        masks_BKCU = self.search.ask(step)
         tokens_BT = self.stage.train.batch(step, self.stage.config.search.windows)
-        losses_K, reference = self._losses(objective, masks_KU, tokens_BT)
-        finite_K = self._finite(losses_K, reference, step)
+        losses_BKC, reference_BC = evaluate(objective, self.search, masks_BKCU, tokens_BT, self.reference_U)
+        finite, dropped = self._finite(losses_BKC, reference_BC, step)
         stats = self.search.tell(
-            masks_KU[finite_K], losses_K[finite_K], learning_rate=learning_rate, reference=reference
+            masks_BKCU[finite],
+            losses_BKC[finite],
+            learning_rate=learning_rate,
+            reference_BC=None if reference_BC is None else reference_BC[finite[0]],
         )
         self.work.step += 1
         self.work.sequences += self.workload.step_sequences
         self.work.seconds += time.monotonic() - started
-        self._log(metrics, step, learning_rate, stats, int((~finite_K).sum()))
+        self._log(metrics, step, learning_rate, stats, dropped)
         return stats
 
-    def _losses(
-        self, objective: MaskedObjective, masks_KU: torch.Tensor, tokens_BT: torch.Tensor
-    ) -> tuple[torch.Tensor, float | None]:
-        if not self.search.baseline.needs_reference:
-            return objective.losses(masks_KU, tokens_BT), None
-        losses = objective.losses(torch.cat([masks_KU, self.reference_U[None]]), tokens_BT)
-        return losses[:-1], losses[-1].item()
-
-    def _finite(self, losses_K: torch.Tensor, reference: float | None, step: int) -> torch.Tensor:
-        finite_K = losses_K.isfinite()
-        if finite_K.all() and (reference is None or math.isfinite(reference)):
-            return finite_K
+    def _finite(
+        self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None, step: int
+    ) -> tuple[tuple[Any, ...], int]:
+        """Index of what may be learned from, and how many losses it leaves out."""
+        finite_BK = losses_BKC.isfinite().all(-1)
+        if reference_BC is not None:
+            finite_BK = finite_BK & reference_BC.isfinite().all(-1)[:, None]
         settings = self.stage.config.search
-        if settings.non_finite == "drop" and finite_K.any() and (reference is None or math.isfinite(reference)):
-            return finite_K
-        raise LossError(
-            f"{int((~finite_K).sum())} of {len(finite_K)} losses of step {step} are not finite"
-            + ("" if settings.non_finite == "drop" else "; search.non_finite=drop leaves such masks out")
-        )
+        # Of one group of masks the others can stay; of several, the whole group goes, so that all have equally many.
+        keep: tuple[Any, ...] = (slice(None), finite_BK[0]) if len(finite_BK) == 1 else (finite_BK.all(1), slice(None))
+        dropped = losses_BKC[..., 0].numel() - losses_BKC[keep][..., 0].numel()
+        if dropped and (settings.non_finite != "drop" or not losses_BKC[keep].numel()):
+            raise LossError(
+                f"{int((~finite_BK).sum())} of {finite_BK.numel()} losses of step {step} are not finite"
+                + ("" if settings.non_finite == "drop" else "; search.non_finite=drop leaves such masks out")
+            )
+        return keep, dropped
 
     def _log(self, metrics: TextIO, step: int, learning_rate: float, stats: StepStats, dropped: int) -> None:
         record = {
             "step": step,
             "sequences": self.work.sequences,
             "seconds": round(self.work.seconds, 3),
-            "learning_rate": learning_rate,
+            **({"learning_rate": learning_rate} if self.stage.config.search.method == "reinforce" else {}),
             **stats.to_dict(),
             "dropped": dropped,
         }

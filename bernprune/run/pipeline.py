@@ -25,8 +25,9 @@ from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder, check_writable, open_run, whole_or_gone
-from bernprune.run.loop import Work, make_search, plan_work, run_search
+from bernprune.run.loop import run_search
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
+from bernprune.run.workload import Work, make_search, plan_work
 from bernprune.scores import SCORES, initial_scores
 from bernprune.storage import write_bytes, write_json
 from bernprune.units import KeepPlan
@@ -54,7 +55,7 @@ def prune(
     folder = RunFolder(Path(out))
     folder.check(config, overwrite=overwrite)  # before the work of loading
     stage = set_stage(config)
-    plan_work(stage)
+    plan_work(config, stage.view.space.size)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
@@ -91,7 +92,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     losses = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
-    scores_U, search = start["scores_U"], make_search(stage.config, stage.budget, start["probs_U"])
+    scores_U, search = start["scores_U"], make_search(stage.config, stage.budget, start)
     initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     uniform_U = _uniform_selection(stage, scores_U)
     losses["uniform"] = mask_loss(stage, uniform_U)
@@ -101,8 +102,10 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     if stored is None:
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, initial_U, progress=progress)
-    learned_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    candidates = {"learned": learned_U, "initial": initial_U, "uniform": uniform_U}
+    learned_U = select(search.priorities_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    candidates = {"learned": learned_U, "initial": initial_U}
+    if not uniform_U.equal(initial_U):
+        candidates["uniform"] = uniform_U
     kept = _best(stage, work, candidates)
     report = _report_head(stage, work, initial_U, candidates[kept])
     report["search"] |= {"kept": kept, "final_sequences": len(candidates) * stage.config.search.final_windows}

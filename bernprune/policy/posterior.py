@@ -1,0 +1,283 @@
+"""Learning as estimation: what each unit is worth, how sure that is, and a policy that follows from it.
+
+A step of plain REINFORCE moves every unit by what is mostly noise, and thousands of units without a signal walk at
+random. Here the same score-function estimates are *observations* with a variance of their own. They are gathered over
+rounds and shrunk towards a regression on the initial scores (empirical Bayes; Efron and Morris, 1973), and a unit is
+kept with the posterior probability that it is worth its price:
+
+    s_u = Phi((mu_u - lambda c_u) / sigma_u),  with the price lambda at which the policy meets the budget.
+
+Between rounds the world changes: as a layer loses units, those left become worth more, all of them together. So the
+regression, one for each kind and layer, forgets, while what sets a unit apart from it is remembered.
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units, N units of a pool, F features.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bernprune.errors import ConfigError, RunError
+from bernprune.policy.baselines import less_the_others
+from bernprune.policy.budget import Budget
+from bernprune.policy.search import BernoulliSearch, Design, StepStats, rewards_to_go
+from bernprune.units import UnitSpace
+
+_LEAST_ESTIMATES = 2  # of a round, for a variance
+_HAIR = 1e-9  # of a round, by which its end may be missed through rounding
+_RIDGE = 1e-6  # of a regression's information, so that few units, or equal ones, do not make it singular
+_LEAST_SPREAD = 1e-3  # share of the noise that is always granted to differences between units
+
+
+@dataclass
+class Sums:
+    """Estimates of one round: their number, sum and sum of squares."""
+
+    count: int
+    sum_U: torch.Tensor
+    squares_U: torch.Tensor
+
+    @classmethod
+    def empty(cls, size: int) -> "Sums":
+        return cls(0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64))
+
+    def add(self, effects_BU: torch.Tensor) -> None:
+        self.count += len(effects_BU)
+        self.sum_U += effects_BU.sum(0)
+        self.squares_U += effects_BU.square().sum(0)
+
+    def mean_U(self) -> torch.Tensor:
+        return self.sum_U / self.count
+
+    def variance_U(self) -> torch.Tensor:
+        """Of the mean."""
+        spread_U = (self.squares_U / self.count - self.mean_U().square()).clamp(min=0)
+        return spread_U / (self.count - 1)
+
+
+class Pool:
+    """Units that share a regression of their worth on their initial score: channels of a layer, or a kind as a whole.
+
+    Features are a constant, the normal quantile z of the score's rank within the pool, and e^z, which has the heavy
+    tail that scores have: any monotone change of the scores leaves them alone.
+    """
+
+    def __init__(self, members_N: torch.Tensor, scores_N: torch.Tensor, forgetting: float) -> None:
+        self.members_N, self._forgetting = members_N, forgetting
+        ranks_N = scores_N.argsort(stable=True).argsort(stable=True).double()
+        z_N = torch.special.ndtri((ranks_N + 0.5) / len(ranks_N))
+        self._features_NF = torch.stack([torch.ones_like(z_N), z_N, z_N.exp()], dim=1)
+        features = self._features_NF.shape[1]
+        self.information_FF = torch.zeros(features, features, dtype=torch.float64)
+        self.response_F = torch.zeros(features, dtype=torch.float64)
+        self.spread = 0.0  # variance of what sets units apart; 0 until the first round
+
+    def regress(self, observed_N: torch.Tensor, variance_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The line through all rounds, older ones forgotten by degrees: its values and their variances, ``[N]``."""
+        features_NF = self._features_NF
+        weights_N = 1 / (variance_N + (self.spread or variance_N.mean()))
+        kept = 1 - self._forgetting
+        self.information_FF = kept * self.information_FF + (features_NF.T * weights_N) @ features_NF
+        self.response_F = kept * self.response_F + (features_NF.T * weights_N) @ observed_N
+        guard = _RIDGE * self.information_FF.diagonal().mean() * torch.eye(len(self.response_F), dtype=torch.float64)
+        inverse_FF = torch.linalg.inv(self.information_FF + guard)
+        return features_NF @ (inverse_FF @ self.response_F), ((features_NF @ inverse_FF) * features_NF).sum(1)
+
+    def shrink(self, residual_N: torch.Tensor, variance_N: torch.Tensor) -> torch.Tensor:
+        """Share of each residual that is signal, by how much more they differ than their noise explains."""
+        excess_N = residual_N.square() - variance_N
+        spread = excess_N.mean().clamp(min=0)
+        weights_N = 1 / (variance_N + spread).square()
+        spread = (weights_N * excess_N).sum() / weights_N.sum()
+        self.spread = max(spread.item(), _LEAST_SPREAD * variance_N.mean().item())
+        return self.spread / (self.spread + variance_N)
+
+
+@dataclass(frozen=True)
+class PosteriorStats(StepStats):
+    """``rounds`` concluded so far; ``reliability``: mean share of a unit's observed difference that is signal."""
+
+    rounds: int
+    reliability: float
+
+
+class PosteriorSearch(BernoulliSearch):
+    """Empirical-Bayes estimation of every unit's worth, in rounds.
+
+    Args:
+        probs_U: policy of the first round, float64 ``[U]``; sharp, so that what is sampled resembles what is shipped.
+        scores_U: initial scores, larger is kept; only their order counts, of channels within a layer, of other kinds
+            over all layers.
+        round_steps: steps of a round; of a broken number, rounds take the next whole step.
+        forgetting: share of a regression's past that a round forgets.
+        floor, ceiling: bounds of every probability, strictly within 0 and 1.
+        discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
+
+    Raises:
+        ConfigError: fewer than two masks on the same text, or bounds that leave a unit without chance.
+        BudgetError: the budget cannot be met between floor and ceiling.
+    """
+
+    needs_reference = False
+
+    def __init__(
+        self,
+        budget: Budget,
+        probs_U: torch.Tensor,
+        scores_U: torch.Tensor,
+        *,
+        seed: int,
+        design: Design,
+        round_steps: float,
+        forgetting: float = 0.1,
+        floor: float = 0.02,
+        ceiling: float = 0.98,
+        discount: float = 0.4,
+    ) -> None:
+        super().__init__(budget, probs_U, seed=seed, design=design)
+        if design.masks < 2:
+            raise ConfigError(f"the posterior policy needs at least 2 masks on the same text, but got {design.masks}")
+        if not 0 < floor < ceiling < 1:
+            raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
+        self.discount, self.round_steps = discount, round_steps
+        self._bounds = {"floor": floor, "ceiling": ceiling}
+        self._pools = [Pool(members_N, scores_U[members_N], forgetting) for members_N in _pools(budget.space)]
+        self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
+        size = budget.space.size
+        self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
+        self.worth_U = torch.zeros(size, dtype=torch.float64)
+        # What sets units apart from their regression, by precision: information, and information times value.
+        self._precision_U = torch.zeros(size, dtype=torch.float64)
+        self._weighted_U = torch.zeros(size, dtype=torch.float64)
+        self._apart_U = torch.zeros(size, dtype=torch.float64)
+        self._reliability = 0.0
+
+    @property
+    def priorities_U(self) -> torch.Tensor:
+        return self.worth_U / self.budget.hanging_cost(self.probs_U) if self.rounds else self.probs_U
+
+    def tell(
+        self,
+        masks_BKCU: torch.Tensor,
+        losses_BKC: torch.Tensor,
+        *,
+        learning_rate: float,
+        reference_BC: torch.Tensor | None = None,
+    ) -> StepStats:
+        """As every search's, but without a step size: how far the policy moves follows from what is known."""
+        losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
+        effects_BU, advantages_BKC = self.effects(masks_BKCU, losses_BKC)
+        if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
+            self._sums.add(effects_BU)
+        self.steps += 1
+        if self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
+            self._conclude_round()
+        stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
+        return PosteriorStats(**stats, rounds=self.rounds, reliability=self._reliability)
+
+    def effects(self, masks_BKCU: torch.Tensor, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unbiased estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
+
+        E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u) / (s_u (1 - s_u))]. What the current worths predict of the
+        losses is taken out of the advantages and put back exactly, a linear control variate, so that only what they
+        do not explain makes noise.
+        """
+        chunks, probs_U = losses_BKC.shape[-1], self.probs_U
+        effects, advantages = [], []
+        for masks_KCU, losses_KC in zip(masks_BKCU, losses_BKC, strict=True):
+            masks_NU = masks_KCU.flatten(0, 1).double()
+            predicted_KC = -(masks_NU @ self.worth_U).view_as(losses_KC) / chunks
+            advantages_KC = less_the_others(rewards_to_go(losses_KC - predicted_KC, self.discount)[None])[0]
+            # Without the others' mean, a chunk's advantages sum to zero, so that no m_u - s_u is needed here.
+            effects.append(advantages_KC.flatten() @ masks_NU / len(masks_KCU))
+            advantages.append(advantages_KC)
+        return torch.stack(effects) / (probs_U * (1 - probs_U)) - self.worth_U, torch.stack(advantages)
+
+    def _round_ends(self) -> bool:
+        """Whether the boundary of a round was reached with the last step."""
+        now, before = (math.floor(steps / self.round_steps + _HAIR) for steps in (self.steps, self.steps - 1))
+        return now > before
+
+    def _conclude_round(self) -> None:
+        """From what was observed to what is believed, and from that to the next policy."""
+        observed_U, noise_U = -self._sums.mean_U(), self._noise_U()
+        self._sums = Sums.empty(len(observed_U))
+        if not noise_U.any():
+            return  # the losses did not differ: nothing was learned
+        variance_U, reliable = torch.empty_like(noise_U), torch.empty_like(noise_U)
+        self._precision_U = self._precision_U + 1 / noise_U
+        for pool in self._pools:
+            at = pool.members_N
+            line_N, line_variance_N = pool.regress(observed_U[at] - self._apart_U[at], noise_U[at])
+            self._weighted_U[at] += (observed_U[at] - line_N) / noise_U[at]
+            residual_variance_N = 1 / self._precision_U[at]
+            residual_N = self._weighted_U[at] * residual_variance_N
+            signal_N = pool.shrink(residual_N, residual_variance_N)
+            self._apart_U[at] = signal_N * residual_N
+            self.worth_U[at] = line_N + self._apart_U[at]
+            variance_U[at] = signal_N * residual_variance_N + line_variance_N
+            reliable[at] = signal_N
+        self._reliability = reliable.mean().item()
+        costs_U = self.budget.hanging_cost(self.probs_U)
+        self.probs_U = self.budget.at_price(self.worth_U, variance_U.sqrt(), costs_U, **self._bounds)
+        self.rounds += 1
+
+    def _noise_U(self) -> torch.Tensor:
+        """Variance of what was observed of each unit, ``[U]``.
+
+        Units share the advantages, so those of a pool differ by their chances alone. A unit's own estimate would take
+        one that happened never to change for one that is known exactly.
+        """
+        chances_U = self.probs_U * (1 - self.probs_U)
+        levels_U = self._sums.variance_U() * chances_U
+        everywhere = levels_U.mean()
+        for pool in self._pools:
+            level = levels_U[pool.members_N].mean()
+            levels_U[pool.members_N] = level if level > 0 else everywhere  # 0: none of the pool was seen to change
+        return levels_U / chances_U
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.budget.space.fingerprint,
+            "pools": len(self._pools),
+            "steps": self.steps,
+            "rounds": self.rounds,
+            "count": self._sums.count,
+            "reliability": self._reliability,
+            "sum_U": self._sums.sum_U.clone(),
+            "squares_U": self._sums.squares_U.clone(),
+            "probs_U": self.probs_U,
+            "worth_U": self.worth_U.clone(),
+            "precision_U": self._precision_U,
+            "weighted_U": self._weighted_U.clone(),
+            "apart_U": self._apart_U.clone(),
+            "information_PFF": torch.stack([pool.information_FF for pool in self._pools]),
+            "response_PF": torch.stack([pool.response_F for pool in self._pools]),
+            "spread_P": torch.tensor([pool.spread for pool in self._pools], dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._check_state(state)
+        if state.get("pools") != len(self._pools):
+            raise RunError("the checkpoint was not written by search.method 'posterior'")
+        self.steps, self.rounds, self._reliability = state["steps"], state["rounds"], state["reliability"]
+        self._sums = Sums(state["count"], state["sum_U"].clone(), state["squares_U"].clone())
+        self.probs_U, self.worth_U = state["probs_U"].clone(), state["worth_U"].clone()
+        self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
+        self._apart_U = state["apart_U"].clone()
+        for index, pool in enumerate(self._pools):
+            pool.information_FF = state["information_PFF"][index].clone()
+            pool.response_F = state["response_PF"][index].clone()
+            pool.spread = state["spread_P"][index].item()
+
+
+def _pools(space: UnitSpace) -> list[torch.Tensor]:
+    """Members of each pool: the channels of each layer, and every other kind over all layers."""
+    pools = []
+    for kind in space.kinds:
+        spans = [span for layer in range(len(space.architecture.layers)) if (span := space.span(kind, layer))]
+        members = [torch.arange(span.start, span.stop) for span in spans]
+        pools += members if kind == "channel" else [torch.cat(members)]
+    return pools

@@ -1,0 +1,95 @@
+"""Projected descent along a score-function gradient, the published way (Gao et al., 2024, arXiv 2406.10576)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bernprune.errors import RunError
+from bernprune.names import Projection, Scaling
+from bernprune.policy.baselines import Baseline
+from bernprune.policy.budget import Budget
+from bernprune.policy.estimators import reinforce
+from bernprune.policy.search import BernoulliSearch, Design, StepStats, rewards_to_go
+
+
+class ReinforceSearch(BernoulliSearch):
+    """Projected policy-gradient descent on the expected loss of a product-Bernoulli policy.
+
+    Args:
+        probs_U: where to start, float64 ``[U]``; projected on the budget here.
+        baseline: losses to advantages.
+        floor, ceiling: bounds of every probability. At 0 or 1 a unit is never sampled otherwise and so never learns;
+            bounds inside keep it alive.
+        projection: ``cost-weighted`` (equal shift, budget met exactly) or ``published`` (at most the budget).
+        discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
+
+    Raises:
+        BudgetError: the budget cannot be met between floor and ceiling.
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        probs_U: torch.Tensor,
+        *,
+        baseline: Baseline,
+        seed: int,
+        design: Design,
+        scaling: Scaling = "natural",
+        epsilon: float = 0.0,
+        projection: Projection = "cost-weighted",
+        floor: float = 0.01,
+        ceiling: float = 0.99,
+        discount: float = 1.0,
+    ) -> None:
+        super().__init__(budget, probs_U, seed=seed, design=design)
+        self.baseline, self.scaling, self.epsilon, self.discount = baseline, scaling, epsilon, discount
+        self.needs_reference = baseline.needs_reference
+        self._bounds = {"floor": floor, "ceiling": ceiling}
+        self._project: Callable[..., torch.Tensor] = (
+            budget.project if projection == "cost-weighted" else budget.project_published
+        )
+        # Steepest descent and projection must agree on what distance is: where a unit weighs as much as it costs, it
+        # moves by its effect per cost, and a head does not outrun the many channels that cost as much.
+        self._metric_U = budget.metric_U if projection == "cost-weighted" else torch.ones_like(budget.costs_U)
+        self.probs_U = self._project(self.probs_U, **self._bounds)
+
+    @property
+    def priorities_U(self) -> torch.Tensor:
+        return self.probs_U
+
+    def tell(
+        self,
+        masks_BKCU: torch.Tensor,
+        losses_BKC: torch.Tensor,
+        *,
+        learning_rate: float,
+        reference_BC: torch.Tensor | None = None,
+    ) -> StepStats:
+        losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
+        returns_BKC = rewards_to_go(losses_BKC, self.discount)
+        if reference_BC is not None:
+            reference_BC = rewards_to_go(reference_BC.double().cpu(), self.discount)
+        advantages_BKC = self.baseline.advantages(returns_BKC, reference_BC)
+        # The mean over masks, but the sum over the chunks of each.
+        chunks = losses_BKC.shape[-1]
+        gradient_U = chunks * reinforce(
+            before_U, masks_BKCU.flatten(0, 2), advantages_BKC.flatten(), scaling=self.scaling, epsilon=self.epsilon
+        )
+        self.probs_U = self._project(before_U - learning_rate * gradient_U / self._metric_U, **self._bounds)
+        return self._stats(losses_BKC, advantages_BKC, before_U)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.budget.space.fingerprint,
+            "probs_U": self.probs_U,
+            "baseline": self.baseline.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._check_state(state)
+        if "baseline" not in state:
+            raise RunError("the checkpoint was not written by search.method 'reinforce'")
+        self.probs_U = state["probs_U"].double()
+        self.baseline.load_state_dict(state["baseline"])
