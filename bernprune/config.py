@@ -41,6 +41,7 @@ from bernprune.names import (
 from bernprune.units import ANCESTORS, KINDS
 
 Count = Annotated[int, Field(ge=1)]
+USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 
@@ -142,7 +143,7 @@ class SearchConfig(_Section):
     masks_per: MasksPer = "chunk"
     """What has masks of its own: a whole 'batch' of windows (published), each 'sequence', or each 'chunk' of one."""
     chunk: Count | None = None
-    """Tokens of a chunk; by default the largest divisor of data.window up to 32."""
+    """Tokens of a chunk; by default the largest divisor of data.window from 8 to 32, or else the whole window."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.4
     """How much a chunk's mask answers for the loss of each chunk behind it; 1 is unbiased, and noisy."""
     rounds: Count | None = None
@@ -251,6 +252,8 @@ class RunConfig(_Section):
                 f"search.chunk {search.chunk} must divide data.window {self.data.window}, and needs search.masks_per "
                 f"'chunk', not {search.masks_per!r}"
             )
+        if search.masks_per != "chunk" and search.discount != SearchConfig.model_fields["discount"].default:
+            raise ValueError(f"search.discount has no meaning for search.masks_per {search.masks_per!r}")
         if search.method == "posterior":
             if search.masks < 2:
                 raise ValueError(f"search.method 'posterior' needs search.masks of 2 or more, but got {search.masks}")
@@ -264,7 +267,7 @@ class RunConfig(_Section):
     def chunk(self) -> int:
         """Tokens of a chunk."""
         window = self.data.window
-        return self.search.chunk or max(size for size in range(1, 33) if window % size == 0)
+        return self.search.chunk or max((size for size in USUAL_CHUNKS if window % size == 0), default=window)
 
     def _finest(self) -> list[Kind]:
         """Levels that no other chosen level refines: those whose scores decide."""

@@ -18,11 +18,9 @@ from tiny_run import (
     VOCABULARY,
     Place,
     in_one_sentence,
-    prepare,
     run,
     succeed,
     tiny_tokenizer,
-    visit,
     words,
 )
 
@@ -33,17 +31,6 @@ from bernprune.names import BaselineName, MasksPer, MethodName, PresetName, Scor
 from bernprune.run import pipeline
 from bernprune.run.folder import RunFolder
 from bernprune.units import KeepPlan, LayerPlan
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return visit(prepared, tmp_path / "place", monkeypatch)
-
 
 # --- the table: what is tried, and what the sentence must say ---
 
@@ -257,6 +244,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         )
         for masks_per in ("batch", "sequence")
     },
+    "discount-without-chunks": (
+        lambda p: p.prune("search.discount=1", "search.masks_per=sequence", "search.chunk=null"),
+        ("search.discount has no meaning for search.masks_per 'sequence'",),
+    ),
     "forgetting-all": (lambda p: p.prune("search.forgetting=1"), ("search.forgetting", "less than 1", "1")),
     "discount-above-1": (lambda p: p.prune("search.discount=1.5"), ("search.discount", "1.5")),
     # settings

@@ -19,7 +19,6 @@ from tiny_run import (
     STEPS,
     Place,
     in_one_sentence,
-    prepare,
     prune_arguments,
     run,
     state_of,
@@ -27,7 +26,6 @@ from tiny_run import (
     succeed,
     tiny_text,
     verify_here,
-    visit,
 )
 
 from bernprune import storage
@@ -41,16 +39,6 @@ WORKING = (
     "search.rounds=2",
     "search.final_windows=0",
 )
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return visit(prepared, tmp_path / "place", monkeypatch)
 
 
 # --- a full disk ---

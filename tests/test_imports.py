@@ -117,7 +117,7 @@ def test_the_policy_is_mathematics_alone() -> None:
         for used in imported(name)
         if not within(used, "bernprune")
     }
-    assert others <= {"torch", "math", "itertools", "functools", "collections", "dataclasses", "typing", "enum"}
+    assert others <= {"abc", "torch", "math", "itertools", "functools", "collections", "dataclasses", "typing", "enum"}
 
 
 def test_nobody_imports_the_command_line() -> None:

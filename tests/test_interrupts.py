@@ -19,14 +19,12 @@ from tiny_run import (
     ended,
     finish,
     in_one_sentence,
-    prepare,
     run,
     same_run,
     spawn,
     steps_of,
     succeed,
     tiny_text,
-    visit,
 )
 
 from bernprune.config import make_config, read_yaml
@@ -46,21 +44,6 @@ SLOW_RUNS = {
     "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=640", "search.rounds=5"),
     "reinforce": (*SLOW, *METHODS["reinforce"], "search.sequences=680", "search.baseline=matched"),
 }
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return visit(prepared, tmp_path / "place", monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def finished(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(prepared, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ from tiny_run import (
     Place,
     ended,
     finish,
-    prepare,
     read_json,
     run,
     same_run,
@@ -31,7 +30,6 @@ from tiny_run import (
     spawn,
     steps_of,
     succeed,
-    visit,
     without_times,
 )
 from tolerances import EXACT, assert_close
@@ -43,6 +41,7 @@ from bernprune.models.loading import load_tokenizer
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.search import Design
+from bernprune.report import table
 from bernprune.run import loop, pipeline
 from bernprune.run.stage import set_stage
 from bernprune.run.workload import ROUND_WINDOWS, Work, Workload, default_sequences, make_search, plan_work
@@ -51,21 +50,6 @@ from bernprune.text import load_documents
 STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
 STORIES_TEXT = REPOSITORY.parent / "shared" / "data" / "tinystories"
 CHANNEL_PARAMETERS = 3 * 36
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return prepare(tmp_path_factory.mktemp("prepared"))
-
-
-@pytest.fixture
-def place(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    return visit(prepared, tmp_path / "place", monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def finished(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finish(prepared, tmp_path_factory.mktemp("finished"))
 
 
 # --- what a run leaves ---
@@ -248,6 +232,25 @@ def test_a_search_stops_in_time(limit: str, place: Place) -> None:
     assert search["steps"] == len(steps_of(place.out)) > 1
     last = json.loads((place.out / "metrics.jsonl").read_text().splitlines()[-2])
     assert last["seconds"] <= 0.3, "it took no step more than it had to"
+
+
+def test_the_table_has_a_row_for_each_selection(finished: Path) -> None:
+    """A start that is the uniform cut is not shown twice; what is kept is called learned only if it was."""
+    report = json.loads((finished / "report.json").read_text())
+    report["perplexity"] |= {"uniform": 20.5, "initial": 30.25}
+    for kept, last in (("learned", "learned"), ("initial", "kept")):
+        report["search"]["kept"] = kept
+        titles = [line[:16].strip() for line in table(report).splitlines()[1:5]]
+        assert titles == ["dense", "metric, uniform", "initial metric", last]
+    report["perplexity"]["initial"] = 20.5
+    assert [line[:16].strip() for line in table(report).splitlines()[1:5]] == ["dense", "initial metric", "kept", ""]
+
+
+@pytest.mark.parametrize(("start", "selections"), [("const", 2), ("uniform", 3)])
+def test_each_selection_is_compared_once(start: str, selections: int, place: Place) -> None:
+    """What was learned, the start, and the uniform cut if that is another one."""
+    search = report_of(place, f"initial.map={start}", "initial.score=random", "search.final_windows=5")["search"]
+    assert search["final_sequences"] == 5 * selections
 
 
 PASSES_OF = {

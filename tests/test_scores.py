@@ -13,6 +13,8 @@ from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune import scores
 from bernprune.backends import load_backend
+from bernprune.errors import ConfigError
+from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.statistics import input_statistics, run_windows, watching
 from bernprune.models.view import ModelView, describe
@@ -305,6 +307,18 @@ def test_the_model_is_left_as_it_was(pruned_inputs: Any) -> None:
     assert num_hooks(view.model) == 0
     assert [id(module) for module in view.model.modules()] == modules
     assert torch.equal(view.model(input_ids=WINDOWS_WT).logits, before)
+
+
+@pytest.mark.parametrize("spoil", ["masked", "no_windows"])
+def test_scores_without_activations_are_refused(spoil: str) -> None:
+    """A model under masks does not show them: not a number would be scored."""
+    view, windows_WT = describe(tiny_model("llama")), random_tokens(2)
+    if spoil == "no_windows":
+        with pytest.raises(ConfigError, match=r"must be \[W, T\]"):
+            initial_scores(view, windows_WT[:0], SCORES["wanda-sp"])
+        return
+    with masked(view, OPS), pytest.raises(ConfigError, match="under masks"):
+        initial_scores(view, windows_WT, SCORES["wanda-sp"])
 
 
 def test_hooks_go_when_the_model_fails() -> None:

@@ -22,7 +22,7 @@ import torch
 from bernprune.errors import ConfigError, RunError
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
-from bernprune.policy.search import BernoulliSearch, Design, StepStats, rewards_to_go
+from bernprune.policy.search import Design, MaskSearch, StepStats, rewards_to_go
 from bernprune.units import UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
@@ -103,7 +103,7 @@ class PosteriorStats(StepStats):
     reliability: float
 
 
-class PosteriorSearch(BernoulliSearch):
+class PosteriorSearch(MaskSearch):
     """Empirical-Bayes estimation of every unit's worth, in rounds.
 
     Args:
@@ -119,8 +119,6 @@ class PosteriorSearch(BernoulliSearch):
         ConfigError: fewer than two masks on the same text, or bounds that leave a unit without chance.
         BudgetError: the budget cannot be met between floor and ceiling.
     """
-
-    needs_reference = False
 
     def __init__(
         self,

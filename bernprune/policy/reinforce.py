@@ -10,10 +10,10 @@ from bernprune.names import Projection, Scaling
 from bernprune.policy.baselines import Baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import reinforce
-from bernprune.policy.search import BernoulliSearch, Design, StepStats, rewards_to_go
+from bernprune.policy.search import Design, MaskSearch, StepStats, rewards_to_go
 
 
-class ReinforceSearch(BernoulliSearch):
+class ReinforceSearch(MaskSearch):
     """Projected policy-gradient descent on the expected loss of a product-Bernoulli policy.
 
     Args:

@@ -5,8 +5,9 @@ Its whole state is the policy and what it remembers: masks are functions of (see
 Letters: B windows of text, K masks a window, C chunks of a window, U units.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -43,23 +44,37 @@ class StepStats:
         return asdict(self)
 
 
-class MaskSearch(Protocol):
-    """What the loop needs of a search."""
+class MaskSearch(ABC):
+    """A policy on the budget, and its masks; how it learns is its subclasses'.
 
-    budget: Budget
-    design: Design
-    probs_U: torch.Tensor
-    needs_reference: bool
+    Args:
+        probs_U: where to start, float64 ``[U]``.
+        design: how the masks of a step are laid out.
+
+    Raises:
+        BudgetError: as many probabilities as units are needed.
+    """
+
+    needs_reference = False  # whether ``tell`` needs the losses of a fixed mask on the same text
+
+    def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
+        if probs_U.shape != (budget.space.size,):
+            raise BudgetError(f"{budget.space.size} probabilities are needed, but got {tuple(probs_U.shape)}")
+        self.budget, self.seed, self.design = budget, seed, design
+        self.probs_U = probs_U.double()
 
     @property
+    @abstractmethod
     def priorities_U(self) -> torch.Tensor:
         """What the final selection goes by, larger is kept, float64 ``[U]``."""
-        ...
 
     def ask(self, step: int) -> torch.Tensor:
         """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked."""
-        ...
+        design = self.design
+        masks_NU = sample(self.probs_U, design.groups * design.masks * design.chunks, seed=self.seed, step=step)
+        return masks_NU.view(design.groups, design.masks, design.chunks, -1)
 
+    @abstractmethod
     def tell(
         self,
         masks_BKCU: torch.Tensor,
@@ -76,28 +91,18 @@ class MaskSearch(Protocol):
             learning_rate: step size for the *mean* over masks, hence independent of their number.
             reference_BC: losses of the fixed reference mask on the same text, if the search needs them.
         """
-        ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """A snapshot of all that a search like this one needs to go on: plain data and tensors."""
 
+    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ``RunError`` if the state belongs to other units."""
-        ...
+        """Raises ``RunError`` if the state belongs to other units or to another method."""
 
-
-class BernoulliSearch:
-    """What all searches share: a policy on the budget, and its masks."""
-
-    def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
-        if probs_U.shape != (budget.space.size,):
-            raise BudgetError(f"{budget.space.size} probabilities are needed, but got {tuple(probs_U.shape)}")
-        self.budget, self.seed, self.design = budget, seed, design
-        self.probs_U = probs_U.double()
-
-    def ask(self, step: int) -> torch.Tensor:
-        design = self.design
-        masks_NU = sample(self.probs_U, design.groups * design.masks * design.chunks, seed=self.seed, step=step)
-        return masks_NU.view(design.groups, design.masks, design.chunks, -1)
+    def _check_state(self, state: dict[str, Any]) -> None:
+        if state["fingerprint"] != self.budget.space.fingerprint:
+            raise RunError("the checkpoint was written for another model or another granularity")
 
     def _stats(self, losses_BKC: torch.Tensor, advantages_BKC: torch.Tensor, before_U: torch.Tensor) -> StepStats:
         losses_BK = losses_BKC.sum(-1)
@@ -109,10 +114,6 @@ class BernoulliSearch:
             expected_sparsity=self.budget.removed_share(self.probs_U),
             entropy=entropy(self.probs_U),
         )
-
-    def _check_state(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.budget.space.fingerprint:
-            raise RunError("the checkpoint was written for another model or another granularity")
 
 
 def rewards_to_go(losses_C: torch.Tensor, discount: float) -> torch.Tensor:

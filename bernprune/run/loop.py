@@ -104,7 +104,7 @@ class _Loop:
     saved_at: float = field(default_factory=time.monotonic)
 
     def step(self, objective: MaskedObjective, metrics: TextIO) -> StepStats:
-        """One round of ask, evaluate, tell; the work done is counted here and nowhere else."""
+        """Ask, evaluate, tell; the work done is counted here and nowhere else."""
         started, step = time.monotonic(), self.work.step
         learning_rate = self.workload.learning_rate_at(self.work)
         masks_BKCU = self.search.ask(step)

@@ -57,9 +57,14 @@ def initial_scores(
         pruned_inputs: None to score every layer on the dense model's activations in one pass. With (operations,
             sparsity), as Wanda-sp does, each layer sees what the already pruned earlier layers hand on, every kind in
             every layer losing that share of its units; this takes one partial pass a layer.
+
+    Raises:
+        ConfigError: no text, a model that is under masks, or a score that is not a function.
     """
     if not callable(score):
         raise ConfigError(f"a score must be a function, such as SCORES['wanda-sp'], but is {score!r}")
+    if windows_WT.ndim != 2 or not windows_WT.numel():
+        raise ConfigError(f"calibration windows must be [W, T] of a token or more, but are {list(windows_WT.shape)}")
     if pruned_inputs is None:
         statistics = input_statistics(view, windows_WT, rows_per_forward=rows_per_forward)
         columns = [_columns(view, layer, statistics[layer], score, seed) for layer in range(len(view.layers))]
@@ -98,6 +103,10 @@ def _columns(
 ) -> dict[str, torch.Tensor]:
     scored = {}
     for point in POINTS:
+        if not statistics[point].count:
+            raise ConfigError(
+                f"no calibration text reached layer {layer}: scores cannot be taken while the model is under masks"
+            )
         weight_DE = getattr(view.layers[layer], point).weight.detach().float().cpu()
         scored[point] = score(Projection(weight_DE, statistics[point], _KINDS[point], layer, seed)).double()
     return scored
