@@ -206,6 +206,30 @@ def apply(
 
 
 @app.command()
+def select(
+    out: Annotated[Path, typer.Argument(help="Run folder.")],
+    sparsity: Annotated[float, typer.Option(help="Share of the prunable cost to remove.")],
+    nested: Annotated[bool, typer.Option("--nested", help="Keep, or keep within, what the run keeps.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """The plan for another sparsity from what a run has learned, without a new search."""
+    from bernprune.run.plans import select_plan
+
+    path, kept = select_plan(out, sparsity, nested=nested)
+    lines = [f"{'layer':<8}{'kv groups':>14}{'FFN channels':>18}"]
+    lines += [
+        f"{layer:<8}{_of(counts, 'kv_groups'):>14}{_of(counts, 'channels'):>18}"
+        for layer, counts in enumerate(kept["layers"])
+    ]
+    _show("\n".join([*lines, "", f"removed      {kept['removed']:.2%} of the prunable block parameters"]))
+    _show(f"plan         {path}; cut a model by it with: bernprune apply {shlex.quote(str(path))} MODEL OUT")
+
+
+def _of(counts: dict[str, int], what: str) -> str:
+    return f"{counts[what]:,} of {counts['of_' + what]:,}"
+
+
+@app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a dense or pruned model, Hugging Face name, or 'embedded'.")],
     text: Annotated[str, typer.Option(help="Text to evaluate on.")] = "embedded",

@@ -41,6 +41,7 @@ from bernprune.names import (
 from bernprune.units import ANCESTORS, KINDS
 
 Count = Annotated[int, Field(ge=1)]
+EXPLORED = (0.5, 1.5)  # times its own sparsity
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
@@ -130,8 +131,12 @@ class PolicyConfig(_Section):
 
 
 class SearchConfig(_Section):
-    sequences: Annotated[int, Field(ge=0)] | None = None
-    """Windows run forward in all, reference passes included; by default by the model's size. 0: the metric alone."""
+    sequences: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
+    """Windows run forward in all, reference passes and the final choice included; by default by the model's size. 0:
+    the metric alone. 'auto': until search.regret is reached, or eight times the default is spent."""
+    regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """posterior: stop once knowing every unit exactly would be expected to gain less than this, in nats per token; by
+    default never, but at 0.05 for sequences 'auto'."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
     method: MethodName = "posterior"
@@ -160,8 +165,11 @@ class SearchConfig(_Section):
     """reinforce: preconditioning of the gradient."""
     epsilon: Annotated[float, Field(ge=0, lt=0.1)] = 0.0
     """reinforce: guard under the root of 'sqrt-fisher'."""
-    final_windows: Annotated[int, Field(ge=0)] = 128
-    """Windows of training text on which what was learned must beat the metric's own selections; 0 takes it unseen."""
+    selection: Annotated[float, Field(ge=0, le=0.9)] = 0.1
+    """Share of the sequences (or seconds) for choosing what is kept: what was learned against the metric's own
+    selections, then against challengers, on training text that comes next; 0 takes what was learned unseen."""
+    final_windows: Count = 128
+    """Windows on which the last two of such a race are compared."""
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
@@ -176,9 +184,16 @@ class SearchConfig(_Section):
 
 # What only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
-    "posterior": ("rounds", "forgetting"),
+    "posterior": ("regret", "rounds", "forgetting"),
     "reinforce": ("learning_rate", "baseline", "baseline_window", "scaling", "epsilon"),
 }
+
+
+class PlansConfig(_Section):
+    sparsities: tuple[Share, ...] = ()
+    """Other sparsities for which a plan is written and evaluated, from half the run's own to one and a half of it."""
+    nested: bool = False
+    """Whether each keeps, or is kept by, what the run keeps."""
 
 
 class ReportConfig(_Section):
@@ -210,6 +225,8 @@ class RunConfig(_Section):
     """Where it may go."""
     search: SearchConfig = SearchConfig()
     """How it learns."""
+    plans: PlansConfig = PlansConfig()
+    """What else is selected from what was learned."""
     report: ReportConfig = ReportConfig()
     """What is measured beside perplexity."""
     backend: BackendName = "auto"
@@ -234,6 +251,13 @@ class RunConfig(_Section):
                 "kv_group and channel to granularity, or take another score"
             )
         self._check_search()
+        low, high = self.explored
+        for sparsity in self.plans.sparsities:
+            if not low <= sparsity <= high:
+                raise ValueError(
+                    f"plans.sparsities holds {sparsity:g}, but a run at {self.budget.sparsity:g} explores {low:g} to "
+                    f"{high:g} only"
+                )
         keep = 1 - self.budget.sparsity
         if not self.policy.floor < keep < self.policy.ceiling:
             raise ValueError(
@@ -252,6 +276,8 @@ class RunConfig(_Section):
                 f"search.chunk {search.chunk} must divide data.window {self.data.window}, and needs search.masks_per "
                 f"'chunk', not {search.masks_per!r}"
             )
+        if search.sequences == "auto" and search.method != "posterior":
+            raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
         if search.masks_per != "chunk" and search.discount != SearchConfig.model_fields["discount"].default:
             raise ValueError(f"search.discount has no meaning for search.masks_per {search.masks_per!r}")
         if search.method == "posterior":
@@ -262,6 +288,12 @@ class RunConfig(_Section):
                     "search.method 'posterior' needs policy.floor above 0, policy.ceiling below 1 and "
                     "policy.projection 'cost-weighted'"
                 )
+
+    @property
+    def explored(self) -> tuple[float, float]:
+        """Sparsities that a run speaks of: its masks come from about its own, and worths change further off."""
+        low, high = (round(share * self.budget.sparsity, 6) for share in EXPLORED)
+        return low, min(high, 0.99)
 
     @property
     def chunk(self) -> int:
@@ -303,7 +335,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "scaling": "sqrt-fisher",
             "epsilon": 1e-7,
             "non_finite": "drop",
-            "final_windows": 0,
+            "selection": 0.0,
         },
     },
 }

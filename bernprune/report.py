@@ -18,7 +18,11 @@ def table(report: dict[str, Any]) -> str:
         count = report["parameters"].get(name)
         size = "-" if count is None else f"{count:,}"
         lines.append(f"{title:<16}{_short(report['perplexity'][name]):>12}{size:>16}{time:>12}")
-    return "\n".join([*lines, "", *_notes(report)])
+    return "\n".join([*lines, *_plans(report["plans"]), "", *_notes(report)])
+
+
+def _plans(plans: list[dict[str, Any]]) -> list[str]:
+    return [f"{'plan ' + format(plan['sparsity'], 'g'):<16}{_short(plan['perplexity']):>12}" for plan in plans]
 
 
 def _choice(search: dict[str, Any]) -> list[str]:
@@ -43,7 +47,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{figure['machine']}",
         *_choice(search),
         f"search       {search['sequences']:,} sequences, {search['forward_tokens']:,} tokens forward, "
-        f"{search['seconds']:.0f} s",
+        f"{search['seconds']:.0f} s; ended by {search['ended']}",
         f"verified     reloaded in a clean process, largest logit difference "
         f"{report['verified']['max_logit_difference']:.1e}",
     ]

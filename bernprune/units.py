@@ -117,8 +117,14 @@ class UnitSpace:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for spaces whose vectors may be exchanged."""
-        described = {"architecture": self.architecture.to_dict(), "groups": [asdict(group) for group in self.groups]}
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"architecture": self.architecture.to_dict(), "groups": [asdict(group) for group in self.groups]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "UnitSpace":
+        return cls(Architecture.from_dict(data["architecture"]), [UnitGroup(**group) for group in data["groups"]])
 
     @property
     def kinds(self) -> tuple[Kind, ...]:

@@ -37,7 +37,7 @@ WORKING = (
     f"search.sequences={10 * PASSES}",
     "search.checkpoint_steps=4",
     "search.rounds=2",
-    "search.final_windows=0",
+    "search.selection=0",
 )
 
 

@@ -38,7 +38,7 @@ SLOW = (
     "search.masks=16",
     "search.rows_per_forward=1",
     "search.checkpoint_steps=10",
-    "search.final_windows=0",
+    "search.selection=0",
 )
 SLOW_RUNS = {
     "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=640", "search.rounds=5"),

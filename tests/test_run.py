@@ -107,7 +107,7 @@ def timeless(report: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_repeats_itself(method: str, prepared: Place, tmp_path: Path) -> None:
     """The same seed gives the same report but for times, the same plan and the same weights; another seed does not."""
-    more = (*METHODS[method], "search.final_windows=0")  # so that what was learned decides
+    more = (*METHODS[method], "search.selection=0")  # so that what was learned decides
     for name in ("first", "again", "other"):
         (tmp_path / name).mkdir()
     first, again = (finish(prepared, tmp_path / name, *more) for name in ("first", "again"))

@@ -36,8 +36,8 @@ SIZES: dict[str, Any] = {
     "intermediate_size": CHANNELS,
     "max_position_embeddings": POSITIONS,
 }
-# Small enough for a run of a second, 8 steps of 6 passes; a test adds what it is about.
-STEPS, PASSES, CHUNK = 8, 6, 4
+# Small enough for a run of a second, 8 steps of 6 passes, and 2 to look at the selection; a test adds what it is about.
+STEPS, PASSES, LOOK, CHUNK = 8, 6, 2, 4
 SETTINGS = (
     f"data.window={WINDOW}",
     "data.eval_tokens=320",
@@ -45,7 +45,8 @@ SETTINGS = (
     "search.masks=3",
     "search.windows=2",
     f"search.chunk={CHUNK}",
-    f"search.sequences={STEPS * PASSES}",
+    f"search.sequences={STEPS * PASSES + LOOK}",
+    "search.selection=0",
     "search.checkpoint_seconds=1000",
     "report.latency_rows=2",
     "report.latency_repeats=2",
@@ -53,10 +54,11 @@ SETTINGS = (
 )
 # What makes a tiny run one of the other method, or of masks that last longer. A round has several observations.
 NO_CHUNKS = "search.chunk=null"
+FOUR_ROUNDS = ("search.rounds=4", f"search.sequences={STEPS * PASSES + 4 * LOOK}")
 METHODS: dict[str, tuple[str, ...]] = {
-    "posterior-chunk": ("search.rounds=4",),
-    "posterior-sequence": ("search.rounds=4", "search.masks_per=sequence", NO_CHUNKS),
-    "posterior-batch": ("search.rounds=4", "search.masks_per=batch", NO_CHUNKS),
+    "posterior-chunk": FOUR_ROUNDS,
+    "posterior-sequence": (*FOUR_ROUNDS, "search.masks_per=sequence", NO_CHUNKS),
+    "posterior-batch": (*FOUR_ROUNDS, "search.masks_per=batch", NO_CHUNKS),
     "reinforce": ("preset=reinforce", NO_CHUNKS),
 }
 

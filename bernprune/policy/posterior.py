@@ -22,31 +22,39 @@ import torch
 from bernprune.errors import ConfigError, RunError
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
+from bernprune.policy.diagnostics import by_kind, expected_regret, signal_to_noise
 from bernprune.policy.search import Design, MaskSearch, StepStats, rewards_to_go
 from bernprune.units import UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
-_HAIR = 1e-9  # of a round, by which its end may be missed through rounding
+HAIR = 1e-9  # by which a whole number may be missed through rounding
 _RIDGE = 1e-6  # of a regression's information, so that few units, or equal ones, do not make it singular
 _LEAST_SPREAD = 1e-3  # share of the noise that is always granted to differences between units
 
 
 @dataclass
 class Sums:
-    """Estimates of one round: their number, sum and sum of squares."""
+    """Estimates of one round: their number, sum, sum of squares, and the sum of every second one."""
 
     count: int
     sum_U: torch.Tensor
     squares_U: torch.Tensor
+    half_U: torch.Tensor
 
     @classmethod
     def empty(cls, size: int) -> "Sums":
-        return cls(0, torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64))
+        return cls(0, *(torch.zeros(size, dtype=torch.float64) for _ in range(3)))
 
     def add(self, effects_BU: torch.Tensor) -> None:
+        self.half_U += effects_BU[self.count % 2 :: 2].sum(0)
         self.count += len(effects_BU)
         self.sum_U += effects_BU.sum(0)
         self.squares_U += effects_BU.square().sum(0)
+
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of the estimates of even and of odd number."""
+        odd = self.count // 2
+        return self.half_U / (self.count - odd), (self.sum_U - self.half_U) / odd
 
     def mean_U(self) -> torch.Tensor:
         return self.sum_U / self.count
@@ -150,11 +158,23 @@ class PosteriorSearch(MaskSearch):
         self._precision_U = torch.zeros(size, dtype=torch.float64)
         self._weighted_U = torch.zeros(size, dtype=torch.float64)
         self._apart_U = torch.zeros(size, dtype=torch.float64)
+        self.deviation_U = torch.zeros(size, dtype=torch.float64)
         self._reliability = 0.0
+        self._last_round: dict[str, Any] = {}
 
     @property
     def priorities_U(self) -> torch.Tensor:
         return self.worth_U / self.budget.hanging_cost(self.probs_U) if self.rounds else self.probs_U
+
+    def draw(self, random: torch.Generator) -> torch.Tensor:
+        """Priorities of worths drawn from what is believed of each (Thompson, 1933)."""
+        noise_U = torch.randn(len(self.probs_U), generator=random, dtype=torch.float64)
+        return self.priorities_U + noise_U * self.deviation_U / self.budget.hanging_cost(self.probs_U)
+
+    def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
+        """Also, of the round last concluded: ``signal_to_noise`` of what it observed and ``agreement``, the correlation
+        of that between two halves of its text, both for each kind; and ``regret``, see ``expected_regret``."""
+        return super().diagnose(scores_U) | self._last_round
 
     def tell(
         self,
@@ -195,12 +215,11 @@ class PosteriorSearch(MaskSearch):
 
     def _round_ends(self) -> bool:
         """Whether the boundary of a round was reached with the last step."""
-        now, before = (math.floor(steps / self.round_steps + _HAIR) for steps in (self.steps, self.steps - 1))
-        return now > before
+        return rounds_in(self.steps, self.round_steps) > rounds_in(self.steps - 1, self.round_steps)
 
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
-        observed_U, noise_U = -self._sums.mean_U(), self._noise_U()
+        observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
         self._sums = Sums.empty(len(observed_U))
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
@@ -218,9 +237,15 @@ class PosteriorSearch(MaskSearch):
             variance_U[at] = signal_N * residual_variance_N + line_variance_N
             reliable[at] = signal_N
         self._reliability = reliable.mean().item()
-        costs_U = self.budget.hanging_cost(self.probs_U)
-        self.probs_U = self.budget.at_price(self.worth_U, variance_U.sqrt(), costs_U, **self._bounds)
+        costs_U, self.deviation_U = self.budget.hanging_cost(self.probs_U), variance_U.sqrt()
+        self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self.rounds += 1
+        free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
+        self._last_round = {
+            "signal_to_noise": signal_to_noise(self.budget.space, observed_U, noise_U),
+            "agreement": by_kind(self.budget.space, *halves),
+            "regret": expected_regret(free_U, self.deviation_U),
+        }
 
     def _noise_U(self) -> torch.Tensor:
         """Variance of what was observed of each unit, ``[U]``.
@@ -246,8 +271,11 @@ class PosteriorSearch(MaskSearch):
             "reliability": self._reliability,
             "sum_U": self._sums.sum_U.clone(),
             "squares_U": self._sums.squares_U.clone(),
+            "half_U": self._sums.half_U.clone(),
             "probs_U": self.probs_U,
             "worth_U": self.worth_U.clone(),
+            "deviation_U": self.deviation_U,
+            "last_round": self._last_round,
             "precision_U": self._precision_U,
             "weighted_U": self._weighted_U.clone(),
             "apart_U": self._apart_U.clone(),
@@ -261,7 +289,9 @@ class PosteriorSearch(MaskSearch):
         if state.get("pools") != len(self._pools):
             raise RunError("the checkpoint was not written by search.method 'posterior'")
         self.steps, self.rounds, self._reliability = state["steps"], state["rounds"], state["reliability"]
-        self._sums = Sums(state["count"], state["sum_U"].clone(), state["squares_U"].clone())
+        sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
+        self._sums = Sums(state["count"], *sums)
+        self.deviation_U, self._last_round = state["deviation_U"].clone(), state["last_round"]
         self.probs_U, self.worth_U = state["probs_U"].clone(), state["worth_U"].clone()
         self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
         self._apart_U = state["apart_U"].clone()
@@ -269,6 +299,11 @@ class PosteriorSearch(MaskSearch):
             pool.information_FF = state["information_PFF"][index].clone()
             pool.response_F = state["response_PF"][index].clone()
             pool.spread = state["spread_P"][index].item()
+
+
+def rounds_in(steps: int, round_steps: float) -> int:
+    """How many rounds of ``round_steps`` on average have ended after so many steps."""
+    return math.floor(steps / round_steps + HAIR)
 
 
 def _pools(space: UnitSpace) -> list[torch.Tensor]:

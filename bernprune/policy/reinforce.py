@@ -59,6 +59,11 @@ class ReinforceSearch(MaskSearch):
     def priorities_U(self) -> torch.Tensor:
         return self.probs_U
 
+    def draw(self, random: torch.Generator) -> torch.Tensor:
+        """The mask that a unit's noise would give it, softened: sigmoid(logit s + logistic noise)."""
+        noise_U = torch.rand(len(self.probs_U), generator=random, dtype=torch.float64)
+        return torch.sigmoid(self.probs_U.logit() + noise_U.logit())
+
     def tell(
         self,
         masks_BKCU: torch.Tensor,

@@ -14,6 +14,7 @@ import torch
 from bernprune.errors import BudgetError, RunError
 from bernprune.policy.bernoulli import entropy, sample
 from bernprune.policy.budget import Budget
+from bernprune.policy.diagnostics import entropy_by_layer, rank_correlation
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class MaskSearch(ABC):
     def priorities_U(self) -> torch.Tensor:
         """What the final selection goes by, larger is kept, float64 ``[U]``."""
 
+    @abstractmethod
+    def draw(self, random: torch.Generator) -> torch.Tensor:
+        """What the priorities may as well be, for all that is known: float64 ``[U]``."""
+
     def ask(self, step: int) -> torch.Tensor:
         """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked."""
         design = self.design
@@ -91,6 +96,14 @@ class MaskSearch(ABC):
             learning_rate: step size for the *mean* over masks, hence independent of their number.
             reference_BC: losses of the fixed reference mask on the same text, if the search needs them.
         """
+
+    def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
+        """Where the policy stands, as plain data: entropy of each layer in bits per unit, and for each kind the rank
+        correlation of the priorities with the scores that the search began with."""
+        return {
+            "entropy_by_layer": entropy_by_layer(self.budget.space, self.probs_U),
+            "rank_correlation": rank_correlation(self.budget.space, self.priorities_U, scores_U),
+        }
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

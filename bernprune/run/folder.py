@@ -4,7 +4,10 @@ config.yaml            the resolved configuration
 initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
+learned.safetensors    what was learned of every unit
+finals.safetensors     heats of the final choice, so far
 plan.json              what is kept
+plans/                 what would be kept at other sparsities
 model/                 the pruned model
 report.png             what each layer keeps, and the losses of the search
 report.json            written last: its presence means the run is finished
@@ -27,7 +30,8 @@ from bernprune.storage import write_bytes
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
-_OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK}
+LEARNED, FINALS, PLANS = "learned.safetensors", "finals.safetensors", "plans"
+_OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS}
 
 
 class RunFolder:
@@ -38,6 +42,7 @@ class RunFolder:
         self.config, self.metrics, self.plan = path / CONFIG, path / METRICS, path / PLAN
         self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
+        self.learned, self.finals, self.plans = path / LEARNED, path / FINALS, path / PLANS
 
     @property
     def finished(self) -> bool:

@@ -13,7 +13,7 @@ from bernprune.objective import LOGIT_BYTES, masked_objective
 from bernprune.policy.budget import Budget
 from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model
-from bernprune.run.workload import default_sequences, make_search
+from bernprune.run.workload import default_sequences, make_search, plan_work
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3
@@ -67,10 +67,10 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
 
 def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]:
     search, data = config.search, config.data
-    sequences = search.sequences if search.sequences is not None else default_sequences(view.space.size)
+    planned = plan_work(config, view.space.size).sequences
+    sequences = default_sequences(view.space.size) if planned is None else planned
     seconds_each = _time_sequences(view, config)
-    # Beside the search: the metric's windows, what three selections are compared on, and five evaluations.
-    others = config.initial.windows + 3 * search.final_windows + 5 * (data.eval_tokens // data.window)
+    others = config.initial.windows + 5 * (data.eval_tokens // data.window)  # the metric's windows, five evaluations
     weights = sum(p.numel() * p.element_size() for p in view.model.parameters())
     memory = weights + max(
         _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type]), _second_copy(device, weights)

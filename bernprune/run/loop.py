@@ -6,13 +6,9 @@ uninterrupted one bit for bit (unless it is limited by time).
 
 import json
 import logging
-import signal
-import threading
+import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -21,24 +17,29 @@ from tqdm import tqdm
 from bernprune.errors import LossError, RunError
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.search import MaskSearch, StepStats
+from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder, sync
+from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work, Workload, plan_work
 
 logger = logging.getLogger(__name__)
 
 
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM during the search, after its checkpoint was written."""
-
-
 def run_search(
-    stage: Stage, folder: RunFolder, search: MaskSearch, reference_U: torch.Tensor, *, progress: bool | None = None
+    stage: Stage,
+    folder: RunFolder,
+    search: MaskSearch,
+    scores_U: torch.Tensor,
+    reference_U: torch.Tensor,
+    *,
+    progress: bool | None = None,
 ) -> Work:
     """Run or continue the search in its folder, up to its budget; ``search`` holds the result.
 
     Args:
+        scores_U: the initial scores, which break ties and to which what is learned is compared.
         reference_U: the fixed mask of the baseline ``matched``.
         progress: None shows a bar on a terminal only.
 
@@ -49,7 +50,7 @@ def run_search(
     """
     workload = plan_work(stage.config, stage.view.space.size)
     work = _restore(folder, search, stage.text_sha256)
-    loop = _Loop(stage, folder, search, reference_U, workload, work)
+    loop = _Loop(stage, folder, search, scores_U, reference_U, workload, work)
     settings = stage.config.search
     hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
     with (
@@ -58,7 +59,7 @@ def run_search(
         masked_objective(
             stage.view, stage.ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward
         ) as objective,
-        _signals() as stopping,
+        signals() as stopping,
     ):
         while workload.progress(work) < 1:
             stats = loop.step(objective, metrics)
@@ -98,6 +99,7 @@ class _Loop:
     stage: Stage
     folder: RunFolder
     search: MaskSearch
+    scores_U: torch.Tensor
     reference_U: torch.Tensor
     workload: Workload
     work: Work
@@ -119,9 +121,24 @@ class _Loop:
         )
         self.work.step += 1
         self.work.sequences += self.workload.step_sequences
+        ended = self._look(objective, tokens_BT, stats) if self.workload.round_ends(step) else {}
+        self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.workload.regret or 0)
         self.work.seconds += time.monotonic() - started
-        self._log(metrics, step, learning_rate, stats, dropped)
+        self._log(metrics, step, learning_rate, stats, dropped, ended)
         return stats
+
+    def _look(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
+        """What is known at the end of a round; and what would be selected now, on the text of the step."""
+        found = self.search.diagnose(self.scores_U)
+        if self.workload.probe_sequences:
+            selected_U = select(
+                self.search.priorities_U, self.search.budget, limits=self.stage.limits, tie_break_U=self.scores_U
+            )
+            loss = objective.losses(selected_U[None], tokens_BT).item()
+            self.work.sequences += self.workload.probe_sequences
+            if math.isfinite(loss):  # JSON knows no other numbers
+                found |= {"selected_loss": loss, "gap": stats.loss - loss}
+        return {"round": found}
 
     def _finite(
         self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None, step: int
@@ -141,7 +158,15 @@ class _Loop:
             )
         return keep, dropped
 
-    def _log(self, metrics: TextIO, step: int, learning_rate: float, stats: StepStats, dropped: int) -> None:
+    def _log(
+        self,
+        metrics: TextIO,
+        step: int,
+        learning_rate: float,
+        stats: StepStats,
+        dropped: int,
+        ended: dict[str, Any],
+    ) -> None:
         record = {
             "step": step,
             "sequences": self.work.sequences,
@@ -149,6 +174,7 @@ class _Loop:
             **({"learning_rate": learning_rate} if self.stage.config.search.method == "reinforce" else {}),
             **stats.to_dict(),
             "dropped": dropped,
+            **ended,
         }
         metrics.write(json.dumps(record) + "\n")
 
@@ -163,6 +189,7 @@ class _Loop:
             "step": self.work.step,
             "sequences": self.work.sequences,
             "seconds": self.work.seconds,
+            "settled": self.work.settled,
             "text_sha256": self.stage.text_sha256,
             "search": self.search.state_dict(),
         }
@@ -179,25 +206,4 @@ def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> Work:
         raise RunError(f"the training text is not the one that the checkpoints in {folder.path} were made with")
     search.load_state_dict(state["search"])
     logger.info("continuing at step %d", state["step"])
-    return Work(state["step"], state["sequences"], state["seconds"])
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in half; the second acts at once."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return Work(state["step"], state["sequences"], state["seconds"], state["settled"])

@@ -24,10 +24,12 @@ from bernprune.picture import draw
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, check_writable, open_run, whole_or_gone
 from bernprune.run.loop import run_search
+from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameters, write_plan
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
-from bernprune.run.workload import Work, make_search, plan_work
+from bernprune.run.workload import Work, Workload, make_search, plan_work
 from bernprune.scores import SCORES, initial_scores
 from bernprune.storage import write_bytes, write_json
 from bernprune.units import KeepPlan
@@ -93,23 +95,29 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
     scores_U, search = start["scores_U"], make_search(stage.config, stage.budget, start)
-    initial_U = select(search.probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    uniform_U = _uniform_selection(stage, scores_U)
+    start_U = search.probs_U
+    initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    uniform_U = select(_uniform_probs(stage, scores_U), stage.budget, limits=stage.limits, tie_break_U=scores_U)
     losses["uniform"] = mask_loss(stage, uniform_U)
     losses["initial"] = mask_loss(stage, initial_U)
     if not continued:
         folder.start(stage.config)
     if stored is None:
         write_state(folder.initial, start)
-    work = run_search(stage, folder, search, initial_U, progress=progress)
+    work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
     learned_U = select(search.priorities_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    candidates = {"learned": learned_U, "initial": initial_U}
+    finalists = {"learned": learned_U, "initial": initial_U}
     if not uniform_U.equal(initial_U):
-        candidates["uniform"] = uniform_U
-    kept = _best(stage, work, candidates)
-    report = _report_head(stage, work, initial_U, candidates[kept])
-    report["search"] |= {"kept": kept, "final_sequences": len(candidates) * stage.config.search.final_windows}
-    plan = stage.view.space.plan(candidates[kept])
+        finalists["uniform"] = uniform_U
+    workload = plan_work(stage.config, stage.view.space.size)
+    finals = run_finals(stage, folder, search, finalists, workload, work, progress=progress)
+    report = _report_head(stage, workload, work, finals, initial_U)
+    report["diagnostics"] = _last_round(folder)
+    followed = {"learned": search.priorities_U, "initial": start_U, "uniform": _uniform_probs(stage, scores_U)}
+    learned = Learned(stage.view.space, followed[finals.kept], scores_U, finals.mask_U)
+    learned.write(folder.learned)
+    report["plans"] = _plans(stage, folder, learned)
+    plan = stage.view.space.plan(finals.mask_U)
     write_json(folder.plan, plan.to_dict())
     try:
         _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
@@ -156,24 +164,32 @@ def _start(stage: Stage) -> dict[str, torch.Tensor]:
     return {"scores_U": scores_U, "probs_U": probs_U}
 
 
-def _best(stage: Stage, work: Work, candidates: dict[str, torch.Tensor]) -> str:
-    """The name of the selection with the least loss on training text; the first, what was learned, if none is run."""
-    windows = stage.config.search.final_windows
-    if not windows:
-        return next(iter(candidates))
-    seen = work.step * stage.config.search.windows
-    tokens_BT = stage.train.batch(math.ceil(seen / windows), windows)  # those that would have come next
-    with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
-        losses = objective.losses(torch.stack(list(candidates.values())), tokens_BT).tolist()
-    logger.info("on %d training windows: %s", windows, dict(zip(candidates, losses, strict=True)))
-    return min(zip(losses, candidates, strict=True), key=lambda pair: pair[0])[1]
+def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:
+    """Write and evaluate the plans for other sparsities."""
+    found, config = [], stage.config
+    for sparsity in sorted(config.plans.sparsities):
+        mask_U = learned.select(config, sparsity, nested=config.plans.nested)
+        loss = mask_loss(stage, mask_U)
+        path = write_plan(folder, sparsity, learned.space.plan(mask_U))
+        removed = removed_parameters(learned.space, mask_U)
+        found.append(
+            {"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": perplexity(loss), "plan": path.name}
+        )
+    if found:
+        write_bytes(folder.plans / "table.md", plans_table(found, stage.protocol).encode())
+    return found
 
 
-def _uniform_selection(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
-    """What the metric removes when every kind in every layer loses the same share, as near as the budget allows."""
+def _last_round(folder: RunFolder) -> dict[str, Any]:
+    """What was known at the end of the last round of the search; empty without any."""
+    rounds = [record["round"] for record in folder.read_metrics() if "round" in record]
+    return rounds[-1] if rounds else {}
+
+
+def _uniform_probs(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
+    """What the metric keeps when every kind in every layer loses the same share, as near as the budget allows."""
     keep = 1 - stage.config.budget.sparsity
-    probs_U = initial_probs(stage.view.space, scores_U, keep=keep, map_name="const", scope="layer")
-    return select(probs_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    return initial_probs(stage.view.space, scores_U, keep=keep, map_name="const", scope="layer")
 
 
 def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
@@ -185,28 +201,31 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
     return loss
 
 
-def _report_head(stage: Stage, work: Work, initial_U: torch.Tensor, learned_U: torch.Tensor) -> dict[str, Any]:
+def _report_head(
+    stage: Stage, workload: Workload, work: Work, finals: Finals, initial_U: torch.Tensor
+) -> dict[str, Any]:
     config, budget, model = stage.config, stage.budget, stage.view.model
-    parameters_U = stage.view.space.costs_U("parameters")
-    prunable = int(parameters_U.sum().item())
-    removed = prunable - round((parameters_U * stage.view.space.alive(learned_U)).sum().item())
+    prunable = int(stage.view.space.costs_U("parameters").sum().item())
     device = next(model.parameters()).device
     return {
         "model": {"path": config.model.path, "type": model.config.model_type, "dtype": str(model.dtype)},
         "sparsity": {
             "target": config.budget.sparsity,
             "measure": config.budget.measure,
-            "achieved": budget.removed_share(learned_U),
-            "block_parameters": removed / prunable,
+            "achieved": budget.removed_share(finals.mask_U),
+            "block_parameters": removed_parameters(stage.view.space, finals.mask_U),
         },
         "parameters": {"prunable": prunable, "dense": stage.view.num_parameters},
         "protocol": stage.protocol.to_dict(),
         "search": {
-            "sequences": work.sequences,
-            "forward_tokens": work.sequences * config.data.window,
+            "sequences": work.sequences + finals.sequences,
+            "forward_tokens": (work.sequences + finals.sequences) * config.data.window,
             "seconds": round(work.seconds, 2),
             "steps": work.step,
-            "changed_units": int((initial_U != learned_U).sum()),
+            "ended": workload.why_over(work),
+            "kept": finals.kept,
+            "changed_units": int((initial_U != finals.mask_U).sum()),
+            "finals": {"sequences": finals.sequences, "heats": finals.heats},
         },
         "machine": machine(device),
     }
@@ -241,15 +260,7 @@ def _finish(
     report["loss"] = losses
     report["latency"] = {name: figure.to_dict() for name, figure in times.items()}
     report["verified"] = verified
-    report["layers"] = [
-        {
-            "kv_groups": len(layer.kv_groups),
-            "of_kv_groups": shape.kv_groups,
-            "channels": len(layer.channels),
-            "of_channels": shape.channels,
-        }
-        for layer, shape in zip(plan.layers, plan.architecture.layers, strict=True)
-    ]
+    report["layers"] = describe_plan(plan)
 
 
 def _time_initial(

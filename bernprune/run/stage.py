@@ -82,6 +82,9 @@ def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     """An impossible budget fails before the work, not after it."""
     probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
     select(probs_U, budget, limits=limits)
+    for sparsity in config.plans.sparsities:
+        other = Budget(budget.space, sparsity, measure=config.budget.measure, pools=config.budget.pools)
+        select(probs_U, other, limits=limits)
     project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
     project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
 

@@ -10,12 +10,13 @@ from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
-from bernprune.policy.posterior import PosteriorSearch
+from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import Design, MaskSearch
 
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
+AUTO_TIMES, AUTO_REGRET = 8, 0.05
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 
 
@@ -26,25 +27,51 @@ class Work:
     step: int = 0
     sequences: int = 0
     seconds: float = 0.0
+    settled: bool = False  # the expected regret was small enough
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is to be done: steps of ``step_sequences`` windows, or as many as fit in ``seconds``; and a round's."""
+    """How much is to be done: steps of ``step_sequences`` windows, or as many as fit in ``seconds``; and a round's.
+
+    At the end of a round, what would be selected now is looked at on ``probe_sequences`` more. ``selection`` is what
+    may be run to choose among finalists, as a share of what the search took; ``sequences`` is the limit of all.
+    """
 
     steps: int | None
     seconds: float | None
+    sequences: int | None
     step_sequences: int
+    probe_sequences: int
     round_steps: float
     learning_rate: float
+    selection: float
+    regret: float | None
 
     def progress(self, work: Work) -> float:
         """Share of the work that is done; 1 or more when it is over."""
-        if self.steps == 0:
+        if self.steps == 0 or work.settled:
             return 1.0
         by_steps = work.step / self.steps if self.steps is not None else 0.0
         by_time = work.seconds / self.seconds if self.seconds is not None else 0.0
         return max(by_steps, by_time)
+
+    def why_over(self, work: Work) -> str:
+        """What ended the search."""
+        if work.settled:
+            return f"settled: knowing every unit exactly would be expected to gain less than {self.regret:g} nats"
+        if self.steps is not None and work.step >= self.steps:
+            return "sequences: all that were given are spent"
+        return "seconds: all that were given are spent"
+
+    def round_ends(self, step: int) -> bool:
+        """Whether a round ends with this step."""
+        return rounds_in(step + 1, self.round_steps) > rounds_in(step, self.round_steps)
+
+    def selection_sequences(self, work: Work) -> int:
+        """What may be run forward to choose among finalists, after a search of so much work."""
+        share = int(self.selection * work.sequences + HAIR)
+        return share if self.sequences is None else min(share, self.sequences - work.sequences)
 
     def learning_rate_at(self, work: Work) -> float:
         """A cosine from the first step size to zero, without warm-up."""
@@ -57,29 +84,50 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
     Raises:
         ConfigError: a budget smaller than one step.
     """
-    search = config.search
+    search, least_steps = config.search, _least_round(config)
+    dense_pass = search.objective == "kl"
     needs_reference = search.method == "reinforce" and _baseline(config).needs_reference
-    step_sequences = (search.masks + needs_reference + (search.objective == "kl")) * search.windows
-    sequences = search.sequences
-    if sequences is None and search.seconds is None:
+    step_sequences = (search.masks + needs_reference + dense_pass) * search.windows
+    probe_sequences = (1 + dense_pass) * search.windows if search.method == "posterior" else 0
+    sequences, seconds, regret = search.sequences, search.seconds, search.regret
+    if sequences == "auto":
+        sequences, regret = min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(num_units)), regret or AUTO_REGRET
+    elif sequences is None and seconds is None:
         sequences = default_sequences(num_units)
-    least_steps = _least_round(config)
     if sequences is not None and 0 < sequences < least_steps * step_sequences:
         raise ConfigError(
             f"setting 'search.sequences' must be 0 or at least {'two steps' if least_steps == 2 else 'one step'} of "
             f"{step_sequences} sequences "
             f"(masks and reference passes times windows), but got {sequences}"
         )
-    steps = None if sequences is None else sequences // step_sequences
-    round_steps = _round_steps(config, default_sequences(num_units) // step_sequences if steps is None else steps)
-    return Workload(steps, search.seconds, step_sequences, round_steps, search.learning_rate)
+    searching = 1 - search.selection
+    limit = int(searching * (default_sequences(num_units) if sequences is None else sequences) + HAIR)
+    steps, rounds = _fitting(config, limit, step_sequences, probe_sequences)
+    if not rounds:  # no room to look at the selection, or to choose
+        probe_sequences = 0
+        steps, rounds = _fitting(config, limit, step_sequences, 0)
+        steps = steps or (least_steps if sequences else 0)
+    return Workload(
+        steps=None if sequences is None else steps,
+        seconds=None if seconds is None else searching * seconds,
+        sequences=sequences,
+        step_sequences=step_sequences,
+        probe_sequences=probe_sequences,
+        round_steps=max(1, steps) / max(1, rounds),
+        learning_rate=search.learning_rate,
+        selection=search.selection / searching,
+        regret=regret,
+    )
 
 
-def _round_steps(config: RunConfig, steps: int) -> float:
-    """Steps between two renewals of the policy, on average: the last round ends with the last step."""
-    search = config.search
-    rounds = search.rounds or steps * search.windows // ROUND_WINDOWS
-    return max(1, steps) / max(1, min(rounds, steps // _least_round(config)))
+def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences: int) -> tuple[int, int]:
+    """The most steps that fit, and their rounds."""
+    search, least_steps = config.search, _least_round(config)
+    for steps in range(limit // step_sequences, least_steps - 1, -1):
+        rounds = max(1, min(search.rounds or steps * search.windows // ROUND_WINDOWS, steps // least_steps))
+        if steps * step_sequences + rounds * probe_sequences <= limit:
+            return steps, rounds
+    return 0, 0
 
 
 def _least_round(config: RunConfig) -> int:

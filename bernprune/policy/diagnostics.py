@@ -1,0 +1,79 @@
+"""What a search knows of itself, in figures that say whether more text would help.
+
+Letters: U units, N units of a kind or group.
+"""
+
+import math
+
+import torch
+
+from bernprune.policy.bernoulli import entropy
+from bernprune.units import UnitSpace
+
+
+def of_kind(space: UnitSpace, kind: str) -> torch.Tensor:
+    """Which units are of a kind, bool ``[U]``."""
+    return torch.tensor([group.kind == kind for group in space.groups])[space.group_U]
+
+
+def entropy_by_layer(space: UnitSpace, probs_U: torch.Tensor) -> list[float | None]:
+    """Mean entropy of a layer's units in bits; None for a layer without any."""
+    layers_U = torch.tensor([group.layer for group in space.groups])[space.group_U]
+    members = [layers_U == layer for layer in range(len(space.architecture.layers))]
+    return [entropy(probs_U[members_U]) if members_U.any() else None for members_U in members]
+
+
+def rank_correlation(space: UnitSpace, values_U: torch.Tensor, scores_U: torch.Tensor) -> dict[str, float]:
+    """Spearman's, of units of a kind within their layer (of all layers, where a layer has but one), layers averaged."""
+    found: dict[str, float] = {}
+    for kind in space.kinds:
+        groups = [(group.count, start) for group, start in zip(space.groups, space.starts, strict=False)
+                  if group.kind == kind]  # fmt: skip
+        spans = [torch.arange(start, start + count) for count, start in groups if count > 1]
+        spans = spans or [torch.cat([torch.arange(start, start + count) for count, start in groups])]
+        each = [correlation(_ranks(values_U[at]), _ranks(scores_U[at])) for at in spans]
+        found[kind] = sum(each) / len(each)
+    return found
+
+
+def by_kind(space: UnitSpace, first_U: torch.Tensor, second_U: torch.Tensor) -> dict[str, float]:
+    """Correlation of two observations of the same, for each kind."""
+    return {kind: correlation(first_U[of_kind(space, kind)], second_U[of_kind(space, kind)]) for kind in space.kinds}
+
+
+def signal_to_noise(space: UnitSpace, observed_U: torch.Tensor, noise_U: torch.Tensor) -> dict[str, float]:
+    """For each kind, how much more its units differ from zero than their noise explains, by that noise."""
+    found: dict[str, float] = {}
+    for kind in space.kinds:
+        at = of_kind(space, kind)
+        noise = noise_U[at].mean().item()
+        found[kind] = max(0.0, observed_U[at].square().mean().item() / noise - 1) if noise > 0 else 0.0
+    return found
+
+
+def expected_regret(probs_U: torch.Tensor, deviation_U: torch.Tensor) -> float:
+    """What knowing every worth exactly would gain on average, in nats, were worths additive.
+
+    A unit whose net worth is believed to be normal with deviation d is kept with probability s = Phi(z); deciding by
+    its mean loses d (phi(z) - |z| Phi(-|z|)) against deciding by the truth (expected value of perfect information;
+    Raiffa and Schlaifer, 1961).
+    """
+    distance_U = torch.special.ndtri(probs_U).abs()
+    density_U = torch.exp(-distance_U.square() / 2) / math.sqrt(2 * math.pi)
+    lost_U = density_U - distance_U * torch.special.ndtr(-distance_U)
+    return float((deviation_U * lost_U.nan_to_num(0.0)).sum())  # of what is certain, distance is infinite
+
+
+def correlation(first_N: torch.Tensor, second_N: torch.Tensor) -> float:
+    """Pearson's; 0 where one of them does not vary."""
+    first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
+    scale = (first_N.norm() * second_N.norm()).item()
+    return (first_N @ second_N).item() / scale if scale > 0 else 0.0
+
+
+def _ranks(values_N: torch.Tensor) -> torch.Tensor:
+    """Equal values share their mean rank."""
+    _, inverse_N, counts = values_N.unique(return_inverse=True, return_counts=True)
+    ends = counts.cumsum(0).double()
+    ranks_N: torch.Tensor = (ends - (counts.double() - 1) / 2)[inverse_N]
+    return ranks_N

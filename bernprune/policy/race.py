@@ -1,0 +1,117 @@
+"""From a policy to a mask: challengers to the best mask known, raced on the same fresh text.
+
+Letters: N masks, U units, W windows.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bernprune.policy.search import MaskSearch
+from bernprune.policy.selection import Limits, select
+
+
+@dataclass(frozen=True)
+class Heat:
+    """Who won, by its index; its mean loss less that of mask 0 on the windows that both saw, and the standard error."""
+
+    winner: int
+    difference: float
+    error: float
+
+
+def stages(num_masks: int, windows: int) -> Iterator[tuple[int, int]]:
+    """Masks, and fresh windows for each, of every stage of a heat; the last two have then seen ``windows``."""
+    seen = 0
+    for left in range(max(1, math.ceil(math.log2(num_masks))) - 1, -1, -1):
+        upto = math.ceil(windows / 2**left)
+        yield num_masks, upto - seen
+        num_masks, seen = max(2, math.ceil(num_masks / 2)), upto
+
+
+def heat_sequences(num_masks: int, windows: int) -> int:
+    """Windows run forward in a heat."""
+    return sum(masks * fresh for masks, fresh in stages(num_masks, windows))
+
+
+def race(
+    masks_NU: torch.Tensor, windows: int, evaluate: Callable[[torch.Tensor, int], torch.Tensor], *, margin: float = 0.0
+) -> Heat:
+    """Successive halving (Karnin et al., 2013): the worse half leaves after each stage, mask 0 stays to the end.
+
+    Args:
+        windows: seen by the last two.
+        evaluate: masks ``[N, U]`` and a number to losses ``[N, W]`` on so many windows that nobody has seen yet.
+        margin: standard errors by which a challenger must beat mask 0.
+    """
+    running, losses_NW = torch.arange(len(masks_NU)), torch.empty(len(masks_NU), 0, dtype=torch.float64)
+    for num_masks, fresh in stages(len(masks_NU), windows):
+        ranked = losses_NW[1:].sum(1).argsort(stable=True) + 1  # without losses yet, as they came
+        stay = torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: num_masks - 1].sort().values])
+        running = running[stay]
+        losses_NW = torch.cat([losses_NW[stay], evaluate(masks_NU[running], fresh)], dim=1)
+    gains_NW = losses_NW[1:] - losses_NW[0]
+    best = int(gains_NW.mean(1).argmin())
+    difference = gains_NW[best].mean().item()
+    error = gains_NW[best].std().item() / math.sqrt(windows) if windows > 1 else 0.0
+    return Heat(int(running[best + 1]) if difference < -margin * error else 0, difference, error)
+
+
+def challengers(
+    search: MaskSearch, mask_U: torch.Tensor, limits: Limits, random: torch.Generator, count: int
+) -> torch.Tensor:
+    """Masks on the budget that differ from ``mask_U`` in what is least certain, bool ``[N, U]`` with N <= ``count``.
+
+    In turn: some units are decided again by a draw from what is believed of them; a whole group, all units of one kind
+    in one layer, is thought better or worse of than it is; a whole group goes or comes back. The budget that this frees
+    or takes is settled by the next best units of the whole model.
+    """
+    budget, priorities_U = search.budget, search.priorities_U
+    level = _level(priorities_U, budget.costs_U, (1 - budget.sparsity) * budget.total)
+    base_U = torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=level))
+    # Of few units at a time, whatever the model's size, or what they change cannot be told from noise.
+    moves = [_redecide(8), _lean, _redecide(32), _lean, _redecide(128), _lean, _turn]
+    found: list[torch.Tensor] = []
+    for number in range(count):
+        changed_U = moves[number % len(moves)](search, base_U.clone(), random)
+        challenger_U = select(changed_U, budget, limits=limits, tie_break_U=mask_U.double())
+        if not any(challenger_U.equal(known_U) for known_U in (mask_U, *found)):
+            found.append(challenger_U)
+    return torch.stack(found) if found else mask_U.new_empty(0, len(mask_U))
+
+
+def _level(priorities_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -> float:
+    """The priority at which the budget is full."""
+    order = priorities_U.argsort(descending=True)
+    last = int((costs_U[order].cumsum(0) <= limit).sum()) - 1
+    return priorities_U[order[max(last, 0)]].item()
+
+
+def _redecide(num_units: int) -> Callable[[MaskSearch, torch.Tensor, torch.Generator], torch.Tensor]:
+    def move(search: MaskSearch, base_U: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+        chosen = torch.randperm(len(base_U), generator=random)[:num_units]
+        base_U[chosen] = search.draw(random)[chosen]
+        return base_U
+
+    return move
+
+
+def _lean(search: MaskSearch, base_U: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    span = _group(search, random)
+    doubt = (search.draw(random) - search.priorities_U)[span].square().mean().sqrt()
+    base_U[span] += doubt * torch.randn((), generator=random, dtype=base_U.dtype)
+    return base_U
+
+
+def _turn(search: MaskSearch, base_U: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    span, beyond = _group(search, random), base_U.max() - base_U.min() + 1
+    base_U[span] += beyond if torch.rand((), generator=random) < 0.5 else -beyond
+    return base_U
+
+
+def _group(search: MaskSearch, random: torch.Generator) -> slice:
+    starts = search.budget.space.starts
+    group = int(torch.randint(len(starts) - 1, (), generator=random))
+    return slice(starts[group], starts[group + 1])

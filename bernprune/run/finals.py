@@ -1,0 +1,147 @@
+"""What is kept: finalists and challengers, raced on training text that nobody has seen yet, inside the run's budget."""
+
+import logging
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bernprune.errors import RunError
+from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.policy.race import challengers, heat_sequences, race
+from bernprune.policy.search import MaskSearch
+from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.folder import RunFolder
+from bernprune.run.signals import Interrupted, signals
+from bernprune.run.stage import Stage
+from bernprune.run.workload import Work, Workload
+from bernprune.seeding import generator
+
+logger = logging.getLogger(__name__)
+
+_CHALLENGERS = 7  # of a heat, beside the mask they challenge
+_MARGIN = 1.0  # standard errors by which the best of them must win: the best of several looks better than it is
+
+
+@dataclass
+class Finals:
+    """The mask that is kept; ``kept`` names the finalist it comes from, ``heats`` say what challengers changed."""
+
+    kept: str
+    mask_U: torch.Tensor
+    sequences: int = 0
+    windows: int = 0
+    heats: list[dict[str, Any]] = field(default_factory=list)
+
+
+def run_finals(
+    stage: Stage,
+    folder: RunFolder,
+    search: MaskSearch,
+    finalists: dict[str, torch.Tensor],
+    workload: Workload,
+    work: Work,
+    *,
+    progress: bool | None = None,
+) -> Finals:
+    """Race the finalists, then challengers to the winner, until the sequences for it are spent.
+
+    The first finalist, what was learned, is kept if there is nothing to spend.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; the heats run so far are saved.
+    """
+    budget, settings = workload.selection_sequences(work), stage.config.search
+    names, masks_NU = list(finalists), torch.stack(list(finalists.values()))
+    finals = _restore(folder, work) or Finals(names[0], masks_NU[0])
+    hidden = None if progress is None else not progress
+    with (
+        tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
+        masked_objective(
+            stage.view, stage.ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward
+        ) as objective,
+        signals() as stopping,
+    ):
+        text = _Text(stage, objective, work.step * settings.windows, finals)
+
+        def settle() -> None:
+            bar.update(finals.sequences - bar.n)
+            _save(folder, work, finals)
+            if stopping.is_set():
+                raise Interrupted
+
+        if not finals.sequences:
+            windows = _affordable(text, len(names), budget)
+            if len(names) > 1 and windows:
+                heat = race(masks_NU, windows, text.losses)
+                finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
+                settle()
+        while finals.sequences + text.cost(1 + _CHALLENGERS, settings.final_windows) <= budget:
+            random = generator(stage.config.seed, "challengers", len(finals.heats))
+            found_NU = challengers(search, finals.mask_U, stage.limits, random, _CHALLENGERS)
+            if not len(found_NU):
+                break
+            masks_NU = torch.cat([finals.mask_U[None], found_NU])
+            heat = race(masks_NU, settings.final_windows, text.losses, margin=_MARGIN)
+            finals.heats.append({**asdict(heat), "changed_units": int((masks_NU[heat.winner] != finals.mask_U).sum())})
+            finals.mask_U = masks_NU[heat.winner]
+            settle()
+    logger.info("%s was kept, after %d heats of challengers", finals.kept, len(finals.heats))
+    return finals
+
+
+@dataclass
+class _Text:
+    """Windows that the search would have read next, each read once; what that costs is counted here."""
+
+    stage: Stage
+    objective: MaskedObjective
+    first: int
+    finals: Finals
+
+    def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
+        """Of each mask on each of the next windows, ``[N, W]``."""
+        start = self.first + self.finals.windows
+        self.finals.windows += count
+        self.finals.sequences += (len(masks_NU) + self._dense) * count
+        tokens_WT = torch.cat([self.stage.train.batch(window, 1) for window in range(start, start + count)])
+        together = max(1, self.stage.config.search.rows_per_forward // len(masks_NU))
+        parts = []
+        for tokens_BT in tokens_WT.split(together):
+            masks_BKCU = masks_NU[None, :, None].expand(len(tokens_BT), -1, -1, -1)
+            parts.append(self.objective.chunk_losses(masks_BKCU, tokens_BT)[..., 0].T)
+        return torch.cat(parts, dim=1)
+
+    def cost(self, num_masks: int, windows: int) -> int:
+        """Sequences of a heat."""
+        return heat_sequences(num_masks, windows) + self._dense * windows
+
+    @property
+    def _dense(self) -> int:
+        """Passes of the dense model beside each row, for its divergence."""
+        return int(self.stage.config.search.objective == "kl")
+
+
+def _affordable(text: _Text, num_masks: int, budget: int) -> int:
+    """Windows of a heat: as many as are wanted, or can be paid."""
+    windows = text.stage.config.search.final_windows
+    while windows and text.cost(num_masks, windows) > budget:
+        windows -= 1
+    return windows
+
+
+def _save(folder: RunFolder, work: Work, finals: Finals) -> None:
+    write_state(folder.finals, {"step": work.step, **vars(finals)})
+
+
+def _restore(folder: RunFolder, work: Work) -> Finals | None:
+    """The heats run before an interruption; None without any."""
+    if not folder.finals.is_file():
+        return None
+    try:
+        state = read_state(folder.finals)
+    except RunError as error:
+        logger.warning("%s; racing the finalists again", error)
+        return None
+    return Finals(**state) if state.pop("step") == work.step else None

@@ -1,0 +1,124 @@
+"""Plans for other sparsities from what one run has learned, without another search."""
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bernprune.config import RunConfig
+from bernprune.errors import BudgetError, RunError
+from bernprune.evaluation.perplexity import Protocol
+from bernprune.policy.budget import Budget
+from bernprune.policy.selection import Limits, select
+from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.folder import RunFolder, open_run
+from bernprune.storage import write_json
+from bernprune.units import KeepPlan, UnitSpace
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What decides at other sparsities: what the kept mask went by, what breaks ties, and that mask, each ``[U]``."""
+
+    space: UnitSpace
+    priorities_U: torch.Tensor
+    scores_U: torch.Tensor
+    mask_U: torch.Tensor
+
+    def write(self, path: Path) -> None:
+        write_state(path, {**vars(self), "space": json.dumps(self.space.to_dict())})
+
+    @classmethod
+    def read(cls, path: Path) -> "Learned":
+        """Raises ``RunError`` if there is none, or it is damaged."""
+        if not path.is_file():
+            raise RunError(f"the run in {path.parent} has not learned yet what to keep: {path.name} is missing")
+        state = read_state(path)
+        return cls(**state | {"space": UnitSpace.from_dict(json.loads(state["space"]))})
+
+    def select(self, config: RunConfig, sparsity: float, *, nested: bool = False) -> torch.Tensor:
+        """The mask of another budget, bool ``[U]``.
+
+        Args:
+            nested: what a lower sparsity than the run's keeps contains what the run keeps; of a higher one, it is
+                contained in that.
+
+        Raises:
+            BudgetError: a sparsity too far from the run's, or one that the limits do not allow.
+        """
+        low, high = config.explored
+        if not low <= sparsity <= high:
+            raise BudgetError(
+                f"sparsity {sparsity:g} lies outside what a run at {config.budget.sparsity:g} explores, {low:g} to "
+                f"{high:g}; prune at that sparsity instead"
+            )
+        budget = Budget(self.space, sparsity, measure=config.budget.measure, pools=config.budget.pools)
+        limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
+        priorities_U = self.priorities_U
+        if nested:
+            beyond = priorities_U.max() - priorities_U.min() + 1
+            priorities_U = priorities_U + beyond * self.mask_U
+        mask_U = select(priorities_U, budget, limits=limits, tie_break_U=self.scores_U)
+        return mask_U & self.mask_U if nested and sparsity > config.budget.sparsity else mask_U
+
+
+def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan) -> Path:
+    """The plan's file among the run's plans."""
+    folder.plans.mkdir(exist_ok=True)
+    path = folder.plans / f"{sparsity:g}.json"
+    write_json(path, plan.to_dict())
+    return path
+
+
+def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Write the plan of another sparsity into the run folder ``out``: its path, and what it keeps.
+
+    Raises:
+        RunError: no run, or one that is not done with learning.
+        BudgetError: see ``Learned.select``.
+    """
+    folder = open_run(Path(out))
+    config, learned = folder.read_config(), Learned.read(folder.learned)
+    mask_U = learned.select(config, sparsity, nested=nested)
+    plan = learned.space.plan(mask_U)
+    path = write_plan(folder, sparsity, plan)
+    return path, {"removed": removed_parameters(learned.space, mask_U), "layers": describe_plan(plan)}
+
+
+def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
+    """Markdown."""
+    lines = ["| sparsity | removed | perplexity | plan |", "| --- | --- | --- | --- |"]
+    lines += [f"| {p['sparsity']:g} | {p['removed']:.2%} | {p['perplexity']:.3f} | `{p['plan']}` |" for p in plans]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "Removed: share of the prunable block parameters. Perplexity before any repair, on "
+            f"{protocol.windows:,} windows of {protocol.window} tokens of {protocol.text}.",
+            "",
+        ]
+    )
+
+
+def removed_parameters(space: UnitSpace, mask_U: torch.Tensor) -> float:
+    """Share of the prunable block parameters that a mask removes."""
+    parameters_U = space.costs_U("parameters")
+    return 1 - ((parameters_U * space.alive(mask_U)).sum() / parameters_U.sum()).item()
+
+
+def describe_plan(plan: KeepPlan) -> list[dict[str, int]]:
+    """What each layer keeps, in numbers."""
+    return [
+        {
+            "kv_groups": len(layer.kv_groups),
+            "of_kv_groups": shape.kv_groups,
+            "channels": len(layer.channels),
+            "of_channels": shape.channels,
+        }
+        for layer, shape in zip(plan.layers, plan.architecture.layers, strict=True)
+    ]
