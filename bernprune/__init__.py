@@ -19,9 +19,10 @@ from bernprune.objective import masked_objective
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
+from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import Design, MaskSearch
+from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.run.pipeline import apply_plan, prune, read_plan, resume
 from bernprune.scores import SCORES, initial_scores

@@ -145,9 +145,10 @@ def prune(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Learn what to remove, remove it, save and verify. Without arguments: the embedded model."""
-    from bernprune.config import make_config, merge, parse_settings, read_yaml
+    from bernprune.config import make_config
     from bernprune.report import table
     from bernprune.run.pipeline import prune as run
+    from bernprune.settings import merge, parse_settings, read_yaml
 
     flags = {
         "model": {"path": model},
@@ -192,8 +193,9 @@ def apply(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Slice any copy of a model by a plan, save and verify."""
-    from bernprune.config import make_config, merge, parse_settings
+    from bernprune.config import make_config
     from bernprune.run.pipeline import apply_plan, read_plan
+    from bernprune.settings import merge, parse_settings
 
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
     _quiet_libraries()
@@ -240,8 +242,9 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Perplexity with its protocol."""
-    from bernprune.config import make_config, merge, parse_settings
+    from bernprune.config import make_config
     from bernprune.evaluation.perplexity import evaluate as measure
+    from bernprune.settings import merge, parse_settings
 
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
     _quiet_libraries()
@@ -268,8 +271,9 @@ def units(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """What can be removed from a model, what it costs, and what a run would take."""
-    from bernprune.config import make_config, merge, parse_settings
+    from bernprune.config import make_config
     from bernprune.run.forecast import forecast
+    from bernprune.settings import merge, parse_settings
 
     flags = _without_none({"model": {"path": model}, "granularity": granularity})
     checked = make_config(merge(flags, parse_settings(settings or [])))

@@ -5,11 +5,9 @@ dotted key, the value and what is allowed.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -34,10 +32,14 @@ from bernprune.names import (
     Pools,
     PresetName,
     Projection,
+    ReferenceName,
+    Sampling,
     Scaling,
     Scope,
     ScoreName,
 )
+from bernprune.presets import PRESETS
+from bernprune.settings import merge
 from bernprune.units import ANCESTORS, KINDS
 
 Count = Annotated[int, Field(ge=1)]
@@ -147,6 +149,9 @@ class SearchConfig(_Section):
     """Windows of text a step."""
     masks_per: MasksPer = "chunk"
     """What has masks of its own: a whole 'batch' of windows (published), each 'sequence', or each 'chunk' of one."""
+    sampling: Sampling = "antithetic"
+    """Masks on the same text: 'independent' (published), 'antithetic' (as different as can be), or 'exact' (each meets
+    the budget; biased)."""
     chunk: Count | None = None
     """Tokens of a chunk; by default the largest divisor of data.window from 8 to 32, or else the whole window."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -159,12 +164,17 @@ class SearchConfig(_Section):
     """reinforce: first step size; falls to zero along a cosine."""
     baseline: BaselineName = "leave-one-out"
     """reinforce: what is subtracted from the losses."""
+    reference: ReferenceName = "initial"
+    """reinforce: what the baseline 'matched' compares with: the 'initial' selection, the 'dense' model, the 'current'
+    selection, or the 'mean-field', each unit times its probability."""
     baseline_window: Count = 5
     """reinforce: memory of a running baseline, in steps."""
     scaling: Scaling = "natural"
     """reinforce: preconditioning of the gradient."""
     epsilon: Annotated[float, Field(ge=0, lt=0.1)] = 0.0
     """reinforce: guard under the root of 'sqrt-fisher'."""
+    pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
     selection: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """Share of the sequences (or seconds) for choosing what is kept: what was learned against the metric's own
     selections, then against challengers, on training text that comes next; 0 takes what was learned unseen."""
@@ -185,7 +195,7 @@ class SearchConfig(_Section):
 # What only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting"),
-    "reinforce": ("learning_rate", "baseline", "baseline_window", "scaling", "epsilon"),
+    "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
 
 
@@ -280,6 +290,11 @@ class RunConfig(_Section):
             raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
         if search.masks_per != "chunk" and search.discount != SearchConfig.model_fields["discount"].default:
             raise ValueError(f"search.discount has no meaning for search.masks_per {search.masks_per!r}")
+        if search.reference != SearchConfig.model_fields["reference"].default and search.baseline != "matched":
+            raise ValueError(f"search.reference has no meaning for search.baseline {search.baseline!r}")
+        if search.pull > 0 and not 0 < self.policy.floor < self.policy.ceiling < 1:
+            raise ValueError("search.pull needs policy.floor above 0 and policy.ceiling below 1")
+        self._check_sampling()
         if search.method == "posterior":
             if search.masks < 2:
                 raise ValueError(f"search.method 'posterior' needs search.masks of 2 or more, but got {search.masks}")
@@ -288,6 +303,24 @@ class RunConfig(_Section):
                     "search.method 'posterior' needs policy.floor above 0, policy.ceiling below 1 and "
                     "policy.projection 'cost-weighted'"
                 )
+
+    def _check_sampling(self) -> None:
+        search = self.search
+        if search.sampling == "antithetic" and search.method == "reinforce" and search.baseline != "leave-one-out":
+            raise ValueError(
+                f"search.sampling 'antithetic' needs search.baseline 'leave-one-out', not {search.baseline!r}; others "
+                "need 'independent'"
+            )
+        if search.sampling == "antithetic" and search.masks_per == "batch" and search.non_finite == "drop":
+            raise ValueError(
+                "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
+                "search.masks_per 'batch'; dropping single ones needs 'independent'"
+            )
+        if search.sampling == "exact" and len(self._finest()) < len(self.granularity):
+            raise ValueError(
+                "search.sampling 'exact' needs units that do not lie in one another, but granularity is "
+                f"{', '.join(self.granularity)}"
+            )
 
     @property
     def explored(self) -> tuple[float, float]:
@@ -310,37 +343,6 @@ class RunConfig(_Section):
         return self.model_dump(mode="json")
 
 
-# `reinforce` is the best that plain policy gradients did for us. `paper` is the published method (Gao et al., 2024,
-# arXiv 2406.10576, released code); what it was run with, 240,000 sequences (15,000 steps of 2 masks on 8 windows) and
-# scores from windows of 1,024 tokens, stands in configs/.
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reinforce": {
-        "initial": {"map": "sigmap"},
-        "policy": {"floor": 0.01, "ceiling": 0.99},
-        "search": {"method": "reinforce", "masks_per": "batch", "masks": 16, "windows": 1},
-    },
-    "paper": {
-        "budget": {"pools": "separate", "min_kv_groups": 0, "min_channels": 0},
-        "initial": {"score": "wanda-sp", "map": "sigmap", "scope": "layer", "inputs": "pruned"},
-        "policy": {"floor": 0.0, "ceiling": 1.0, "projection": "published"},
-        "search": {
-            "method": "reinforce",
-            "masks_per": "batch",
-            "learning_rate": 0.002,
-            "masks": 2,
-            "windows": 8,
-            "baseline": "published",
-            "baseline_window": 5,
-            "scaling": "sqrt-fisher",
-            "epsilon": 1e-7,
-            "non_finite": "drop",
-            "selection": 0.0,
-        },
-    },
-}
-
-
 def make_config(given: Mapping[str, Any]) -> RunConfig:
     """A checked config from nested plain data over the defaults of its preset.
 
@@ -354,49 +356,6 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(merge(PRESETS[preset], given))
     except ValidationError as error:
         raise ConfigError(_sentence(error)) from None
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested ``base`` with the entries of ``over`` in their place; a section that is not one stays to be refused."""
-    merged = dict(base)
-    for key, value in over.items():
-        known = merged.get(key)
-        merged[key] = merge(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The nested data of a YAML file. Raises ``ConfigError`` if there is none."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {path} is not YAML: {' '.join(str(error).split())}") from None
-    if data is None:  # an empty file
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise ConfigError(f"config file {path} must hold keys and values, but holds {str(data)[:80]!r}")
-    return data
-
-
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """``["a.b=c", ...]`` to nested data; the values are read as YAML."""
-    nested: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"--set {setting!r} must have the form section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {setting!r}: the value is not YAML") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        nested = merge(nested, value)
-    return nested
 
 
 def _sentence(error: ValidationError) -> str:

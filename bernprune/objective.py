@@ -19,6 +19,7 @@ from bernprune.errors import ConfigError
 from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName
+from bernprune.units import MaskRows
 
 # Of one float32 chunk of logits, by type of device. A GPU must not read the output embedding for too few tokens; a
 # processor does best with chunks near the size of its caches.
@@ -58,6 +59,8 @@ def token_divergences(head: nn.Linear, hidden_RTD: torch.Tensor, dense_RTD: torc
 class MaskedObjective:
     """Losses of masks on windows of text; made by ``masked_objective``.
 
+    Masks are bool, or gates from 0 to 1 in floating point: a tensor, or what makes those of any rows when asked.
+
     Args:
         kind: ``cross-entropy``, or ``kl`` to the dense model's predictions (one more forward of B windows a call).
         rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else.
@@ -68,19 +71,19 @@ class MaskedObjective:
         self._head: nn.Linear = view.model.get_output_embeddings()
         self._device = next(view.model.parameters()).device
 
-    def losses(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def losses(self, masks_KU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token.
 
         Raises:
             ConfigError: masks or windows of another shape.
         """
-        self._check(masks_KU, tokens_BT, "[K, {}]", masks_KU.ndim == 2)
+        self._check(masks_KU, tokens_BT, "[K, {}]", len(masks_KU.shape) == 2)
         num_masks, num_windows = len(masks_KU), len(tokens_BT)
         rows = torch.arange(num_masks * num_windows)
         losses_RP = self._token_losses(masks_KU, rows // num_windows, tokens_BT, rows % num_windows)
         return losses_RP.mean(1).view(num_masks, num_windows).mean(1)
 
-    def token_losses(self, masks_BKCU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def token_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Losses of K masks of each window's own, one for each of its C chunks, float64 ``[B, K, T]`` on the CPU.
 
         Position t holds the loss of what is predicted from the tokens up to t: it depends on the masks of its own
@@ -89,7 +92,7 @@ class MaskedObjective:
         Raises:
             ConfigError: masks or windows of another shape, or chunks that do not divide the window.
         """
-        fits = masks_BKCU.ndim == 4 and len(masks_BKCU) == len(tokens_BT) and masks_BKCU.shape[1] > 0
+        fits = len(masks_BKCU.shape) == 4 and len(masks_BKCU) == len(tokens_BT) and masks_BKCU.shape[1] > 0
         self._check(masks_BKCU, tokens_BT, "[B, K, C, {}] for B windows", fits)
         (num_windows, num_masks, chunks, _), window = masks_BKCU.shape, tokens_BT.shape[1]
         if window % max(chunks, 1):
@@ -98,30 +101,30 @@ class MaskedObjective:
         losses_RP = self._token_losses(masks_BKCU.flatten(0, 1), rows, tokens_BT, rows // num_masks)
         return F.pad(losses_RP, (0, window - losses_RP.shape[1])).view(num_windows, num_masks, window)
 
-    def chunk_losses(self, masks_BKCU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def chunk_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """As ``token_losses``, each chunk's share of the mean over all predictions of its window: ``[B, K, C]``."""
         losses_BKT = self.token_losses(masks_BKCU, tokens_BT)
         predictions = losses_BKT.shape[-1] - (self._kind == "cross-entropy")
         return losses_BKT.view(*masks_BKCU.shape[:3], -1).sum(-1) / predictions
 
-    def _check(self, masks: torch.Tensor, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
+    def _check(self, masks: MaskRows, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size
-        if not fits or masks.shape[-1] != size or not masks.numel():
+        if not fits or masks.shape[-1] != size or not masks.shape.numel():
             raise ConfigError(f"masks must be {wanted.format(size)} for this model, but are {list(masks.shape)}")
         if tokens_BT.ndim != 2 or not len(tokens_BT) or tokens_BT.shape[1] < 2:
             raise ConfigError(f"windows must be [B, T] of at least 2 tokens, but are {list(tokens_BT.shape)}")
 
     @torch.inference_mode()
     def _token_losses(
-        self, masks: torch.Tensor, mask_R: torch.Tensor, tokens_BT: torch.Tensor, window_R: torch.Tensor
+        self, masks: MaskRows, mask_R: torch.Tensor, tokens_BT: torch.Tensor, window_R: torch.Tensor
     ) -> torch.Tensor:
         """Float64 ``[R, P]`` of the P predictions of each row, whose mask and window are given by their indices."""
-        tokens_BT, window_R = tokens_BT.to(self._device), window_R.to(self._device)
+        masks, tokens_BT, window_R = masks.to(self._device), tokens_BT.to(self._device), window_R.to(self._device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
         parts = []
         for first in range(0, len(mask_R), self._rows):
             rows = slice(first, first + self._rows)
-            self._live.set(masks if len(masks) == 1 and masks.ndim == 2 else masks[mask_R[rows]])
+            self._live.set(masks[:] if len(masks) == 1 and len(masks.shape) == 2 else masks[mask_R[rows]])
             tokens_RT = tokens_BT[window_R[rows]]
             hidden_RTD = self._hidden(tokens_RT)
             if dense_BTD is None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -102,6 +102,21 @@ class LayerPlan:
         return not self.kv_groups and not self.channels
 
 
+class MaskRows(Protocol):
+    """Masks ``[..., U]`` as those who go through them need them: a tensor, or what makes one of any part asked for."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> torch.Tensor: ...
+
+    def flatten(self, start_dim: int, end_dim: int) -> "MaskRows": ...
+
+    def to(self, device: torch.device) -> "MaskRows": ...
+
+
 class UnitSpace:
     """All units of a model, flat, with what each costs and what it lies in."""
 
@@ -169,7 +184,8 @@ class UnitSpace:
         """Each unit's value combined with those of everything it lies in, e.g. ``torch.minimum``; ``[..., U]``."""
         if not self.nested:
             return values_RU
-        parents, root = self.parents_U.clamp(min=0), self.parents_U < 0
+        parents_U = self.parents_U.to(values_RU.device)
+        parents, root = parents_U.clamp(min=0), parents_U < 0
         inherited = values_RU
         for _ in range(2):  # channel -> ffn -> layer: two steps reach every ancestor
             inherited = torch.where(root, values_RU, combine(values_RU, inherited[..., parents]))

@@ -24,12 +24,13 @@ from tiny_run import (
     words,
 )
 
-from bernprune.config import PolicyConfig, RunConfig, make_config, merge, parse_settings
+from bernprune.config import PolicyConfig, RunConfig, make_config
 from bernprune.models.architecture import architecture_of
 from bernprune.models.families import FAMILIES
 from bernprune.names import BaselineName, MasksPer, MethodName, PresetName, ScoreName
 from bernprune.run import pipeline
 from bernprune.run.folder import RunFolder
+from bernprune.settings import merge, parse_settings
 from bernprune.units import KeepPlan, LayerPlan
 
 # --- the table: what is tried, and what the sentence must say ---

@@ -1,4 +1,4 @@
-"""The policy's start keeps what it should on average, in the order of the scores; its samples are a pure function."""
+"""The policy's start keeps what it should on average, in the order of the scores."""
 
 import math
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from spaces import BLOCKS, FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, of_
 from tolerances import EXACT, assert_close
 
 from bernprune.names import MapName, Scope
-from bernprune.policy.bernoulli import const, entropy, initial_probs, norm, sample, sigmap
+from bernprune.policy.bernoulli import const, entropy, initial_probs, norm, sigmap
 from bernprune.units import UnitSpace
 
 Map = Callable[[torch.Tensor, float], torch.Tensor]
@@ -165,50 +165,6 @@ def test_one_unit_a_layer_is_mapped_over_all_layers() -> None:
         probs_U = initial_probs(space, scores_U, keep=0.6, scope="layer")
         assert torch.equal(probs_U[members], sigmap(scores_U[members], 0.6))
         assert probs_U[members].unique().numel() == int(members.sum())
-
-
-# Samples
-
-
-def test_samples_are_a_function_of_seed_and_step() -> None:
-    """In any order of calls and whatever the global generator does; other steps and seeds give other masks."""
-    probs_U = random_numbers(FLAT.size, 0)
-    keys = [(seed, step) for seed in (0, 1, 2**40) for step in (0, 1, 7)]
-    first = {key: sample(probs_U, 5, seed=key[0], step=key[1]) for key in keys}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(123)
-        before = torch.random.get_rng_state()
-        for seed, step in reversed(keys):
-            assert torch.equal(sample(probs_U, 5, seed=seed, step=step), first[seed, step])
-        assert torch.equal(torch.random.get_rng_state(), before)
-    assert len({str(mask.tolist()) for mask in first.values()}) == len(keys)
-    assert all(mask.dtype == torch.bool and mask.shape == (5, FLAT.size) for mask in first.values())
-
-
-def test_sampled_means_and_covariances_are_those_of_independent_units() -> None:
-    """Within five standard errors; certain units are certain."""
-    probs_U, num_masks = torch.tensor([0.0, 0.02, 0.3, 0.5, 0.77, 1.0], dtype=torch.float64), 20_000
-    masks_KU = sample(probs_U, num_masks, seed=0, step=0).double()
-    variance_U = probs_U * (1 - probs_U)
-    assert ((masks_KU.mean(0) - probs_U).abs() <= 5 * (variance_U / num_masks).sqrt()).all()
-    covariance = (masks_KU - probs_U).T @ (masks_KU - probs_U) / num_masks
-    bound = 5 * (variance_U[:, None] * variance_U / num_masks).sqrt()
-    off_diagonal = ~torch.eye(len(probs_U), dtype=torch.bool)
-    assert (covariance.abs() <= bound)[off_diagonal].all()
-
-
-def test_masks_of_a_step_and_of_successive_steps_are_independent() -> None:
-    """Row by row, their agreement is that of independent draws, within five standard errors."""
-    probs_U = torch.full((5_000,), 0.5, dtype=torch.float64)
-    masks = [
-        *sample(probs_U, 2, seed=0, step=0),
-        *sample(probs_U, 2, seed=0, step=1),
-        *sample(probs_U, 1, seed=1, step=0),
-    ]
-    for i in range(len(masks)):
-        for j in range(i):
-            agreement = (masks[i] == masks[j]).double().mean().item()
-            assert abs(agreement - 0.5) <= 5 * 0.5 / math.sqrt(5_000)
 
 
 # Entropy

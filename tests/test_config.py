@@ -8,11 +8,12 @@ from pydantic import BaseModel
 from tiny_run import REPOSITORY, Place, run, visit
 
 from bernprune import names
-from bernprune.config import METHOD_SETTINGS, PRESETS, RunConfig, make_config, merge, parse_settings, read_yaml
+from bernprune.config import METHOD_SETTINGS, PRESETS, RunConfig, make_config
 from bernprune.errors import ConfigError
 from bernprune.policy.baselines import BASELINES
 from bernprune.run.folder import RunFolder
 from bernprune.scores import SCORES
+from bernprune.settings import merge, parse_settings, read_yaml
 from bernprune.units import KINDS
 
 EXAMPLES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -56,6 +57,7 @@ REINFORCE = {
     "search.learning_rate": 0.1,
     "search.baseline": "leave-one-out",
     "search.scaling": "natural",
+    "search.sampling": "independent",
 }
 PAPER = {
     "search.method": "reinforce",
@@ -72,6 +74,7 @@ PAPER = {
     "search.baseline": "published",
     "search.baseline_window": 5,
     "search.scaling": "sqrt-fisher",
+    "search.sampling": "independent",
 }
 
 
@@ -198,7 +201,12 @@ OTHER_VALUES = {
     "baseline_window": 3,
     "scaling": "raw",
     "epsilon": 1e-7,
+    "reference": "dense",
+    "pull": 0.5,
 }
+
+
+NEEDED = {"reference": {"baseline": "matched"}}
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
@@ -207,7 +215,8 @@ def test_a_setting_without_meaning_is_refused(preset: str, name: str) -> None:
     """What only one method knows is no setting of the other, unless it changes nothing."""
     method, given = make_config({"preset": preset}).search.method, {name: OTHER_VALUES[name]}
     if name in METHOD_SETTINGS[method]:
-        assert getattr(make_config({"preset": preset, "search": given}).search, name) == OTHER_VALUES[name]
+        taken = make_config({"preset": preset, "search": given | NEEDED.get(name, {})}).search
+        assert getattr(taken, name) == OTHER_VALUES[name]
         return
     with pytest.raises(ConfigError) as caught:
         make_config({"preset": preset, "search": given})
@@ -238,6 +247,12 @@ UNFIT = {
     "floor-0": {"policy": {"floor": 0.0}},
     "ceiling-1": {"policy": {"ceiling": 1.0}},
     "published-projection": {"policy": {"projection": "published"}},
+    "antithetic-without-others": {"search": {"method": "reinforce", "baseline": "matched"}},
+    "antithetic-dropped-singly": {"search": {"masks_per": "batch", "non_finite": "drop"}},
+    "exact-nested": {"granularity": ["layer", "channel"], "search": {"sampling": "exact"}},
+    "reference-of-nothing": {"preset": "reinforce", "search": {"reference": "dense"}},
+    "pull-from-floor-0": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"floor": 0.0}},
+    "pull-from-ceiling-1": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"ceiling": 1.0}},
 }
 CHUNKS = "search.chunk {} must divide data.window 16, and needs search.masks_per 'chunk', not {!r}"
 BOUNDS = (
@@ -251,6 +266,19 @@ SAYING = {
     "floor-0": BOUNDS,
     "ceiling-1": BOUNDS,
     "published-projection": BOUNDS,
+    "antithetic-without-others": (
+        "search.sampling 'antithetic' needs search.baseline 'leave-one-out', not 'matched'; others need 'independent'"
+    ),
+    "antithetic-dropped-singly": (
+        "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
+        "search.masks_per 'batch'; dropping single ones needs 'independent'"
+    ),
+    "exact-nested": (
+        "search.sampling 'exact' needs units that do not lie in one another, but granularity is layer, channel"
+    ),
+    "reference-of-nothing": "search.reference has no meaning for search.baseline 'leave-one-out'",
+    "pull-from-floor-0": "search.pull needs policy.floor above 0 and policy.ceiling below 1",
+    "pull-from-ceiling-1": "search.pull needs policy.floor above 0 and policy.ceiling below 1",
 }
 
 
@@ -274,6 +302,14 @@ FIT: dict[str, dict[str, Any]] = {
     "two-masks": {"search": {"masks": 2}},
     "one-mask-of-reinforce": {"preset": "reinforce", "search": {"masks": 1, "baseline": "none"}},
     "bounds-of-reinforce": {"preset": "reinforce", "policy": {"floor": 0.0, "ceiling": 1.0, "projection": "published"}},
+    "antithetic-policy-gradients": {"search": {"method": "reinforce"}},
+    "antithetic-groups-dropped": {"search": {"non_finite": "drop"}},
+    "independent-dropped-singly": {
+        "search": {"masks_per": "batch", "non_finite": "drop", "sampling": "independent"},
+    },
+    "exact-flat": {"granularity": ["attention", "ffn"], "search": {"sampling": "exact"}},
+    "matched-with-the-dense-model": {"preset": "reinforce", "search": {"baseline": "matched", "reference": "dense"}},
+    "pulled": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"floor": 1e-6, "ceiling": 1 - 1e-6}},
     "bounds-nearly-open": {"policy": {"floor": 1e-6, "ceiling": 1 - 1e-6}},
 }
 
@@ -299,7 +335,10 @@ def test_a_chunk_is_the_largest_that_fits(window: int) -> None:
 VARIED: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {"preset": "paper"},
-    "reinforce": {"preset": "reinforce", "search": {"epsilon": 1e-7, "baseline": "matched"}},
+    "reinforce": {
+        "preset": "reinforce",
+        "search": {"epsilon": 1e-7, "baseline": "matched", "reference": "mean-field", "pull": 1},
+    },
     "posterior": {"search": {"rounds": 5, "forgetting": 0.0, "discount": 1, "chunk": 2}},
     "everything": {
         "granularity": ["layer", "channel"],

@@ -18,9 +18,10 @@ from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, Baseline, make_baseline
 from bernprune.policy.budget import Budget
-from bernprune.policy.estimators import reinforce
+from bernprune.policy.estimators import divergence, reinforce
+from bernprune.policy.masks import Design
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import Design, rewards_to_go
+from bernprune.policy.search import rewards_to_go
 
 PROBS_U = torch.tensor([0.13, 0.5, 0.72, 0.96], dtype=torch.float64)
 MASKS = all_masks(4)
@@ -201,6 +202,21 @@ def test_settled_units_have_no_gradient(scaling: Scaling, epsilon: float) -> Non
     alone = reinforce(probs_U[others], masks_KU[:, others], advantages_K, scaling=scaling, epsilon=epsilon)
     assert_close(found[others], alone, EXACT)
     assert (alone != 0).all()
+
+
+# The pull
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 1e-7])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_the_pull_is_the_gradient_of_the_divergence(scaling: Scaling, epsilon: float) -> None:
+    """By autograd through KL(policy || start), summed over all 16 masks; scaled as the rest is."""
+    start_U, probs_U = torch.tensor([0.3, 0.5, 0.9, 0.95], dtype=torch.float64), PROBS_U.clone().requires_grad_()
+    chances, start_chances = mask_probability(probs_U), mask_probability(start_U)
+    (expected,) = torch.autograd.grad((chances * (chances / start_chances).log()).sum(), probs_U)
+    found = divergence(PROBS_U, start_U, scaling=scaling, epsilon=epsilon)
+    assert_close(found, SCALINGS[scaling](PROBS_U) * expected, EXACT if epsilon == 0 else 1e-5)
+    assert divergence(start_U, start_U, scaling=scaling, epsilon=epsilon).tolist() == [0.0] * 4
 
 
 # The published step

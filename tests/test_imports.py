@@ -83,7 +83,16 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.errors": (),
     "bernprune.seeding": (),
     "bernprune.units": ("bernprune.names", "bernprune.errors"),
-    "bernprune.config": ("bernprune.names", "bernprune.errors", "bernprune.units", "bernprune.embedded"),
+    "bernprune.presets": (),
+    "bernprune.settings": ("bernprune.errors",),
+    "bernprune.config": (
+        "bernprune.names",
+        "bernprune.errors",
+        "bernprune.units",
+        "bernprune.embedded",
+        "bernprune.presets",
+        "bernprune.settings",
+    ),
     "bernprune.backends": ("bernprune.names", "bernprune.errors", "bernprune.kernels"),
     "bernprune.policy": (*VOCABULARY, "bernprune.policy"),
     "bernprune.models": (

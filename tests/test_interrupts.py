@@ -27,10 +27,11 @@ from tiny_run import (
     tiny_text,
 )
 
-from bernprune.config import make_config, read_yaml
+from bernprune.config import make_config
 from bernprune.run import loop, pipeline
 from bernprune.run.folder import RunFolder
 from bernprune.run.stage import set_stage
+from bernprune.settings import read_yaml
 
 # 20 steps of a tenth of a second, so that a signal meets a search at work; a checkpoint in the middle of a round, or a
 # baseline with a memory; and what was learned is what is kept.

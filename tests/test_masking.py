@@ -185,6 +185,57 @@ def test_other_row_counts_are_refused() -> None:
             logits_of(view.model, random_tokens(4))
 
 
+# Gates
+
+
+def gated_by_hand(view: ModelView, gates_U: torch.Tensor) -> Any:
+    """A copy of the model whose weights do what the gates say, unit after unit."""
+    model, space = copy.deepcopy(view.model), view.space
+    copied = describe(model, space.kinds)
+    for index, layer in enumerate(copied.layers):
+        blocks: list[tuple[Any, list[Kind], int]] = [
+            (layer.output, ["kv_group", "attention", "layer"], layer.shape.kv_groups),
+            (layer.down, ["channel", "ffn", "layer"], layer.shape.channels),
+        ]
+        for linear, kinds, count in blocks:
+            spans = [span for kind in kinds if (span := space.span(kind, index))]
+            factors = torch.ones(count, dtype=torch.float64)
+            for span in spans:
+                factors = factors * gates_U[span]
+            width = linear.in_features // count
+            for unit in range(count):
+                linear.weight.data[:, unit * width : (unit + 1) * width] *= factors[unit]
+            if linear.bias is not None:  # only gates finer than the block leave its bias alone, unless all are closed
+                linear.bias.data *= (factors > 0).any() if space.span(kinds[0], index) else factors[0]
+    return model
+
+
+@all_granularities
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+def test_gates_scale_what_their_units_contribute(granularity: tuple[Kind, ...], biased: bool) -> None:
+    """Row by row, those of nested levels multiplied; a branch is closed where all of its gates are, and only there."""
+    view = describe(tiny_model("llama", attention_bias=biased, mlp_bias=biased), granularity)
+    gates_RU = torch.rand(3, view.space.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    gates_RU[0, : view.space.size // 3] = 0.0
+    gates_RU[1, ::2] = 1.0
+    gates_RU *= emptying_masks(view.space)
+    tokens_RT = random_tokens(3)
+    found = masked_logits(view, gates_RU, tokens_RT)
+    for row, gates_U in enumerate(gates_RU):
+        expected = logits_of(gated_by_hand(view, gates_U), tokens_RT[row : row + 1])[0]
+        assert_close(found[row], expected, EXACT_FLOAT64)
+
+
+def test_gates_of_chunks_are_gates_of_their_tokens() -> None:
+    """Equal ones make one, and a chunk's own do not reach back."""
+    view, tokens_RT = describe(tiny_model("qwen3")), random_tokens(2, 8)
+    gates_RCU = torch.rand(2, 2, view.space.size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    found, first = (masked_logits(view, gates, tokens_RT) for gates in (gates_RCU, gates_RCU[:, 0]))
+    assert_close(found[:, :4], first[:, :4], EXACT_FLOAT64)
+    assert (found[:, 4:] - first[:, 4:]).abs().min() > 0
+    assert_close(masked_logits(view, gates_RCU[:, :1].expand(-1, 2, -1), tokens_RT), first, EXACT_FLOAT64)
+
+
 # Leaving no trace
 
 

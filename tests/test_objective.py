@@ -147,6 +147,19 @@ def test_losses_can_be_taken_again(kind: ObjectiveName) -> None:
     assert torch.equal(log_probs(view.model, tokens_BT), before)
 
 
+@all_objectives
+def test_gates_are_taken_like_masks(kind: ObjectiveName) -> None:
+    """Of 0 and 1 they are masks; between, the loss is another, and that of each window by itself."""
+    view, tokens_BT = describe(tiny_model("qwen2")), random_tokens(2)
+    masks_KU = random_masks(view, 3)
+    assert torch.equal(losses_of(view, masks_KU.double(), tokens_BT, kind), losses_of(view, masks_KU, tokens_BT, kind))
+    gates_KU = 0.7 * masks_KU.double()
+    found = losses_of(view, gates_KU, tokens_BT, kind)
+    assert ((found - losses_of(view, masks_KU, tokens_BT, kind)).abs() > 1e-3).all()
+    alone = torch.stack([losses_of(view, gates_KU, tokens_1T, kind) for tokens_1T in tokens_BT.split(1)])
+    assert_close(found, alone.mean(0), EXACT)
+
+
 # Memory
 
 

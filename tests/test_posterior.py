@@ -15,8 +15,8 @@ from spaces import all_masks, make_space, normal_numbers, random_numbers
 from tolerances import EXACT, GUARDED, SAMPLED, assert_close
 
 from bernprune.policy.budget import Budget
+from bernprune.policy.masks import Design
 from bernprune.policy.posterior import Pool, PosteriorSearch, Sums
-from bernprune.policy.search import Design
 
 DRAWS = 300_000
 
@@ -260,7 +260,7 @@ def test_rounds_follow_their_description(forgetting: float) -> None:
     pools = [LiteralPool(scores_U[layer], forgetting) for layer in layers]
     for step in range(5):
         masks_BKCU = search.ask(step)
-        losses_BKC = ((1 - masks_BKCU.double()) @ values_U).square() / 20
+        losses_BKC = ((1 - masks_BKCU[:].double()) @ values_U).square() / 20
         effects_BU, chances_U = search.effects(masks_BKCU, losses_BKC)[0], search.probs_U * (1 - search.probs_U)
         search.tell(masks_BKCU, losses_BKC, learning_rate=0.0)
         observed_U, noise_U = -effects_BU.mean(0), effects_BU.var(0) / 7

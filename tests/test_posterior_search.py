@@ -15,18 +15,18 @@ from bernprune.errors import BudgetError, ConfigError, RunError
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import entropy, initial_probs
 from bernprune.policy.budget import Budget
+from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch, PosteriorStats
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import Design
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.units import UnitSpace
+from bernprune.units import MaskRows, UnitSpace
 
 FREE = Limits(min_kv_groups=0, min_channels=0)
 CHANNELS = make_space(["channel"], [(1, 5), (1, 8)])
 UNEQUAL = make_space(["kv_group", "channel"], [(2, 5), (1, 6)])
 SMALL = Design(groups=3, masks=4, chunks=2)
-Losses = Callable[[torch.Tensor, int], torch.Tensor]
+Losses = Callable[[MaskRows, int], torch.Tensor]
 
 
 def make_search(
@@ -48,9 +48,9 @@ def run(search: PosteriorSearch, steps: range, losses: Losses) -> list[Posterior
     return stats
 
 
-def curved(masks_BKCU: torch.Tensor, step: int) -> torch.Tensor:
+def curved(masks_BKCU: MaskRows, step: int) -> torch.Tensor:
     """A loss with interactions, chunks that reach later ones, and a level of its own in each step."""
-    lost_BKC = (1 - masks_BKCU.double()) @ random_numbers(masks_BKCU.shape[-1], 5)
+    lost_BKC = (1 - masks_BKCU[:].double()) @ random_numbers(masks_BKCU.shape[-1], 5)
     return 0.1 * lost_BKC.square() + 0.05 * lost_BKC.cumsum(-1).square() + math.sin(step)
 
 
@@ -60,8 +60,8 @@ def curved(masks_BKCU: torch.Tensor, step: int) -> torch.Tensor:
 def noisy(values_U: torch.Tensor, cost_of_loss: Callable[[torch.Tensor], torch.Tensor]) -> Losses:
     """Of what is lost, ``[..., U]``, with noise, and a level that no two steps share."""
 
-    def losses(masks_BKCU: torch.Tensor, step: int) -> torch.Tensor:
-        exact_BKC = cost_of_loss((1 - masks_BKCU.double()) * values_U) / masks_BKCU.shape[2]
+    def losses(masks_BKCU: MaskRows, step: int) -> torch.Tensor:
+        exact_BKC = cost_of_loss((1 - masks_BKCU[:].double()) * values_U) / masks_BKCU.shape[2]
         return exact_BKC + 0.3 * normal_numbers(*exact_BKC.shape, seed=step) + 5 * math.sin(step)
 
     return losses
@@ -182,7 +182,7 @@ def test_the_order_of_windows_and_masks_changes_nothing() -> None:
     """All are alike, whichever comes first."""
     search, other = make_search(FLAT), make_search(FLAT)
     for step in range(4):
-        masks_BKCU = search.ask(step)
+        masks_BKCU = search.ask(step)[:]
         losses_BKC = curved(masks_BKCU, step)
         search.tell(masks_BKCU, losses_BKC, learning_rate=0.0)
         turned = [values.roll((step, 1), (0, 1)) for values in (masks_BKCU, losses_BKC)]
@@ -256,7 +256,7 @@ def test_what_is_dropped_is_only_missing() -> None:
 def test_what_never_changed_is_not_known_best() -> None:
     """Of a unit that all masks of a round kept, or all cut, nothing was seen; others must not be less sure."""
     search = make_search(FLAT, design=Design(2, 4), round_steps=2, floor=0.02, ceiling=0.98)
-    masks_NU = torch.cat([search.ask(step).flatten(0, 2) for step in range(2)])
+    masks_NU = torch.cat([search.ask(step)[:].flatten(0, 2) for step in range(2)])
     unseen = (masks_NU == masks_NU[0]).all(0)
     assert 3 < unseen.sum() < FLAT.size - 3
     run(search, range(2), curved)
@@ -264,7 +264,7 @@ def test_what_never_changed_is_not_known_best() -> None:
     assert precision_U[unseen].max() <= precision_U[~unseen].max()
 
 
-def advantages_by_hand(search: PosteriorSearch, masks_BKCU: torch.Tensor, losses_BKC: torch.Tensor) -> torch.Tensor:
+def advantages_by_hand(search: PosteriorSearch, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> torch.Tensor:
     """What the worths do not explain, later chunks at a discount, less the other masks' mean; by loops."""
     num_windows, num_masks, num_chunks = losses_BKC.shape
     returns_BKC, advantages_BKC = torch.zeros_like(losses_BKC), torch.zeros_like(losses_BKC)
@@ -354,7 +354,7 @@ def test_a_search_repeats_itself() -> None:
 def test_asking_changes_nothing() -> None:
     """The same masks whenever asked, others in another step."""
     search, silent = make_search(FLAT), make_search(FLAT)
-    masks = [search.ask(4), search.ask(5), search.ask(4)]
+    masks = [search.ask(step)[:] for step in (4, 5, 4)]
     assert torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0], masks[1])
     assert masks[0].shape == (3, 4, 2, FLAT.size)

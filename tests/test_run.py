@@ -35,16 +35,17 @@ from tiny_run import (
 from tolerances import EXACT, assert_close
 from transformers import AutoModelForCausalLM
 
-from bernprune.config import make_config, read_yaml
+from bernprune.config import make_config
 from bernprune.data import fingerprint, tokenize
 from bernprune.models.loading import load_tokenizer
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
-from bernprune.policy.search import Design
+from bernprune.policy.masks import Design
 from bernprune.report import table
 from bernprune.run import loop, pipeline
 from bernprune.run.stage import set_stage
 from bernprune.run.workload import ROUND_WINDOWS, Work, Workload, default_sequences, make_search, plan_work
+from bernprune.settings import read_yaml
 from bernprune.text import load_documents
 
 STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
@@ -157,7 +158,7 @@ def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
         stage = set_stage(make_config(config))
         flat_U = torch.full((stage.view.space.size,), 0.7, dtype=torch.float64)
         search = make_search(stage.config, stage.budget, {"probs_U": flat_U, "scores_U": flat_U})
-        asked.append((search.ask(3), stage.train.batch(3, 4)))
+        asked.append((search.ask(3)[:], stage.train.batch(3, 4)))
     for first, other, again in zip(*asked, strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -259,6 +260,10 @@ PASSES_OF = {
     "search.baseline=moving-average": 3,
     "search.baseline=published": 3,
     "search.baseline=matched": 4,
+    "search.baseline=matched search.reference=dense": 4,
+    "search.baseline=matched search.reference=current": 4,
+    "search.baseline=matched search.reference=mean-field": 4,
+    "search.baseline=leave-one-out search.sampling=antithetic search.pull=0.1": 3,
     "search.objective=kl": 4,
     "search.objective=kl search.baseline=matched": 5,
     "search.baseline=matched search.masks_per=sequence": 4,
@@ -328,7 +333,8 @@ def test_the_work_fits_its_budget(sequences: int | None, rounds: int | None, mas
 @pytest.mark.parametrize("sequences", [48, 100, 8192, None])
 def test_the_work_of_policy_gradients_fits_its_budget(sequences: int | None) -> None:
     """As many whole steps as the sequences allow, reference passes included."""
-    search = {"method": "reinforce", "baseline": "matched", "masks": 6, "windows": 3, "sequences": sequences}
+    search = {"masks": 6, "windows": 3, "sequences": sequences}
+    search |= {"method": "reinforce", "baseline": "matched", "sampling": "independent"}
     available = sequences or default_sequences(5000)
     check_whole(plan_work(make_config({"search": search}), 5000), available, 21)
 

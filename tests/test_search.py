@@ -12,17 +12,18 @@ import torch
 from spaces import FLAT, NESTED, all_masks, make_space, of_kind, random_numbers
 from tolerances import BUDGET, EXACT, assert_close
 
-from bernprune.errors import BudgetError, RunError
+from bernprune.errors import BudgetError, ConfigError, RunError
 from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
-from bernprune.policy.estimators import reinforce
+from bernprune.policy.estimators import divergence, reinforce
+from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import Design, StepStats
+from bernprune.policy.search import StepStats
 from bernprune.policy.selection import Limits, select
-from bernprune.units import KINDS, UnitSpace
+from bernprune.units import KINDS, MaskRows, UnitSpace
 
 FREE = Limits(min_kv_groups=0, min_channels=0)
 EQUAL = make_space(["channel"], [(1, 5), (1, 8)])
@@ -47,9 +48,9 @@ def make_search(
     return ReinforceSearch(Budget(space, sparsity), start_U, baseline=memory, seed=3, design=design, **settings)
 
 
-def linear_loss(masks_KU: torch.Tensor, values_U: torch.Tensor) -> torch.Tensor:
+def linear_loss(masks_KU: MaskRows, values_U: torch.Tensor) -> torch.Tensor:
     """What the units that were cut are worth."""
-    return (1 - masks_KU.double()) @ values_U
+    return (1 - masks_KU[:].double()) @ values_U
 
 
 def tell(search: ReinforceSearch, masks_KU: torch.Tensor, losses_K: torch.Tensor, learning_rate: float) -> StepStats:
@@ -136,7 +137,7 @@ def test_a_worthless_layer_is_removed_whole() -> None:
     search = make_search(space, sparsity=sparsity, start_U=torch.full_like(values_U, 0.9), num_masks=32)
     for step in range(200):
         masks_BKCU = search.ask(step)
-        losses_BKC = linear_loss(space.alive(masks_BKCU), values_U)
+        losses_BKC = linear_loss(space.alive(masks_BKCU[:]), values_U)
         search.tell(masks_BKCU, losses_BKC, learning_rate=0.1 * (1 - step / 200))
     plan = space.plan(select(search.priorities_U, search.budget))
     everything = space.plan(torch.ones(space.size))
@@ -212,7 +213,7 @@ def test_a_step_is_the_projected_estimate(scaling: Scaling, design: Design) -> N
     search = make_search(
         NESTED, sparsity=0.5, start_U=random_numbers(NESTED.size, 0), design=design, discount=0.7, **settings
     )
-    before, masks_BKCU = search.probs_U.clone(), search.ask(0)
+    before, masks_BKCU = search.probs_U.clone(), search.ask(0)[:]
     losses_BKC = random_numbers(masks_BKCU[..., 0].numel(), 1).view(masks_BKCU.shape[:3])
     search.tell(masks_BKCU, losses_BKC, learning_rate=0.3)
     returns_BKC, masks = answered_for(losses_BKC, 0.7), design.masks
@@ -294,6 +295,42 @@ def test_statistics_are_finite(baseline: BaselineName, bounds: tuple[float, floa
     assert search.probs_U.isfinite().all()
 
 
+@pytest.mark.parametrize("scaling", LEARNING_RATES)
+def test_a_pull_is_part_of_the_step(scaling: Scaling) -> None:
+    """Where all masks do equally well, it is all of the step: its gradient, in the metric of the projection."""
+    settings: dict[str, Any] = {"scaling": scaling, "epsilon": 1e-7}
+    search = make_search(NESTED, sparsity=0.5, start_U=random_numbers(NESTED.size, 0), pull=0.3, **settings)
+    start_U, masks_BKCU = search.probs_U, search.ask(0)
+    search.probs_U = before = search.budget.project(random_numbers(NESTED.size, 4), floor=0.01, ceiling=0.99)
+    search.tell(masks_BKCU, torch.full(masks_BKCU.shape[:3], 2.5), learning_rate=0.02)
+    moved_U = before - 0.02 * 0.3 * divergence(before, start_U, **settings) / search.budget.metric_U
+    assert_close(search.probs_U, search.budget.project(moved_U, floor=0.01, ceiling=0.99), EXACT)
+    assert (search.probs_U - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("scaling", LEARNING_RATES)
+def test_a_strong_pull_keeps_the_policy_at_its_start(scaling: Scaling) -> None:
+    """The stronger, the nearer; at any strength, it leads back in one step and not beyond."""
+    moved = []
+    for pull in (0.0, 1.0, 10.0, 1e9):
+        search = make_search(FLAT, pull=pull, scaling=scaling, start_U=0.2 + 0.7 * random_numbers(FLAT.size, 7))
+        start_U = search.probs_U
+        run(search, range(40), learning_rate=0.02)
+        moved.append((search.probs_U - start_U).norm().item())
+    assert moved == sorted(moved, reverse=True) and moved[-1] < 0.5 * moved[0]
+    search.probs_U = search.budget.project(random_numbers(FLAT.size, 4), floor=0.01, ceiling=0.99)
+    search.tell(search.ask(0), torch.ones(1, 8, 1), learning_rate=0.02)
+    assert_close(search.probs_U, start_U, BUDGET)
+
+
+def test_a_pull_needs_room_on_both_sides() -> None:
+    """Its gradient is infinite where a probability is 0 or 1."""
+    make_search(FLAT, pull=0.0, floor=0.0, ceiling=1.0)
+    for bounds in ({"floor": 0.0}, {"ceiling": 1.0}):
+        with pytest.raises(ConfigError, match="a pull needs 0 < floor < ceiling < 1, but got"):
+            make_search(FLAT, pull=0.1, **bounds)
+
+
 # State
 
 
@@ -302,8 +339,8 @@ def test_statistics_are_finite(baseline: BaselineName, bounds: tuple[float, floa
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_twenty_steps_are_ten_and_ten(space: UnitSpace, design: Design, baseline: BaselineName) -> None:
     """Bit for bit, through the state of a search that started elsewhere."""
-    whole, first = (make_search(space, baseline=baseline, design=design) for _ in range(2))
-    second = make_search(space, baseline=baseline, design=design, start_U=random_numbers(space.size, 9))
+    whole, first = (make_search(space, baseline=baseline, design=design, pull=0.2) for _ in range(2))
+    second = make_search(space, baseline=baseline, design=design, pull=0.2, start_U=random_numbers(space.size, 9))
     expected = run(whole, range(20))
     found = run(first, range(10))
     state = first.state_dict()
@@ -331,7 +368,7 @@ def test_a_state_is_a_snapshot() -> None:
 def test_asking_changes_nothing(design: Design) -> None:
     """The same masks whenever asked, others in another step, and no two of them alike."""
     search = make_search(FLAT, design=design)
-    masks = [search.ask(4), search.ask(5), search.ask(4)]
+    masks = [search.ask(step)[:] for step in (4, 5, 4)]
     assert torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0], masks[1])
     assert masks[0].shape == (design.groups, design.masks, design.chunks, FLAT.size) and masks[0].dtype == torch.bool

@@ -4,6 +4,9 @@ Masking the inputs of the attention output projection and of the FFN down projec
 branch of a block that has no unit left, equals physical slicing. For the length of a ``with`` block those modules are
 swapped for masked twins that hold no parameters; leaving it puts the very same objects back.
 
+Instead of being kept or cut, a unit may be scaled by a gate between: gates multiply those of all it lies in, and a
+branch is open as long as any of its gates is.
+
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
 their own masks.
 
@@ -99,11 +102,12 @@ class LiveMasks:
     def set(self, masks: torch.Tensor) -> None:
         """One mask a row, bool ``[R, U]``, one for all rows, ``[1, U]``, or one a chunk, ``[R, C, U]``; 1 keeps.
 
-        The tokens of a row must divide into C equal chunks.
+        Floating-point numbers are gates, from 0 to 1. The tokens of a row must divide into C equal chunks.
         """
         device = next(self.view.model.parameters()).device
         chunks = masks.shape[1] if masks.ndim == 3 else 1
-        alive_PU = self.view.space.alive(masks.bool().cpu()).flatten(0, -2).to(device)
+        gates = masks.to(device, masks.dtype if masks.is_floating_point() else torch.bool)
+        alive_PU = self.view.space.inherit(gates, torch.mul).flatten(0, -2)
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
                 branch.chunks = chunks

@@ -25,7 +25,7 @@ class Baseline(Protocol):
     min_masks: int
 
     def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
-        """``[B, K, C]`` nats per token; ``reference_BC``: losses of the fixed reference mask on the same text."""
+        """``[B, K, C]`` nats per token; ``reference_BC``: losses of the reference mask on the same text."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -78,7 +78,11 @@ class NoBaseline:
 
 
 class LeaveOneOut(NoBaseline):
-    """Each loss less the mean of the step's others (Kool et al., 2019). Unbiased; blind to the text's difficulty."""
+    """Each loss less the mean of the step's others (Kool et al., 2019). Unbiased; blind to the text's difficulty.
+
+    Chunk by chunk that is what leaving one out token by token would be: a mask's advantage in a chunk is linear in the
+    losses of its tokens, so the sum of theirs less the others' means is the sum less the mean of the others' sums.
+    """
 
     min_masks = 2
 
@@ -101,7 +105,8 @@ class Matched(_Average):
     """Each loss less a reference mask's on the same text, and less a running mean of that gap over earlier steps.
 
     The reference removes the difficulty of the text, the gap's mean what is left (MaskPro, 2025, arXiv 2506.12876).
-    Unbiased, as neither depends on the step's masks. The first step, without a past, leaves one out.
+    Unbiased, as neither depends on the step's masks: a reference may change from step to step, as long as it follows
+    from the past. The first step, without a past, leaves one out.
     """
 
     needs_reference, min_masks = True, 1

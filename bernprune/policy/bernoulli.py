@@ -1,4 +1,4 @@
-"""The product-Bernoulli policy: its start from scores, its samples, its entropy.
+"""The product-Bernoulli policy: its start from scores, its entropy.
 
 The maps from scores to keep probabilities are those of Gao et al., 2024 (arXiv 2406.10576, released code): each acts
 on one set of scores and gives it the mean ``keep`` before clamping to [0, 1].
@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 
 from bernprune.names import MapName, Scope
-from bernprune.seeding import generator
 from bernprune.units import UnitSpace
 
 _EPSILON = 1e-8
@@ -88,14 +87,6 @@ def _map_of(name: MapName, kind: str, sharpness: float) -> Callable[[torch.Tenso
     if name == "hybrid":
         return norm if kind == "channel" else sigmap
     return {"sigmap": sigmap, "norm": norm}[name]
-
-
-def sample(probs_U: torch.Tensor, num_masks: int, *, seed: int, step: int) -> torch.Tensor:
-    """Independent masks, bool ``[K, U]``: a function of the probabilities, the seed and the step alone."""
-    random = generator(seed, "masks", step)
-    # Row by row, so that there is never more than one of uniform numbers.
-    rows = [torch.rand(len(probs_U), generator=random, dtype=torch.float64) < probs_U for _ in range(num_masks)]
-    return torch.stack(rows)
 
 
 def entropy(probs_U: torch.Tensor) -> float:

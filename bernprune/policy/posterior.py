@@ -23,8 +23,9 @@ from bernprune.errors import ConfigError, RunError
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import by_kind, expected_regret, signal_to_noise
-from bernprune.policy.search import Design, MaskSearch, StepStats, rewards_to_go
-from bernprune.units import UnitSpace
+from bernprune.policy.masks import Design, blocks, contrast
+from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
+from bernprune.units import MaskRows, UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
 HAIR = 1e-9  # by which a whole number may be missed through rounding
@@ -178,7 +179,7 @@ class PosteriorSearch(MaskSearch):
 
     def tell(
         self,
-        masks_BKCU: torch.Tensor,
+        masks_BKCU: MaskRows,
         losses_BKC: torch.Tensor,
         *,
         learning_rate: float,
@@ -195,23 +196,22 @@ class PosteriorSearch(MaskSearch):
         stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
         return PosteriorStats(**stats, rounds=self.rounds, reliability=self._reliability)
 
-    def effects(self, masks_BKCU: torch.Tensor, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def effects(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Unbiased estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
 
-        E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u) / (s_u (1 - s_u))]. What the current worths predict of the
-        losses is taken out of the advantages and put back exactly, a linear control variate, so that only what they
-        do not explain makes noise.
+        E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u)] / contrast_u, where the contrast of independent masks is
+        s_u (1 - s_u). What the current worths predict of the losses is taken out of the advantages and put back
+        exactly, a linear control variate, so that only what they do not explain makes noise.
         """
-        chunks, probs_U = losses_BKC.shape[-1], self.probs_U
+        chunks, contrast_U = losses_BKC.shape[-1], self._contrast_U(masks_BKCU)
         effects, advantages = [], []
-        for masks_KCU, losses_KC in zip(masks_BKCU, losses_BKC, strict=True):
-            masks_NU = masks_KCU.flatten(0, 1).double()
-            predicted_KC = -(masks_NU @ self.worth_U).view_as(losses_KC) / chunks
-            advantages_KC = less_the_others(rewards_to_go(losses_KC - predicted_KC, self.discount)[None])[0]
+        for windows in blocks(masks_BKCU):
+            losses, masks_BNU = losses_BKC[windows], masks_BKCU[windows].flatten(1, 2).double()
+            predicted = -(masks_BNU @ self.worth_U).view_as(losses) / chunks
+            advantages.append(less_the_others(rewards_to_go(losses - predicted, self.discount)))
             # Without the others' mean, a chunk's advantages sum to zero, so that no m_u - s_u is needed here.
-            effects.append(advantages_KC.flatten() @ masks_NU / len(masks_KCU))
-            advantages.append(advantages_KC)
-        return torch.stack(effects) / (probs_U * (1 - probs_U)) - self.worth_U, torch.stack(advantages)
+            effects.append((advantages[-1].flatten(1)[:, None] @ masks_BNU)[:, 0] / losses.shape[1])
+        return torch.cat(effects) / contrast_U - self.worth_U, torch.cat(advantages)
 
     def _round_ends(self) -> bool:
         """Whether the boundary of a round was reached with the last step."""
@@ -253,7 +253,7 @@ class PosteriorSearch(MaskSearch):
         Units share the advantages, so those of a pool differ by their chances alone. A unit's own estimate would take
         one that happened never to change for one that is known exactly.
         """
-        chances_U = self.probs_U * (1 - self.probs_U)
+        chances_U = contrast(self.probs_U, self.design)
         levels_U = self._sums.variance_U() * chances_U
         everywhere = levels_U.mean()
         for pool in self._pools:

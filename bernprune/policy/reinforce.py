@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 
-from bernprune.errors import RunError
+from bernprune.errors import ConfigError, RunError
 from bernprune.names import Projection, Scaling
-from bernprune.policy.baselines import Baseline
+from bernprune.policy.baselines import Baseline, LeaveOneOut
 from bernprune.policy.budget import Budget
-from bernprune.policy.estimators import reinforce
-from bernprune.policy.search import Design, MaskSearch, StepStats, rewards_to_go
+from bernprune.policy.estimators import divergence, reinforce
+from bernprune.policy.masks import Design
+from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
+from bernprune.units import MaskRows
 
 
 class ReinforceSearch(MaskSearch):
@@ -23,8 +25,10 @@ class ReinforceSearch(MaskSearch):
             bounds inside keep it alive.
         projection: ``cost-weighted`` (equal shift, budget met exactly) or ``published`` (at most the budget).
         discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
+        pull: weight of KL(policy || start), summed over units, in what is minimised; needs bounds inside 0 and 1.
 
     Raises:
+        ConfigError: antithetic masks with a baseline other than leave-one-out, or a pull with bounds of 0 or 1.
         BudgetError: the budget cannot be met between floor and ceiling.
     """
 
@@ -42,8 +46,13 @@ class ReinforceSearch(MaskSearch):
         floor: float = 0.01,
         ceiling: float = 0.99,
         discount: float = 1.0,
+        pull: float = 0.0,
     ) -> None:
         super().__init__(budget, probs_U, seed=seed, design=design)
+        if design.sampling == "antithetic" and not isinstance(baseline, LeaveOneOut):
+            raise ConfigError(f"antithetic masks need the baseline 'leave-one-out', not {type(baseline).__name__}")
+        if pull > 0 and not 0 < floor < ceiling < 1:
+            raise ConfigError(f"a pull needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
         self.baseline, self.scaling, self.epsilon, self.discount = baseline, scaling, epsilon, discount
         self.needs_reference = baseline.needs_reference
         self._bounds = {"floor": floor, "ceiling": ceiling}
@@ -53,7 +62,8 @@ class ReinforceSearch(MaskSearch):
         # Steepest descent and projection must agree on what distance is: where a unit weighs as much as it costs, it
         # moves by its effect per cost, and a head does not outrun the many channels that cost as much.
         self._metric_U = budget.metric_U if projection == "cost-weighted" else torch.ones_like(budget.costs_U)
-        self.probs_U = self._project(self.probs_U, **self._bounds)
+        self.pull = pull
+        self.probs_U = self._start_U = self._project(self.probs_U, **self._bounds)
 
     @property
     def priorities_U(self) -> torch.Tensor:
@@ -66,7 +76,7 @@ class ReinforceSearch(MaskSearch):
 
     def tell(
         self,
-        masks_BKCU: torch.Tensor,
+        masks_BKCU: MaskRows,
         losses_BKC: torch.Tensor,
         *,
         learning_rate: float,
@@ -82,13 +92,26 @@ class ReinforceSearch(MaskSearch):
         gradient_U = chunks * reinforce(
             before_U, masks_BKCU.flatten(0, 2), advantages_BKC.flatten(), scaling=self.scaling, epsilon=self.epsilon
         )
-        self.probs_U = self._project(before_U - learning_rate * gradient_U / self._metric_U, **self._bounds)
+        # What the advantages of coupled masks lack: the others, which they leave out, tell of a unit too.
+        chances_U, contrast_U = before_U * (1 - before_U), self._contrast_U(masks_BKCU)
+        gradient_U = torch.where(contrast_U > 0, gradient_U * (chances_U / contrast_U), gradient_U)
+        after_U = before_U - learning_rate * gradient_U / self._metric_U
+        if self.pull > 0:
+            after_U -= self._pulled_U(learning_rate)
+        self.probs_U = self._project(after_U, **self._bounds)
         return self._stats(losses_BKC, advantages_BKC, before_U)
+
+    def _pulled_U(self, learning_rate: float) -> torch.Tensor:
+        """The step of the pull alone; it ends at the start and not beyond, so that a strong pull cannot overshoot."""
+        gradient_U = divergence(self.probs_U, self._start_U, scaling=self.scaling, epsilon=self.epsilon)
+        step_U, gap_U = learning_rate * self.pull * gradient_U / self._metric_U, self.probs_U - self._start_U
+        return torch.where(step_U.abs() < gap_U.abs(), step_U, gap_U)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "fingerprint": self.budget.space.fingerprint,
             "probs_U": self.probs_U,
+            "start_U": self._start_U,
             "baseline": self.baseline.state_dict(),
         }
 
@@ -96,5 +119,5 @@ class ReinforceSearch(MaskSearch):
         self._check_state(state)
         if "baseline" not in state:
             raise RunError("the checkpoint was not written by search.method 'reinforce'")
-        self.probs_U = state["probs_U"].double()
+        self.probs_U, self._start_U = state["probs_U"].double(), state["start_U"].double()
         self.baseline.load_state_dict(state["baseline"])

@@ -11,23 +11,12 @@ from typing import Any
 
 import torch
 
-from bernprune.errors import BudgetError, RunError
-from bernprune.policy.bernoulli import entropy, sample
+from bernprune.errors import BudgetError, ConfigError, RunError
+from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import entropy_by_layer, rank_correlation
-
-
-@dataclass(frozen=True)
-class Design:
-    """How the masks of a step are laid out over its text.
-
-    ``groups`` of ``masks`` compete on the same text, each with ``chunks`` masks of its own in turn. Under one mask for
-    a whole batch that is one group; otherwise there is a group for each window.
-    """
-
-    groups: int
-    masks: int
-    chunks: int = 1
+from bernprune.policy.masks import Design, Masks, contrast
+from bernprune.units import MaskRows
 
 
 @dataclass(frozen=True)
@@ -54,13 +43,16 @@ class MaskSearch(ABC):
 
     Raises:
         BudgetError: as many probabilities as units are needed.
+        ConfigError: exact masks of units that lie in one another.
     """
 
-    needs_reference = False  # whether ``tell`` needs the losses of a fixed mask on the same text
+    needs_reference = False  # whether ``tell`` needs the losses of a reference mask on the same text
 
     def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
         if probs_U.shape != (budget.space.size,):
             raise BudgetError(f"{budget.space.size} probabilities are needed, but got {tuple(probs_U.shape)}")
+        if design.sampling == "exact" and budget.space.nested:
+            raise ConfigError(f"sampling 'exact' needs units that do not nest, but got {budget.space.kinds}")
         self.budget, self.seed, self.design = budget, seed, design
         self.probs_U = probs_U.double()
 
@@ -73,16 +65,14 @@ class MaskSearch(ABC):
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """What the priorities may as well be, for all that is known: float64 ``[U]``."""
 
-    def ask(self, step: int) -> torch.Tensor:
-        """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked."""
-        design = self.design
-        masks_NU = sample(self.probs_U, design.groups * design.masks * design.chunks, seed=self.seed, step=step)
-        return masks_NU.view(design.groups, design.masks, design.chunks, -1)
+    def ask(self, step: int) -> Masks:
+        """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked, and made when they are looked at."""
+        return Masks(self.design.rows_BKC, self.probs_U, self.design, self.budget, self.seed, step)
 
     @abstractmethod
     def tell(
         self,
-        masks_BKCU: torch.Tensor,
+        masks_BKCU: MaskRows,
         losses_BKC: torch.Tensor,
         *,
         learning_rate: float,
@@ -91,10 +81,14 @@ class MaskSearch(ABC):
         """Learn from the losses of masks it was asked for.
 
         Args:
+            masks_BKCU: what ``ask`` gave, or a tensor.
             losses_BKC: float64 nats per token of the window: a chunk's is its share of the mean over all predictions,
                 so that the sum over C is the window's loss. What is dropped must be dropped from both.
             learning_rate: step size for the *mean* over masks, hence independent of their number.
-            reference_BC: losses of the fixed reference mask on the same text, if the search needs them.
+            reference_BC: losses of the reference mask on the same text, if the search needs them.
+
+        Raises:
+            ConfigError: antithetic masks of which some are missing.
         """
 
     def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
@@ -112,6 +106,13 @@ class MaskSearch(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``RunError`` if the state belongs to other units or to another method."""
+
+    def _contrast_U(self, masks_BKCU: MaskRows) -> torch.Tensor:
+        """See ``contrast``."""
+        given, asked = masks_BKCU.shape[1], self.design.masks
+        if self.design.sampling == "antithetic" and given != asked:
+            raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")
+        return contrast(self.probs_U, self.design)
 
     def _check_state(self, state: dict[str, Any]) -> None:
         if state["fingerprint"] != self.budget.space.fingerprint:

@@ -24,8 +24,9 @@ from typing import Any, TextIO
 
 import yaml
 
-from bernprune.config import RunConfig, make_config, read_yaml
+from bernprune.config import RunConfig, make_config
 from bernprune.errors import RunError
+from bernprune.settings import read_yaml
 from bernprune.storage import write_bytes
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"

@@ -15,14 +15,17 @@ import torch
 from tqdm import tqdm
 
 from bernprune.errors import LossError, RunError
+from bernprune.names import ReferenceName
 from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.policy.masks import with_reference
 from bernprune.policy.search import MaskSearch, StepStats
-from bernprune.policy.selection import select
+from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder, sync
 from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work, Workload, plan_work
+from bernprune.units import MaskRows
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +35,7 @@ def run_search(
     folder: RunFolder,
     search: MaskSearch,
     scores_U: torch.Tensor,
-    reference_U: torch.Tensor,
+    initial_U: torch.Tensor,
     *,
     progress: bool | None = None,
 ) -> Work:
@@ -40,7 +43,7 @@ def run_search(
 
     Args:
         scores_U: the initial scores, which break ties and to which what is learned is compared.
-        reference_U: the fixed mask of the baseline ``matched``.
+        initial_U: the selection at the start.
         progress: None shows a bar on a terminal only.
 
     Raises:
@@ -50,7 +53,7 @@ def run_search(
     """
     workload = plan_work(stage.config, stage.view.space.size)
     work = _restore(folder, search, stage.text_sha256)
-    loop = _Loop(stage, folder, search, scores_U, reference_U, workload, work)
+    loop = _Loop(stage, folder, search, scores_U, initial_U, workload, work)
     settings = stage.config.search
     hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
     with (
@@ -77,21 +80,35 @@ def run_search(
 def evaluate(
     objective: MaskedObjective,
     search: MaskSearch,
-    masks_BKCU: torch.Tensor,
+    masks_BKCU: MaskRows,
     tokens_BT: torch.Tensor,
     reference_U: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses ``[B, K, C]`` of the masks of a step, and ``[B, C]`` of the reference mask if the search needs them."""
+    """Losses ``[B, K, C]`` of the masks of a step, and ``[B, C]`` of the reference if the search needs them."""
     design = search.design
     if search.needs_reference:
-        masks_BKCU = torch.cat([masks_BKCU, reference_U.expand_as(masks_BKCU[:, :1])], dim=1)
+        masks_BKCU = with_reference(masks_BKCU, reference_U)
     if design.groups == design.chunks == 1:
-        losses_BKC = objective.losses(masks_BKCU[0, :, 0], tokens_BT)[None, :, None]
+        losses_BKC = objective.losses(masks_BKCU.flatten(0, 2), tokens_BT)[None, :, None]
     else:
         losses_BKC = objective.chunk_losses(masks_BKCU, tokens_BT)
     if not search.needs_reference:
         return losses_BKC, None
     return losses_BKC[:, :-1], losses_BKC[:, -1]
+
+
+def reference(name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """What the baseline ``matched`` compares with in the next step, ``[U]``: a mask, or gates in float32.
+
+    All follow from the past alone, so none of them biases the gradient.
+    """
+    if name == "dense":
+        return torch.ones_like(initial_U)
+    if name == "current":
+        return select(search.priorities_U, search.budget, limits=limits)
+    if name == "mean-field":
+        return search.probs_U.float()
+    return initial_U
 
 
 @dataclass
@@ -100,21 +117,22 @@ class _Loop:
     folder: RunFolder
     search: MaskSearch
     scores_U: torch.Tensor
-    reference_U: torch.Tensor
+    initial_U: torch.Tensor
     workload: Workload
     work: Work
     saved_at: float = field(default_factory=time.monotonic)
 
     def step(self, objective: MaskedObjective, metrics: TextIO) -> StepStats:
         """Ask, evaluate, tell; the work done is counted here and nowhere else."""
-        started, step = time.monotonic(), self.work.step
+        started, step, settings = time.monotonic(), self.work.step, self.stage.config.search
         learning_rate = self.workload.learning_rate_at(self.work)
         masks_BKCU = self.search.ask(step)
-        tokens_BT = self.stage.train.batch(step, self.stage.config.search.windows)
-        losses_BKC, reference_BC = evaluate(objective, self.search, masks_BKCU, tokens_BT, self.reference_U)
+        tokens_BT = self.stage.train.batch(step, settings.windows)
+        reference_U = reference(settings.reference, self.search, self.initial_U, self.stage.limits)
+        losses_BKC, reference_BC = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, step)
         stats = self.search.tell(
-            masks_BKCU[finite],
+            masks_BKCU[finite] if dropped else masks_BKCU,
             losses_BKC[finite],
             learning_rate=learning_rate,
             reference_BC=None if reference_BC is None else reference_BC[finite[0]],

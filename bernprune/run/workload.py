@@ -10,9 +10,10 @@ from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
+from bernprune.policy.masks import Design
 from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import Design, MaskSearch
+from bernprune.policy.search import MaskSearch
 
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
@@ -174,12 +175,13 @@ def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor
         floor=policy.floor,
         ceiling=policy.ceiling,
         discount=search.discount,
+        pull=search.pull,
     )
 
 
 def _design(config: RunConfig) -> Design:
     search = config.search
     if search.masks_per == "batch":
-        return Design(1, search.masks)
+        return Design(1, search.masks, sampling=search.sampling)
     chunks = config.data.window // config.chunk if search.masks_per == "chunk" else 1
-    return Design(search.windows, search.masks, chunks)
+    return Design(search.windows, search.masks, chunks, search.sampling)

@@ -1,0 +1,209 @@
+"""The masks of a step, each made when it is asked for: what it holds is a function of (seed, step, row, unit).
+
+How the masks that compete on the same text hang together is their coupling, ``Design.sampling``:
+
+- ``independent``: every mask has uniform numbers of its own.
+- ``antithetic``: the K masks share one uniform number for each unit, shifted by 1/K from mask to mask (systematic
+  sampling). As many of them keep a unit as can be expected, up to one, so that they differ as much as they can; for
+  K = 2 they are antithetic pairs, at any probability (Yin and Zhou, 2019; Dong, Mnih and Tucker, 2020; Dimitriev and
+  Zhou, 2021). Only one row of random numbers is needed for all of them. The order in which masks are shifted differs
+  from unit to unit: in the same order, neighbours would resemble each other in all units at once, and so would their
+  losses, which then tell less (a fifth to a third more variance for units that are undecided).
+- ``exact``: every mask meets the budget. Units are kept in falling order of logit(s) - logit(uniform), which is above
+  zero where an independent mask keeps them, until the limit of their pool is reached (as in Gumbel top-k sampling;
+  Kool, van Hoof and Welling, 2019). Biased: a unit is kept with a probability that is not quite s, and the units of a
+  mask depend on one another, which the estimators do not know. Of 8 equal units, half at 0.05 and half at 0.95, with
+  4 to keep, a unit is kept with 0.032 or 0.968; of 16 with 0.0415 or 0.9585; the bias falls as they become more. Needs
+  units that do not nest, and sorts each mask, which takes ten to twenty times as long as drawing it.
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units, N rows asked for, D rows of random numbers,
+V units filled up to a multiple of the O orders.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from bernprune.names import Sampling
+from bernprune.policy.budget import Budget
+from bernprune.policy.counters import WORDS, mask_words, philox
+from bernprune.seeding import counter_key
+from bernprune.units import MaskRows
+
+ORDERS = 64  # in which antithetic masks are shifted
+
+_BLOCK = 2**18  # random words at once, which stay in the caches; a multiple of ORDERS
+_ENTRIES = 2**23  # of masks that are numbers at once, 64 MiB in float64
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the masks of a step are laid out over its text, and how those on the same text hang together.
+
+    ``groups`` of ``masks`` compete on the same text, each with ``chunks`` masks of its own in turn. Under one mask for
+    a whole batch that is one group; otherwise there is a group for each window.
+    """
+
+    groups: int
+    masks: int
+    chunks: int = 1
+    sampling: Sampling = "independent"
+
+    @property
+    def rows_BKC(self) -> torch.Tensor:
+        """The number of each mask of a step, int64."""
+        shape = self.groups, self.masks, self.chunks
+        return torch.arange(self.groups * self.masks * self.chunks).view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Masks:
+    """Masks as if they were a tensor, bool ``[B, K, C, U]``: an index into all but U gives the tensor of those.
+
+    They never exist together unless asked for together, ``masks[:]``, and do not depend on what is asked for with
+    them, nor on the device.
+
+    Attributes:
+        rows: which masks of the step, of any shape, int64 on the CPU; -1 is the reference.
+        probs_U: keep probabilities, which are rounded to multiples of 2^-32; 0 and 1 are exact.
+        reference_U: a fixed mask, or gates from 0 to 1, in which case all that is asked for with it is in float.
+    """
+
+    rows: torch.Tensor
+    probs_U: torch.Tensor
+    design: Design
+    budget: Budget
+    seed: int
+    step: int
+    reference_U: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.rows.shape, len(self.probs_U)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows = self.rows[index]
+        rows_N = rows.flatten()
+        masks_NU = self._draw(rows_N.clamp(min=0))
+        if self.reference_U is not None:
+            masks_NU = torch.where((rows_N < 0)[:, None].to(masks_NU.device), self.reference_U, masks_NU)
+        return masks_NU.view(*rows.shape, len(self.probs_U))
+
+    def flatten(self, start_dim: int, end_dim: int) -> "Masks":
+        """The same masks with some leading dimensions made one."""
+        return replace(self, rows=self.rows.flatten(start_dim, end_dim))
+
+    def to(self, device: torch.device) -> "Masks":
+        """The same masks, made on another device."""
+        reference_U = None if self.reference_U is None else self.reference_U.to(device)
+        return replace(self, probs_U=self.probs_U.to(device), reference_U=reference_U)
+
+    @cached_property
+    def _thresholds_U(self) -> torch.Tensor:
+        return (self.probs_U * WORDS).round().long()
+
+    @cached_property
+    def _shifts_KO(self) -> torch.Tensor:
+        return (orders(self.design.masks).T * (WORDS // self.design.masks)).to(self.probs_U.device)
+
+    def _draw(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """Bool ``[N, U]``, made from one block of random numbers after the other."""
+        draws_N, masks_N = self._coupled(rows_N)
+        draws_D, which_N = draws_N.unique(return_inverse=True)
+        kept_NU = torch.empty(len(rows_N), len(self.probs_U), dtype=torch.bool, device=self.probs_U.device)
+        for draws, units in self._blocks(len(draws_D)):
+            whole = range(units.start, units.stop + -units.stop % ORDERS)
+            words_DV = mask_words(self.seed, self.step, draws_D[draws].to(kept_NU.device), whole)
+            here_N = (which_N >= draws.start) & (which_N < draws.stop)
+            for mask in masks_N.unique().tolist():
+                at = (here_N & (masks_N == mask)).nonzero()[:, 0]
+                kept_DU = self._kept(words_DV, mask, units)
+                kept_NU[at, units.start : units.stop] = kept_DU[which_N[at] - draws.start]
+        return kept_NU
+
+    def _coupled(self, rows_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which row of random numbers each mask takes, and which it is of those that share it."""
+        if self.design.sampling != "antithetic":
+            return rows_N, torch.zeros_like(rows_N)
+        masks, chunks = self.design.masks, self.design.chunks
+        return rows_N // (masks * chunks) * chunks + rows_N % chunks, rows_N // chunks % masks
+
+    def _blocks(self, num_draws: int) -> Iterator[tuple[slice, range]]:
+        """Rows of random numbers and units, a block of them after the other; an exact mask needs all units at once."""
+        size = len(self.probs_U)
+        width = size if self.design.sampling == "exact" else min(size, _BLOCK)
+        height = max(1, _BLOCK // width)
+        for draw in range(0, num_draws, height):
+            for unit in range(0, size, width):
+                yield slice(draw, draw + height), range(unit, min(unit + width, size))
+
+    def _kept(self, words_DV: torch.Tensor, mask: int, units: range) -> torch.Tensor:
+        """What one of the masks that share these words keeps, ``[D, U]``."""
+        if self.design.sampling == "antithetic":
+            words_DV = (words_DV.unflatten(1, (-1, ORDERS)) + self._shifts_KO[mask]).bitwise_and_(WORDS - 1).flatten(1)
+        words_DU = words_DV[:, : len(units)]
+        if self.design.sampling == "exact":
+            return _within_budget(words_DU, self.probs_U, self.budget)
+        return words_DU < self._thresholds_U[units.start : units.stop]
+
+
+def orders(num_masks: int) -> torch.Tensor:
+    """How many times floor(2^32 / K) each of K antithetic masks adds for unit u, in row u % ``ORDERS``: ``[O, K]``.
+
+    Arbitrary permutations, the same in every run: of random words, counter k and row, in rising order.
+    """
+    counter = torch.arange(num_masks), torch.arange(ORDERS)[:, None], torch.tensor(0), torch.tensor(0)
+    return philox(counter, counter_key(0, "orders"))[0].argsort(dim=1, stable=True)
+
+
+def with_reference(masks_BKCU: MaskRows, reference_U: torch.Tensor) -> MaskRows:
+    """One more mask on every text and chunk, after the others: a fixed one, or gates from 0 to 1."""
+    if isinstance(masks_BKCU, Masks):
+        rows = torch.cat([masks_BKCU.rows, torch.full_like(masks_BKCU.rows[:, :1], -1)], dim=1)
+        return replace(masks_BKCU, rows=rows, reference_U=reference_U)
+    masks = masks_BKCU[:]
+    return torch.cat([masks, reference_U.expand_as(masks[:, :1])], dim=1)
+
+
+def contrast(probs_U: torch.Tensor, design: Design) -> torch.Tensor:
+    """How likely it is that of two masks on the same text one keeps a unit and the other cuts it, ``[U]``.
+
+    s (1 - s) if they are independent. Of K antithetic ones n or n + 1 keep it, n = floor(K s), which gives
+    E[n (K - n)] / (K (K - 1)); the shifts are whole multiples of 2^-32, so that a K that does not divide 2^32 adds an
+    error of 2^-32 at most. With advantages that leave one out, E[A (m - s)] is this times the effect of the unit,
+    because the other masks, too, tell of it: of correlation rho, s (1 - s) (1 - rho).
+    """
+    if design.sampling != "antithetic":
+        return probs_U * (1 - probs_U)
+    masks = design.masks
+    least_U = (masks * probs_U).floor()
+    more_U = masks * probs_U - least_U
+    pairs_U = (1 - more_U) * least_U * (masks - least_U) + more_U * (least_U + 1) * (masks - least_U - 1)
+    return pairs_U / (masks * (masks - 1))
+
+
+def blocks(masks: MaskRows) -> Iterator[slice]:
+    """Slices of the first dimension, for who turns masks into numbers; each of few entries, or of one of its masks."""
+    size = max(1, _ENTRIES // math.prod(masks.shape[1:]))
+    for first in range(0, len(masks), size):
+        yield slice(first, first + size)
+
+
+def _within_budget(words_NU: torch.Tensor, probs_U: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """The masks that keep units in falling order of their keys; on the CPU, as logarithms differ between devices."""
+    uniform_NU = (words_NU.cpu().double() + 0.5) / WORDS
+    keys_NU = probs_U.cpu().logit() - uniform_NU.logit()
+    kept_NU = keys_NU > -torch.inf  # what is settled at 0 stays out
+    for pool in budget.pools:
+        members = pool.members_U.nonzero()[:, 0]
+        order_NM = keys_NU[:, members].argsort(dim=1, descending=True, stable=True)
+        fits_NM = budget.costs_U[members][order_NM].cumsum(1) <= pool.limit * (1 + 1e-12)
+        kept_NU[:, members] &= torch.empty_like(fits_NM).scatter_(1, order_NM, fits_NM)
+    return kept_NU.to(words_NU.device)

@@ -1,0 +1,111 @@
+"""What the baseline ``matched`` compares with: each follows from the past alone, so the gradient stays unbiased.
+
+Letters: T tuples of masks, K masks, U units.
+"""
+
+from typing import Any, get_args
+
+import pytest
+import torch
+from spaces import FLAT, all_masks, make_space, random_numbers
+from test_estimators import LOSSES, MASKS, PROBS_U, exact_gradient, mask_probability, tuples
+from tiny_models import random_tokens, tiny_model
+from tolerances import EXACT, LOGITS, assert_close
+
+from bernprune.models.view import describe
+from bernprune.names import ReferenceName
+from bernprune.objective import masked_objective
+from bernprune.policy.baselines import make_baseline
+from bernprune.policy.budget import Budget
+from bernprune.policy.masks import Design
+from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.selection import Limits, select
+from bernprune.run.loop import evaluate, reference
+from bernprune.units import UnitSpace
+
+REFERENCES: tuple[ReferenceName, ...] = get_args(ReferenceName)
+every_reference = pytest.mark.parametrize("name", REFERENCES)
+
+
+def make_search(space: UnitSpace, probs_U: torch.Tensor, design: Design, sparsity: float = 0.4) -> ReinforceSearch:
+    baseline = make_baseline("matched", window=4, num_masks=design.masks)
+    settings: dict[str, Any] = {"projection": "published", "scaling": "raw", "floor": 0.0, "ceiling": 1.0}
+    return ReinforceSearch(Budget(space, sparsity), probs_U, baseline=baseline, seed=3, design=design, **settings)
+
+
+def loss_of_gates(gates_U: torch.Tensor) -> float:
+    """Of a network that is linear in each gate: for masks the table itself, between them its interpolation."""
+    gates_U = gates_U.double()
+    return (torch.where(MASKS, gates_U, 1 - gates_U).prod(-1) @ LOSSES).item()
+
+
+def test_references_are_what_they_are_called() -> None:
+    """At a policy that has left its start."""
+    search, limits = make_search(FLAT, random_numbers(FLAT.size, 0), Design(1, 2)), Limits(min_channels=2)
+    initial_U = select(search.probs_U, search.budget, limits=limits)
+    search.probs_U = search.budget.project(random_numbers(FLAT.size, 5), floor=0.05, ceiling=0.95)
+    found = {name: reference(name, search, initial_U, limits) for name in REFERENCES}
+    assert torch.equal(found["initial"], initial_U)
+    assert found["dense"].dtype == torch.bool and found["dense"].all()
+    assert torch.equal(found["current"], select(search.probs_U, search.budget, limits=limits))
+    assert torch.equal(found["mean-field"], search.probs_U.float())
+    assert len({str(gates_U.tolist()) for gates_U in found.values()}) == len(REFERENCES)
+
+
+@every_reference
+@pytest.mark.parametrize("past", [None, 0.3], ids=["first_step", "later_step"])
+def test_every_reference_is_unbiased(name: ReferenceName, past: float | None) -> None:
+    """Over every pair of masks that a step of the real search may draw."""
+    space, rate = make_space(["channel"], [(1, 4)]), 0.001
+    search = make_search(space, PROBS_U, Design(1, 2), sparsity=0.01)  # so far that nothing is projected
+    gates_U = reference(name, search, MASKS[6], Limits(min_channels=0))
+    reference_BC = torch.tensor([[loss_of_gates(gates_U)]], dtype=torch.float64)
+    drawn_TK = tuples(2)
+    weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
+    for drawn_K, weight in zip(drawn_TK, weights_T, strict=True):
+        search.probs_U = PROBS_U
+        search.baseline.load_state_dict({"average": past})
+        losses_BKC = LOSSES[drawn_K][None, :, None]
+        search.tell(MASKS[drawn_K][None, :, None], losses_BKC, learning_rate=rate, reference_BC=reference_BC)
+        moved_U += weight * (search.probs_U - PROBS_U)
+    assert_close(-moved_U / rate, exact_gradient(), EXACT)
+
+
+@every_reference
+@pytest.mark.parametrize("design", [Design(1, 3), Design(2, 3), Design(2, 3, 4)], ids=str)
+def test_a_reference_is_evaluated_beside_the_masks(name: ReferenceName, design: Design) -> None:
+    """On the same text, as if it were alone; and what the masks lose does not change by it."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 8)
+    probs_U = 0.3 + 0.6 * random_numbers(view.space.size, 0)
+    search = make_search(view.space, probs_U, design)
+    initial_U = select(search.probs_U, search.budget)
+    gates_U, masks_BKCU = reference(name, search, initial_U, Limits()), search.ask(0)
+    with masked_objective(view, rows_per_forward=4) as objective:
+        losses_BKC, reference_BC = evaluate(objective, search, masks_BKCU, tokens_BT, gates_U)
+        search.needs_reference = False
+        expected_BKC, nothing = evaluate(objective, search, masks_BKCU, tokens_BT, gates_U)
+        wanted = gates_U.expand(2, 1, design.chunks, -1)
+        alone_BC = objective.chunk_losses(wanted, tokens_BT)[:, 0]
+    assert nothing is None and reference_BC is not None
+    assert_close(losses_BKC, expected_BKC, LOGITS[torch.float64])
+    assert_close(reference_BC, alone_BC if design.groups > 1 else alone_BC.mean(0, keepdim=True), LOGITS[torch.float64])
+
+
+def test_a_reference_that_looks_at_the_masks_is_noticed() -> None:
+    """Negative control: the best of the step's own losses as a reference is no baseline."""
+    search, drawn_TK = make_search(make_space(["channel"], [(1, 4)]), PROBS_U, Design(1, 2), sparsity=0.01), tuples(2)
+    weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
+    for drawn_K, weight in zip(drawn_TK, weights_T, strict=True):
+        search.probs_U = PROBS_U
+        search.baseline.load_state_dict({"average": 0.3})
+        losses_BKC = LOSSES[drawn_K][None, :, None]
+        best_BC = losses_BKC.amin(1)
+        search.tell(MASKS[drawn_K][None, :, None], losses_BKC, learning_rate=0.001, reference_BC=best_BC)
+        moved_U += weight * (search.probs_U - PROBS_U)
+    assert (-moved_U / 0.001 - exact_gradient()).abs().max() > 0.01
+
+
+def test_all_masks_are_in_the_table() -> None:
+    """The interpolation at a mask is that mask's loss."""
+    for code, mask_U in enumerate(all_masks(4)):
+        assert loss_of_gates(mask_U) == pytest.approx(LOSSES[code].item(), abs=0)
