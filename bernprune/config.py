@@ -138,7 +138,7 @@ class SearchConfig(_Section):
     the metric alone. 'auto': until search.regret is reached, or eight times the default is spent."""
     regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """posterior: stop once knowing every unit exactly would be expected to gain less than this, in nats per token; by
-    default never, but at 0.05 for sequences 'auto'."""
+    default never, but at 0.1 for sequences 'auto'."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
     method: MethodName = "posterior"

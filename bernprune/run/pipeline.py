@@ -121,7 +121,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     write_json(folder.plan, plan.to_dict())
     try:
         _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
-        write_bytes(folder.picture, draw(report, [record["loss"] for record in folder.read_metrics()]))
+        write_bytes(folder.picture, draw(report, folder.read_metrics()))
         write_json(folder.report, report)
     except BaseException:
         folder.remove_model()  # nobody must take it for a verified one; the plan is kept

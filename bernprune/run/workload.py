@@ -17,7 +17,7 @@ from bernprune.policy.search import MaskSearch
 
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
-AUTO_TIMES, AUTO_REGRET = 8, 0.05
+AUTO_TIMES, AUTO_REGRET = 8, 0.1
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 
 
