@@ -8,7 +8,7 @@ How the masks that compete on the same text hang together is their coupling, ``D
   K = 2 they are antithetic pairs, at any probability (Yin and Zhou, 2019; Dong, Mnih and Tucker, 2020; Dimitriev and
   Zhou, 2021). Only one row of random numbers is needed for all of them. The order in which masks are shifted differs
   from unit to unit: in the same order, neighbours would resemble each other in all units at once, and so would their
-  losses, which then tell less (a fifth to a third more variance for units that are undecided).
+  losses (for undecided units of a real model, that gave a third more variance than independent masks).
 - ``exact``: every mask meets the budget. Units are kept in falling order of logit(s) - logit(uniform), which is above
   zero where an independent mask keeps them, until the limit of their pool is reached (as in Gumbel top-k sampling;
   Kool, van Hoof and Welling, 2019). Biased: a unit is kept with a probability that is not quite s, and the units of a
