@@ -1,6 +1,7 @@
 """What is kept: finalists and challengers on text of their own, inside the budget, and to the bit after a crash."""
 
 import errno
+import itertools
 import os
 import signal
 import time
@@ -137,6 +138,19 @@ def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: py
     assert torch.equal(torch.cat(text), torch.cat(wanted)) and found.windows == 5 * (1 + len(found.heats))
     rows = stage.config.search.rows_per_forward
     assert max(len(tokens_BT) for tokens_BT in text) <= rows
+
+
+def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lead of half a standard error makes a finalist, but not a challenger."""
+    windows = itertools.cycle([-1.0, 1.0, -1.0, 1.0, -1.0])
+
+    def close(masks_NU: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0] + [0.95 + next(windows)] * (len(masks_NU) - 1), dtype=torch.float64)
+
+    found, finalists = choose(stage, tmp_path, monkeypatch, close, budget=200)
+    assert found.kept == "initial" and torch.equal(found.mask_U, finalists["initial"])
+    for heat in found.heats:
+        assert heat["winner"] == 0 and heat["difference"] == pytest.approx(-0.25) and 0.4 < heat["error"] < 0.6
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

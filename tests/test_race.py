@@ -254,6 +254,19 @@ def one_group_against_the_rest(found_U: torch.Tensor, mask_U: torch.Tensor) -> b
     return False
 
 
+@methods
+def test_what_is_decided_again_is_decided_by_the_price(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn as they are believed to be, units are kept where a selection by belief alone would keep them."""
+    search = make_search(method, MANY)
+    monkeypatch.setattr(search, "draw", lambda _: search.priorities_U)
+    believed_U = select(search.priorities_U, search.budget)
+    mask_U = select(random_numbers(MANY.size, 4), search.budget)
+    for seed in range(30):
+        chosen = torch.randperm(MANY.size, generator=generator(seed, "heat"))[:8]
+        for found_U in challengers(search, mask_U, Limits(), generator(seed, "heat"), 1):
+            assert torch.equal(found_U[chosen], believed_U[chosen])
+
+
 @pytest.mark.parametrize("space", [FLAT, LAYERED_BLOCKS], ids=["flat", "blocks"])
 def test_a_group_goes_or_comes_back(space: UnitSpace) -> None:
     """Of a search sure of everything no other move finds a mask: a whole group is kept, or gone, that was not."""

@@ -51,7 +51,7 @@ def race(
     running, losses_NW = torch.arange(len(masks_NU)), torch.empty(len(masks_NU), 0, dtype=torch.float64)
     for num_masks, fresh in stages(len(masks_NU), windows):
         ranked = losses_NW[1:].sum(1).argsort(stable=True) + 1  # without losses yet, as they came
-        stay = torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: num_masks - 1].sort().values])
+        stay = torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: num_masks - 1]])
         running = running[stay]
         losses_NW = torch.cat([losses_NW[stay], evaluate(masks_NU[running], fresh)], dim=1)
     gains_NW = losses_NW[1:] - losses_NW[0]
