@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from spaces import FLAT
 from tiny_models import tiny_model
 from tiny_run import (
     KV_GROUPS,
@@ -30,6 +31,7 @@ from bernprune.models.families import FAMILIES
 from bernprune.names import BaselineName, MasksPer, MethodName, PresetName, ScoreName
 from bernprune.run import pipeline
 from bernprune.run.folder import RunFolder
+from bernprune.run.plans import Learned
 from bernprune.settings import merge, parse_settings
 from bernprune.units import KeepPlan, LayerPlan
 
@@ -118,6 +120,23 @@ def _damaged_config(place: Place) -> Path:
 def _something_else(place: Place) -> Path:
     place.out.mkdir(parents=True)
     (place.out / "thesis.tex").write_text("precious")
+    return place.out
+
+
+def _select(out: str | Path, *given: str) -> list[str]:
+    return ["select", str(out), *given]
+
+
+def _learned(place: Place, *more: str) -> Path:
+    """A run that is done with learning; what it learned is of units made by hand."""
+    numbers_U = torch.linspace(0, 1, FLAT.size, dtype=torch.float64)
+    Learned(FLAT, numbers_U, numbers_U.exp(), numbers_U > 0.3).write(RunFolder(_unfinished(place, *more)).learned)
+    return place.out
+
+
+def _damaged_learned(place: Place) -> Path:
+    path = _learned(place) / "learned.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
     return place.out
 
 
@@ -329,6 +348,59 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: [*_plan_of_another_model(p)[:3], str(_something_else(p))],
         ("exists already",),
     ),
+    # plans for other sparsities
+    "plans-too-high": (
+        lambda p: p.prune("plans.sparsities=[0.2, 0.5]"),
+        ("plans.sparsities", "0.5", "0.3 explores 0.15 to 0.45"),
+    ),
+    "plans-too-low": (
+        lambda p: [*p.prune("plans.sparsities=[0.2]"), "--sparsity", "0.5"],
+        ("plans.sparsities", "0.2", "0.5 explores 0.25 to 0.75"),
+    ),
+    "plans-not-a-number": (lambda p: p.prune("plans.sparsities=[x]"), ("plans.sparsities", "number", "'x'")),
+    "plans-nan": (lambda p: p.prune("plans.sparsities=[.nan]"), ("plans.sparsities", "finite", "nan")),
+    "plans-of-all": (lambda p: p.prune("plans.sparsities=[1]"), ("plans.sparsities", "less than 1", "1")),
+    "plans-beyond-minimums": (
+        lambda p: p.prune("plans.sparsities=[0.2, 0.45]", "budget.min_kv_groups=2", "budget.min_channels=5"),
+        ("minimums", "55.0%", "0.45"),
+    ),
+    "select-nothing": (lambda p: _select("temporary", "--sparsity", "0.2"), ("temporary", "no bernprune run")),
+    "select-missing": (lambda p: _select("none", "--sparsity", "0.2"), ("none", "no bernprune run")),
+    "select-unfinished": (
+        lambda p: _select(_unfinished(p), "--sparsity", "0.2"),
+        ("not learned yet", "learned.safetensors is missing"),
+    ),
+    "select-damaged": (
+        lambda p: _select(_damaged_learned(p), "--sparsity", "0.2"),
+        ("learned.safetensors", "damaged"),
+    ),
+    "select-damaged-config": (lambda p: _select(_damaged_config(p), "--sparsity", "0.2"), ("config.yaml", "not YAML")),
+    **{
+        f"select-{sparsity}": (
+            lambda p, sparsity=sparsity: _select(_learned(p), "--sparsity", sparsity, "--nested"),
+            (f"sparsity {sparsity}", "at 0.3 explores, 0.15 to 0.45"),
+        )
+        for sparsity in ("0.14", "0.46", "0", "1", "30", "-0.3", "nan", "inf")
+    },
+    "select-text": (lambda p: _select(_learned(p), "--sparsity", "much"), ("--sparsity", "valid number")),
+    "select-without-sparsity": (lambda p: _select(_learned(p)), ("--sparsity",)),
+    "select-beyond-minimums": (
+        lambda p: _select(_learned(p, "budget.min_channels=5"), "--sparsity", "0.45"),
+        ("minimums", "0.45", "lower the minimums or the sparsity"),
+    ),
+    # the choice and the stop rule
+    "selection-all": (lambda p: p.prune("search.selection=1"), ("search.selection", "0.9", "1")),
+    "regret-0": (lambda p: p.prune("search.regret=0"), ("search.regret", "greater than 0", "0")),
+    "final-windows-0": (lambda p: p.prune("search.final_windows=0"), ("search.final_windows", "1", "0")),
+    "sequences-automatic": (lambda p: p.prune("search.sequences=automatic"), ("search.sequences", "'automatic'")),
+    "auto-of-reinforce": (
+        lambda p: p.prune(*REINFORCE, "search.sequences=auto"),
+        ("search.sequences 'auto'", "'posterior'", "not 'reinforce'"),
+    ),
+    "reinforce-with-regret": (
+        lambda p: p.prune(*REINFORCE, "search.regret=0.1"),
+        ("search.regret has no meaning for search.method 'reinforce'",),
+    ),
     # the command line
     "command-unknown": (lambda p: ["prone"], ("prone",)),
     "option-unknown": (lambda p: ["prune", "--sparse", "0.5"], ("--sparse",)),
@@ -372,6 +444,10 @@ GOOD: dict[str, Try] = {
     "empty-out-folder": lambda p: p.prune(out=p.folder / "temporary"),
     "relative-paths": lambda p: p.prune(model=Path("model"), text=Path("text.txt"), out=Path("a/b")),
     "granularity-in-words": lambda p: p.prune("granularity='channel, kv_group'"),
+    "one-final-window": lambda p: p.prune("search.selection=0.9", "search.final_windows=1"),
+    "plans-just-explored": lambda p: p.prune("plans.sparsities=[0.15, 0.45]"),
+    "select-lowest": lambda p: _select(_learned(p), "--sparsity", "0.15"),
+    "select-highest-nested": lambda p: _select(_learned(p), "--sparsity", "0.45", "--nested"),
     "empty-config": lambda p: ["prune", str(p.file("c.yaml", "# nothing")), *p.prune()[1:]],
 }
 

@@ -194,6 +194,7 @@ def test_there_are_numbers() -> None:
 # --- what belongs together ---
 
 OTHER_VALUES = {
+    "regret": 0.2,
     "rounds": 7,
     "forgetting": 0.25,
     "learning_rate": 0.5,

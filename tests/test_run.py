@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_models import random_tokens, tiny_model
 from tiny_run import (
     CHANNELS,
+    LOOK,
     METHODS,
     NO_CHUNKS,
     PASSES,
@@ -42,9 +42,9 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
-from bernprune.run import loop, pipeline
+from bernprune.run import loop
 from bernprune.run.stage import set_stage
-from bernprune.run.workload import ROUND_WINDOWS, Work, Workload, default_sequences, make_search, plan_work
+from bernprune.run.workload import make_search
 from bernprune.settings import read_yaml
 from bernprune.text import load_documents
 
@@ -74,8 +74,11 @@ def test_the_report(finished: Path) -> None:
     protocol = report["protocol"]
     assert (protocol["window"], protocol["windows"], protocol["tokens"]) == (WINDOW, 20, 20 * (WINDOW - 1))
     assert protocol["text"].endswith("held-out.txt")
-    sequences = STEPS * PASSES
+    sequences = STEPS * PASSES + LOOK
     assert (search["sequences"], search["forward_tokens"], search["steps"]) == (sequences, sequences * WINDOW, STEPS)
+    assert search["ended"].startswith("sequences") and search["kept"] == "learned"
+    assert search["finals"] == {"sequences": 0, "heats": []} and report["plans"] == []
+    assert report["diagnostics"] == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["round"]
     assert 0 < search["seconds"] < 60
     assert report["verified"]["max_logit_difference"] == 0
 
@@ -97,7 +100,11 @@ def test_the_stored_config_is_the_config(finished: Path) -> None:
     stored = read_yaml(finished / "config.yaml")
     config = make_config(stored)
     assert config.to_dict() == stored and make_config(config.to_dict()) == config
-    assert config.search.sequences == STEPS * PASSES and config.data.window == WINDOW and config.budget.sparsity == 0.3
+    assert (
+        config.search.sequences == STEPS * PASSES + LOOK
+        and config.data.window == WINDOW
+        and config.budget.sparsity == 0.3
+    )
 
 
 def timeless(report: dict[str, Any]) -> dict[str, Any]:
@@ -134,15 +141,18 @@ def test_the_metrics_of_every_method(method: str, place: Place) -> None:
     succeed(*place.prune(*METHODS[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
     own = {"learning_rate"} if method == "reinforce" else {"rounds", "reliability"}
-    assert [line.keys() for line in lines] == [METRICS | own] * STEPS
-    assert [line["sequences"] for line in lines] == [PASSES * (step + 1) for step in range(STEPS)]
+    per_round, look = (STEPS, 0) if method == "reinforce" else (2, LOOK)
+    ends = [step % per_round == per_round - 1 for step in range(STEPS)]
+    assert [line.keys() for line in lines] == [METRICS | own | ({"round"} if end else set()) for end in ends]
+    rounds = [(step + 1) // per_round for step in range(STEPS)]
+    assert [line["sequences"] for line in lines] == [PASSES * (s + 1) + look * r for s, r in enumerate(rounds)]
     if method == "reinforce":
         rates = [0.05 * (1 + math.cos(math.pi * step / STEPS)) for step in range(STEPS)]
         assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
     else:
-        assert [line["rounds"] for line in lines] == [(step + 1) // 2 for step in range(STEPS)]
+        assert [line["rounds"] for line in lines] == rounds
         moved = [line["largest_move"] > 0 for line in lines]
-        assert moved == [step % 2 == 1 for step in range(STEPS)], "the policy moves between rounds alone"
+        assert moved == ends, "the policy moves between rounds alone"
         assert all(0 < line["reliability"] <= 1 for line in lines[1:]) and lines[0]["reliability"] == 0
 
 
@@ -245,106 +255,6 @@ def test_the_table_has_a_row_for_each_selection(finished: Path) -> None:
         assert titles == ["dense", "metric, uniform", "initial metric", last]
     report["perplexity"]["initial"] = 20.5
     assert [line[:16].strip() for line in table(report).splitlines()[1:5]] == ["dense", "initial metric", "kept", ""]
-
-
-@pytest.mark.parametrize(("start", "selections"), [("const", 2), ("uniform", 3)])
-def test_each_selection_is_compared_once(start: str, selections: int, place: Place) -> None:
-    """What was learned, the start, and the uniform cut if that is another one."""
-    search = report_of(place, f"initial.map={start}", "initial.score=random", "search.final_windows=5")["search"]
-    assert search["final_sequences"] == 5 * selections
-
-
-PASSES_OF = {
-    "search.baseline=leave-one-out": 3,
-    "search.baseline=none": 3,
-    "search.baseline=moving-average": 3,
-    "search.baseline=published": 3,
-    "search.baseline=matched": 4,
-    "search.baseline=matched search.reference=dense": 4,
-    "search.baseline=matched search.reference=current": 4,
-    "search.baseline=matched search.reference=mean-field": 4,
-    "search.baseline=leave-one-out search.sampling=antithetic search.pull=0.1": 3,
-    "search.objective=kl": 4,
-    "search.objective=kl search.baseline=matched": 5,
-    "search.baseline=matched search.masks_per=sequence": 4,
-    "search.baseline=matched search.masks_per=chunk search.chunk=8": 4,
-}
-
-
-@pytest.mark.parametrize("given", PASSES_OF)
-def test_every_pass_is_counted(given: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """search.sequences holds reference and dense passes too, and what is reported is what was run."""
-    check_passes(place, monkeypatch, PASSES_OF[given], *METHODS["reinforce"], *given.split())
-
-
-@pytest.mark.parametrize(("objective", "passes"), [("cross-entropy", 3), ("kl", 4)])
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "reinforce"])
-def test_every_pass_of_the_posterior_is_counted(
-    method: str, objective: str, passes: int, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever has masks of its own, and whether or not the rounds divide the steps."""
-    check_passes(place, monkeypatch, passes, *METHODS[method], "search.rounds=2", f"search.objective={objective}")
-
-
-def check_passes(place: Place, monkeypatch: pytest.MonkeyPatch, passes: int, *given: str) -> None:
-    """Of 45 sequences, in steps of ``passes`` on two windows."""
-    rows: list[int] = []
-    monkeypatch.setattr(loop, "masked_objective", _counting(loop.masked_objective, rows))
-    search = report_of(place, *given, "search.sequences=45")["search"]
-    steps = 45 // (2 * passes)
-    assert (search["steps"], search["sequences"]) == (steps, steps * 2 * passes)
-    assert sum(rows) == search["sequences"] and search["forward_tokens"] == search["sequences"] * WINDOW
-
-
-def _counting(original: Any, rows: list[int]) -> Any:
-    """``masked_objective`` that notes the rows of every forward pass."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def counted(view: Any, *given: Any, **more: Any) -> Any:
-        with original(view, *given, **more) as objective:
-            hook = view.decoder.register_forward_pre_hook(
-                lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-            )
-            try:
-                yield objective
-            finally:
-                hook.remove()
-
-    return counted
-
-
-@pytest.mark.parametrize("masks_per", ["batch", "chunk"])
-@pytest.mark.parametrize("rounds", [1, 3, 24, None])
-@pytest.mark.parametrize("sequences", [48, 100, 1000, 8192, None])
-def test_the_work_fits_its_budget(sequences: int | None, rounds: int | None, masks_per: str) -> None:
-    """As many whole steps as the sequences allow, and as many rounds as asked for, the last ending with the work."""
-    search = {"masks": 5, "windows": 3, "sequences": sequences, "rounds": rounds, "masks_per": masks_per}
-    workload, available = plan_work(make_config({"search": search}), 5000), sequences or default_sequences(5000)
-    least = 2 if masks_per == "batch" else 1
-    check_whole(workload, available, 15)
-    assert workload.steps is not None and workload.round_steps >= least
-    planned = workload.steps / workload.round_steps
-    assert_close(planned, round(planned), EXACT)
-    wanted = workload.steps * 3 // ROUND_WINDOWS if rounds is None else rounds
-    assert round(planned) == max(1, min(wanted, workload.steps // least))
-
-
-@pytest.mark.parametrize("sequences", [48, 100, 8192, None])
-def test_the_work_of_policy_gradients_fits_its_budget(sequences: int | None) -> None:
-    """As many whole steps as the sequences allow, reference passes included."""
-    search = {"masks": 6, "windows": 3, "sequences": sequences}
-    search |= {"method": "reinforce", "baseline": "matched", "sampling": "independent"}
-    available = sequences or default_sequences(5000)
-    check_whole(plan_work(make_config({"search": search}), 5000), available, 21)
-
-
-def check_whole(workload: Workload, available: int, per_step: int) -> None:
-    """Nothing is left over but less than a step, and the work is over when the steps are done, not before."""
-    assert workload.step_sequences == per_step and workload.steps is not None
-    assert 0 <= available - workload.steps * per_step < per_step
-    done = [workload.progress(Work(step=workload.steps * part // 2)) >= 1 for part in range(3)]
-    assert done == [False, False, True]
 
 
 @pytest.mark.parametrize("needs_reference", [False, True])
@@ -466,20 +376,3 @@ def test_a_real_model_gets_better_by_learning(given: tuple[str, ...], share: flo
     assert perplexities["dense"] < perplexities["pruned"] < share * perplexities["initial"]
     assert report["search"]["kept"] == "learned"
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.001)
-
-
-@pytest.mark.parametrize(("losses", "kept"), [([1.0, 2.0, 3.0], "learned"), ([3.0, 1.0, 2.0], "initial")])
-def test_what_was_learned_must_beat_the_metric(monkeypatch: pytest.MonkeyPatch, losses: list[float], kept: str) -> None:
-    """On windows of the training text that the search would have seen next; without any, it is taken unseen."""
-    asked: list[tuple[int, int]] = []
-    train = SimpleNamespace(batch=lambda step, count: asked.append((step, count)))
-    objective = SimpleNamespace(losses=lambda masks_KU, tokens_BT: torch.tensor(losses))
-    monkeypatch.setattr(pipeline, "masked_objective", lambda *_, **__: nullcontext(objective))
-    search = SimpleNamespace(final_windows=5, windows=2, rows_per_forward=8)
-    stage: Any = SimpleNamespace(config=SimpleNamespace(search=search), train=train, view=None, ops=None)
-    candidates = dict.fromkeys(("learned", "initial", "uniform"), torch.ones(3))
-    assert pipeline._best(stage, Work(step=7), candidates) == kept
-    assert asked == [(3, 5)], "14 windows were seen: the first batch of 5 beyond them is the fourth"
-    search.final_windows = 0
-    assert pipeline._best(stage, Work(step=7), candidates) == "learned"
-    assert len(asked) == 1

@@ -27,7 +27,8 @@ def stages(num_masks: int, windows: int) -> Iterator[tuple[int, int]]:
     seen = 0
     for left in range(max(1, math.ceil(math.log2(num_masks))) - 1, -1, -1):
         upto = math.ceil(windows / 2**left)
-        yield num_masks, upto - seen
+        if upto > seen:  # of very few windows, some stages have none
+            yield num_masks, upto - seen
         num_masks, seen = max(2, math.ceil(num_masks / 2)), upto
 
 
@@ -46,10 +47,11 @@ def race(
         evaluate: masks ``[N, U]`` and a number to losses ``[N, W]`` on so many windows that nobody has seen yet.
         margin: standard errors by which a challenger must beat mask 0.
     """
+    assert len(masks_NU) > 1 and windows > 0, "nobody to race against"
     running, losses_NW = torch.arange(len(masks_NU)), torch.empty(len(masks_NU), 0, dtype=torch.float64)
     for num_masks, fresh in stages(len(masks_NU), windows):
         ranked = losses_NW[1:].sum(1).argsort(stable=True) + 1  # without losses yet, as they came
-        stay = torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: num_masks - 1].sort().values])
+        stay = torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: num_masks - 1]])
         running = running[stay]
         losses_NW = torch.cat([losses_NW[stay], evaluate(masks_NU[running], fresh)], dim=1)
     gains_NW = losses_NW[1:] - losses_NW[0]

@@ -72,7 +72,7 @@ class ReinforceSearch(MaskSearch):
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """The mask that a unit's noise would give it, softened: sigmoid(logit s + logistic noise)."""
         noise_U = torch.rand(len(self.probs_U), generator=random, dtype=torch.float64)
-        return torch.sigmoid(self.probs_U.logit() + noise_U.logit())
+        return torch.sigmoid(self.probs_U.logit() + noise_U.logit(eps=1e-12))  # finite, also where s is 0 or 1
 
     def tell(
         self,

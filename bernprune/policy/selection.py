@@ -46,13 +46,20 @@ class _Item:
 
 
 def select(
-    probs_U: torch.Tensor, budget: Budget, *, limits: Limits | None = None, tie_break_U: torch.Tensor | None = None
+    probs_U: torch.Tensor,
+    budget: Budget,
+    *,
+    limits: Limits | None = None,
+    tie_break_U: torch.Tensor | None = None,
+    core_U: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The mask, bool ``[U]``, that keeps the most wanted units within the budget.
 
     Args:
         probs_U: priorities, larger is kept.
         tie_break_U: decides between equal priorities (larger is kept), e.g. the initial scores; then the unit's index.
+        core_U: a selection of some other budget, bool. What it keeps comes first, and the first that no longer fits
+            ends the selection: then what is kept at any budget is part of what is kept at a larger one.
 
     Raises:
         BudgetError: what the limits force to be kept costs more than the budget allows, or does not exist.
@@ -63,7 +70,7 @@ def select(
             raise BudgetError(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
-    items = sorted(_items(probs_U, budget, limits or Limits(), tie_break_U), key=lambda item: item.order)
+    items = sorted(_items(probs_U, budget, limits or Limits(), tie_break_U, core_U), key=lambda item: item.order)
     left = [pool.limit * (1 + 1e-12) for pool in budget.pools]  # a limit met exactly must not fail by rounding
     kept, closed = bytearray(size), set[int]()
     for item in items:
@@ -74,6 +81,8 @@ def select(
             if item.forced:
                 raise _impossible(items, budget, item.pool)
             closed.add(item.group)  # what follows in the group costs as much, or stands on the minimum just refused
+            if core_U is not None:
+                left[item.pool] = -math.inf
             continue
         left[item.pool] -= item.cost
         for unit in item.units:
@@ -90,16 +99,24 @@ def _impossible(items: list[_Item], budget: Budget, index: int) -> BudgetError:
     )
 
 
-def _items(probs_U: torch.Tensor, budget: Budget, limits: Limits, tie_break_U: torch.Tensor | None) -> Iterator[_Item]:
+def _items(
+    probs_U: torch.Tensor,
+    budget: Budget,
+    limits: Limits,
+    tie_break_U: torch.Tensor | None,
+    core_U: torch.Tensor | None,
+) -> Iterator[_Item]:
     space, probs_U = budget.space, probs_U.double().cpu()
     wanted = space.inherit(probs_U, torch.minimum).tolist()
     second_U = torch.zeros_like(probs_U) if tie_break_U is None else tie_break_U.double().cpu()
+    core = [False] * space.size if core_U is None else core_U.tolist()
     own, second, parents = probs_U.tolist(), second_U.tolist(), space.parents_U.tolist()
     pools = torch.stack([pool.members_U for pool in budget.pools]).int().argmax(0).tolist()
     costs = budget.costs_U.tolist()
     for index, (group, start) in enumerate(zip(space.groups, space.starts, strict=False)):
         depth, parent = KINDS.index(group.kind), parents[start]
-        units = sorted(range(start, start + group.count), key=lambda u: (-wanted[u], -own[u], -second[u], u))
+        order = {u: (not core[u], -wanted[u], -own[u], -second[u], u) for u in range(start, start + group.count)}
+        units = sorted(order, key=order.__getitem__)
         minimum = _minimum(group.kind, group.layer, group.count, limits)
         for part in _parts(units, minimum, limits.channel_multiple if group.kind == "channel" else 1):
             required = minimum > 0 and part[0] == units[0]
@@ -108,7 +125,7 @@ def _items(probs_U: torch.Tensor, budget: Budget, limits: Limits, tie_break_U: t
             mean = min(wanted[best], sum(wanted[u] for u in part) / len(part))
             turn = wanted[parent] if required and parent >= 0 else mean
             yield _Item(
-                order=(not forced, -turn, depth, -own[best], -second[best], best),
+                order=(not forced, not all(core[u] for u in part), -turn, depth, -own[best], -second[best], best),
                 units=tuple(part),
                 cost=costs[start] * len(part),
                 pool=pools[start],

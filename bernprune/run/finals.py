@@ -21,6 +21,7 @@ from bernprune.seeding import generator
 logger = logging.getLogger(__name__)
 
 _CHALLENGERS = 7  # of a heat, beside the mask they challenge
+_LOST = 1e6  # nats, for a loss that is not finite: its mask loses, and sums stay finite
 _MARGIN = 1.0  # standard errors by which the best of them must win: the best of several looks better than it is
 
 
@@ -101,7 +102,7 @@ class _Text:
     finals: Finals
 
     def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
-        """Of each mask on each of the next windows, ``[N, W]``."""
+        """Of each mask on each of the next windows, ``[N, W]``; one that is not finite counts as a very large one."""
         start = self.first + self.finals.windows
         self.finals.windows += count
         self.finals.sequences += (len(masks_NU) + self._dense) * count
@@ -111,7 +112,7 @@ class _Text:
         for tokens_BT in tokens_WT.split(together):
             masks_BKCU = masks_NU[None, :, None].expand(len(tokens_BT), -1, -1, -1)
             parts.append(self.objective.chunk_losses(masks_BKCU, tokens_BT)[..., 0].T)
-        return torch.cat(parts, dim=1)
+        return torch.cat(parts, dim=1).nan_to_num(nan=_LOST, posinf=_LOST)
 
     def cost(self, num_masks: int, windows: int) -> int:
         """Sequences of a heat."""

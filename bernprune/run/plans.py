@@ -45,8 +45,8 @@ class Learned:
         """The mask of another budget, bool ``[U]``.
 
         Args:
-            nested: what a lower sparsity than the run's keeps contains what the run keeps; of a higher one, it is
-                contained in that.
+            nested: of two sparsities, what the higher keeps is part of what the lower keeps, the run's own among them.
+                That may leave a little more of the budget unspent.
 
         Raises:
             BudgetError: a sparsity too far from the run's, or one that the limits do not allow.
@@ -57,14 +57,12 @@ class Learned:
                 f"sparsity {sparsity:g} lies outside what a run at {config.budget.sparsity:g} explores, {low:g} to "
                 f"{high:g}; prune at that sparsity instead"
             )
+        if sparsity == config.budget.sparsity:
+            return self.mask_U
         budget = Budget(self.space, sparsity, measure=config.budget.measure, pools=config.budget.pools)
         limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
-        priorities_U = self.priorities_U
-        if nested:
-            beyond = priorities_U.max() - priorities_U.min() + 1
-            priorities_U = priorities_U + beyond * self.mask_U
-        mask_U = select(priorities_U, budget, limits=limits, tie_break_U=self.scores_U)
-        return mask_U & self.mask_U if nested and sparsity > config.budget.sparsity else mask_U
+        core_U = self.mask_U if nested else None
+        return select(self.priorities_U, budget, limits=limits, tie_break_U=self.scores_U, core_U=core_U)
 
 
 def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan) -> Path:

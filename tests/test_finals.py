@@ -1,0 +1,330 @@
+"""What is kept: finalists and challengers on text of their own, inside the budget, and to the bit after a crash."""
+
+import errno
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from spaces import random_numbers
+from tiny_run import (
+    METHODS,
+    SETTINGS,
+    Place,
+    ended,
+    finish,
+    in_one_sentence,
+    read_json,
+    run,
+    spawn,
+    state_of,
+    succeed,
+    tiny_text,
+)
+
+from bernprune import storage
+from bernprune.config import make_config
+from bernprune.objective import MaskedObjective
+from bernprune.policy.selection import select
+from bernprune.run import finals, loop
+from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.finals import Finals, run_finals
+from bernprune.run.folder import RunFolder
+from bernprune.run.stage import Stage, set_stage
+from bernprune.run.workload import Work, make_search, plan_work
+from bernprune.settings import merge, parse_settings
+
+# --- the choice alone, with losses made by hand ---
+
+WORK = Work(step=7, sequences=1000)
+
+
+@pytest.fixture(scope="module")
+def stage(prepared: Place) -> Stage:
+    given = {"model": {"path": str(prepared.model)}, "data": {"text": str(prepared.text)}}
+    return set_stage(make_config(merge(given, parse_settings([*SETTINGS, "search.final_windows=5"]))))
+
+
+def choose(
+    stage: Stage,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    budget: int,
+    text: list[torch.Tensor] | None = None,
+) -> tuple[Finals, dict[str, torch.Tensor]]:
+    """Race three selections of different kind where masks ``[N, U]`` have the losses ``[N]``, whatever the text."""
+    random_U = [random_numbers(stage.budget.space.size, seed) for seed in range(3)]
+    search = make_search(stage.config, stage.budget, {"scores_U": random_U[0], "probs_U": random_U[0]})
+    names = ("learned", "initial", "uniform")
+    finalists = {name: select(at, stage.budget, limits=stage.limits) for name, at in zip(names, random_U, strict=True)}
+
+    def chunk_losses(masks_BKCU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        if text is not None:
+            text.append(tokens_BT)
+        return torch.stack([loss(masks_KU) for masks_KU in masks_BKCU[:, :, 0]])[..., None]
+
+    monkeypatch.setattr(
+        finals, "masked_objective", lambda *_, **__: nullcontext(SimpleNamespace(chunk_losses=chunk_losses))
+    )
+    folder.mkdir(exist_ok=True)
+    workload = replace(plan_work(stage.config, stage.budget.space.size), selection=budget / 1000, sequences=None)
+    return run_finals(stage, RunFolder(folder), search, finalists, workload, WORK), finalists
+
+
+def level(masks_NU: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(masks_NU), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("best", ["learned", "initial", "uniform"])
+def test_the_best_finalist_is_kept(best: str, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever it is, and no challenger that is worse; of equals, what was learned."""
+    _, finalists = choose(stage, tmp_path, monkeypatch, level, budget=0)
+
+    def only(masks_NU: torch.Tensor) -> torch.Tensor:
+        return 1 - (masks_NU == finalists[best]).all(1).double()
+
+    found, _ = choose(stage, tmp_path / "a", monkeypatch, only, budget=200)
+    assert found.kept == best and torch.equal(found.mask_U, finalists[best])
+    assert found.heats and all(heat["winner"] == heat["changed_units"] == 0 for heat in found.heats)
+    found, _ = choose(stage, tmp_path / "b", monkeypatch, level, budget=200)
+    assert found.kept == "learned" and torch.equal(found.mask_U, finalists["learned"])
+
+
+def test_challengers_that_win_are_challenged(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loss is what the kept units cost, each winner is better than the last, by what its heat says."""
+    value_U = random_numbers(stage.budget.space.size, 9)
+    found, finalists = choose(stage, tmp_path, monkeypatch, lambda masks_NU: masks_NU.double() @ value_U, budget=900)
+    losses = {name: (mask_U.double() @ value_U).item() for name, mask_U in finalists.items()}
+    assert found.kept == min(losses, key=lambda name: losses[name])
+    won = [heat for heat in found.heats if heat["winner"]]
+    gained = sum(heat["difference"] for heat in won)
+    assert len(won) > 2 and (found.mask_U.double() @ value_U).item() == pytest.approx(losses[found.kept] + gained)
+    assert all((heat["difference"] < 0) == (heat["winner"] > 0) == (heat["changed_units"] > 0) for heat in found.heats)
+    assert stage.budget.removed_share(found.mask_U) >= 0.3
+
+
+@pytest.mark.parametrize("budget", range(0, 60, 3))
+def test_no_more_is_spent_than_there_is(
+    budget: int, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three selections on a window or two, if it only suffices for that; then as many heats as fit."""
+    rows: list[int] = []
+
+    def counted(masks_NU: torch.Tensor) -> torch.Tensor:
+        rows.append(len(masks_NU))
+        return level(masks_NU)
+
+    found, _ = choose(stage, tmp_path, monkeypatch, counted, budget=budget)
+    assert sum(rows) == found.sequences <= budget
+    assert (found.sequences > 0) == (found.windows > 0) == (budget >= 3) == (tmp_path / "finals.safetensors").is_file()
+    assert found.sequences > budget - 24, "another heat, of 24, would have fitted"
+
+
+def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The windows after those of the search, in order, each read in one heat alone."""
+    text: list[torch.Tensor] = []
+    found, _ = choose(stage, tmp_path, monkeypatch, level, budget=200, text=text)
+    first = WORK.step * stage.config.search.windows
+    wanted = [stage.train.batch(window, 1) for window in range(first, first + found.windows)]
+    assert torch.equal(torch.cat(text), torch.cat(wanted)) and found.windows == 5 * (1 + len(found.heats))
+    rows = stage.config.search.rows_per_forward
+    assert max(len(tokens_BT) for tokens_BT in text) <= rows
+
+
+def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lead of half a standard error makes a finalist, but not a challenger."""
+    windows = itertools.cycle([-1.0, 1.0, -1.0, 1.0, -1.0])
+
+    def close(masks_NU: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0] + [0.95 + next(windows)] * (len(masks_NU) - 1), dtype=torch.float64)
+
+    found, finalists = choose(stage, tmp_path, monkeypatch, close, budget=200)
+    assert found.kept == "initial" and torch.equal(found.mask_U, finalists["initial"])
+    for heat in found.heats:
+        assert heat["winner"] == 0 and heat["difference"] == pytest.approx(-0.25) and 0.4 < heat["error"] < 0.6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_loses(
+    bad: float, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a finalist or a challenger, without a trace in the report but a large number."""
+    _, finalists = choose(stage, tmp_path, monkeypatch, level, budget=0)
+
+    def broken(masks_NU: torch.Tensor) -> torch.Tensor:
+        return torch.where((masks_NU == finalists["uniform"]).all(1), 2.0, bad).double()
+
+    found, _ = choose(stage, tmp_path / "a", monkeypatch, broken, budget=200)
+    assert found.kept == "uniform" and torch.equal(found.mask_U, finalists["uniform"])
+    storage.write_json(tmp_path / "heats.json", found.heats)  # which knows no other numbers
+    assert len(found.heats) > 3
+
+
+# --- whole runs ---
+
+# Its choice: two finalists on three windows, then heats of at most 14 sequences, one after the other to the last.
+RUN = (*METHODS["posterior-chunk"], "search.sequences=150", "search.selection=0.6", "search.final_windows=3")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return finish(prepared, tmp_path_factory.mktemp("undisturbed"), *RUN)
+
+
+def arguments(place: Place, *more: str) -> list[str]:
+    """As ``finish`` gives them."""
+    held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
+    return [*place.prune(*RUN, *more), "--eval-text", str(held_out)]
+
+
+def same_choice(out: Path, other: Path) -> None:
+    """To the bit: the heats, what was learned from them, and what is kept."""
+    assert state_of(out / "finals.safetensors") == state_of(other / "finals.safetensors")
+    assert state_of(out / "learned.safetensors") == state_of(other / "learned.safetensors")
+    assert (out / "plan.json").read_bytes() == (other / "plan.json").read_bytes()
+    ours, theirs = (read_json(folder / "report.json")["search"] for folder in (out, other))
+    assert {**ours, "seconds": 0} == {**theirs, "seconds": 0}
+
+
+def heats_of(out: Path) -> int:
+    """Of challengers, saved so far."""
+    return len(read_state(out / "finals.safetensors")["heats"])
+
+
+def before_race(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> list[int]:
+    """Have something happen as each heat begins, told its number; returns the numbers."""
+    original, numbers = finals.race, list[int]()
+
+    def race(*given: Any, **more: Any) -> Any:
+        numbers.append(len(numbers))
+        act(numbers[-1])
+        return original(*given, **more)
+
+    monkeypatch.setattr(finals, "race", race)
+    return numbers
+
+
+def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
+    """Its heats, and what they changed, as they were saved."""
+    search, state = read_json(undisturbed / "report.json")["search"], read_state(undisturbed / "finals.safetensors")
+    assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
+    assert search["kept"] == state["kept"] and len(state["heats"]) > 3
+    assert all(heat.keys() == {"winner", "difference", "error", "changed_units"} for heat in state["heats"])
+
+
+@pytest.mark.parametrize(("heat", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)], ids=["first", "third"])
+def test_an_interrupted_choice_goes_on(heat: int, number: signal.Signals, place: Place, undisturbed: Path) -> None:
+    """Ctrl-C in the race of the finalists or later: that heat is finished and saved, and no heat is run twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_race(patch, lambda at: os.kill(os.getpid(), number) if at == heat else None)
+        done = run(*arguments(place))
+    assert done.code == 130 and done.err == f"interrupted; continue with: bernprune resume {place.out}\n"
+    assert heats_of(place.out) == heat and not (place.out / "plan.json").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        numbers = before_race(patch, lambda _: None)
+        assert succeed("resume", str(place.out)).err == ""
+    assert len(numbers) == heats_of(undisturbed) - heat
+    same_choice(place.out, undisturbed)
+
+
+def test_a_killed_choice_goes_on(place: Place, tmp_path: Path) -> None:
+    """SIGKILL between two heats of a slow one: what was saved counts, the rest is repeated."""
+    slow = ("search.rows_per_forward=1", "search.sequences=360", "search.selection=0.8")
+    process = spawn(arguments(place, *slow), place.folder)
+    deadline = time.monotonic() + 90
+    while not (place.out / "finals.safetensors").is_file():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert ended(process).code == -signal.SIGKILL
+    ran = heats_of(place.out)
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = before_race(patch, lambda _: None)
+        succeed("resume", str(place.out))
+    assert len(numbers) == heats_of(place.out) - ran > 0, "too late: the choice was over"
+    same_choice(place.out, finish(place, tmp_path, *RUN, *slow))
+
+
+def stopped(place: Place, undisturbed: Path) -> Path:
+    """The run interrupted in the third heat of its challengers; returns the saved heats."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_race(patch, lambda at: os.kill(os.getpid(), signal.SIGINT) if at == 3 else None)
+        assert run(*arguments(place)).code == 130
+    return place.out / "finals.safetensors"
+
+
+def test_damaged_heats_are_run_again(place: Place, undisturbed: Path) -> None:
+    """Which is said, and ends the same."""
+    path = stopped(place, undisturbed)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = before_race(patch, lambda _: None)
+        done = succeed("resume", str(place.out))
+    assert "finals.safetensors" in done.err and "racing the finalists again" in done.err
+    assert len(numbers) == 1 + heats_of(undisturbed)
+    same_choice(place.out, undisturbed)
+
+
+def test_heats_of_another_search_are_not_used(place: Place, undisturbed: Path) -> None:
+    """Those saved after fewer steps than the search now has are of an older policy."""
+    path = stopped(place, undisturbed)
+    state = read_state(path)
+    write_state(path, state | {"step": state["step"] - 1, "kept": "uniform", "mask_U": ~state["mask_U"]})
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = before_race(patch, lambda _: None)
+        assert succeed("resume", str(place.out)).err == ""
+    assert len(numbers) == 1 + heats_of(undisturbed)
+    same_choice(place.out, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["finals.safetensors", "learned.safetensors", "0.2.json"])
+def test_a_full_disk(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence, nothing half-written, and once there is room the run goes on to its end."""
+    original = os.replace
+
+    def fail(source: Any, target: Any) -> None:
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage.os, "replace", fail)
+        sentence = in_one_sentence(run(*arguments(place, "plans.sparsities=[0.2]")))
+    assert "No space left" in sentence and "bernprune resume" in sentence
+    assert not list(place.out.rglob(f"*{name}*")) and not list(place.out.rglob("*.part"))
+    succeed("resume", str(place.out))
+    assert list(place.out.rglob(name)) and (place.out / "report.json").is_file()
+
+
+def test_what_was_learned_is_not_kept_where_it_is_worse(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start beats it: its mask is saved with its own priorities, and the report says so."""
+    original, start = MaskedObjective.chunk_losses, list[torch.Tensor]()
+
+    def chunk_losses(self: Any, masks_BKCU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        losses_BKC = original(self, masks_BKCU, tokens_BT)
+        if masks_BKCU.shape[2] == 1:  # of the choice: the second finalist is the start
+            start.append(masks_BKCU[0, 1, 0]) if not start else None
+            losses_BKC[(masks_BKCU == start[0]).all(-1)] = 0.0
+        return losses_BKC
+
+    monkeypatch.setattr(MaskedObjective, "chunk_losses", chunk_losses)
+    done = succeed(*arguments(place))
+    search, learned = read_json(place.out / "report.json")["search"], read_state(place.out / "learned.safetensors")
+    assert search["kept"] == "initial" and search["changed_units"] == 0
+    assert "what was learned did not beat it" in done.out
+    assert torch.equal(learned["mask_U"], start[0])
+    probs_U = read_state(place.out / "initial.safetensors")["probs_U"]
+    assert torch.equal(learned["priorities_U"].argsort(stable=True), probs_U.argsort(stable=True))

@@ -1,0 +1,326 @@
+"""How much is run: everything counts, nothing is left over but what does not fit, and the search knows when to stop."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from tiny_run import LOOK, METHODS, PASSES, STEPS, WINDOW, Place, read_json, run, same_run, steps_of, succeed
+
+from bernprune.config import make_config
+from bernprune.run import finals, loop
+from bernprune.run.workload import (
+    AUTO_REGRET,
+    AUTO_TIMES,
+    LEAST_SEQUENCES,
+    MOST_SEQUENCES,
+    ROUND_WINDOWS,
+    Work,
+    Workload,
+    default_sequences,
+    plan_work,
+)
+
+UNITS = 5000
+
+# Planned
+
+
+def walk(workload: Workload) -> tuple[Work, int]:
+    """The work of a search that nothing stops before its sequences are spent, and its rounds."""
+    work, rounds = Work(), 0
+    while workload.progress(work) < 1:
+        ends = workload.round_ends(work.step)
+        work.step += 1
+        rounds += ends
+        work.sequences += workload.step_sequences + ends * workload.probe_sequences
+    return work, rounds
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    **{f"posterior-{per}": {"method": "posterior", "masks_per": per} for per in ("chunk", "sequence", "batch")},
+    "reinforce": {"method": "reinforce", "masks_per": "batch"},
+    "reinforce-matched": {
+        "method": "reinforce",
+        "masks_per": "sequence",
+        "baseline": "matched",
+        "sampling": "independent",
+    },
+}
+SELECTIONS = (0, 0.1, 0.37, 0.9)
+ROUNDS = (None, 1, 3, 24)
+
+
+def workloads(
+    kind: str, objective: str, amounts: tuple[Any, ...], **more: Any
+) -> Iterator[tuple[dict[str, Any], Workload, int]]:
+    """Workloads of 5 masks on 3 windows, and what they may spend."""
+    rounds = (None,) if kind.startswith("reinforce") else ROUNDS
+    for amount, selection, wanted in itertools.product(amounts, SELECTIONS, rounds):
+        search = {"masks": 5, "windows": 3, "sequences": amount, "rounds": wanted, "selection": selection}
+        search |= KINDS[kind] | {"objective": objective} | more
+        yield search, plan_work(make_config({"search": search}), UNITS), amount or default_sequences(UNITS)
+
+
+both = pytest.mark.parametrize("objective", ["cross-entropy", "kl"])
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@both
+@every_kind
+def test_all_that_is_run_fits(kind: str, objective: str) -> None:
+    """Steps, looks at the selection and the choice at the end; a step at least; and the choice gets its share."""
+    for search, workload, available in workloads(kind, objective, (42, 45, 97, 100, 1000, 8192, None)):
+        work, rounds = walk(workload)
+        choosing = workload.selection_sequences(work)
+        assert work.step == workload.steps >= 1 and work.sequences + choosing <= available, search
+        share = search["selection"]
+        assert choosing <= share * (work.sequences + choosing) + 1e-6, "the search has the rest at least"
+        if available >= 1000 and share < 0.9:
+            assert choosing > share * available - 25, "and the choice all of its share, but for a step's worth"
+        if workload.probe_sequences:
+            assert abs(workload.steps / workload.round_steps - rounds) < 1e-9, "the last round ends with the work"
+
+
+@both
+@every_kind
+def test_steps_and_rounds(kind: str, objective: str) -> None:
+    """What a step and a look take; no further step would have fitted; as many rounds as asked for or sensible."""
+    dense, reference = int(objective == "kl"), int(kind == "reinforce-matched")
+    least = 2 if kind == "posterior-batch" else 1
+    for search, workload, available in workloads(kind, objective, (200, 1000, 8192, None)):
+        assert workload.steps is not None
+        per_step, per_look = (5 + dense + reference) * 3, (1 + dense) * 3 if kind.startswith("posterior") else 0
+        assert workload.step_sequences == per_step
+        left = (1 - search["selection"]) * available
+        if left + 1e-6 < least * per_step + per_look:  # no room to look, nor to choose
+            assert workload.probe_sequences == 0
+            continue
+        assert workload.probe_sequences == per_look
+        work, rounds = walk(workload)
+        assert work.sequences <= left + 1e-6
+        assert left - work.sequences < per_step + (1 + ROUND_WINDOWS) * per_look
+        if search["rounds"] in (None, 1) and workload.steps * 3 < ROUND_WINDOWS:
+            assert left - work.sequences < per_step, "of one round, nothing is left over but less than a step"
+        wanted = search["rounds"] or workload.steps * 3 // ROUND_WINDOWS
+        assert rounds == max(1, min(wanted, workload.steps // least))
+
+
+def test_a_step_more_would_not_fit() -> None:
+    """By trying: with the rounds that so many steps would have."""
+    for amount in (200, 333, 1000, 4321):
+        for wanted in (2, 3, 24):
+            search = {"masks": 5, "windows": 3, "sequences": amount, "rounds": wanted, "selection": 0}
+            workload = plan_work(make_config({"search": search}), UNITS)
+            assert workload.steps is not None
+            for more in (1, 2):
+                steps = workload.steps + more
+                assert 15 * steps + 3 * min(wanted, steps) > amount
+
+
+@both
+@every_kind
+def test_nothing_is_done_on_request(kind: str, objective: str) -> None:
+    """search.sequences=0: no step, no look, no choice."""
+    for _, workload, _ in workloads(kind, objective, (0,), seconds=None):
+        if workload.sequences == 0:
+            assert workload.progress(Work()) >= 1 and workload.selection_sequences(Work()) == 0
+
+
+def test_auto_spends_several_times_the_default() -> None:
+    """Within what was published; with a regret of its own, or the given one."""
+    for units in (10, UNITS, 10**6):
+        workload = plan_work(make_config({"search": {"sequences": "auto"}}), units)
+        assert workload.sequences == min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(units))
+        assert workload.regret == AUTO_REGRET
+    assert workload.sequences == MOST_SEQUENCES and default_sequences(10) == LEAST_SEQUENCES
+    assert plan_work(make_config({"search": {"sequences": "auto", "regret": 0.3}}), 10).regret == 0.3
+    assert plan_work(make_config({"search": {"regret": 0.3}}), 10).regret == 0.3
+    assert plan_work(make_config({}), 10).regret is None
+
+
+def test_seconds_are_shared_like_sequences() -> None:
+    """The search has what the choice leaves; whichever limit is met first ends it, and says so."""
+    workload = plan_work(make_config({"search": {"seconds": 100, "sequences": 8192, "selection": 0.25}}), UNITS)
+    assert workload.seconds == 75 and workload.steps is not None
+    assert workload.progress(Work(seconds=37.5)) == 0.5
+    assert workload.progress(Work(step=workload.steps)) == 1
+    assert workload.why_over(Work(step=workload.steps, seconds=80)).startswith("sequences")
+    assert workload.why_over(Work(step=3, seconds=80)).startswith("seconds")
+    unlimited = plan_work(make_config({"search": {"seconds": 100, "selection": 0.25}}), UNITS)
+    assert unlimited.steps is None and unlimited.progress(Work(step=10**6, seconds=60)) == 0.8
+    assert unlimited.selection_sequences(Work(sequences=3001)) == 1000
+
+
+# Run
+
+
+def _counting(original: Any, rows: list[int]) -> Any:
+    """``masked_objective`` that notes the rows of every forward pass."""
+
+    @contextmanager
+    def counted(view: Any, *given: Any, **more: Any) -> Any:
+        with original(view, *given, **more) as objective:
+            hook = view.decoder.register_forward_pre_hook(
+                lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+            )
+            try:
+                yield objective
+            finally:
+                hook.remove()
+
+    return counted
+
+
+def searched(place: Place, *given: str) -> dict[str, Any]:
+    """What a report says of the search."""
+    done = succeed(*place.prune(*given))
+    assert done.err == ""
+    search: dict[str, Any] = read_json(place.out / "report.json")["search"]
+    return search
+
+
+def check_passes(place: Place, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], steps: int, spent: int) -> None:
+    """So many steps, with what is reported and was run besides."""
+    rows: list[int] = []
+    for module in (loop, finals):
+        monkeypatch.setattr(module, "masked_objective", _counting(module.masked_objective, rows))
+    search = searched(place, *given)
+    assert (search["steps"], search["sequences"]) == (steps, spent)
+    assert sum(rows) == search["sequences"] and search["forward_tokens"] == search["sequences"] * WINDOW
+
+
+PASSES_OF = {
+    "search.baseline=leave-one-out": 3,
+    "search.baseline=none": 3,
+    "search.baseline=moving-average": 3,
+    "search.baseline=published": 3,
+    "search.baseline=matched": 4,
+    "search.baseline=matched search.reference=dense": 4,
+    "search.baseline=matched search.reference=current": 4,
+    "search.baseline=matched search.reference=mean-field": 4,
+    "search.baseline=leave-one-out search.sampling=antithetic search.pull=0.1": 3,
+    "search.objective=kl": 4,
+    "search.objective=kl search.baseline=matched": 5,
+    "search.baseline=matched search.masks_per=sequence": 4,
+    "search.baseline=matched search.masks_per=chunk search.chunk=8": 4,
+}
+
+
+@pytest.mark.parametrize("given", PASSES_OF)
+def test_every_pass_is_counted(given: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """search.sequences holds reference and dense passes too, and what is reported is what was run."""
+    per_step = 2 * PASSES_OF[given]
+    more = (*METHODS["reinforce"], *given.split(), "search.sequences=45")
+    check_passes(place, monkeypatch, more, 45 // per_step, 45 // per_step * per_step)
+
+
+@pytest.mark.parametrize(("objective", "passes"), [("cross-entropy", 3), ("kl", 4)])
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "reinforce"])
+def test_every_pass_of_the_posterior_is_counted(
+    method: str, objective: str, passes: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has masks of its own, and whether or not the rounds divide the steps: looks at the selection too."""
+    looks = 2 * (passes - 2) * 2
+    steps = (45 - looks) // (2 * passes)
+    more = (*METHODS[method], "search.rounds=2", f"search.objective={objective}", "search.sequences=45")
+    check_passes(place, monkeypatch, more, steps, 2 * passes * steps + looks)
+
+
+# Of 150 sequences 60 at most are for the choice: of three masks (of which one leaves) on 3 windows, 8; heats of 14 at
+# most, of eight masks on one window, four on the next, two on the third. Dense passes come on top.
+CHOICE = ("search.selection=0.4", "search.final_windows=3", "search.sequences=150")
+
+
+@pytest.mark.parametrize(
+    ("method", "objective", "heat"),
+    [*((method, "cross-entropy", 14) for method in ("posterior-chunk", "reinforce")), ("posterior-batch", "kl", 17)],
+)
+def test_every_pass_of_the_choice_is_counted(
+    method: str, objective: str, heat: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside search.sequences, and as much of it as there are whole heats."""
+    rows: list[int] = []
+    monkeypatch.setattr(finals, "masked_objective", _counting(finals.masked_objective, rows))
+    search = searched(place, *METHODS[method], *CHOICE, f"search.objective={objective}")
+    spent = search["finals"]["sequences"]
+    before = search["sequences"] - spent
+    available = min(150 - before, before * 2 // 3)
+    assert sum(rows) == spent and len(search["finals"]["heats"]) >= 2
+    assert available - heat < spent <= available
+
+
+def test_no_sequences_make_no_pass(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The metric alone is taken as it is."""
+    check_passes(place, monkeypatch, ("search.sequences=0", "search.selection=0.5"), 0, 0)
+
+
+def test_a_smallest_run_makes_a_step(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step takes all there is, nothing is looked at and nothing chosen."""
+    check_passes(place, monkeypatch, (f"search.sequences={PASSES}", "search.selection=0.5"), 1, PASSES)
+
+
+def test_seconds_end_a_search_and_its_choice(place: Place) -> None:
+    """Without a number of sequences the choice takes its share of what was run."""
+    given = ("search.sequences=null", "search.seconds=0.2", "search.selection=0.2", "search.final_windows=2")
+    search = searched(place, *given)
+    assert search["ended"].startswith("seconds") and 0.16 <= search["seconds"] < 10
+    spent = search["finals"]["sequences"]
+    assert spent <= 0.2 * search["sequences"] + 1e-6
+    assert spent or search["sequences"] < 60, "on a busy machine there may be too few for a race"
+
+
+# Stopping
+
+
+AUTO = ("search.sequences=auto", "search.rounds=200", "search.checkpoint_steps=3")
+
+
+def test_auto_stops_once_there_is_little_to_gain(place: Place) -> None:
+    """With the first round whose regret is below the limit, which is said; a resumed run stays stopped."""
+    search = searched(place, *AUTO, "search.regret=1e6", "search.selection=0.2", "search.final_windows=2")
+    lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    assert search["ended"].startswith("settled") and "1e+06 nats" in search["ended"]
+    assert [line["step"] for line in lines if "round" in line] == [search["steps"] - 1]
+    assert 0 < search["finals"]["sequences"] <= 0.2 * search["sequences"] + 1e-6, "the choice is a share of less, too"
+    (place.out / "report.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        succeed("resume", str(place.out))
+    assert read_json(place.out / "report.json")["search"] == search
+
+
+def test_the_regret_is_that_of_the_last_round(place: Place) -> None:
+    """The search ends with the first round that knows enough, and not with one that knows a little less."""
+    free = place.folder / "free"
+    succeed(*place.prune(*METHODS["posterior-chunk"], out=free))
+    lines = [json.loads(line) for line in (free / "metrics.jsonl").read_text().splitlines()]
+    regrets = [line["round"]["regret"] for line in lines if "round" in line]
+    least = regrets.index(min(regrets))
+    search = searched(place, *METHODS["posterior-chunk"], f"search.regret={1.001 * regrets[least]!r}")
+    first = next(index for index, regret in enumerate(regrets) if regret < 1.001 * regrets[least])
+    assert search["steps"] == 2 * (first + 1) and search["ended"].startswith("settled")
+
+
+def test_auto_otherwise_spends_all(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What cannot be reached does not stop it before its sequences are spent; interrupted, it ends the same."""
+    monkeypatch.setattr("bernprune.run.workload.MOST_SEQUENCES", 60)
+    given = ("search.sequences=auto", "search.regret=1e-300", "search.rounds=3", "search.checkpoint_steps=3")
+    search = searched(place, *given)
+    assert search["ended"].startswith("sequences") and search["steps"] == (60 - 3 * LOOK) // PASSES == STEPS + 1
+    step = loop._Loop.step
+
+    def interrupted(self: Any, *given: Any) -> Any:
+        if self.work.step == 5:
+            raise KeyboardInterrupt
+        return step(self, *given)
+
+    again = place.folder / "again"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", interrupted)
+        assert run(*place.prune(*given, out=again)).code == 130
+    succeed("resume", str(again))
+    assert steps_of(again) == list(range(STEPS + 1))
+    same_run(again, place.out)
