@@ -278,6 +278,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(method: str, place: Place, monk
     assert not (place.out / "model").exists()
 
 
+# Of antithetic masks on a whole batch none may be missing.
+DROPPING = ("search.non_finite=drop", "search.sampling=independent")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_losses_that_are_not_finite_can_be_dropped(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """On request: the others count, and the log says how many were left out.
@@ -285,7 +289,7 @@ def test_losses_that_are_not_finite_can_be_dropped(method: str, place: Place, mo
     Where every window has masks of its own, those that competed with a lost one are lost with it.
     """
     noted = _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK < 2)
-    succeed(*place.prune("search.non_finite=drop", *METHODS[method]))
+    succeed(*place.prune(*DROPPING, *METHODS[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
     groups, masks = LAYOUTS[method]
     dropped = [(2 if groups == 1 else masks) if step == 3 else 0 for step in range(STEPS)]
@@ -309,7 +313,7 @@ ENOUGH = {
 def test_one_finite_loss_is_enough(place: Place, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """Also of the published two masks, or one window of two: the step counts for less, and the run goes on."""
     _losses_with_nan(monkeypatch, step=1, bad=lambda numbers_BK: numbers_BK == 0)
-    succeed(*place.prune("search.non_finite=drop", "search.masks=2", *ENOUGH[method]))
+    succeed(*place.prune(*DROPPING, "search.masks=2", *ENOUGH[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
     assert [line["dropped"] for line in lines[:4]] == [0, 2 if method == "posterior-chunk" else 1, 0, 0]
 
@@ -319,7 +323,7 @@ def test_no_finite_loss_stops_the_run_all_the_same(method: str, place: Place, mo
     """There is nothing to learn from."""
     _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK >= 0)
     lost = math.prod(LAYOUTS[method])
-    arguments = place.prune("search.non_finite=drop", *METHODS[method])
+    arguments = place.prune(*DROPPING, *METHODS[method])
     assert f"{lost} of {lost} losses of step 3" in in_one_sentence(run(*arguments))
 
 
@@ -327,4 +331,4 @@ def test_no_finite_loss_stops_the_run_all_the_same(method: str, place: Place, mo
 def test_a_loss_lost_in_every_window_stops_the_run(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """No window is left whose masks can be compared."""
     _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK % MASKS == 1)
-    assert "2 of 6 losses of step 3" in in_one_sentence(run(*place.prune("search.non_finite=drop", *METHODS[method])))
+    assert "2 of 6 losses of step 3" in in_one_sentence(run(*place.prune(*DROPPING, *METHODS[method])))
