@@ -60,7 +60,7 @@ class MaskSearch(ABC):
     def priorities_U(self) -> torch.Tensor:
         """What the final selection goes by, larger is kept, float64 ``[U]``."""
 
-    def ask(self, step: int) -> Masks:
+    def ask(self, step: int) -> MaskRows:
         """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked, and made when they are looked at."""
         return Masks(self.design.rows_BKC, self.probs_U, self.design, self.budget, self.seed, step)
 
