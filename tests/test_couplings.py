@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from spaces import make_space
+from spaces import make_space, normal_numbers
 from test_posterior import chances, every_draw, exact_effects, table_losses
 from tolerances import EXACT, assert_close
 
@@ -19,7 +19,7 @@ from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Sampling, Scaling
 from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.policy.budget import Budget
-from bernprune.policy.masks import Design, orders
+from bernprune.policy.masks import Design, contrast, orders
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 
@@ -182,6 +182,18 @@ def test_orders_differ_for_a_reason() -> None:
     kinds: list[tuple[Draws, Sampling]] = [(own, "antithetic"), (strangers, "independent"), (same, "antithetic")]
     found = [variance_U(draws, draws[0].double() @ values_U, probs_U, sampling) for draws, sampling in kinds]
     assert found[0].sum() < 0.9 * found[1].sum() < 0.8 * found[2].sum()
+
+
+@pytest.mark.parametrize("sampling", DRAWS)
+def test_a_unit_is_known_the_better_the_more_its_masks_differ(sampling: Sampling) -> None:
+    """What units of a layer share of the noise is spread over them by their contrast."""
+    probs_U = torch.linspace(0.05, 0.9, 13, dtype=torch.float64)
+    design, budget = Design(6, 3, 2, sampling), Budget(make_space(["channel"], [(1, 13)]), 0.4)
+    search = PosteriorSearch(budget, probs_U, probs_U, seed=3, design=design, round_steps=1)
+    contrast_U = contrast(search.probs_U, design)
+    search.tell(search.ask(0), normal_numbers(6, 3, 2, seed=0), learning_rate=0.0)
+    precision_U = search.state_dict()["precision_U"]
+    assert_close(precision_U / precision_U.mean(), contrast_U / contrast_U.mean(), EXACT)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)

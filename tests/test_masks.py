@@ -96,6 +96,16 @@ def test_masks_do_not_depend_on_what_is_asked_for(
     assert torch.equal(rows[torch.tensor([29, 3, 3])], whole.flatten(0, 2)[[29, 3, 3]])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_sampling
+def test_masks_do_not_depend_on_the_device(sampling: Sampling) -> None:
+    """To the bit."""
+    masks = channels(random_numbers(2 * ORDERS + 11, 0), Design(3, 5, 2, sampling))
+    found = masks.to(torch.device("cuda"))[:]
+    assert found.device.type == "cuda" and torch.equal(found.cpu(), masks[:])
+
+
 def test_masks_end_like_tensors() -> None:
     """A loop over windows stops after the last."""
     masks = make_masks(random_numbers(FLAT.size, 0), Design(3, 2, 2))
@@ -138,6 +148,14 @@ def test_a_unit_is_kept_below_its_threshold() -> None:
     masks, thresholds = channels(probs_U, Design(2, 3, 2), seed=5, step=11)[:], (probs_U * WORDS).round()
     assert thresholds[-4:].tolist() == [0, WORDS, 0, WORDS]
     assert torch.equal(masks.flatten(0, 2), mask_words(5, 11, torch.arange(12), range(13)) < thresholds)
+
+
+def test_thresholds_are_rounded_to_the_nearest_word() -> None:
+    """Half of a step of 2^-32 decides whether the word itself is below."""
+    words_U = mask_words(5, 11, torch.arange(1), range(40))[0].double()
+    for part, kept in ((0.4, False), (0.6, True)):
+        masks = channels((words_U + part) / WORDS, Design(1, 1), seed=5, step=11)
+        assert (masks[0, 0, 0] == kept).all()
 
 
 @pytest.mark.parametrize("num_masks", [2, 3, 4, 8])

@@ -3,11 +3,11 @@
 Nothing is drawn in turn, so the numbers of any rows and units can be had by themselves, again, and on any device:
 
     key      64 bits of the SHA-256 of ``[seed, "masks"]``, the first word and the second
-    counter  unit // 4, row, step, step // 2^32
+    counter  unit // 4, row, step % 2^32, step // 2^32
     word     unit % 4 of the four that come out
     row      (window K + mask) C + chunk; window C + chunk where K antithetic masks share one
 
-A kernel gets the same ones from ``tl.philox(first | second << 32, unit // 4, row, step, step >> 32)``.
+A kernel gets the same ones from ``tl.philox(first | second << 32, unit // 4, row, low, high)``.
 
 Letters: R rows, U units, Q fours of units.
 """

@@ -65,7 +65,7 @@ class MaskSearch(ABC):
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """What the priorities may as well be, for all that is known: float64 ``[U]``."""
 
-    def ask(self, step: int) -> Masks:
+    def ask(self, step: int) -> MaskRows:
         """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked, and made when they are looked at."""
         return Masks(self.design.rows_BKC, self.probs_U, self.design, self.budget, self.seed, step)
 
