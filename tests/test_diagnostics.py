@@ -201,6 +201,7 @@ def test_what_a_round_leaves(space: UnitSpace, design: Design, monkeypatch: pyte
             found, by_hand = search.diagnose(scores_U), round_by_hand(search, effects_BU, before_U)
             for name, value in by_hand["agreement"].items():
                 assert_close(found["agreement"][name], value, EXACT)
+            assert_close(list(found["signal_to_noise"].values()), list(by_hand["signal_to_noise"].values()), EXACT)
             assert_close(found["regret"], by_hand["regret"], GUARDED)
             last = {name: found[name] for name in ("agreement", "signal_to_noise", "regret")}
             told.clear()
@@ -210,8 +211,8 @@ def test_what_a_round_leaves(space: UnitSpace, design: Design, monkeypatch: pyte
 
 
 def round_by_hand(search: PosteriorSearch, effects_BU: torch.Tensor, before_U: torch.Tensor) -> dict[str, Any]:
-    """Agreement of the estimates of even and of odd number, but of kinds of which too few units ever changed; regret
-    were there neither floor nor ceiling."""
+    """Agreement of the estimates of even and of odd number, but of kinds of which too few units ever changed; signal
+    over a noise that units of a pool share; regret were there neither floor nor ceiling."""
     space, halves = search.budget.space, [effects_BU[parity::2].sum(0) for parity in (0, 1)]
     agreement = {}
     for kind in space.kinds:
@@ -223,7 +224,17 @@ def round_by_hand(search: PosteriorSearch, effects_BU: torch.Tensor, before_U: t
     free_U = search.budget.at_price(search.worth_U, search.deviation_U, costs_U, floor=0.0, ceiling=1.0)
     sure_U = (free_U < 1e-12) | (free_U > 1 - 1e-12)
     pairs = zip(free_U[~sure_U].tolist(), search.deviation_U[~sure_U].tolist(), strict=True)
-    return {"agreement": agreement, "regret": sum(regret_by_integration(*pair) for pair in pairs)}
+    chances_U = before_U * (1 - before_U)
+    levels_U = effects_BU.var(0) / len(effects_BU) * chances_U
+    everywhere = levels_U.mean()
+    for pool in search._pools:
+        levels_U[pool.members_N] = levels_U[pool.members_N].mean() or everywhere
+    signal = signal_to_noise(space, effects_BU.mean(0), levels_U / chances_U)
+    return {
+        "agreement": agreement,
+        "signal_to_noise": signal,
+        "regret": sum(regret_by_integration(*pair) for pair in pairs),
+    }
 
 
 def test_signal_is_seen_where_there_is_some() -> None:

@@ -43,6 +43,7 @@ from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
 from bernprune.run import loop
+from bernprune.run.plans import Learned
 from bernprune.run.stage import set_stage
 from bernprune.run.workload import make_search
 from bernprune.settings import read_yaml
@@ -154,6 +155,19 @@ def test_the_metrics_of_every_method(method: str, place: Place) -> None:
         moved = [line["largest_move"] > 0 for line in lines]
         assert moved == ends, "the policy moves between rounds alone"
         assert all(0 < line["reliability"] <= 1 for line in lines[1:]) and lines[0]["reliability"] == 0
+
+
+@pytest.mark.parametrize("objective", ["cross-entropy", "kl"])
+def test_what_a_round_would_select_is_looked_at(objective: str, place: Place) -> None:
+    """Its loss on the windows of the round's last step, and how far from it the masks of that step were."""
+    succeed(*place.prune(f"search.objective={objective}"))
+    stage = set_stage(make_config(read_yaml(place.out / "config.yaml")))
+    last = json.loads((place.out / "metrics.jsonl").read_text().splitlines()[-1])
+    with masked_objective(stage.view, kind=stage.config.search.objective) as looked:
+        kept_U = Learned.read(place.out / "learned.safetensors").mask_U
+        loss = looked.losses(kept_U[None], stage.train.batch(last["step"], 2)).item()
+    assert last["round"]["selected_loss"] == pytest.approx(loss, rel=1e-6)
+    assert last["round"]["gap"] == last["loss"] - last["round"]["selected_loss"]
 
 
 def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:

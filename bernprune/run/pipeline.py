@@ -197,7 +197,7 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
     with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
         loss = objective.losses(mask_U[None], stage.eval_windows_WT).item()
     if not math.isfinite(loss):
-        raise LossError(f"the loss of the initial selection on the evaluation text is {loss}")
+        raise LossError(f"the loss of a selection on the evaluation text is {loss}")
     return loss
 
 
