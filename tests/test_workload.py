@@ -242,13 +242,14 @@ def test_every_pass_of_the_choice_is_counted(
     method: str, objective: str, heat: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside search.sequences, and as much of it as there are whole heats."""
-    rows: list[int] = []
-    monkeypatch.setattr(finals, "masked_objective", _counting(finals.masked_objective, rows))
+    searching, choosing = list[int](), list[int]()
+    for module, rows in ((loop, searching), (finals, choosing)):
+        monkeypatch.setattr(module, "masked_objective", _counting(module.masked_objective, rows))
     search = searched(place, *METHODS[method], *CHOICE, f"search.objective={objective}")
     spent = search["finals"]["sequences"]
     before = search["sequences"] - spent
     available = min(150 - before, before * 2 // 3)
-    assert sum(rows) == spent and len(search["finals"]["heats"]) >= 2
+    assert (sum(searching), sum(choosing)) == (before, spent) and len(search["finals"]["heats"]) >= 2
     assert available - heat < spent <= available
 
 
