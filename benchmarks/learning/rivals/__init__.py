@@ -1,0 +1,98 @@
+"""All methods by name: each a function ``(task, budget_sequences, seed, settings) -> mask_U``, and its settings.
+
+Of several settings the best is found by a sweep on development text, at a fifth of the budget.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks.learning.rivals.blockpruner import blockpruner
+from benchmarks.learning.rivals.bonsai import bonsai
+from benchmarks.learning.rivals.evopress import evopress
+from benchmarks.learning.rivals.l0 import l0
+from benchmarks.learning.rivals.metrics import metric
+from benchmarks.learning.rivals.ours import default, paper, reinforce
+from benchmarks.learning.rivals.ste import ste
+from benchmarks.learning.rivals.taylor import taylor
+from benchmarks.learning.task import Settings, Task
+
+
+@dataclass(frozen=True)
+class Method:
+    """A function and the settings to try; of what is done in one pass, the number of sequences that takes."""
+
+    run: Callable[[Task, int, int, Settings], torch.Tensor]
+    grid: tuple[Settings, ...] = ({},)
+    sequences: int | None = None
+
+
+CALIBRATION = 128  # windows that bernprune's scores see
+_STAGES = (
+    {"offspring": 32, "survivors": [8, 2, 1], "windows": [2, 8, 32]},
+    {"offspring": 16, "survivors": [4, 1], "windows": [4, 32]},
+)
+
+
+def _metric(score: str, scope: str) -> Method:
+    return Method(metric, ({"score": score, "scope": scope},), CALIBRATION)
+
+
+def _taylor(form: str, scope: str) -> Method:
+    windows = (8, 32, CALIBRATION)
+    return Method(taylor, tuple({"form": form, "scope": scope, "windows": count} for count in windows), CALIBRATION)
+
+
+def _ste(order: str) -> Method:
+    tries = ((0.25, 16), (0.5, 16), (1.0, 16), (0.5, 64))
+    return Method(ste, tuple({"order": order, "travel": travel, "windows": windows} for travel, windows in tries))
+
+
+METHODS = {
+    "default": Method(default),
+    "reinforce": Method(reinforce),
+    "paper": Method(paper, tuple({"learning_rate": rate} for rate in (0.002, 0.005, 0.01, 0.02, 0.05))),
+    "paper-published": Method(paper, ({"learning_rate": 0.002},)),
+    "wanda-sp": _metric("wanda-sp", "layer"),
+    "wanda-sp-global": _metric("wanda-sp", "global"),
+    "flap": _metric("flap", "layer"),
+    "flap-global": _metric("flap", "pooled"),
+    "magnitude": _metric("magnitude", "layer"),
+    "magnitude-global": _metric("magnitude", "global"),
+    "random": _metric("random", "layer"),
+    "random-global": _metric("random", "global"),
+    "taylor-vector": _taylor("vector", "layer"),
+    "taylor-vector-global": _taylor("vector", "global"),
+    "taylor-element": _taylor("element", "layer"),
+    "taylor-element-global": _taylor("element", "global"),
+    "bonsai": Method(
+        bonsai,
+        tuple(
+            {"share": share, "windows": windows, "per": per}
+            for share, windows, per in (
+                (0.05, 16, "unit"),
+                (0.05, 16, "cost"),
+                (0.1, 16, "cost"),
+                (0.15, 16, "cost"),
+                (0.15, 32, "cost"),
+            )
+        ),
+    ),
+    "evopress": Method(
+        evopress, tuple({"switch": "levels", "channels": count, **stages} for count in (8, 16) for stages in _STAGES)
+    ),
+    "evopress-units": Method(
+        evopress, tuple({"switch": "units", "band": band, **stages} for band in (0.1, 0.25) for stages in _STAGES)
+    ),
+    "blockpruner": Method(blockpruner, ({"windows": 256},)),
+    "ste": _ste("p"),
+    "ste-cost": _ste("cost"),
+    "l0": Method(
+        l0,
+        tuple(
+            {"travel": travel, "windows": 16, "penalty": penalty}
+            for travel, penalty in ((1.0, 2.0), (2.0, 2.0), (4.0, 2.0), (4.0, 1.0), (2.0, 4.0))
+        ),
+    ),
+}

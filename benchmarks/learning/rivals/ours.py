@@ -1,0 +1,67 @@
+"""bernprune's own presets by the public road: a whole run in a folder, to its verified model and report.
+
+``paper`` is the published method (Gao et al., 2024, arXiv 2406.10576) with the shorter budget and the scoring windows
+of this benchmark; everything else is as in the preset.
+"""
+
+import math
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from benchmarks.learning.task import Settings, Task
+from bernprune.config import RunConfig, make_config, merge
+from bernprune.names import PresetName
+from bernprune.run.pipeline import prune, read_plan
+from bernprune.units import KeepPlan, UnitSpace
+
+_CANDIDATES = 3  # at most so many selections are compared at the end of a run
+_REPORT = {
+    "data": {"eval_tokens": 1024},  # the run's own report is on development text, and not looked at
+    "report": {"initial_latency": False, "latency_repeats": 2, "latency_rows": 1},
+}
+
+
+def run_preset(preset: PresetName, task: Task, budget_sequences: int, settings: Settings) -> torch.Tensor:
+    """What a run keeps that may take ``budget_sequences`` in all; ``settings`` are of its search."""
+    given = merge(task.given, {"preset": preset, "search": settings, **_REPORT})
+    config = make_config(given)
+    beside = _scoring_passes(config, len(task.view.layers)) + _CANDIDATES * config.search.final_windows
+    config = make_config(merge(given, {"search": {"sequences": budget_sequences - beside}}))
+    with TemporaryDirectory() as folder:
+        report = prune(config, Path(folder) / "run", progress=False)
+        plan = read_plan(Path(folder) / "run" / "plan.json")
+    search = report["search"]
+    task.meter.spend(beside - _CANDIDATES * config.search.final_windows)
+    task.meter.spend(search["sequences"] + search["final_sequences"])
+    return _mask_of(plan, task.space)
+
+
+def default(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+    """The posterior search as it ships."""
+    return run_preset("default", task, budget_sequences, settings)
+
+
+def reinforce(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+    """Plain policy gradients."""
+    return run_preset("reinforce", task, budget_sequences, settings)
+
+
+def paper(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+    """The published method."""
+    return run_preset("paper", task, budget_sequences, settings)
+
+
+def _scoring_passes(config: RunConfig, layers: int) -> int:
+    """Windows run forward for the initial scores; on pruned inputs, a pass up to each layer, in whole passes."""
+    passes = (layers + 1) / 2 if config.initial.inputs == "pruned" else 1
+    return math.ceil(config.initial.windows * passes)
+
+
+def _mask_of(plan: KeepPlan, space: UnitSpace) -> torch.Tensor:
+    mask_U = torch.zeros(space.size, dtype=torch.bool)
+    for layer, kept in enumerate(plan.layers):
+        mask_U[space.span("kv_group", layer)][list(kept.kv_groups)] = True
+        mask_U[space.span("channel", layer)][list(kept.channels)] = True
+    return mask_U

@@ -1,0 +1,63 @@
+"""Results as lines of JSON, one a run; what exists is not run again."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bernprune.errors import DataError
+from bernprune.storage import write_bytes
+
+Row = dict[str, Any]
+KEY = ("model", "method", "settings", "sparsity", "sequences", "seed")
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a file; none if there is no file. Raises ``DataError`` on a line that is no row."""
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            key_of(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}, line {number}, is not a row of this benchmark: {error}") from None
+        rows.append(row)
+    return rows
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row; the file is written beside and renamed, by one process at a time."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = path.read_bytes() if path.is_file() else b""
+        write_bytes(path, before + (json.dumps(row, allow_nan=False) + "\n").encode())
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """Equal for runs that are the same."""
+    return json.dumps([row[name] for name in KEY], sort_keys=True)
+
+
+def removed_units(mask_U: torch.Tensor) -> Row:
+    """What a mask removes: how many units, a digest of their sorted indices, and all of it as a bitmap in hex."""
+    removed = (~mask_U).nonzero().flatten().numpy().astype("<i8")
+    bits = np.packbits(~mask_U.numpy())
+    return {
+        "count": len(removed),
+        "of": len(mask_U),
+        "sha256": hashlib.sha256(removed.tobytes()).hexdigest()[:16],
+        "bitmap": bits.tobytes().hex(),
+    }
+
+
+def overlap(one: Row, other: Row) -> float:
+    """Units that both rows remove, as a share of those that either does."""
+    first, second = (np.unpackbits(np.frombuffer(bytes.fromhex(row["bitmap"]), np.uint8)) for row in (one, other))
+    return float((first & second).sum() / max(1, (first | second).sum()))

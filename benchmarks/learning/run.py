@@ -1,0 +1,157 @@
+"""Run what is missing of the benchmark; README.md says what it is.
+
+python benchmarks/learning/run.py                                                # everything
+python benchmarks/learning/run.py --model stories --method default,ste --seed 0,1
+python benchmarks/learning/run.py --development                                  # leaves the held-out text alone
+"""
+
+import argparse
+import itertools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
+
+from benchmarks.learning.rivals import METHODS
+from benchmarks.learning.rows import Row, append_row, key_of, read_rows, removed_units
+from benchmarks.learning.task import SOURCES, Settings, Task
+from bernprune.errors import BernpruneError
+from bernprune.evaluation.latency import machine
+from bernprune.evaluation.perplexity import perplexity
+
+HERE = Path(__file__).parent
+SPARSITIES, SEEDS, SEQUENCES = [0.2, 0.3, 0.5], [0, 1, 2, 3, 4], [20_480]
+SWEEP_SEED, SWEEP_SHARE = 100, 0.2  # of the seeds none, and of the budget a fifth
+
+
+class Bench:
+    """The files of the benchmark, in ``folder``: results on held-out text, and sweeps, all on development text."""
+
+    def __init__(self, folder: Path, scratch: Path) -> None:
+        self.results, self.sweeps, self._scratch = folder / "results.jsonl", folder / "sweeps.jsonl", scratch
+
+    def row(self, *, held_out: bool, **key: Any) -> Row:
+        """The row of this key, which is run and stored if it is missing."""
+        path = self.results if held_out else self.sweeps
+        for row in read_rows(path):
+            if key_of(row) == key_of(key):
+                return row
+        row = self._run(held_out=held_out, **key)
+        append_row(path, row)
+        print(
+            f"{row['model']} {row['sparsity']} {row['method']} {dict(row['settings'])} seed {row['seed']}: "
+            f"{row['loss']:.4f} nats on {row['protocol']['text']} text, {row['used']:,} of {row['sequences']:,} "
+            f"sequences, {row['seconds']:.0f} s",
+            flush=True,
+        )
+        return row
+
+    def best_settings(self, model: str, name: str, sparsity: float, sequences: int) -> Settings:
+        """The only settings of a method, or those of its grid with the least loss in a sweep."""
+        method = METHODS[name]
+        if len(method.grid) == 1:
+            return method.grid[0]
+        budget = method.sequences or int(SWEEP_SHARE * sequences)
+        key = {"model": model, "method": name, "sparsity": sparsity, "sequences": budget, "seed": SWEEP_SEED}
+        rows = [self.row(held_out=False, settings=settings, **key) for settings in method.grid]
+        best: Settings = min(rows, key=lambda row: row["loss"])["settings"]
+        return best
+
+    def _run(
+        self,
+        *,
+        model: str,
+        method: str,
+        settings: Settings,
+        sparsity: float,
+        sequences: int,
+        seed: int,
+        held_out: bool,
+    ) -> Row:
+        task = Task(SOURCES[model], self._scratch, sparsity=sparsity, seed=seed, limit=sequences)
+        started = time.monotonic()
+        mask_U = METHODS[method].run(task, sequences, seed, settings)
+        seconds = time.monotonic() - started
+        masks_KU = torch.stack([torch.ones_like(mask_U), task.uniform_mask(), mask_U])
+        (dense, uniform, loss), protocol = task.report(masks_KU, held_out=held_out)
+        return {
+            "model": model,
+            "method": method,
+            "settings": settings,
+            "sparsity": sparsity,
+            "sequences": sequences,
+            "seed": seed,
+            "used": task.meter.sequences,
+            "backward": task.meter.backward,
+            "equivalent": task.meter.equivalent,
+            "loss": loss,
+            "perplexity": perplexity(loss),
+            "dense_loss": dense,
+            "uniform_loss": uniform,
+            "reached": task.budget.removed_share(mask_U),
+            "seconds": round(seconds, 1),
+            "machine": machine(next(task.view.model.parameters()).device),
+            "commit": _commit(),
+            "protocol": protocol.to_dict(),
+            "removed": removed_units(mask_U),
+        }
+
+
+def _commit() -> str:
+    """Of this checkout, with a plus if a Python file differs from it; ``unknown`` outside of git."""
+    git = ["git", "-C", str(HERE.parents[1])]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+    return head.stdout.strip() + "+" * (changed == 1) or "unknown"
+
+
+def _list_of(kind: type, known: Collection[str] = ()) -> Callable[[str], list[Any]]:
+    """Parses comma-separated values, which must be among those known if any are."""
+
+    def parse(text: str) -> list[Any]:
+        parts = [kind(part) for part in text.split(",")]
+        unknown = [part for part in parts if known and part not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
+        return parts
+
+    return parse
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill the files; what stands in them is not run again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=_list_of(str, SOURCES), default=list(SOURCES))
+    parser.add_argument("--method", type=_list_of(str, METHODS), default=list(METHODS))
+    parser.add_argument("--sparsity", type=_list_of(float), default=SPARSITIES)
+    parser.add_argument("--seed", type=_list_of(int), default=SEEDS)
+    parser.add_argument("--sequences", type=_list_of(int), default=SEQUENCES)
+    parser.add_argument("--development", action="store_true", help="report on development text, among the sweeps")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the files lie")
+    given = parser.parse_args(arguments)
+    with TemporaryDirectory() as scratch:
+        bench = Bench(given.folder, Path(scratch))
+        for model in given.model:
+            if SOURCES[model].missing:
+                print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
+                continue
+            for sparsity, sequences, name in itertools.product(given.sparsity, given.sequences, given.method):
+                settings = bench.best_settings(model, name, sparsity, sequences)
+                key = {"model": model, "method": name, "settings": settings, "sparsity": sparsity}
+                for seed in given.seed:
+                    budget = METHODS[name].sequences or sequences
+                    bench.row(held_out=not given.development, sequences=budget, seed=seed, **key)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BernpruneError as error:
+        sys.exit(str(error))
