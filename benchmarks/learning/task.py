@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.learning.gates import gated
-from bernprune.config import make_config, merge
+from bernprune.config import make_config
 from bernprune.data import evaluation_windows, tokenize
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
@@ -29,6 +29,7 @@ from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.selection import select
 from bernprune.run.stage import set_stage
 from bernprune.scores import SCORES, initial_scores
+from bernprune.settings import merge
 from bernprune.storage import write_bytes
 from bernprune.text import load_documents
 

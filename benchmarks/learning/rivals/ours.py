@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.learning.task import Settings, Task
-from bernprune.config import RunConfig, make_config, merge
+from bernprune.config import RunConfig, make_config
 from bernprune.names import PresetName
 from bernprune.run.pipeline import prune, read_plan
+from bernprune.settings import merge
 from bernprune.units import KeepPlan, UnitSpace
 
-_CANDIDATES = 3  # at most so many selections are compared at the end of a run
 _REPORT = {
     "data": {"eval_tokens": 1024},  # the run's own report is on development text, and not looked at
     "report": {"initial_latency": False, "latency_repeats": 2, "latency_rows": 1},
@@ -27,14 +27,12 @@ def run_preset(preset: PresetName, task: Task, budget_sequences: int, settings: 
     """What a run keeps that may take ``budget_sequences`` in all; ``settings`` are of its search."""
     given = merge(task.given, {"preset": preset, "search": settings, **_REPORT})
     config = make_config(given)
-    beside = _scoring_passes(config, len(task.view.layers)) + _CANDIDATES * config.search.final_windows
-    config = make_config(merge(given, {"search": {"sequences": budget_sequences - beside}}))
+    scoring = _scoring_passes(config, len(task.view.layers))
+    config = make_config(merge(given, {"search": {"sequences": budget_sequences - scoring}}))
     with TemporaryDirectory() as folder:
         report = prune(config, Path(folder) / "run", progress=False)
         plan = read_plan(Path(folder) / "run" / "plan.json")
-    search = report["search"]
-    task.meter.spend(beside - _CANDIDATES * config.search.final_windows)
-    task.meter.spend(search["sequences"] + search["final_sequences"])
+    task.meter.spend(scoring + report["search"]["sequences"])
     return _mask_of(plan, task.space)
 
 
