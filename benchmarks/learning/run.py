@@ -35,7 +35,8 @@ class Bench:
     """The files of the benchmark, in ``folder``: results on held-out text, and sweeps, all on development text."""
 
     def __init__(self, folder: Path, scratch: Path) -> None:
-        self.results, self.sweeps, self._scratch = folder / "results.jsonl", folder / "sweeps.jsonl", scratch
+        self.results, self.sweeps = folder / "results.jsonl", folder / "sweeps.jsonl"
+        self._scratch, self._commit = scratch, _commit()
 
     def row(self, *, held_out: bool, **key: Any) -> Row:
         """The row of this key, which is run and stored if it is missing."""
@@ -43,7 +44,7 @@ class Bench:
         for row in read_rows(path):
             if key_of(row) == key_of(key):
                 return row
-        row = self._run(held_out=held_out, **key)
+        row = self._run(key, held_out=held_out)
         append_row(path, row)
         print(
             f"{row['model']} {row['sparsity']} {row['method']} {dict(row['settings'])} seed {row['seed']}: "
@@ -64,30 +65,16 @@ class Bench:
         best: Settings = min(rows, key=lambda row: row["loss"])["settings"]
         return best
 
-    def _run(
-        self,
-        *,
-        model: str,
-        method: str,
-        settings: Settings,
-        sparsity: float,
-        sequences: int,
-        seed: int,
-        held_out: bool,
-    ) -> Row:
-        task = Task(SOURCES[model], self._scratch, sparsity=sparsity, seed=seed, limit=sequences)
+    def _run(self, key: Row, *, held_out: bool) -> Row:
+        limit, seed = key["sequences"], key["seed"]
+        task = Task(SOURCES[key["model"]], self._scratch, sparsity=key["sparsity"], seed=seed, limit=limit)
         started = time.monotonic()
-        mask_U = METHODS[method].run(task, sequences, seed, settings)
+        mask_U = METHODS[key["method"]].run(task, limit, seed, key["settings"])
         seconds = time.monotonic() - started
         masks_KU = torch.stack([torch.ones_like(mask_U), task.uniform_mask(), mask_U])
         (dense, uniform, loss), protocol = task.report(masks_KU, held_out=held_out)
         return {
-            "model": model,
-            "method": method,
-            "settings": settings,
-            "sparsity": sparsity,
-            "sequences": sequences,
-            "seed": seed,
+            **key,
             "used": task.meter.sequences,
             "backward": task.meter.backward,
             "equivalent": task.meter.equivalent,
@@ -97,8 +84,8 @@ class Bench:
             "uniform_loss": uniform,
             "reached": task.budget.removed_share(mask_U),
             "seconds": round(seconds, 1),
-            "machine": machine(next(task.view.model.parameters()).device),
-            "commit": _commit(),
+            "machine": machine(task.view.model.device),
+            "commit": self._commit,
             "protocol": protocol.to_dict(),
             "removed": removed_units(mask_U),
         }
