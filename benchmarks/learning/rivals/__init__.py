@@ -44,9 +44,9 @@ def _taylor(form: str, scope: str) -> Method:
     return Method(taylor, tuple({"form": form, "scope": scope, "windows": count} for count in windows), CALIBRATION)
 
 
-def _ste(order: str) -> Method:
+def _ste(order: str) -> tuple[Settings, ...]:
     tries = ((0.25, 16), (0.5, 16), (1.0, 16), (0.5, 64))
-    return Method(ste, tuple({"order": order, "travel": travel, "windows": windows} for travel, windows in tries))
+    return tuple({"order": order, "travel": travel, "windows": windows} for travel, windows in tries)
 
 
 METHODS = {
@@ -86,8 +86,7 @@ METHODS = {
         evopress, tuple({"switch": "units", "band": band, **stages} for band in (0.1, 0.25) for stages in _STAGES)
     ),
     "blockpruner": Method(blockpruner, ({"windows": 256},)),
-    "ste": _ste("p"),
-    "ste-cost": _ste("cost"),
+    "ste": Method(ste, _ste("p") + _ste("cost")),
     "l0": Method(
         l0,
         tuple(

@@ -1,0 +1,515 @@
+"""The learning benchmark: what is counted, what every method may return, and that no row is run twice.
+
+Everything on a tiny random model, by the very files that a full benchmark runs.
+"""
+
+import functools
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matplotlib.image import imread
+from selection_checks import check, selected
+from tiny_models import random_tokens, tiny_model
+from tiny_run import LAYERS, Place, tiny_text
+from tolerances import EXACT, LOGITS, assert_close
+
+from benchmarks.learning import run, show
+from benchmarks.learning.gates import gated
+from benchmarks.learning.rivals import METHODS, Method
+from benchmarks.learning.rivals.bonsai import _candidates, _pair, ridge
+from benchmarks.learning.rivals.evopress import Switches
+from benchmarks.learning.rivals.l0 import soft_gates
+from benchmarks.learning.rivals.ste import falling_rates, prefix
+from benchmarks.learning.rivals.taylor import unit_importance
+from benchmarks.learning.rows import KEY, append_row, overlap, read_rows, removed_units
+from benchmarks.learning.task import SOURCES, Meter, OverBudget, Source, Task
+from bernprune.data import tokenize
+from bernprune.errors import BernpruneError, ConfigError, DataError
+from bernprune.models.loading import load_tokenizer
+from bernprune.models.view import describe
+from bernprune.objective import masked_objective, token_losses
+from bernprune.policy.budget import Budget
+from bernprune.policy.selection import Limits
+from bernprune.seeding import generator
+from bernprune.text import load_documents
+
+WINDOW, SPARSITY = 16, 0.3
+SEQUENCES, OF_BONSAI = 640, 1760  # the least that its regressions take
+CONFIG = {"data": {"window": WINDOW, "eval_tokens": 320}, "initial": {"windows": 8}}
+OURS = ("default", "reinforce", "paper", "paper-published")
+TRIED = [(name, index) for name, method in METHODS.items() for index in sorted({0, len(method.grid) - 1})]
+
+
+@pytest.fixture
+def source(place: Place) -> Source:
+    """A tiny model and two texts."""
+    held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
+    return Source(str(place.model), str(place.text), str(held_out), CONFIG)
+
+
+def limit_of(name: str) -> int:
+    return OF_BONSAI if name == "bonsai" else SEQUENCES
+
+
+def task_of(source: Source, *, seed: int = 0, limit: int = SEQUENCES) -> Task:
+    return Task(source, Path(source.text).parent, sparsity=SPARSITY, seed=seed, limit=limit)
+
+
+def random_masks(task: Task, count: int) -> torch.Tensor:
+    """Masks ``[K, U]`` on the budget."""
+    random = torch.Generator().manual_seed(3)
+    scores_KU = torch.rand(count, task.space.size, generator=random, dtype=torch.float64)
+    return torch.stack([task.select(scores_U) for scores_U in scores_KU])
+
+
+# Counting
+
+
+def test_the_meter_counts_and_refuses() -> None:
+    """What it refuses is not counted; gradients cost two passes more and do not use up the limit."""
+    meter = Meter(10)
+    meter.spend(4)
+    meter.spend(3, backward=True)
+    with pytest.raises(OverBudget, match=r"4 more .* 3 of 10"):
+        meter.spend(4)
+    meter.spend(3)
+    assert (meter.sequences, meter.backward, meter.equivalent, meter.left) == (10, 3, 16, 0)
+
+
+def test_nothing_is_run_beyond_the_limit(source: Source) -> None:
+    """Each way to run windows is refused before the model sees them."""
+    task = task_of(source, limit=5)
+    masks_KU, gates_U = random_masks(task, 2), torch.ones(task.space.size)
+    ways = [
+        lambda: task.losses(masks_KU, task.text(3)),
+        lambda: task.gated_loss(gates_U, task.text(6)),
+        lambda: task.scores(),
+    ]
+    with rows_run(task) as rows:
+        for way in ways:
+            with pytest.raises(OverBudget):
+                way()
+    assert rows == []
+
+
+@contextmanager
+def rows_run(task: Task) -> Iterator[list[int]]:
+    """The number of windows of every forward pass of the task's model."""
+    rows: list[int] = []
+    hook = task.view.decoder.register_forward_pre_hook(
+        lambda module, inputs, given: rows.append(len(given["input_ids"])), with_kwargs=True
+    )
+    yield rows
+    hook.remove()
+
+
+@pytest.mark.parametrize(("name", "index"), TRIED)
+def test_every_method(name: str, index: int, source: Source) -> None:
+    """Within budget and limits; all windows that the model sees are counted; the model is left as it was."""
+    method, limit = METHODS[name], limit_of(name)
+    task = task_of(source, limit=limit)
+    before = {key: value.clone() for key, value in task.view.model.state_dict().items()}
+    with rows_run(task) as rows:
+        mask_U = method.run(task, limit, 0, method.grid[index])
+    assert not any(parameter.requires_grad for parameter in task.view.model.parameters())
+    assert all(value.equal(before[key]) for key, value in task.view.model.state_dict().items())
+    assert 0 < task.meter.sequences <= limit
+    if name in OURS:  # a run of its own, on a model of its own
+        assert rows == []
+        assert limit - task.meter.sequences < 2 * 128 + 64  # two selections that were not compared, and a step
+    else:
+        assert sum(rows) == task.meter.sequences
+    check_mask(name, task, mask_U)
+
+
+def check_mask(name: str, task: Task, mask_U: torch.Tensor) -> None:
+    """Under the budget and the limits that the method has."""
+    if name == "blockpruner":
+        assert task.budget.removed_share(mask_U) >= SPARSITY
+        groups = list(selected(task.space, mask_U))
+        assert all(len(found.kept) in (0, len(found.units)) for found in groups)
+        assert groups[0].kept  # attention of the first layer
+    elif name.startswith("paper"):
+        check(mask_U, Budget(task.space, SPARSITY, pools="separate"), Limits(0, 0))
+    else:
+        check(mask_U, task.budget, task.limits)
+
+
+SEARCHES = ["random", "bonsai", "evopress", "evopress-units", "ste", "l0", "default"]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_equal_seeds_give_equal_masks(name: str, source: Source) -> None:
+    """And others do not, or nothing would be random."""
+    method = METHODS[name]
+    limit = limit_of(name)
+    masks = [method.run(task_of(source, seed=seed, limit=limit), limit, seed, method.grid[0]) for seed in (0, 0, 1)]
+    assert masks[0].equal(masks[1])
+    assert not masks[0].equal(masks[2])
+
+
+# Texts
+
+
+def test_the_three_texts_share_nothing(source: Source) -> None:
+    """Training windows end where the development text begins, and the held-out text is another file."""
+    task = task_of(source)
+    tokenizer = load_tokenizer(source.model)
+    stream, held_out = (
+        tokenize(tokenizer, load_documents(text, split="train"), vocab_size=10**6)
+        for text in (source.text, source.held_out)
+    )
+    cut = len(stream) * 9 // 10
+    windows_WT = task.text(task.stage.train.num_windows)
+    assert sorted(windows_WT.tolist()) == sorted(stream[: cut // WINDOW * WINDOW].view(-1, WINDOW).tolist())
+    development = task.stage.eval_windows_WT
+    assert development.flatten().equal(stream[cut:][: development.numel()])
+    _, protocol = task.report(random_masks(task, 1), held_out=True)
+    assert protocol.windows == len(held_out) // WINDOW
+
+
+def test_reading_goes_on(source: Source) -> None:
+    """Where the last reading ended."""
+    first, second = task_of(source), task_of(source)
+    assert torch.cat([first.text(3), first.text(5)]).equal(second.text(8))
+
+
+# Gates
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_attention_heads": 4, "num_key_value_heads": 2}], ids=str)
+def test_gates_of_0_and_1_are_masks(changes: Any) -> None:
+    """The loss under hooks on the plain model is that of the masked objective."""
+    model, tokens_BT = tiny_model("llama", **changes), random_tokens(3, 11)
+    view = describe(model)
+    random = torch.Generator().manual_seed(0)
+    masks_KU = torch.rand(4, view.space.size, generator=random) < 0.6
+    masks_KU[0, view.space.span("channel", 1)] = False  # a whole branch
+    with masked_objective(view) as objective:
+        expected_K = objective.losses(masks_KU, tokens_BT)
+    with torch.no_grad():
+        found = [gated_loss(view, mask_U, tokens_BT).item() for mask_U in masks_KU]
+    assert_close(found, expected_K, LOGITS[torch.float64])
+
+
+def gated_loss(view: Any, gates_U: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    with gated(view, gates_U):
+        hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    return token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT).mean()
+
+
+def test_gates_are_differentiable() -> None:
+    """Autograd agrees with finite differences, at gates between 0 and 1 too, and no hook stays."""
+    view, tokens_BT = describe(tiny_model("llama", num_hidden_layers=2, intermediate_size=5)), random_tokens(2, 6)
+    view.model.requires_grad_(False)
+    gates_U = torch.rand(view.space.size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss = functools.partial(gated_loss, view, tokens_BT=tokens_BT)
+    # Norms are taken in float32, so finite differences must not be too small.
+    assert torch.autograd.gradcheck(loss, gates_U.requires_grad_(), eps=1e-3, atol=2e-3, rtol=1e-3)
+    assert not any(module._forward_pre_hooks for module in view.model.modules())
+
+
+def test_scores_of_a_part_see_the_part(source: Source) -> None:
+    """What is removed scores nothing; the first layer's attention does not notice; what lies behind does."""
+    task = task_of(source)
+    dense_U, mask_U = task.scores(), random_masks(task, 1)[0]
+    part_U = task.scores(mask_U=mask_U)
+    assert (part_U[~mask_U] == 0).all()
+    first, last = task.space.span("kv_group", 0), task.space.span("channel", LAYERS - 1)
+    assert part_U[first][mask_U[first]].equal(dense_U[first][mask_U[first]])
+    assert (part_U[last][mask_U[last]] != dense_U[last][mask_U[last]]).all()
+
+
+# Single rivals
+
+
+@pytest.mark.parametrize("form", ["vector", "element"])
+def test_taylor_by_hand(form: str) -> None:
+    """One kv group and one channel of a model whose gradients are taken here; and a sum is at most its parts."""
+    model, tokens_BT = tiny_model("llama"), random_tokens(21, 9)
+    view = describe(model.requires_grad_(False))
+    found_U = unit_importance(view, tokens_BT, form)
+    model.requires_grad_(True)
+    logits = model(input_ids=tokens_BT).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, tokens_BT[:, 1:].flatten()).backward()
+    layer, heads = model.model.layers[2], model.config.num_attention_heads // model.config.num_key_value_heads
+    width = model.config.head_dim
+
+    def importance(projection: Any, lines: range, axis: int) -> float:
+        salience = (projection.weight * projection.weight.grad).detach()
+        parts = [salience.select(axis, line) for line in lines]
+        return sum(part.sum().abs().item() if form == "vector" else part.abs().sum().item() for part in parts)
+
+    attention, ffn = layer.self_attn, layer.mlp
+    queries, keys = range(heads * width, 2 * heads * width), range(width, 2 * width)  # of kv group 1
+    group = sum(
+        importance(projection, lines, axis)
+        for projection, lines, axis in (
+            (attention.q_proj, queries, 0),
+            (attention.k_proj, keys, 0),
+            (attention.v_proj, keys, 0),
+            (attention.o_proj, queries, 1),
+        )
+    )
+    channel = sum(
+        importance(projection, range(7, 8), axis)
+        for projection, axis in ((ffn.gate_proj, 0), (ffn.up_proj, 0), (ffn.down_proj, 1))
+    )
+    expected = [group, channel]
+    places = [view.space.span("kv_group", 2).start + 1, view.space.span("channel", 2).start + 7]
+    assert_close(found_U[places], expected, LOGITS[torch.float32])  # norms are taken in float32
+
+
+def test_ridge_finds_what_is_there() -> None:
+    """A noiseless linear loss to within the smallest ridge; noise alone is taken for less than least squares do."""
+    random = torch.Generator().manual_seed(0)
+    worth_N = torch.randn(7, generator=random, dtype=torch.float64)
+    masks_KN = (torch.rand(200, 7, generator=random) < 0.5).double()
+    assert (ridge(masks_KN, masks_KN @ worth_N + 5) - worth_N).abs().max() < 1e-3
+    noise_K = torch.randn(200, generator=random, dtype=torch.float64)
+    least_squares_N = torch.linalg.lstsq(masks_KN - masks_KN.mean(0), noise_K[:, None]).solution
+    assert ridge(masks_KN, noise_K).norm() < 0.5 * least_squares_N.norm()
+
+
+def test_sub_models_come_in_pairs(source: Source) -> None:
+    """Of a pair, each candidate is dropped by one alone; the others stay, and no group loses all."""
+    task = task_of(source)
+    alive_U = random_masks(task, 1)[0]
+    groups = list(_candidates(task.groups, task.scores(), alive_U, 0.2))
+    at_N = torch.cat([at_G for at_G, _, _ in groups])
+    assert alive_U[at_N].all()
+    for index in range(5):
+        mask_U, complement_U = _pair(alive_U, groups, generator(index, "pair"))
+        assert (mask_U[at_N] ^ complement_U[at_N]).all()
+        rest_U = alive_U.clone()
+        rest_U[at_N] = False
+        assert mask_U[rest_U].all()
+        assert not mask_U[~alive_U].any()
+        assert not complement_U[~alive_U].any()
+        assert all((mask_U & complement_U)[units].any() for units in task.groups)
+
+
+@pytest.mark.parametrize("switch", [{"switch": "levels", "channels": 3}, {"switch": "units", "band": 0.5}], ids=str)
+def test_offspring_keep_the_budget(switch: Any, source: Source) -> None:
+    """They differ from one another, cost no more than allowed, hardly less, and empty no group."""
+    task = task_of(source)
+    switches = Switches(task, task.scores(), generator(0, "offspring"))
+    parent_U = task.select_by(task.scores(), "layer")
+    masks_KU = switches.offspring(parent_U, {**switch, "offspring": 12})
+    assert len({tuple(mask_U.tolist()) for mask_U in masks_KU}) == 12
+    dearest = task.budget.costs_U.max().item()
+    for mask_U in masks_KU:
+        spare = (1 - SPARSITY) * task.budget.total - task.budget.alive_cost(mask_U)
+        assert -1e-6 <= spare < 4 * dearest
+        assert all(mask_U[units].any() for units in task.groups)
+
+
+def test_a_level_is_of_the_metrics_worst_and_best(source: Source) -> None:
+    """Whatever evolves, a group keeps its best units by score."""
+    task = task_of(source)
+    scores_U = task.scores()
+    switches = Switches(task, scores_U, generator(0, "offspring"))
+    settings = {"switch": "levels", "channels": 2, "offspring": 12}
+    for mask_U in switches.offspring(task.select_by(scores_U, "layer"), settings):
+        for units in task.groups:
+            kept, removed = scores_U[units][mask_U[units]], scores_U[units][~mask_U[units]]
+            assert not len(removed) or kept.min() >= removed.max()
+
+
+def test_the_prefix_fits(source: Source) -> None:
+    """Within the budget but for what a group's last unit costs, in order, and exactly ones and zeros."""
+    task = task_of(source)
+    priorities_U = torch.rand(task.space.size, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mask_U = prefix(task, priorities_U)
+    assert set(mask_U.tolist()) == {0.0, 1.0}
+    best = {int(units[priorities_U[units].argmax()]) for units in task.groups}
+    kept = set(mask_U.nonzero().flatten().tolist())
+    assert best <= kept
+    ordered = priorities_U.argsort(descending=True).tolist()
+    limit, cost = (1 - SPARSITY) * task.budget.total, 0.0
+    for unit in ordered:
+        cost += task.budget.costs_U[unit].item()
+        assert (unit in kept) == (cost <= limit or unit in best)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-6])
+def test_soft_gates_meet_the_budget(temperature: float, source: Source) -> None:
+    """In the order of their values, from 0 to 1, and nearly hard where it is cold."""
+    task = task_of(source)
+    values_U = torch.rand(task.space.size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    gates_U = soft_gates(values_U, task.budget.costs_U, 1 - SPARSITY, temperature)
+    assert_close((gates_U @ task.budget.costs_U).item(), (1 - SPARSITY) * task.budget.total, 1e-6)
+    assert gates_U.min() >= 0 and gates_U.max() <= 1
+    assert (gates_U[values_U.argsort()].diff() >= 0).all()
+    assert ((gates_U > 0) & (gates_U < 1)).sum() <= (task.space.size if temperature > 1e-3 else 1)
+
+
+def test_rates_fall_and_add_up(source: Source) -> None:
+    """To the travel, whatever the budget; and too small a budget is refused."""
+    for limit in (16, 100, 2400):
+        rates = falling_rates(task_of(source, limit=limit), {"travel": 0.7, "windows": 16})
+        assert len(rates) == limit // 16
+        assert rates == sorted(rates, reverse=True)
+        assert_close(sum(rates), 0.7, EXACT)
+    with pytest.raises(ConfigError, match="15 sequences"):
+        falling_rates(task_of(source, limit=15), {"travel": 0.7, "windows": 16})
+
+
+# Rows
+
+
+def fake(mask_seed: int) -> Any:
+    """A method that runs two windows and keeps what a seed says; it counts its calls."""
+
+    def method(task: Task, budget_sequences: int, seed: int, settings: Any) -> torch.Tensor:
+        calls.append(settings)
+        task.losses(random_masks(task, 1), task.text(2))
+        scores_U = task.scores("random") if settings.get("poor") else task.scores()
+        return task.select_by(scores_U, "layer")
+
+    calls: list[Any] = []
+    return method, calls
+
+
+@pytest.fixture
+def bench(source: Source, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The command on one tiny source and two fake methods; returns the calls of these."""
+    plain, plain_calls = fake(0)
+    swept, swept_calls = fake(1)
+    monkeypatch.setitem(SOURCES, "tiny", source)
+    monkeypatch.setitem(METHODS, "plain", Method(plain))
+    monkeypatch.setitem(METHODS, "swept", Method(swept, ({"poor": True}, {"poor": False})))
+
+    def command(*more: str) -> tuple[list[Any], list[Any]]:
+        plain_calls.clear()
+        swept_calls.clear()
+        run.main(["--folder", str(tmp_path), "--model", "tiny", "--sequences", "500", *more])
+        return plain_calls, swept_calls
+
+    return command
+
+
+def test_rows_are_not_run_twice(bench: Any, tmp_path: Path) -> None:
+    """A second time only what is missing is run, and the files keep what they had."""
+    assert len(bench("--method", "plain", "--sparsity", "0.3", "--seed", "0,1")[0]) == 2
+    before = (tmp_path / "results.jsonl").read_text()
+    assert bench("--method", "plain", "--sparsity", "0.3", "--seed", "0,1")[0] == []
+    assert (tmp_path / "results.jsonl").read_text() == before
+    assert len(bench("--method", "plain", "--sparsity", "0.3,0.5", "--seed", "1,2")[0]) == 3
+    assert (tmp_path / "results.jsonl").read_text().startswith(before)
+    assert len(read_rows(tmp_path / "results.jsonl")) == 5
+
+
+def test_the_sweep_decides(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By development text alone, at a fifth of the budget, once; the row says which settings."""
+    with monkeypatch.context() as patch:
+        patch.setattr("benchmarks.learning.task._held_out", lambda *_: pytest.fail("held-out text was touched"))
+        bench("--method", "swept", "--sparsity", "0.3", "--seed", "0", "--development")
+    swept = read_rows(tmp_path / "sweeps.jsonl")
+    assert [(row["sequences"], row["seed"]) for row in swept] == [(100, 100), (100, 100), (500, 0)]
+    assert swept[0]["loss"] != swept[1]["loss"]
+    best = min(swept[:2], key=lambda row: row["loss"])["settings"]
+    assert bench("--method", "swept", "--sparsity", "0.3", "--seed", "0")[1] == [best]
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    assert row["settings"] == best
+    assert row["protocol"]["text"] == "held-out"
+    assert row["used"] == 10
+
+
+def test_a_row_tells_all(bench: Any, source: Source, tmp_path: Path) -> None:
+    """Losses as the task itself finds them, and a mask that can be read back."""
+    bench("--method", "plain", "--sparsity", "0.3", "--seed", "4")
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    task = task_of(source, seed=4)
+    mask_U = task.uniform_mask()
+    (dense, loss), protocol = task.report(torch.stack([torch.ones_like(mask_U), mask_U]), held_out=True)
+    assert (row["dense_loss"], row["uniform_loss"], row["loss"]) == (dense, loss, loss)
+    assert row["perplexity"] == pytest.approx(math.exp(loss))
+    assert row["protocol"] == protocol.to_dict()
+    assert row["removed"] == removed_units(mask_U)
+    assert row["reached"] == pytest.approx(task.budget.removed_share(mask_U))
+
+
+def test_a_missing_folder_is_skipped_with_a_sentence(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """And the rest goes on."""
+    monkeypatch.setitem(SOURCES, "absent", Source("embedded", str(tmp_path / "none.jsonl"), "embedded"))
+    bench("--method", "plain", "--sparsity", "0.3", "--seed", "0", "--model", "absent,tiny")
+    assert f"absent is skipped: {tmp_path / 'none.jsonl'} does not exist" in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "results.jsonl")) == 1
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """With the known ones."""
+    with pytest.raises(SystemExit):
+        run.main(["--method", "lottery"])
+    assert "'lottery' is unknown; known are default, reinforce" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    """By its line, rather than run over."""
+    path = tmp_path / "results.jsonl"
+    append_row(path, dict.fromkeys(KEY, 0))
+    path.write_text(path.read_text() + '{"model": "tiny"}\n')
+    with pytest.raises(DataError, match=r"results.jsonl, line 2, is not a row"):
+        read_rows(path)
+
+
+def test_overlap_is_of_what_is_removed() -> None:
+    """1 for equal masks, 0 for disjoint ones, else shared over either."""
+    masks = torch.tensor([[0, 0, 1, 1, 1], [1, 0, 0, 1, 1], [1, 1, 1, 0, 0]]).bool()
+    first, second, third = map(removed_units, masks)
+    assert overlap(first, first) == 1
+    assert overlap(first, third) == 0
+    assert overlap(first, second) == pytest.approx(1 / 3)
+    assert first["sha256"] != second["sha256"]
+    assert (first["count"], first["of"]) == (2, 5)
+
+
+# The table and the picture
+
+
+def made_row(method: str, seed: int, loss: float, **changes: Any) -> dict[str, Any]:
+    row = {"model": "tiny", "method": method, "settings": {}, "sparsity": 0.3, "sequences": 100, "seed": seed}
+    mask_U = torch.arange(12) % 3 != seed % 3
+    results = {"used": 90, "equivalent": 90, "loss": loss, "dense_loss": 1.0, "uniform_loss": 3.0, "reached": 0.31}
+    protocol = {"text": "held-out", "text_sha256": "ab", "window": 16, "windows": 20, "tokens": 300}
+    rest = {"seconds": 2.0, "protocol": protocol, "removed": removed_units(mask_U)}
+    return {**row, **results, **rest, **changes}
+
+
+def test_show_makes_table_and_picture(tmp_path: Path) -> None:
+    """From the rows alone: the best first, mean and spread over seeds, and agreement between them."""
+    for row in (
+        made_row("worse", 0, 2.5),
+        made_row("better", 0, 2.0),
+        made_row("better", 3, 2.2),
+        made_row("other", 0, 1.5, sparsity=0.5, settings={"rate": 0.1}, equivalent=270),
+    ):
+        append_row(tmp_path / "results.jsonl", row)
+    show.main(["--folder", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert table.index("`better`") < table.index("`worse`") < table.index("`other` rate 0.1")
+    assert "| `better` | 90 | 90 | 2.1000 ± 0.1414 | 8.17 | 31.0% | 1.00 | 2 | 2 |" in table
+    assert "| `worse` | 90 | 90 | 2.5000 | 12.18 | 31.0% | - | 1 | 2 |" in table
+    assert "Dense 1.0000 nats; uniform Wanda-sp 3.0000" in table
+    pixels = imread(io.BytesIO((tmp_path / "picture.png").read_bytes()))
+    assert pixels.shape[0] > 300 and pixels.std() > 0
+
+
+def test_losses_taken_differently_are_not_compared(tmp_path: Path) -> None:
+    """Nor is a table made of nothing."""
+    with pytest.raises(DataError, match="no rows yet"):
+        show.main(["--folder", str(tmp_path)])
+    other = made_row("worse", 0, 2.5)["protocol"] | {"window": 32}
+    for row in (made_row("better", 0, 2.0), made_row("worse", 0, 2.5, protocol=other)):
+        append_row(tmp_path / "results.jsonl", row)
+    with pytest.raises(BernpruneError, match=r"tiny at sparsity 0.3 .* 2 protocols"):
+        show.main(["--folder", str(tmp_path)])
