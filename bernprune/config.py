@@ -183,7 +183,8 @@ class SearchConfig(_Section):
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
-    """What a loss that is not finite does: stop the run, or drop that mask from its step."""
+    """What a loss that is not finite does: stop the run, or drop that mask from its step. In the final choice such a
+    mask just loses."""
     rows_per_forward: Count = 64
     """Most windows in one forward pass."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
@@ -262,6 +263,10 @@ class RunConfig(_Section):
             )
         self._check_search()
         low, high = self.explored
+        if len(set(self.plans.sparsities)) < len(self.plans.sparsities):
+            raise ValueError(
+                f"plans.sparsities must differ, but are {', '.join(map('{:g}'.format, self.plans.sparsities))}"
+            )
         for sparsity in self.plans.sparsities:
             if not low <= sparsity <= high:
                 raise ValueError(

@@ -31,7 +31,9 @@ def _choice(search: dict[str, Any]) -> list[str]:
     return [f"selected     the row '{ROWS[search['kept']]}': on training text, what was learned did not beat it"]
 
 
-def _short(perplexity: float) -> str:
+def _short(perplexity: float | None) -> str:
+    if perplexity is None:
+        return "not finite"
     return f"{perplexity:.3f}" if perplexity < 1e7 else f"{perplexity:.3g}"
 
 

@@ -358,6 +358,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         ("plans.sparsities", "0.2", "0.5 explores 0.25 to 0.75"),
     ),
     "plans-not-a-number": (lambda p: p.prune("plans.sparsities=[x]"), ("plans.sparsities", "number", "'x'")),
+    "plans-twice": (
+        lambda p: p.prune("plans.sparsities=[0.2, 0.4, 0.2]"),
+        ("plans.sparsities", "differ", "0.2, 0.4, 0.2"),
+    ),
     "plans-nan": (lambda p: p.prune("plans.sparsities=[.nan]"), ("plans.sparsities", "finite", "nan")),
     "plans-of-all": (lambda p: p.prune("plans.sparsities=[1]"), ("plans.sparsities", "less than 1", "1")),
     "plans-beyond-minimums": (

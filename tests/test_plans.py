@@ -1,8 +1,10 @@
 """Plans for other sparsities: on their budgets, nested on request, the same whoever writes them."""
 
+import errno
 import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,18 @@ import pytest
 import torch
 from selection_checks import check, minimum_of, pool_limits, selected, step_of
 from spaces import FLAT, SPACES, alive_by_hand, make_space, random_numbers
-from tiny_run import METHODS, WINDOW, Place, finish, read_json, succeed
+from tiny_run import METHODS, WINDOW, Place, finish, read_json, run, succeed
 from tolerances import EXACT, assert_close
 
 from bernprune.config import RunConfig, make_config
-from bernprune.errors import BudgetError
+from bernprune.errors import BudgetError, LossError
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.report import table
+from bernprune.run import pipeline, plans
 from bernprune.run.pipeline import read_plan
 from bernprune.run.plans import Learned
+from bernprune.run.stage import Stage
 from bernprune.units import UnitSpace
 
 # What may be selected
@@ -222,6 +226,61 @@ def test_select_says_what_is_kept(planned: Path, place: Place) -> None:
     assert f"bernprune apply {out / 'plans' / '0.4.json'} MODEL OUT" in lines[6]
 
 
+def test_a_nested_plan_has_a_file_of_its_own(planned: Path, place: Place) -> None:
+    """Whichever comes last, the other is what it was."""
+    out = copy_of(planned, place)
+    succeed("select", str(out), "--sparsity", "0.4")
+    before = (out / "plans" / "0.4.json").read_bytes()
+    succeed("select", str(out), "--sparsity", "0.4", "--nested")
+    assert {path.name for path in (out / "plans").iterdir()} == {"0.4.json", "0.4-nested.json"}
+    assert (out / "plans" / "0.4.json").read_bytes() == before
+
+
+def test_a_plan_without_a_loss_is_no_reason_to_fail(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no figure, and the run, its own plan and the others have theirs."""
+
+    def broken(stage: Stage, mask_U: torch.Tensor) -> float:
+        loss = mask_loss(stage, mask_U)
+        if stage.budget.removed_share(mask_U) > 0.39:
+            raise LossError("the loss of a selection on the evaluation text is nan")
+        return loss
+
+    mask_loss = pipeline.mask_loss
+    monkeypatch.setattr(pipeline, "mask_loss", broken)
+    done = succeed(*place.prune(*RUN, "plans.sparsities=[0.4, 0.2]"))
+    assert "at sparsity 0.4, the loss of a selection" in done.err
+    report = read_json(place.out / "report.json")
+    assert [row["loss"] is None for row in report["plans"]] == [False, True]
+    assert ["plan", "0.4", "not", "finite"] in [line.split() for line in done.out.splitlines()]
+    assert "| not finite | `0.4.json` |" in (place.out / "plans" / "table.md").read_text()
+    assert (place.out / "plans" / "0.4.json").is_file() and (place.out / "plan.json").is_file()
+
+
+def test_other_states_are_not_what_was_learned(planned: Path, place: Place) -> None:
+    """Whole files, but of something else."""
+    out = copy_of(planned, place)
+    (out / "learned.safetensors").write_bytes((planned / "initial.safetensors").read_bytes())
+    done = run("select", str(out), "--sparsity", "0.4")
+    assert done.code == 2 and "learned.safetensors does not say what a run has learned" in done.err
+
+
+def test_a_disk_full_while_selecting(planned: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left behind, not even a folder; plans that are there stay."""
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = copy_of(planned, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(plans, "write_json", full)
+        assert "No space left" in run("select", str(out), "--sparsity", "0.4").err
+        assert not (out / "plans").exists()
+    succeed("select", str(out), "--sparsity", "0.2")
+    monkeypatch.setattr(plans, "write_json", full)
+    assert "No space left" in run("select", str(out), "--sparsity", "0.4").err
+    assert [path.name for path in (out / "plans").iterdir()] == ["0.2.json"]
+
+
 def kept_by(path: Path) -> set[tuple[int, str, int]]:
     """All that a plan keeps."""
     return {
@@ -238,12 +297,12 @@ def test_nested_plans_of_a_run(more: tuple[str, ...], planned: Path, place: Plac
     given = ("plans.nested=true", "plans.sparsities=[0.45, 0.25, 0.35]", *RUN, *more)
     succeed(*place.prune(*given), "--eval-text", str(planned.parent / "held-out.txt"))
     sparsities = ("0.15", "0.2", "0.25", "0.3", "0.35", "0.4", "0.45")
-    written = {name: (place.out / "plans" / f"{name}.json").read_bytes() for name in ("0.25", "0.35", "0.45")}
+    written = {name: (place.out / "plans" / f"{name}-nested.json").read_bytes() for name in ("0.25", "0.35", "0.45")}
     for sparsity in sparsities:
         succeed("select", str(place.out), "--sparsity", sparsity, "--nested")
     for name, data in written.items():
-        assert (place.out / "plans" / f"{name}.json").read_bytes() == data
-    kept = [kept_by(place.out / "plans" / f"{sparsity}.json") for sparsity in sparsities]
+        assert (place.out / "plans" / f"{name}-nested.json").read_bytes() == data
+    kept = [kept_by(place.out / "plans" / f"{sparsity}-nested.json") for sparsity in sparsities]
     assert kept[3] == kept_by(place.out / "plan.json")
     assert all(smaller <= larger for larger, smaller in itertools.pairwise(kept))
     assert kept[0] > kept[3] > kept[-1]

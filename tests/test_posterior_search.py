@@ -361,7 +361,7 @@ def test_asking_changes_nothing() -> None:
     assert same_state(search, silent)
 
 
-@pytest.mark.parametrize("other", ["units", "method"])
+@pytest.mark.parametrize("other", ["units", "budget", "method"])
 def test_a_state_of_something_else_is_refused(other: str) -> None:
     """Even of as many units, or of the same; and nothing is taken over from it."""
     search, untouched = after(curved), after(curved)
@@ -369,6 +369,10 @@ def test_a_state_of_something_else_is_refused(other: str) -> None:
         space = make_space(FLAT.kinds, [(1, 5), (2, 7), (3, 11)])
         assert space.size == FLAT.size
         state, message = make_search(space).state_dict(), "another model or another granularity"
+    elif other == "budget":
+        scores_U = torch.full((FLAT.size,), 0.5, dtype=torch.float64)
+        richer = PosteriorSearch(Budget(FLAT, 0.25), scores_U, scores_U, seed=3, design=SMALL, round_steps=1)
+        state, message = richer.state_dict(), r"a budget of 0\.25 of all parameters, not 0\.4 of all parameters"
     else:
         baseline = make_baseline("leave-one-out", window=5, num_masks=4)
         start_U = torch.full((FLAT.size,), 0.6, dtype=torch.float64)

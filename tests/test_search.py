@@ -386,6 +386,16 @@ def test_a_state_of_other_units_is_refused() -> None:
     assert torch.equal(search.probs_U, before)
 
 
+def test_a_state_of_another_budget_is_refused() -> None:
+    """Of another sparsity, or of pools that do not trade."""
+    start_U = torch.full((FLAT.size,), 0.6, dtype=torch.float64)
+    baseline = make_baseline("leave-one-out", window=5, num_masks=4)
+    for budget in (Budget(FLAT, 0.5), Budget(FLAT, 0.4, pools="separate")):
+        other = ReinforceSearch(budget, start_U, baseline=baseline, seed=3, design=Design(1, 4))
+        with pytest.raises(RunError, match=f"a budget of {budget}, not 0.4 of all parameters"):
+            make_search(FLAT).load_state_dict(other.state_dict())
+
+
 def test_a_state_of_the_other_method_is_refused() -> None:
     """By the name of the method that it was not written by."""
     start_U = torch.full((FLAT.size,), 0.6, dtype=torch.float64)

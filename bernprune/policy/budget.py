@@ -65,6 +65,10 @@ class Budget:
         else:
             self.pools = [self._pool(kind, self._of_kind(kind)) for kind in space.kinds]
 
+    def __str__(self) -> str:
+        pools = f" of each of {', '.join(pool.name for pool in self.pools)}" if len(self.pools) > 1 else ""
+        return f"{self.sparsity:.6g} of all {self.measure}{pools}"
+
     def _of_kind(self, kind: str) -> torch.Tensor:
         return torch.tensor([group.kind == kind for group in self.space.groups])[self.space.group_U]
 

@@ -263,7 +263,7 @@ class PosteriorSearch(MaskSearch):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "fingerprint": self.budget.space.fingerprint,
+            **self._belonging(),
             "pools": len(self._pools),
             "steps": self.steps,
             "rounds": self.rounds,

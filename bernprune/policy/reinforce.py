@@ -109,7 +109,7 @@ class ReinforceSearch(MaskSearch):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "fingerprint": self.budget.space.fingerprint,
+            **self._belonging(),
             "probs_U": self.probs_U,
             "start_U": self._start_U,
             "baseline": self.baseline.state_dict(),

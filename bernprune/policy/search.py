@@ -105,7 +105,7 @@ class MaskSearch(ABC):
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises ``RunError`` if the state belongs to other units or to another method."""
+        """Raises ``RunError`` if the state belongs to other units, another budget or another method."""
 
     def _contrast_U(self, masks_BKCU: MaskRows) -> torch.Tensor:
         """See ``contrast``."""
@@ -114,9 +114,16 @@ class MaskSearch(ABC):
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")
         return contrast(self.probs_U, self.design)
 
+    def _belonging(self) -> dict[str, Any]:
+        """What a state must have in common with the search that it is loaded into."""
+        return {"fingerprint": self.budget.space.fingerprint, "budget": str(self.budget)}
+
     def _check_state(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.budget.space.fingerprint:
+        ours = self._belonging()
+        if state["fingerprint"] != ours["fingerprint"]:
             raise RunError("the checkpoint was written for another model or another granularity")
+        if state["budget"] != ours["budget"]:
+            raise RunError(f"the checkpoint was written for a budget of {state['budget']}, not {ours['budget']}")
 
     def _stats(self, losses_BKC: torch.Tensor, advantages_BKC: torch.Tensor, before_U: torch.Tensor) -> StepStats:
         losses_BK = losses_BKC.sum(-1)

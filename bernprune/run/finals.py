@@ -1,6 +1,7 @@
 """What is kept: finalists and challengers, raced on training text that nobody has seen yet, inside the run's budget."""
 
 import logging
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +34,7 @@ class Finals:
     mask_U: torch.Tensor
     sequences: int = 0
     windows: int = 0
+    seconds: float = 0.0
     heats: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -66,7 +68,10 @@ def run_finals(
     ):
         text = _Text(stage, objective, work.step * settings.windows, finals)
 
+        started = time.monotonic() - finals.seconds
+
         def settle() -> None:
+            finals.seconds = time.monotonic() - started
             bar.update(finals.sequences - bar.n)
             _save(folder, work, finals)
             if stopping.is_set():

@@ -116,9 +116,9 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     followed = {"learned": search.priorities_U, "initial": start_U, "uniform": _uniform_probs(stage, scores_U)}
     learned = Learned(stage.view.space, followed[finals.kept], scores_U, finals.mask_U)
     learned.write(folder.learned)
-    report["plans"] = _plans(stage, folder, learned)
     plan = stage.view.space.plan(finals.mask_U)
     write_json(folder.plan, plan.to_dict())
+    report["plans"] = _plans(stage, folder, learned)
     try:
         _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
         write_bytes(folder.picture, draw(report, folder.read_metrics()))
@@ -165,16 +165,20 @@ def _start(stage: Stage) -> dict[str, torch.Tensor]:
 
 
 def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:
-    """Write and evaluate the plans for other sparsities."""
+    """Write and evaluate the plans for other sparsities; of a loss that is not finite, there is no figure."""
     found, config = [], stage.config
+    nested = config.plans.nested
     for sparsity in sorted(config.plans.sparsities):
-        mask_U = learned.select(config, sparsity, nested=config.plans.nested)
-        loss = mask_loss(stage, mask_U)
-        path = write_plan(folder, sparsity, learned.space.plan(mask_U))
+        mask_U = learned.select(config, sparsity, nested=nested)
+        path = write_plan(folder, sparsity, learned.space.plan(mask_U), nested=nested)
+        loss, figure = None, None
+        try:
+            loss = mask_loss(stage, mask_U)
+            figure = perplexity(loss)
+        except LossError as error:  # the run's own plan is not to blame
+            logger.warning("at sparsity %g, %s", sparsity, error)
         removed = removed_parameters(learned.space, mask_U)
-        found.append(
-            {"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": perplexity(loss), "plan": path.name}
-        )
+        found.append({"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": figure, "plan": path.name})
     if found:
         write_bytes(folder.plans / "table.md", plans_table(found, stage.protocol).encode())
     return found
@@ -220,7 +224,7 @@ def _report_head(
         "search": {
             "sequences": work.sequences + finals.sequences,
             "forward_tokens": (work.sequences + finals.sequences) * config.data.window,
-            "seconds": round(work.seconds, 2),
+            "seconds": round(work.seconds + finals.seconds, 2),
             "steps": work.step,
             "ended": workload.why_over(work),
             "kept": finals.kept,

@@ -35,10 +35,12 @@ class Learned:
 
     @classmethod
     def read(cls, path: Path) -> "Learned":
-        """Raises ``RunError`` if there is none, or it is damaged."""
+        """Raises ``RunError`` if there is none, or it is damaged or something else."""
         if not path.is_file():
             raise RunError(f"the run in {path.parent} has not learned yet what to keep: {path.name} is missing")
         state = read_state(path)
+        if state.keys() != cls.__dataclass_fields__.keys():
+            raise RunError(f"{path} does not say what a run has learned, but something else")
         return cls(**state | {"space": UnitSpace.from_dict(json.loads(state["space"]))})
 
     def select(self, config: RunConfig, sparsity: float, *, nested: bool = False) -> torch.Tensor:
@@ -65,11 +67,16 @@ class Learned:
         return select(self.priorities_U, budget, limits=limits, tie_break_U=self.scores_U, core_U=core_U)
 
 
-def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan) -> Path:
+def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan, *, nested: bool = False) -> Path:
     """The plan's file among the run's plans."""
     folder.plans.mkdir(exist_ok=True)
-    path = folder.plans / f"{sparsity:g}.json"
-    write_json(path, plan.to_dict())
+    path = folder.plans / f"{sparsity:g}{'-nested' if nested else ''}.json"
+    try:
+        write_json(path, plan.to_dict())
+    except OSError:
+        if not any(folder.plans.iterdir()):
+            folder.plans.rmdir()
+        raise
     return path
 
 
@@ -84,14 +91,16 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
     config, learned = folder.read_config(), Learned.read(folder.learned)
     mask_U = learned.select(config, sparsity, nested=nested)
     plan = learned.space.plan(mask_U)
-    path = write_plan(folder, sparsity, plan)
+    path = write_plan(folder, sparsity, plan, nested=nested)
     return path, {"removed": removed_parameters(learned.space, mask_U), "layers": describe_plan(plan)}
 
 
 def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
     """Markdown."""
     lines = ["| sparsity | removed | perplexity | plan |", "| --- | --- | --- | --- |"]
-    lines += [f"| {p['sparsity']:g} | {p['removed']:.2%} | {p['perplexity']:.3f} | `{p['plan']}` |" for p in plans]
+    for plan in plans:
+        figure = "not finite" if plan["perplexity"] is None else f"{plan['perplexity']:.3f}"
+        lines.append(f"| {plan['sparsity']:g} | {plan['removed']:.2%} | {figure} | `{plan['plan']}` |")
     return "\n".join(
         [
             *lines,
