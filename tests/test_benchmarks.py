@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from tolerances import EXACT, LOGITS, assert_close
 
 from benchmarks.learning import run, show
 from benchmarks.learning.gates import gated
-from benchmarks.learning.rivals import METHODS, Method
+from benchmarks.learning.rivals import METHODS, RIVALS, Method
+from benchmarks.learning.rivals.ablations import ABLATIONS
 from benchmarks.learning.rivals.bonsai import _candidates, _pair, ridge
 from benchmarks.learning.rivals.evopress import Switches
 from benchmarks.learning.rivals.l0 import soft_gates
@@ -37,12 +39,14 @@ from bernprune.objective import masked_objective, token_losses
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits
 from bernprune.seeding import generator
+from bernprune.settings import merge
 from bernprune.text import load_documents
 
 WINDOW, SPARSITY = 16, 0.3
 SEQUENCES, OF_BONSAI = 640, 1760  # the least that its regressions take
 CONFIG = {"data": {"window": WINDOW, "eval_tokens": 320}, "initial": {"windows": 8}}
-OURS = ("default", "reinforce", "paper", "paper-published")
+ABLATED = [name for name in METHODS if name not in RIVALS]
+OURS = ("default", "reinforce", "paper", "paper-published", *ABLATED)
 TRIED = [(name, index) for name, method in METHODS.items() for index in sorted({0, len(method.grid) - 1})]
 
 
@@ -152,6 +156,15 @@ def test_equal_seeds_give_equal_masks(name: str, source: Source) -> None:
     masks = [method.run(task_of(source, seed=seed, limit=limit), limit, seed, method.grid[0]) for seed in (0, 0, 1)]
     assert masks[0].equal(masks[1])
     assert not masks[0].equal(masks[2])
+
+
+def test_every_ingredient_is_missed(source: Source) -> None:
+    """Where the search itself is changed, other units are learned; on a random model these would not win the final choice."""
+    learning = {"data": {"window": 64}, "search": {"selection": 0.0, "rounds": 4}}  # two chunks a window
+    unseen = replace(source, config=merge(CONFIG, learning))
+    names = ["default", *(f"without-{name}" for name, ablation in ABLATIONS.items() if not ablation.given)]
+    masks = {name: METHODS[name].run(task_of(unseen), SEQUENCES, 0, {}) for name in names}
+    assert [name for name in names if masks[name].equal(masks["default"])] == ["default"]
 
 
 # Texts

@@ -10,7 +10,7 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
-from benchmarks.learning.rivals import METHODS
+from benchmarks.learning.rivals import METHODS, RIVALS
 from benchmarks.learning.rows import Row, append_row, key_of, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, Settings, Task
 from bernprune.errors import BernpruneError
@@ -27,7 +27,14 @@ from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
 
 HERE = Path(__file__).parent
-SPARSITIES, SEEDS, SEQUENCES = [0.2, 0.3, 0.5], [0, 1, 2, 3, 4], [20_480]
+SEEDS, SPARSITIES, SEQUENCES = [0, 1, 2, 3, 4], [0.2, 0.3, 0.5], {"stories": 20_480, "embedded": 8_192}
+# The whole benchmark: methods, sparsities, and budgets as multiples of what is usual for the model.
+PARTS: list[tuple[list[str], list[float], list[float]]] = [
+    (RIVALS, SPARSITIES, [1]),
+    (["default", "paper"], [0.3], [8]),
+    (["default", "reinforce", "paper"], [0.3], [0.25, 0.5, 2]),
+    ([name for name in METHODS if name not in RIVALS], [0.3], [1]),
+]
 SWEEP_SEED, SWEEP_SHARE = 100, 0.2  # of the seeds none, and of the budget a fifth
 
 
@@ -112,14 +119,27 @@ def _list_of(kind: type, known: Collection[str] = ()) -> Callable[[str], list[An
     return parse
 
 
+def _jobs(given: argparse.Namespace, model: str) -> Iterator[tuple[str, float, int]]:
+    """Method, sparsity and budget of all runs: those of the benchmark, or the product of what was asked for."""
+    usual = SEQUENCES.get(model, min(SEQUENCES.values()))
+    if given.method or given.sparsity or given.sequences:
+        for sparsity, sequences in itertools.product(given.sparsity or SPARSITIES, given.sequences or [usual]):
+            for name in given.method or RIVALS:
+                yield name, sparsity, sequences
+        return
+    for names, sparsities, multiples in PARTS:
+        for sparsity, multiple, name in itertools.product(sparsities, multiples, names):
+            yield name, sparsity, int(multiple * usual)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fill the files; what stands in them is not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=_list_of(str, SOURCES), default=list(SOURCES))
-    parser.add_argument("--method", type=_list_of(str, METHODS), default=list(METHODS))
-    parser.add_argument("--sparsity", type=_list_of(float), default=SPARSITIES)
+    parser.add_argument("--method", type=_list_of(str, METHODS))
+    parser.add_argument("--sparsity", type=_list_of(float))
     parser.add_argument("--seed", type=_list_of(int), default=SEEDS)
-    parser.add_argument("--sequences", type=_list_of(int), default=SEQUENCES)
+    parser.add_argument("--sequences", type=_list_of(int))
     parser.add_argument("--development", action="store_true", help="report on development text, among the sweeps")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the files lie")
     given = parser.parse_args(arguments)
@@ -129,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if SOURCES[model].missing:
                 print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
                 continue
-            for sparsity, sequences, name in itertools.product(given.sparsity, given.sequences, given.method):
+            for name, sparsity, sequences in _jobs(given, model):
                 settings = bench.best_settings(model, name, sparsity, sequences)
                 key = {"model": model, "method": name, "settings": settings, "sparsity": sparsity}
                 for seed in given.seed:

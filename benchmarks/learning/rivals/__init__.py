@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.learning.rivals.ablations import ABLATIONS, without
 from benchmarks.learning.rivals.blockpruner import blockpruner
 from benchmarks.learning.rivals.bonsai import bonsai
 from benchmarks.learning.rivals.evopress import evopress
@@ -94,4 +95,6 @@ METHODS = {
             for travel, penalty in ((1.0, 2.0), (2.0, 2.0), (4.0, 2.0), (4.0, 1.0), (2.0, 4.0))
         ),
     ),
+    **{f"without-{name}": Method(without(name)) for name in ABLATIONS},
 }
+RIVALS = [name for name in METHODS if not name.startswith("without-")]

@@ -23,9 +23,9 @@ _REPORT = {
 }
 
 
-def run_preset(preset: PresetName, task: Task, budget_sequences: int, settings: Settings) -> torch.Tensor:
-    """What a run keeps that may take ``budget_sequences`` in all; ``settings`` are of its search."""
-    given = merge(task.given, {"preset": preset, "search": settings, **_REPORT})
+def run_preset(preset: PresetName, task: Task, budget_sequences: int, more: Settings) -> torch.Tensor:
+    """What a run keeps that may take ``budget_sequences`` in all; ``more`` is of its configuration."""
+    given = merge(merge(task.given, {"preset": preset, **_REPORT}), more)
     config = make_config(given)
     scoring = _scoring_passes(config, len(task.view.layers))
     config = make_config(merge(given, {"search": {"sequences": budget_sequences - scoring}}))
@@ -38,17 +38,17 @@ def run_preset(preset: PresetName, task: Task, budget_sequences: int, settings: 
 
 def default(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
     """The posterior search as it ships."""
-    return run_preset("default", task, budget_sequences, settings)
+    return run_preset("default", task, budget_sequences, {"search": settings})
 
 
 def reinforce(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
     """Plain policy gradients."""
-    return run_preset("reinforce", task, budget_sequences, settings)
+    return run_preset("reinforce", task, budget_sequences, {"search": settings})
 
 
 def paper(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
     """The published method."""
-    return run_preset("paper", task, budget_sequences, settings)
+    return run_preset("paper", task, budget_sequences, {"search": settings})
 
 
 def _scoring_passes(config: RunConfig, layers: int) -> int:
