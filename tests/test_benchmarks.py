@@ -159,7 +159,7 @@ def test_equal_seeds_give_equal_masks(name: str, source: Source) -> None:
 
 
 def test_every_ingredient_is_missed(source: Source) -> None:
-    """Where the search itself is changed, other units are learned; on a random model these would not win the final choice."""
+    """Where the search itself is changed, other units are learned; those of a random model would not win in the end."""
     learning = {"data": {"window": 64}, "search": {"selection": 0.0, "rounds": 4}}  # two chunks a window
     unseen = replace(source, config=merge(CONFIG, learning))
     names = ["default", *(f"without-{name}" for name, ablation in ABLATIONS.items() if not ablation.given)]
