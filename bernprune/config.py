@@ -108,6 +108,8 @@ class BudgetConfig(_Section):
 class InitialConfig(_Section):
     score: ScoreName = "wanda-sp"
     """Metric that starts the policy."""
+    also: tuple[ScoreName, ...] = ()
+    """posterior: other metrics, which the regression of worths on scores looks at beside the first."""
     map: MapName = "const"
     """How scores become probabilities."""
     scope: Scope | None = None
@@ -261,6 +263,13 @@ class RunConfig(_Section):
                 "initial.score 'flap' standardises its scores within each block, so it cannot rank whole blocks; add "
                 "kv_group and channel to granularity, or take another score"
             )
+        if len({self.initial.score, *self.initial.also}) <= len(self.initial.also):
+            raise ValueError(
+                f"initial.also must name other metrics than initial.score {self.initial.score!r}, each once, but is "
+                f"{', '.join(self.initial.also)}"
+            )
+        if self.initial.also and self.search.method != "posterior":
+            raise ValueError(f"initial.also has no meaning for search.method {self.search.method!r}")
         self._check_search()
         low, high = self.explored
         if len(set(self.plans.sparsities)) < len(self.plans.sparsities):

@@ -358,6 +358,13 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         ("plans.sparsities", "0.2", "0.5 explores 0.25 to 0.75"),
     ),
     "plans-not-a-number": (lambda p: p.prune("plans.sparsities=[x]"), ("plans.sparsities", "number", "'x'")),
+    "also-the-same": (lambda p: p.prune("initial.also=[flap, wanda-sp]"), ("initial.also", "flap, wanda-sp")),
+    "also-twice": (lambda p: p.prune("initial.also=[flap, flap]"), ("initial.also", "flap, flap")),
+    "also-unknown": (lambda p: p.prune("initial.also=[flop]"), ("initial.also", "flop", "magnitude")),
+    "also-of-gradients": (
+        lambda p: p.prune("preset=reinforce", "initial.also=[flap]"),
+        ("initial.also", "'reinforce'"),
+    ),
     "plans-twice": (
         lambda p: p.prune("plans.sparsities=[0.2, 0.4, 0.2]"),
         ("plans.sparsities", "differ", "0.2, 0.4, 0.2"),
@@ -449,6 +456,7 @@ GOOD: dict[str, Try] = {
     "relative-paths": lambda p: p.prune(model=Path("model"), text=Path("text.txt"), out=Path("a/b")),
     "granularity-in-words": lambda p: p.prune("granularity='channel, kv_group'"),
     "one-final-window": lambda p: p.prune("search.selection=0.9", "search.final_windows=1"),
+    "many-scores": lambda p: p.prune("initial.also=[flap, magnitude, random]"),
     "plans-just-explored": lambda p: p.prune("plans.sparsities=[0.15, 0.45]"),
     "select-lowest": lambda p: _select(_learned(p), "--sparsity", "0.15"),
     "select-highest-nested": lambda p: _select(_learned(p), "--sparsity", "0.45", "--nested"),

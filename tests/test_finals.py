@@ -64,7 +64,7 @@ def choose(
 ) -> tuple[Finals, dict[str, torch.Tensor]]:
     """Race three selections of different kind where masks ``[N, U]`` have the losses ``[N]``, whatever the text."""
     random_U = [random_numbers(stage.budget.space.size, seed) for seed in range(3)]
-    search = make_search(stage.config, stage.budget, {"scores_U": random_U[0], "probs_U": random_U[0]})
+    search = make_search(stage.config, stage.budget, {"scores_US": random_U[0], "probs_U": random_U[0]})
     names = ("learned", "initial", "uniform")
     finalists = {name: select(at, stage.budget, limits=stage.limits) for name, at in zip(names, random_U, strict=True)}
 

@@ -126,7 +126,7 @@ def features_of(scores_N: torch.Tensor) -> np.ndarray:
 
 
 def pool_of(scores_N: torch.Tensor, forgetting: float = 0.3) -> Pool:
-    return Pool(torch.arange(len(scores_N)), scores_N, forgetting)
+    return Pool(torch.arange(len(scores_N)), scores_N.view(len(scores_N), -1), forgetting)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,25 @@ def test_only_the_order_of_scores_counts(change: Callable[[torch.Tensor], torch.
     assert not torch.equal(pool_of(-scores_N).regress(observed_N, noise_N)[0], line_N)
 
 
-def test_a_line_is_recovered() -> None:
-    """Whatever is linear in the features, however unequal the noise said to be on it, round after round."""
-    scores_N = random_numbers(23, 0)
-    pool, features_NF = pool_of(scores_N), torch.from_numpy(features_of(scores_N))
+@pytest.mark.parametrize("num_scores", [1, 2, 3])
+def test_a_line_is_recovered(num_scores: int) -> None:
+    """Whatever is linear in the features of all scores, however unequal its noise is said to be, round after round."""
+    scores_NS = random_numbers(23 * num_scores, 0).view(23, num_scores)
+    features_NF = torch.cat([torch.from_numpy(features_of(scores_N)) for scores_N in scores_NS.T], dim=1)
+    pool = pool_of(scores_NS)
     for seed in range(1, 5):
-        line_N, noise_N = features_NF @ normal_numbers(3, seed=7), random_numbers(23, seed) + 0.01
+        line_N, noise_N = features_NF @ normal_numbers(3 * num_scores, seed=7), random_numbers(23, seed) + 0.01
         assert_close(pool.regress(line_N, noise_N)[0], line_N, GUARDED)
+
+
+def test_a_score_told_twice_is_told_once() -> None:
+    """Features that say the same share one coefficient; the line is where it was."""
+    scores_N, observed_N, noise_N = random_numbers(23, 0), normal_numbers(23, seed=1), random_numbers(23, 2) + 0.1
+    once, twice = pool_of(scores_N), pool_of(torch.stack([scores_N, 2 * scores_N], dim=1))
+    for _ in range(3):
+        found, expected = twice.regress(observed_N, noise_N), once.regress(observed_N, noise_N)
+        assert_close(found[0], expected[0], GUARDED)
+        assert_close(found[1], expected[1], GUARDED)
 
 
 @pytest.mark.parametrize("forgetting", [0.0, 0.3])

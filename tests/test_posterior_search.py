@@ -109,6 +109,20 @@ def test_a_linear_loss_is_learned_exactly_enough() -> None:
     assert_close(search.worth_U, values_U, 0.2)
 
 
+def test_a_second_score_helps() -> None:
+    """Of many units and much noise, what a telling score adds to one that tells nothing is learned at once."""
+    space = make_space(["channel"], [(1, 61), (1, 40)])
+    values_U, told = 0.2 + random_numbers(space.size, 8), {}
+    for name, also in (("also-random", random_numbers(space.size, 2)), ("also-telling", values_U.exp())):
+        scores_US = torch.stack([random_numbers(space.size, 1), also], dim=1)
+        start_U = torch.full_like(values_U, 0.6)
+        budget = Budget(space, 0.4)
+        search = PosteriorSearch(budget, start_U, scores_US, seed=3, design=Design(4, 4, 2), round_steps=4)
+        run(search, range(4), noisy(values_U, lambda lost: lost.sum(-1)))
+        told[name] = torch.corrcoef(torch.stack([search.worth_U, values_U]))[0, 1].item()
+    assert told["also-telling"] > told["also-random"] + 0.2, told
+
+
 def test_priorities_are_worth_for_the_price() -> None:
     """Before anything is known the start itself; then what a unit and all within it cost is its price."""
     search = make_search(NESTED)
@@ -361,7 +375,7 @@ def test_asking_changes_nothing() -> None:
     assert same_state(search, silent)
 
 
-@pytest.mark.parametrize("other", ["units", "budget", "method"])
+@pytest.mark.parametrize("other", ["units", "budget", "scores", "method"])
 def test_a_state_of_something_else_is_refused(other: str) -> None:
     """Even of as many units, or of the same; and nothing is taken over from it."""
     search, untouched = after(curved), after(curved)
@@ -373,6 +387,12 @@ def test_a_state_of_something_else_is_refused(other: str) -> None:
         scores_U = torch.full((FLAT.size,), 0.5, dtype=torch.float64)
         richer = PosteriorSearch(Budget(FLAT, 0.25), scores_U, scores_U, seed=3, design=SMALL, round_steps=1)
         state, message = richer.state_dict(), r"a budget of 0\.25 of all parameters, not 0\.4 of all parameters"
+    elif other == "scores":
+        scores_US = random_numbers(2 * FLAT.size, 0).view(-1, 2)
+        state = PosteriorSearch(
+            search.budget, scores_US[:, 0], scores_US, seed=3, design=SMALL, round_steps=1
+        ).state_dict()
+        message = "another number of initial scores"
     else:
         baseline = make_baseline("leave-one-out", window=5, num_masks=4)
         start_U = torch.full((FLAT.size,), 0.6, dtype=torch.float64)

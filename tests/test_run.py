@@ -181,7 +181,7 @@ def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
         }
         stage = set_stage(make_config(config))
         flat_U = torch.full((stage.view.space.size,), 0.7, dtype=torch.float64)
-        search = make_search(stage.config, stage.budget, {"probs_U": flat_U, "scores_U": flat_U})
+        search = make_search(stage.config, stage.budget, {"probs_U": flat_U, "scores_US": flat_U})
         asked.append((search.ask(3)[:], stage.train.batch(3, 4)))
     for first, other, again in zip(*asked, strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)

@@ -132,7 +132,7 @@ def run(name: str, num_units: int, sequences: int, seed: int, looks: int = 8) ->
     config = make_config({**given, "seed": seed, "search": {**given.get("search", {}), "sequences": sequences}})
     budget = Budget(space, SPARSITY, pools=config.budget.pools)
     probs_U = start_of(config, space, surrogate.scores_U)
-    search = make_search(config, budget, {"probs_U": probs_U, "scores_U": surrogate.scores_U})
+    search = make_search(config, budget, {"probs_U": probs_U, "scores_US": surrogate.scores_U})
     workload, work, rows, started = plan_work(config, space.size), Work(), [], time.monotonic()
     steps = workload.steps or 0
     for step in tqdm(range(steps), desc=f"{name}, {num_units:,} units", disable=not sys.stderr.isatty()):

@@ -10,7 +10,7 @@ kept with the posterior probability that it is worth its price:
 Between rounds the world changes: as a layer loses units, those left become worth more, all of them together. So the
 regression, one for each kind and layer, forgets, while what sets a unit apart from it is remembered.
 
-Letters: B windows of text, K masks a window, C chunks of a window, U units, N units of a pool, F features.
+Letters: B windows of text, K masks a window, C chunks of a window, U units, N units of a pool, S scores, F features.
 """
 
 import math
@@ -67,17 +67,17 @@ class Sums:
 
 
 class Pool:
-    """Units that share a regression of their worth on their initial score: channels of a layer, or a kind as a whole.
+    """Units that share a regression of their worth on their initial scores: channels of a layer, or a kind as a whole.
 
-    Features are a constant, the normal quantile z of the score's rank within the pool, and e^z, which has the heavy
-    tail that scores have: any monotone change of the scores leaves them alone.
+    Features are a constant and, for each score, the normal quantile z of its rank within the pool and e^z, which has
+    the heavy tail that scores have: any monotone change of a score leaves them alone.
     """
 
-    def __init__(self, members_N: torch.Tensor, scores_N: torch.Tensor, forgetting: float) -> None:
+    def __init__(self, members_N: torch.Tensor, scores_NS: torch.Tensor, forgetting: float) -> None:
         self.members_N, self._forgetting = members_N, forgetting
-        ranks_N = scores_N.argsort(stable=True).argsort(stable=True).double()
-        z_N = torch.special.ndtri((ranks_N + 0.5) / len(ranks_N))
-        self._features_NF = torch.stack([torch.ones_like(z_N), z_N, z_N.exp()], dim=1)
+        ranks_NS = scores_NS.argsort(dim=0, stable=True).argsort(dim=0, stable=True).double()
+        z_NS = torch.special.ndtri((ranks_NS + 0.5) / len(ranks_NS))
+        self._features_NF = torch.cat([torch.ones_like(z_NS[:, :1]), z_NS, z_NS.exp()], dim=1)
         features = self._features_NF.shape[1]
         self.information_FF = torch.zeros(features, features, dtype=torch.float64)
         self.response_F = torch.zeros(features, dtype=torch.float64)
@@ -117,8 +117,8 @@ class PosteriorSearch(MaskSearch):
 
     Args:
         probs_U: policy of the first round, float64 ``[U]``; sharp, so that what is sampled resembles what is shipped.
-        scores_U: initial scores, larger is kept; only their order counts, of channels within a layer, of other kinds
-            over all layers.
+        scores_US: initial scores, larger is kept, of one metric or several; only their order counts, of channels within
+            a layer, of other kinds over all layers. ``[U]`` is one metric's.
         round_steps: steps of a round; of a broken number, rounds take the next whole step.
         forgetting: share of a regression's past that a round forgets.
         floor, ceiling: bounds of every probability, strictly within 0 and 1.
@@ -133,7 +133,7 @@ class PosteriorSearch(MaskSearch):
         self,
         budget: Budget,
         probs_U: torch.Tensor,
-        scores_U: torch.Tensor,
+        scores_US: torch.Tensor,
         *,
         seed: int,
         design: Design,
@@ -150,7 +150,8 @@ class PosteriorSearch(MaskSearch):
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
         self.discount, self.round_steps = discount, round_steps
         self._bounds = {"floor": floor, "ceiling": ceiling}
-        self._pools = [Pool(members_N, scores_U[members_N], forgetting) for members_N in _pools(budget.space)]
+        scores_US = scores_US.view(budget.space.size, -1)
+        self._pools = [Pool(members_N, scores_US[members_N], forgetting) for members_N in _pools(budget.space)]
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         size = budget.space.size
         self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
@@ -288,6 +289,8 @@ class PosteriorSearch(MaskSearch):
         self._check_state(state)
         if state.get("pools") != len(self._pools):
             raise RunError("the checkpoint was not written by search.method 'posterior'")
+        if state["response_PF"].shape[1] != len(self._pools[0].response_F):
+            raise RunError("the checkpoint was written for another number of initial scores")
         self.steps, self.rounds, self._reliability = state["steps"], state["rounds"], state["reliability"]
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)

@@ -102,7 +102,7 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     settings, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
     budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
     keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
-    search = make_search(config, budget, {"probs_U": keep_U, "scores_U": keep_U})
+    search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U})
     vocab: Any = view.model.config.vocab_size
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     with masked_objective(view, ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward) as objective:

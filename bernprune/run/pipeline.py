@@ -19,6 +19,7 @@ from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
+from bernprune.names import ScoreName
 from bernprune.objective import masked_objective
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import initial_probs
@@ -94,7 +95,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     losses = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
-    scores_U, search = start["scores_U"], make_search(stage.config, stage.budget, start)
+    scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
     start_U = search.probs_U
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     uniform_U = select(_uniform_probs(stage, scores_U), stage.budget, limits=stage.limits, tie_break_U=scores_U)
@@ -143,17 +144,10 @@ def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
 def _start(stage: Stage) -> dict[str, torch.Tensor]:
     """Initial scores and probabilities; kept, so that a resumed run starts from the very same."""
     initial, config = stage.config.initial, stage.config
-    scores_U = initial_scores(
-        stage.view,
-        stage.initial_windows_WT,
-        SCORES[initial.score],
-        seed=config.seed,
-        pruned_inputs=(stage.ops, config.budget.sparsity) if initial.inputs == "pruned" else None,
-        rows_per_forward=max(1, _SCORED_TOKENS // stage.initial_windows_WT.shape[1]),
-    )
+    scores_US = torch.stack([_scores(stage, name) for name in (initial.score, *initial.also)], dim=1)
     probs_U = initial_probs(
         stage.view.space,
-        scores_U,
+        scores_US[:, 0],
         keep=1 - config.budget.sparsity,
         map_name=initial.map,
         # FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer.
@@ -161,7 +155,19 @@ def _start(stage: Stage) -> dict[str, torch.Tensor]:
         sharpness=initial.sharpness,
         ceiling=config.policy.ceiling,
     )
-    return {"scores_U": scores_U, "probs_U": probs_U}
+    return {"scores_US": scores_US, "probs_U": probs_U}
+
+
+def _scores(stage: Stage, name: ScoreName) -> torch.Tensor:
+    config = stage.config
+    return initial_scores(
+        stage.view,
+        stage.initial_windows_WT,
+        SCORES[name],
+        seed=config.seed,
+        pruned_inputs=(stage.ops, config.budget.sparsity) if config.initial.inputs == "pruned" else None,
+        rows_per_forward=max(1, _SCORED_TOKENS // stage.initial_windows_WT.shape[1]),
+    )
 
 
 def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:

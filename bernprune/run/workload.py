@@ -147,14 +147,14 @@ def _baseline(config: RunConfig) -> Any:
 
 
 def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor]) -> MaskSearch:
-    """The search of a run at its start, which holds ``scores_U`` and ``probs_U``."""
+    """The search of a run at its start, which holds ``scores_US`` and ``probs_U``."""
     search, policy = config.search, config.policy
     design = _design(config)
     if search.method == "posterior":
         return PosteriorSearch(
             budget,
             start["probs_U"],
-            start["scores_U"],
+            start["scores_US"],
             seed=config.seed,
             design=design,
             round_steps=plan_work(config, budget.space.size).round_steps,
