@@ -1,4 +1,4 @@
-"""bernprune: structured pruning of transformer language models by policy gradient, with forward passes only.
+"""bernprune: structured pruning of transformer language models that learns what to remove, with forward passes only.
 
     import bernprune
 

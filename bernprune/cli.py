@@ -49,6 +49,8 @@ def _run(arguments: list[str]) -> int:
         _drop_stuck_output()
         return _fail(f"the system refused: {error}", debug)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which a command may not even have imported
+            return _fail("the GPU's memory is full; another model.device, or a shorter model.dtype, may do", debug)
         if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
             raise
         return _fail(error.format_message(), debug)

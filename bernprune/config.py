@@ -4,8 +4,7 @@ A preset is a set of defaults; anything given explicitly wins over it. Every pro
 dotted key, the value and what is allowed.
 """
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from bernprune.complaints import sentence
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
 from bernprune.names import (
@@ -136,8 +136,9 @@ class PolicyConfig(_Section):
 
 class SearchConfig(_Section):
     sequences: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
-    """Windows run forward in all, reference passes and the final choice included; by default by the model's size. 0:
-    the metric alone. 'auto': until search.regret is reached, or eight times the default is spent."""
+    """Windows run forward to learn and to choose, reference passes included, but not those of the initial metric; by
+    default by the model's size. 0: the metric alone. 'auto': until search.regret is reached, or eight times the
+    default is spent."""
     regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """posterior: stop once knowing every unit exactly would be expected to gain less than this, in nats per token; by
     default never, but at 0.1 for sequences 'auto'."""
@@ -180,7 +181,7 @@ class SearchConfig(_Section):
     selection: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """Share of the sequences (or seconds) for choosing what is kept: what was learned against the metric's own
     selections, then against challengers, on training text that comes next; 0 takes what was learned unseen."""
-    final_windows: Count = 128
+    final_windows: Annotated[int, Field(ge=2)] = 128
     """Windows on which the last two of such a race are compared."""
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
@@ -258,7 +259,7 @@ class RunConfig(_Section):
             raise ValueError("data.eval_join is for data.eval_text, which is not given")
         if not self.granularity or len(set(self.granularity)) != len(self.granularity):
             raise ValueError(f"granularity must name different levels out of {', '.join(KINDS)}")
-        if self.initial.score == "flap" and not {"kv_group", "channel"} >= set(self._finest()):
+        if "flap" in (self.initial.score, *self.initial.also) and not {"kv_group", "channel"} >= set(self._finest()):
             raise ValueError(
                 "initial.score 'flap' standardises its scores within each block, so it cannot rank whole blocks; add "
                 "kv_group and channel to granularity, or take another score"
@@ -272,10 +273,9 @@ class RunConfig(_Section):
             raise ValueError(f"initial.also has no meaning for search.method {self.search.method!r}")
         self._check_search()
         low, high = self.explored
-        if len(set(self.plans.sparsities)) < len(self.plans.sparsities):
-            raise ValueError(
-                f"plans.sparsities must differ, but are {', '.join(map('{:g}'.format, self.plans.sparsities))}"
-            )
+        shown = [f"{sparsity:g}" for sparsity in self.plans.sparsities]  # as in the names of the files
+        if len(set(shown)) < len(shown):
+            raise ValueError(f"plans.sparsities must differ, but are {', '.join(shown)}")
         for sparsity in self.plans.sparsities:
             if not low <= sparsity <= high:
                 raise ValueError(
@@ -369,31 +369,4 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(merge(PRESETS[preset], given))
     except ValidationError as error:
-        raise ConfigError(_sentence(error)) from None
-
-
-def _sentence(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    path = [str(part) for part in problem["loc"]]
-    key, given = ".".join(path), problem.get("input")
-    if problem["type"] == "extra_forbidden":
-        return f"setting {key!r} is unknown; did you mean {_nearest(key)!r}?"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "model_type":
-        message = "should be a section of settings"
-    if not path:
-        return message
-    return f"setting {key!r}: {message[0].lower()}{message[1:]}, but got {given!r}"
-
-
-def _nearest(key: str) -> str:
-    known = list(_keys(RunConfig))
-    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    return (same_name or difflib.get_close_matches(key, known, n=1, cutoff=0.0))[0]
-
-
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        raise ConfigError(sentence(error, RunConfig)) from None

@@ -22,7 +22,7 @@ def draw(report: dict[str, Any], records: Sequence[dict[str, Any]]) -> bytes:
     figure.suptitle(
         f"{report['sparsity']['block_parameters']:.1%} of block parameters removed: perplexity "
         f"{perplexity['dense']:.2f} dense, {perplexity['initial']:.2f} initial metric, "
-        f"{perplexity['pruned']:.2f} learned"
+        f"{perplexity['pruned']:.2f} {'learned' if report['search']['kept'] == 'learned' else 'kept'}"
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename: a crash leaves the old file or the new one. Nothing is left behind on failure."""
+    """Write beside, sync, rename: a crash leaves the old file or the new one, and nothing beside it."""
     beside = path.with_name(f".{path.name}.part")
     try:
         with open(beside, "wb") as file:

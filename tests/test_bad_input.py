@@ -365,6 +365,23 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: p.prune("preset=reinforce", "initial.also=[flap]"),
         ("initial.also", "'reinforce'"),
     ),
+    "plans-in-one-file": (
+        lambda p: p.prune("plans.sparsities=[0.2500001, 0.2500002]"),
+        ("plans.sparsities", "differ", "0.25, 0.25"),
+    ),
+    "also-flap-of-blocks": (
+        lambda p: p.prune("initial.also=[flap]", "granularity=[attention, ffn]"),
+        ("'flap'", "granularity"),
+    ),
+    "sequences-in-words": (
+        lambda p: p.prune("search.sequences=many"),
+        ("'search.sequences'", "integer", "'auto'", "'many'"),
+    ),
+    "sequences-below-0": (lambda p: p.prune("search.sequences=-1"), ("'search.sequences'", "0 or", "-1")),
+    "default-sequences-too-few": (
+        lambda p: p.prune("search.sequences=null", "search.masks=5000"),
+        ("search.masks", "search.windows", "8192", "default for this model"),
+    ),
     "plans-twice": (
         lambda p: p.prune("plans.sparsities=[0.2, 0.4, 0.2]"),
         ("plans.sparsities", "differ", "0.2, 0.4, 0.2"),
@@ -402,7 +419,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     # the choice and the stop rule
     "selection-all": (lambda p: p.prune("search.selection=1"), ("search.selection", "0.9", "1")),
     "regret-0": (lambda p: p.prune("search.regret=0"), ("search.regret", "greater than 0", "0")),
-    "final-windows-0": (lambda p: p.prune("search.final_windows=0"), ("search.final_windows", "1", "0")),
+    "final-windows-0": (lambda p: p.prune("search.final_windows=0"), ("search.final_windows", "2", "0")),
     "sequences-automatic": (lambda p: p.prune("search.sequences=automatic"), ("search.sequences", "'automatic'")),
     "auto-of-reinforce": (
         lambda p: p.prune(*REINFORCE, "search.sequences=auto"),
@@ -455,7 +472,7 @@ GOOD: dict[str, Try] = {
     "empty-out-folder": lambda p: p.prune(out=p.folder / "temporary"),
     "relative-paths": lambda p: p.prune(model=Path("model"), text=Path("text.txt"), out=Path("a/b")),
     "granularity-in-words": lambda p: p.prune("granularity='channel, kv_group'"),
-    "one-final-window": lambda p: p.prune("search.selection=0.9", "search.final_windows=1"),
+    "fewest-final-windows": lambda p: p.prune("search.selection=0.9", "search.final_windows=2"),
     "many-scores": lambda p: p.prune("initial.also=[flap, magnitude, random]"),
     "plans-just-explored": lambda p: p.prune("plans.sparsities=[0.15, 0.45]"),
     "select-lowest": lambda p: _select(_learned(p), "--sparsity", "0.15"),

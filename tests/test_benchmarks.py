@@ -420,12 +420,13 @@ def test_rows_are_not_run_twice(bench: Any, tmp_path: Path) -> None:
 
 
 def test_the_sweep_decides(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By development text alone, at a fifth of the budget, once; the row says which settings."""
+    """By development text alone, once; the row says which settings."""
+    assert [run.sweep_budget(sequences) for sequences in (500, 8192, 163_840)] == [500, 4096, 32_768]
     with monkeypatch.context() as patch:
         patch.setattr("benchmarks.learning.task._held_out", lambda *_: pytest.fail("held-out text was touched"))
         bench("--method", "swept", "--sparsity", "0.3", "--seed", "0", "--development")
     swept = read_rows(tmp_path / "sweeps.jsonl")
-    assert [(row["sequences"], row["seed"]) for row in swept] == [(100, 100), (100, 100), (500, 0)]
+    assert [(row["sequences"], row["seed"]) for row in swept] == [(500, 100), (500, 100), (500, 0)]
     assert swept[0]["loss"] != swept[1]["loss"]
     best = min(swept[:2], key=lambda row: row["loss"])["settings"]
     assert bench("--method", "swept", "--sparsity", "0.3", "--seed", "0")[1] == [best]
@@ -433,6 +434,26 @@ def test_the_sweep_decides(bench: Any, tmp_path: Path, monkeypatch: pytest.Monke
     assert row["settings"] == best
     assert row["protocol"]["text"] == "held-out"
     assert row["used"] == 10
+
+
+def test_settings_that_are_too_dear_are_not_tried(bench: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The best of the others is taken; if there is none, that is said."""
+
+    def dear(task: Task, budget_sequences: int, seed: int, settings: Any) -> torch.Tensor:
+        if budget_sequences < settings["least"]:
+            raise ConfigError("too few")
+        return task.uniform_mask()
+
+    for least, swept in ((400, 1), (600, 0)):
+        monkeypatch.setitem(METHODS, "dear", Method(dear, ({"least": least}, {"least": 501})))
+        command = ("--method", "dear", "--sparsity", "0.3", "--seed", "0")
+        if swept:
+            bench(*command)
+            assert read_rows(tmp_path / "results.jsonl")[0]["settings"] == {"least": 400}
+        else:
+            with pytest.raises(ConfigError, match="none of the settings of dear can be tried with 500"):
+                bench(*command)
+    assert len(read_rows(tmp_path / "sweeps.jsonl")) == 1
 
 
 def test_a_row_tells_all(bench: Any, source: Source, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from spaces import BLOCKS, FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, of_
 from tolerances import EXACT, assert_close
 
 from bernprune.names import MapName, Scope
-from bernprune.policy.bernoulli import const, entropy, initial_probs, norm, sigmap
+from bernprune.policy.bernoulli import const, entropy, graded, initial_probs, norm, sigmap
 from bernprune.units import UnitSpace
 
 Map = Callable[[torch.Tensor, float], torch.Tensor]
@@ -189,3 +189,34 @@ def test_pooled_maps_keep_the_order_of_all_scores(map_name: MapName) -> None:
         return bool((probs_U[scores_U.argsort()].diff() >= 0).all())
 
     assert [ordered(scope) for scope in ("layer", "global", "pooled")] == [False, False, True]
+
+
+# Priorities
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "pooled"])
+def test_graded_priorities_take_the_same_share_everywhere(scope: Scope) -> None:
+    """Of every set that is mapped together the best, at any sparsity: as ``const`` would keep them there."""
+    scores_U = random_numbers(FLAT.size, 3)
+    priorities_U = graded(FLAT, scores_U, scope)
+    sets = {
+        "layer": [FLAT.group_U == group for group in range(len(FLAT.groups))],
+        "global": [of_kind(FLAT, kind) for kind in FLAT.kinds],
+        "pooled": [torch.ones(FLAT.size, dtype=torch.bool)],
+    }[scope]
+    for keep in (0.15, 0.4, 0.6, 0.85):
+        kept_U = initial_probs(FLAT, scores_U, keep=keep, map_name="const", scope=scope, sharpness=1.0) > 0.5
+        for units in sets:
+            best, others = priorities_U[units & kept_U], priorities_U[units & ~kept_U]
+            assert not len(best) or not len(others) or best.min() > others.max()
+            assert_close(priorities_U[units].mean(), 0.5, EXACT)
+
+
+@pytest.mark.parametrize("space", [NESTED, LAYERED_BLOCKS], ids=["nested", "layered_blocks"])
+def test_what_contains_others_is_graded_last(space: UnitSpace) -> None:
+    """So that a selection takes finer units first."""
+    priorities_U = graded(space, random_numbers(space.size, 3))
+    parents = space.parents_U[space.parents_U >= 0].unique()
+    inner = torch.ones(space.size, dtype=torch.bool)
+    inner[parents] = False
+    assert (priorities_U[parents] == 1).all() and priorities_U[inner].max() < 1

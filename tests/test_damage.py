@@ -32,6 +32,7 @@ from tiny_run import (
 from bernprune import storage
 from bernprune.models import saving
 from bernprune.run import loop, pipeline
+from bernprune.run.checkpoint import write_state
 
 # 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
 WORKING = (
@@ -87,6 +88,17 @@ def _full_for_verifying(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "verify_saved", fail)
 
 
+def _failing_after_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = storage.sync
+
+    def fail(path: Path) -> None:
+        original(path)
+        if (path / "report.json").is_file():
+            raise _full()
+
+    monkeypatch.setattr(storage, "sync", fail)
+
+
 FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "initial": lambda patch: _full_for(r"initial\.safetensors$", patch),
     "first-checkpoint": lambda patch: _full_for(r"step-00000004", patch),
@@ -96,6 +108,7 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "model": _full_for_model,
     "verifying": _full_for_verifying,
     "report": lambda patch: _full_for(r"report\.json$", patch),
+    "after-the-report": _failing_after_the_report,
 }
 
 
@@ -332,3 +345,35 @@ def test_a_loss_lost_in_every_window_stops_the_run(method: str, place: Place, mo
     """No window is left whose masks can be compared."""
     _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK % MASKS == 1)
     assert "2 of 6 losses of step 3" in in_one_sentence(run(*place.prune(*DROPPING, *METHODS[method])))
+
+
+# --- a full GPU ---
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("set_stage", "another model.device"), ("run_search", "lower search.rows_per_forward")]
+)
+def test_a_full_gpu(name: str, said: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While loading, before there is a run, and in the search, from where it can be continued."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, name, full)
+    sentence = in_one_sentence(run(*place.prune()))
+    assert "memory is full" in sentence and said in sentence
+    assert ("bernprune resume" in sentence) == (name == "run_search") == place.out.exists()
+
+
+# --- states of other versions ---
+
+
+@pytest.mark.parametrize("name", ["initial", "finals"])
+def test_a_state_of_another_version_is_made_again(name: str, place: Place, undisturbed: Path) -> None:
+    """Whole, but with other content: what it holds is computed again, and the result is the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        FULL["verifying"](patch)
+        run(*place.prune(*WORKING))
+    write_state(place.out / f"{name}.safetensors", {"scores_U": torch.zeros(3), "step": 10})
+    succeed("resume", str(place.out))
+    assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()

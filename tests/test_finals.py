@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import signal
 import time
@@ -32,15 +33,18 @@ from tiny_run import (
 
 from bernprune import storage
 from bernprune.config import make_config
+from bernprune.data import TokenWindows
 from bernprune.objective import MaskedObjective
 from bernprune.policy.selection import select
 from bernprune.run import finals, loop
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder
+from bernprune.run.pipeline import read_plan
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.workload import Work, make_search, plan_work
 from bernprune.settings import merge, parse_settings
+from bernprune.units import UnitSpace
 
 # --- the choice alone, with losses made by hand ---
 
@@ -139,6 +143,19 @@ def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: py
     assert torch.equal(torch.cat(text), torch.cat(wanted)) and found.windows == 5 * (1 + len(found.heats))
     rows = stage.config.search.rows_per_forward
     assert max(len(tokens_BT) for tokens_BT in text) <= rows
+
+
+def test_text_that_was_kept_back(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order from its first window; of fewer than a heat wants, all."""
+    for number, count in enumerate((4, 9)):
+        text: list[torch.Tensor] = []
+        kept_back = TokenWindows(torch.arange(16 * count), window=16, seed=0)
+        found, _ = choose(
+            replace(stage, kept_back=kept_back), tmp_path / str(number), monkeypatch, level, budget=200, text=text
+        )
+        wanted = [kept_back.batch(window, 1) for window in range(found.windows)]
+        assert torch.equal(torch.cat(text), torch.cat(wanted))
+        assert found.windows == min(5, count) * (1 + len(found.heats))
 
 
 def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,5 +343,13 @@ def test_what_was_learned_is_not_kept_where_it_is_worse(place: Place, monkeypatc
     assert search["kept"] == "initial" and search["changed_units"] == 0
     assert "what was learned did not beat it" in done.out
     assert torch.equal(learned["mask_U"], start[0])
-    probs_U = read_state(place.out / "initial.safetensors")["probs_U"]
-    assert torch.equal(learned["priorities_U"].argsort(stable=True), probs_U.argsort(stable=True))
+    scores_U, space = learned["scores_U"], UnitSpace.from_dict(json.loads(learned["space"]))
+    for group, start in zip(space.groups, space.starts, strict=False):
+        of_group = slice(start, start + group.count)
+        order = learned["priorities_U"][of_group].argsort()
+        assert torch.equal(order, scores_U[of_group].argsort())
+    for sparsity in ("0.2", "0.4"):  # of other sparsities, the uniform cut
+        succeed("select", str(place.out), "--sparsity", sparsity)
+        plan = read_plan(place.out / "plans" / f"{sparsity}.json")
+        for sizes in ([len(layer.kv_groups) for layer in plan.layers], [len(layer.channels) for layer in plan.layers]):
+            assert max(sizes) - min(sizes) <= 1

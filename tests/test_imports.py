@@ -85,7 +85,9 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.units": ("bernprune.names", "bernprune.errors"),
     "bernprune.presets": (),
     "bernprune.settings": ("bernprune.errors",),
+    "bernprune.complaints": (),
     "bernprune.config": (
+        "bernprune.complaints",
         "bernprune.names",
         "bernprune.errors",
         "bernprune.units",

@@ -1,6 +1,7 @@
 """A run that is killed, interrupted or started twice is continued to the same result, or refused in time."""
 
 import functools
+import itertools
 import os
 import shutil
 import signal
@@ -29,7 +30,8 @@ from tiny_run import (
 )
 
 from bernprune.config import make_config
-from bernprune.run import loop, pipeline
+from bernprune.run import finals, loop, pipeline
+from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
 from bernprune.run.stage import set_stage
 from bernprune.settings import read_yaml
@@ -144,6 +146,26 @@ def test_interrupted_after_the_search(place: Place, finished: Path) -> None:
     assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
 
 
+@pytest.mark.parametrize(("module", "last"), [(loop, "write_checkpoint"), (finals, "write_state")])
+def test_a_signal_at_the_very_end_counts(module: Any, last: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM during the last save of the search or of the choice ends the run there, to be resumed."""
+    original, saved = getattr(module, last), 0
+
+    def terminated(*given: Any) -> None:
+        nonlocal saved
+        original(*given)
+        saved += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    more = ("search.sequences=60", "search.selection=0.2", "search.final_windows=2")  # a race, and no heat
+    monkeypatch.setattr(module, last, terminated)
+    done = run(*place.prune(*more))
+    assert (done.code, saved) == (130, 1) and "bernprune resume" in done.err
+    assert not (place.out / "plan.json").exists()
+    monkeypatch.setattr(module, last, original)
+    succeed("resume", str(place.out))
+
+
 def test_the_advice_survives_a_space(place: Place) -> None:
     """The command to resume can be pasted into a shell whatever the folder is called."""
     with pytest.MonkeyPatch.context() as patch:
@@ -188,6 +210,25 @@ def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None
     assert read_yaml(place.out / "config.yaml")["seed"] == 7
     assert (place.out / "metrics.jsonl").read_text() != (finished / "metrics.jsonl").read_text()
     assert steps_of(place.out) == list(range(STEPS)) and (place.out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("removed", range(9))
+def test_overwriting_can_be_cut_short(removed: int, place: Place, finished: Path) -> None:
+    """Wherever it is killed, the folder is still known for a run's, and the same command replaces it."""
+    shutil.copytree(finished, place.out)
+    count = itertools.count()
+
+    def remove(path: Path) -> None:
+        if next(count) == removed:
+            raise KeyboardInterrupt
+        original(path)
+
+    original = folder_module._remove
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folder_module, "_remove", remove)
+        assert run(*place.prune(), "--seed", "7", "--overwrite").code == 130
+    succeed(*place.prune(), "--seed", "7", "--overwrite")
+    assert read_yaml(place.out / "config.yaml")["seed"] == 7
 
 
 def test_a_second_process_is_refused(place: Place) -> None:

@@ -104,19 +104,22 @@ def check_nested(mask_U: torch.Tensor, budget: Budget, limits: Limits) -> None:
             assert kept_cost > limit - max(pieces)
 
 
-@learnable
-def test_nested_plans_go_by_the_priorities(space: UnitSpace, pools: str) -> None:
+@pytest.mark.parametrize("pools", ["joint", "separate"])
+def test_nested_plans_go_by_the_priorities(pools: str) -> None:
     """Of a group, the best of what the run keeps go last, and the best of the others come first."""
+    space = FLAT
     learned, config, _ = learn(space, {"pools": pools})
     for sparsity in (0.2, 0.42):
         mask_U = learned.select(config, sparsity, nested=True)
         among_U = learned.mask_U if sparsity > 0.3 else ~learned.mask_U
+        pairs = 0
         for found in selected(space, mask_U):
             units = [unit for unit in found.units if among_U[unit]]
-            if found.parent_kept and not space.nested:
-                kept = [learned.priorities_U[unit].item() for unit in units if mask_U[unit]]
-                cut = [learned.priorities_U[unit].item() for unit in units if not mask_U[unit]]
-                assert min(kept, default=math.inf) >= max(cut, default=-math.inf)
+            kept = [learned.priorities_U[unit].item() for unit in units if mask_U[unit]]
+            cut = [learned.priorities_U[unit].item() for unit in units if not mask_U[unit]]
+            assert min(kept, default=math.inf) >= max(cut, default=-math.inf)
+            pairs += bool(kept and cut)
+        assert pairs
 
 
 def test_what_a_run_has_not_explored_is_refused() -> None:

@@ -397,7 +397,7 @@ def test_a_state_of_something_else_is_refused(other: str) -> None:
         baseline = make_baseline("leave-one-out", window=5, num_masks=4)
         start_U = torch.full((FLAT.size,), 0.6, dtype=torch.float64)
         state = ReinforceSearch(Budget(FLAT, 0.4), start_U, baseline=baseline, seed=3, design=SMALL).state_dict()
-        message = "not written by .* 'posterior'"
+        message = "not written by a PosteriorSearch"
     with pytest.raises(RunError, match=message):
         search.load_state_dict(state)
     assert same_state(search, untouched)

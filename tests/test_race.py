@@ -262,10 +262,13 @@ def test_what_is_decided_again_is_decided_by_the_price(method: str, monkeypatch:
     monkeypatch.setattr(search, "draw", lambda _: search.priorities_U)
     believed_U = select(search.priorities_U, search.budget)
     mask_U = select(random_numbers(MANY.size, 4), search.budget)
+    found = 0
     for seed in range(30):
         chosen = torch.randperm(MANY.size, generator=generator(seed, "heat"))[:8]
         for found_U in challengers(search, mask_U, Limits(), generator(seed, "heat"), 1):
             assert torch.equal(found_U[chosen], believed_U[chosen])
+            found += 1
+    assert found > 20
 
 
 @pytest.mark.parametrize("space", [FLAT, LAYERED_BLOCKS], ids=["flat", "blocks"])

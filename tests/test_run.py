@@ -18,6 +18,7 @@ from tiny_run import (
     NO_CHUNKS,
     PASSES,
     REPOSITORY,
+    SETTINGS,
     STEPS,
     WINDOW,
     Place,
@@ -30,6 +31,7 @@ from tiny_run import (
     spawn,
     steps_of,
     succeed,
+    tiny_text,
     without_times,
 )
 from tolerances import EXACT, assert_close
@@ -46,7 +48,7 @@ from bernprune.run import loop
 from bernprune.run.plans import Learned
 from bernprune.run.stage import set_stage
 from bernprune.run.workload import make_search
-from bernprune.settings import read_yaml
+from bernprune.settings import merge, parse_settings, read_yaml
 from bernprune.text import load_documents
 
 STORIES = REPOSITORY.parent / "shared" / "models" / "stories260K"
@@ -336,11 +338,49 @@ def test_the_held_out_tenth_is_not_learned_from(place: Place) -> None:
     learned, held_out = stream[:cut], stream[cut:]
     assert stage.text_sha256 == fingerprint(learned)
     assert torch.equal(stage.eval_windows_WT.flatten(), held_out[: stage.eval_windows_WT.numel()])
-    assert stage.train.num_windows == cut // WINDOW
+    assert stage.kept_back is not None  # for the final choice; the search would read them twice
+    assert stage.train.num_windows == cut // WINDOW - stage.kept_back.num_windows
     epoch = stage.train.batch(0, stage.train.num_windows)
     expected = learned[: epoch.numel()].view(-1, WINDOW)
     assert sorted(epoch.tolist()) == sorted(expected.tolist())
     assert "last tenth" in stage.protocol.text
+
+
+@pytest.mark.parametrize(
+    ("more", "kept_back"),
+    [
+        (("search.sequences=400",), False),  # about 50 windows to learn from
+        (("search.sequences=40000",), True),
+        (("search.sequences=40000", "search.selection=0"), False),
+        (("search.sequences=null", "search.seconds=1"), True),
+        (("search.sequences=0",), False),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_text_is_kept_back_where_all_else_may_be_learned_from(
+    more: tuple[str, ...], kept_back: bool, place: Place
+) -> None:
+    """A tenth of it at most, which neither the search nor the metric sees; otherwise the choice reads on."""
+    given = parse_settings([*SETTINGS, "search.masks=8", "search.selection=0.1", *more])
+    stage = set_stage(
+        make_config(merge({"model": {"path": str(place.model)}, "data": {"text": str(place.text)}}, given))
+    )
+    assert (stage.kept_back is not None) == kept_back
+    if stage.kept_back is not None:
+        ends = (stage.train._stream_N, stage.kept_back._stream_N)
+        tokenizer = load_tokenizer(str(place.model))
+        stream = tokenize(tokenizer, load_documents(str(place.text), split="train"), vocab_size=10**6)
+        assert torch.equal(torch.cat(ends), stream[: len(stream) * 9 // 10])
+        assert 0 < len(ends[1]) <= len(stream) / 10
+        learned = {tuple(window) for window in ends[0].unfold(0, WINDOW, 1).tolist()}
+        assert {tuple(window) for window in stage.initial_windows_WT.tolist()} <= learned
+
+
+def test_too_little_text_to_keep_back_is_said(place: Place) -> None:
+    """And the run goes on."""
+    tiny_text(place.text, 120)
+    done = succeed(*place.prune("search.sequences=400", "search.selection=0.5", "search.final_windows=2"))
+    assert "are too few to keep some back" in done.err
 
 
 # --- as a user starts it ---

@@ -125,8 +125,8 @@ def test_a_step_more_would_not_fit() -> None:
 def test_nothing_is_done_on_request(kind: str, objective: str) -> None:
     """search.sequences=0: no step, no look, no choice."""
     for _, workload, _ in workloads(kind, objective, (0,), seconds=None):
-        if workload.sequences == 0:
-            assert workload.progress(Work()) >= 1 and workload.selection_sequences(Work()) == 0
+        assert workload.sequences == 0
+        assert workload.progress(Work()) >= 1 and workload.selection_sequences(Work()) == 0
 
 
 def test_auto_spends_several_times_the_default() -> None:
@@ -253,9 +253,10 @@ def test_every_pass_of_the_choice_is_counted(
     assert available - heat < spent <= available
 
 
-def test_no_sequences_make_no_pass(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["posterior-chunk", "reinforce"])
+def test_no_sequences_make_no_pass(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The metric alone is taken as it is."""
-    check_passes(place, monkeypatch, ("search.sequences=0", "search.selection=0.5"), 0, 0)
+    check_passes(place, monkeypatch, (*METHODS[method], "search.sequences=0", "search.selection=0.5"), 0, 0)
 
 
 def test_a_smallest_run_makes_a_step(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

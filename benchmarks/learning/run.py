@@ -6,6 +6,7 @@ python benchmarks/learning/run.py --development                                 
 """
 
 import argparse
+import contextlib
 import itertools
 import subprocess
 import sys
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 from benchmarks.learning.rivals import METHODS, RIVALS
 from benchmarks.learning.rows import Row, append_row, key_of, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, Settings, Task
-from bernprune.errors import BernpruneError
+from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
 
@@ -35,7 +36,12 @@ PARTS: list[tuple[list[str], list[float], list[float]]] = [
     (["default", "reinforce", "paper"], [0.3], [0.25, 0.5, 2]),
     ([name for name in METHODS if name not in RIVALS], [0.3], [1]),
 ]
-SWEEP_SEED, SWEEP_SHARE = 100, 0.2  # of the seeds none, and of the budget a fifth
+SWEEP_SEED, SWEEP_SHARE, SWEEP_LEAST = 100, 0.2, 4096  # of the seeds none; of the budget a fifth, or what tells more
+
+
+def sweep_budget(sequences: int) -> int:
+    """Sequences of each of the runs that choose the settings for one of ``sequences``."""
+    return min(sequences, max(SWEEP_LEAST, int(SWEEP_SHARE * sequences)))
 
 
 class Bench:
@@ -66,9 +72,14 @@ class Bench:
         method = METHODS[name]
         if len(method.grid) == 1:
             return method.grid[0]
-        budget = method.sequences or int(SWEEP_SHARE * sequences)
+        budget = method.sequences or sweep_budget(sequences)
         key = {"model": model, "method": name, "sparsity": sparsity, "sequences": budget, "seed": SWEEP_SEED}
-        rows = [self.row(held_out=False, settings=settings, **key) for settings in method.grid]
+        rows = []
+        for settings in method.grid:
+            with contextlib.suppress(ConfigError):  # what so few sequences do not allow
+                rows.append(self.row(held_out=False, settings=settings, **key))
+        if not rows:
+            raise ConfigError(f"none of the settings of {name} can be tried with {budget:,} sequences")
         best: Settings = min(rows, key=lambda row: row["loss"])["settings"]
         return best
 

@@ -5,11 +5,11 @@ on one set of scores and gives it the mean ``keep`` before clamping to [0, 1].
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
-from bernprune.names import MapName, Scope
+from bernprune.names import Kind, MapName, Scope
 from bernprune.units import UnitSpace
 
 _EPSILON = 1e-8
@@ -59,24 +59,39 @@ def initial_probs(
         sharpness: the high probability of the map ``const``.
         ceiling: the start of units that contain others: what to remove is left to the finer ones at first.
     """
-    probs_U = torch.empty(space.size, dtype=torch.float64)
+    probs_U = torch.full((space.size,), ceiling, dtype=torch.float64)
+    for kind, units_N in _mapped_sets(space, scope):
+        probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_U[units_N].double(), keep)
+    return probs_U
+
+
+def graded(space: UnitSpace, scores_U: torch.Tensor, scope: Scope = "layer") -> torch.Tensor:
+    """Priorities by which a selection takes the same share of every set that ``initial_probs`` maps, at any sparsity.
+
+    Rank of each score in its set, float64 ``[U]`` in (0, 1); units that contain others have 1.
+    """
+    priorities_U = torch.ones(space.size, dtype=torch.float64)
+    for _, units_N in _mapped_sets(space, scope):
+        ranks_N = scores_U[units_N].argsort(stable=True).argsort(stable=True)
+        priorities_U[units_N] = (ranks_N.double() + 0.5) / len(units_N)
+    return priorities_U
+
+
+def _mapped_sets(space: UnitSpace, scope: Scope) -> Iterator[tuple[Kind, torch.Tensor]]:
+    """Kind and units of each set of units that are mapped together; units that contain others are in none."""
     parents = set(space.parents_U[space.parents_U >= 0].tolist())
-    pooled = []
+    sets: list[tuple[Kind, torch.Tensor]] = []
     for kind in space.kinds:
         spans = [span for layer in range(len(space.architecture.layers)) if (span := space.span(kind, layer))]
         units = [torch.arange(span.start, span.stop) for span in spans]
         if any(span.start in parents for span in spans):
-            probs_U[torch.cat(units)] = ceiling
             continue
-        mapped = _map_of(map_name, kind, sharpness)
-        one_a_layer = all(len(index) == 1 for index in units)
-        for index in [torch.cat(units)] if scope == "global" or one_a_layer else units:
-            probs_U[index] = mapped(scores_U[index].double(), keep)
-        pooled += units
+        one_a_layer = all(len(units_N) == 1 for units_N in units)
+        together = [torch.cat(units)] if scope != "layer" or one_a_layer else units
+        sets += [(kind, units_N) for units_N in together]
     if scope == "pooled":
-        index = torch.cat(pooled)
-        probs_U[index] = _map_of(map_name, "channel", sharpness)(scores_U[index].double(), keep)
-    return probs_U
+        sets = [("channel", torch.cat([units_N for _, units_N in sets]))]
+    yield from sets
 
 
 def _map_of(name: MapName, kind: str, sharpness: float) -> Callable[[torch.Tensor, float], torch.Tensor]:

@@ -265,7 +265,6 @@ class PosteriorSearch(MaskSearch):
     def state_dict(self) -> dict[str, Any]:
         return {
             **self._belonging(),
-            "pools": len(self._pools),
             "steps": self.steps,
             "rounds": self.rounds,
             "count": self._sums.count,
@@ -287,8 +286,6 @@ class PosteriorSearch(MaskSearch):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
-        if state.get("pools") != len(self._pools):
-            raise RunError("the checkpoint was not written by search.method 'posterior'")
         if state["response_PF"].shape[1] != len(self._pools[0].response_F):
             raise RunError("the checkpoint was written for another number of initial scores")
         self.steps, self.rounds, self._reliability = state["steps"], state["rounds"], state["reliability"]

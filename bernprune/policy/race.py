@@ -12,6 +12,8 @@ import torch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 
+CHALLENGERS = 7  # of a heat, beside the mask they challenge
+
 
 @dataclass(frozen=True)
 class Heat:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bernprune.errors import ConfigError, RunError
+from bernprune.errors import ConfigError
 from bernprune.names import Projection, Scaling
 from bernprune.policy.baselines import Baseline, LeaveOneOut
 from bernprune.policy.budget import Budget
@@ -117,7 +117,5 @@ class ReinforceSearch(MaskSearch):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
-        if "baseline" not in state:
-            raise RunError("the checkpoint was not written by search.method 'reinforce'")
         self.probs_U, self._start_U = state["probs_U"].double(), state["start_U"].double()
         self.baseline.load_state_dict(state["baseline"])

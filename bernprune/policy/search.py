@@ -120,6 +120,8 @@ class MaskSearch(ABC):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         ours = self._belonging()
+        if state.keys() != self.state_dict().keys():
+            raise RunError(f"the checkpoint was not written by a {type(self).__name__} of this version")
         if state["fingerprint"] != ours["fingerprint"]:
             raise RunError("the checkpoint was written for another model or another granularity")
         if state["budget"] != ours["budget"]:

@@ -76,7 +76,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
-        tensors[name] = value.contiguous()
+        tensors[name] = value.contiguous().clone()  # safetensors refuses tensors that share memory
         return {"tensor": name}
     if isinstance(value, dict):
         return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}

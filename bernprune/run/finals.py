@@ -1,4 +1,4 @@
-"""What is kept: finalists and challengers, raced on training text that nobody has seen yet, inside the run's budget."""
+"""What is kept: finalists and challengers, raced on text that was not learned from, inside the run's budget."""
 
 import logging
 import time
@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bernprune.data import TokenWindows
 from bernprune.errors import RunError
 from bernprune.objective import MaskedObjective, masked_objective
-from bernprune.policy.race import challengers, heat_sequences, race
+from bernprune.policy.race import CHALLENGERS, challengers, heat_sequences, race
 from bernprune.policy.search import MaskSearch
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
@@ -21,7 +22,6 @@ from bernprune.seeding import generator
 
 logger = logging.getLogger(__name__)
 
-_CHALLENGERS = 7  # of a heat, beside the mask they challenge
 _LOST = 1e6  # nats, for a loss that is not finite: its mask loses, and sums stay finite
 _MARGIN = 1.0  # standard errors by which the best of them must win: the best of several looks better than it is
 
@@ -66,7 +66,7 @@ def run_finals(
         ) as objective,
         signals() as stopping,
     ):
-        text = _Text(stage, objective, work.step * settings.windows, finals)
+        text = _Text.of(stage, objective, work, finals)
 
         started = time.monotonic() - finals.seconds
 
@@ -83,35 +83,51 @@ def run_finals(
                 heat = race(masks_NU, windows, text.losses)
                 finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
                 settle()
-        while finals.sequences + text.cost(1 + _CHALLENGERS, settings.final_windows) <= budget:
+        while finals.sequences + text.cost(1 + CHALLENGERS, text.windows) <= budget:
             random = generator(stage.config.seed, "challengers", len(finals.heats))
-            found_NU = challengers(search, finals.mask_U, stage.limits, random, _CHALLENGERS)
+            found_NU = challengers(search, finals.mask_U, stage.limits, random, CHALLENGERS)
             if not len(found_NU):
                 break
             masks_NU = torch.cat([finals.mask_U[None], found_NU])
-            heat = race(masks_NU, settings.final_windows, text.losses, margin=_MARGIN)
+            heat = race(masks_NU, text.windows, text.losses, margin=_MARGIN)
             finals.heats.append({**asdict(heat), "changed_units": int((masks_NU[heat.winner] != finals.mask_U).sum())})
             finals.mask_U = masks_NU[heat.winner]
             settle()
+        if stopping.is_set():
+            raise Interrupted
     logger.info("%s was kept, after %d heats of challengers", finals.kept, len(finals.heats))
     return finals
 
 
 @dataclass
 class _Text:
-    """Windows that the search would have read next, each read once; what that costs is counted here."""
+    """Windows in turn, counted from the first; what they cost is counted here.
+
+    They are what the search would have read next or, where it may read its text more than once, what was kept back
+    from it. Of that there may be less than a heat wants.
+    """
 
     stage: Stage
     objective: MaskedObjective
+    source: TokenWindows
     first: int
+    windows: int
     finals: Finals
+
+    @classmethod
+    def of(cls, stage: Stage, objective: MaskedObjective, work: Work, finals: Finals) -> "_Text":
+        settings = stage.config.search
+        if stage.kept_back is None:
+            return cls(stage, objective, stage.train, work.step * settings.windows, settings.final_windows, finals)
+        windows = min(settings.final_windows, stage.kept_back.num_windows)
+        return cls(stage, objective, stage.kept_back, 0, windows, finals)
 
     def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
         """Of each mask on each of the next windows, ``[N, W]``; one that is not finite counts as a very large one."""
         start = self.first + self.finals.windows
         self.finals.windows += count
         self.finals.sequences += (len(masks_NU) + self._dense) * count
-        tokens_WT = torch.cat([self.stage.train.batch(window, 1) for window in range(start, start + count)])
+        tokens_WT = torch.cat([self.source.batch(window, 1) for window in range(start, start + count)])
         together = max(1, self.stage.config.search.rows_per_forward // len(masks_NU))
         parts = []
         for tokens_BT in tokens_WT.split(together):
@@ -131,7 +147,7 @@ class _Text:
 
 def _affordable(text: _Text, num_masks: int, budget: int) -> int:
     """Windows of a heat: as many as are wanted, or can be paid."""
-    windows = text.stage.config.search.final_windows
+    windows = text.windows
     while windows and text.cost(num_masks, windows) > budget:
         windows -= 1
     return windows
@@ -150,4 +166,5 @@ def _restore(folder: RunFolder, work: Work) -> Finals | None:
     except RunError as error:
         logger.warning("%s; racing the finalists again", error)
         return None
-    return Finals(**state) if state.pop("step") == work.step else None
+    ours = state.keys() == {"step", *Finals.__dataclass_fields__}  # or it is another version's
+    return Finals(**state) if ours and state.pop("step") == work.step else None

@@ -112,7 +112,7 @@ class RunFolder:
 
     def start(self, config: RunConfig) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
-        for name in _OURS - {LOCK}:
+        for name in sorted(_OURS - {LOCK, CONFIG}):  # without its configuration the rest would not be known for a run
             _remove(self.path / name)
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         write_bytes(self.config, text.encode())

@@ -13,7 +13,7 @@ from bernprune.objective import LOGIT_BYTES, masked_objective
 from bernprune.policy.budget import Budget
 from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model
-from bernprune.run.workload import default_sequences, make_search, plan_work
+from bernprune.run.workload import default_sequences, make_search, plan_work, scoring_sequences
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3
@@ -70,7 +70,8 @@ def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]
     planned = plan_work(config, view.space.size).sequences
     sequences = default_sequences(view.space.size) if planned is None else planned
     seconds_each = _time_sequences(view, config)
-    others = config.initial.windows + 5 * (data.eval_tokens // data.window)  # the metric's windows, five evaluations
+    evaluations = 5 + len(config.plans.sparsities)
+    others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights = sum(p.numel() * p.element_size() for p in view.model.parameters())
     memory = weights + max(
         _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type]), _second_copy(device, weights)
@@ -112,4 +113,4 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
             masks_BKCU = search.ask(step)
             losses_BKC, reference_BC = evaluate(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
             search.tell(masks_BKCU, losses_BKC, learning_rate=settings.learning_rate, reference_BC=reference_BC)
-    return (time.perf_counter() - started) / (_TIMED_STEPS * settings.masks * settings.windows)
+    return (time.perf_counter() - started) / (_TIMED_STEPS * plan_work(config, view.space.size).step_sequences)

@@ -74,6 +74,8 @@ def run_search(
             if loop.save_is_due():
                 loop.save(metrics)
         loop.save(metrics)
+        if stopping.is_set():
+            raise Interrupted
     return work
 
 

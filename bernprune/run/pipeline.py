@@ -19,10 +19,10 @@ from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
-from bernprune.names import ScoreName
+from bernprune.names import Scope, ScoreName
 from bernprune.objective import masked_objective
 from bernprune.picture import draw
-from bernprune.policy.bernoulli import initial_probs
+from bernprune.policy.bernoulli import graded, initial_probs
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
@@ -107,14 +107,21 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
     learned_U = select(search.priorities_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    finalists = {"learned": learned_U, "initial": initial_U}
-    if not uniform_U.equal(initial_U):
-        finalists["uniform"] = uniform_U
+    finalists = {"learned": learned_U}
+    for name, mask_U in (("initial", initial_U), ("uniform", uniform_U)):
+        if not any(mask_U.equal(other_U) for other_U in finalists.values()):
+            finalists[name] = mask_U
     workload = plan_work(stage.config, stage.view.space.size)
     finals = run_finals(stage, folder, search, finalists, workload, work, progress=progress)
     report = _report_head(stage, workload, work, finals, initial_U)
     report["diagnostics"] = _last_round(folder)
-    followed = {"learned": search.priorities_U, "initial": start_U, "uniform": _uniform_probs(stage, scores_U)}
+    followed = {
+        "learned": search.priorities_U,
+        "initial": graded(stage.view.space, scores_U, _scope(stage))
+        if stage.config.initial.map == "const"
+        else start_U,
+        "uniform": graded(stage.view.space, scores_U),
+    }
     learned = Learned(stage.view.space, followed[finals.kept], scores_U, finals.mask_U)
     learned.write(folder.learned)
     plan = stage.view.space.plan(finals.mask_U)
@@ -125,7 +132,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         write_bytes(folder.picture, draw(report, folder.read_metrics()))
         write_json(folder.report, report)
     except BaseException:
-        folder.remove_model()  # nobody must take it for a verified one; the plan is kept
+        folder.report.unlink(missing_ok=True)  # the run is not finished,
+        folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
 
@@ -135,10 +143,11 @@ def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
     if not folder.initial.is_file():
         return None
     try:
-        return read_state(folder.initial)
+        start = read_state(folder.initial)
     except RunError as error:
         logger.warning("%s; computing the start again", error)
         return None
+    return start if start.keys() == {"scores_US", "probs_U"} else None  # or it is another version's
 
 
 def _start(stage: Stage) -> dict[str, torch.Tensor]:
@@ -150,12 +159,17 @@ def _start(stage: Stage) -> dict[str, torch.Tensor]:
         scores_US[:, 0],
         keep=1 - config.budget.sparsity,
         map_name=initial.map,
-        # FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer.
-        scope=initial.scope or ("pooled" if initial.score == "flap" else "layer"),
+        scope=_scope(stage),
         sharpness=initial.sharpness,
         ceiling=config.policy.ceiling,
     )
     return {"scores_US": scores_US, "probs_U": probs_U}
+
+
+def _scope(stage: Stage) -> Scope:
+    """FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer."""
+    initial = stage.config.initial
+    return initial.scope or ("pooled" if initial.score == "flap" else "layer")
 
 
 def _scores(stage: Stage, name: ScoreName) -> torch.Tensor:

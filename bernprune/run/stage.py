@@ -1,6 +1,7 @@
 """Everything a run works with, loaded and checked against each other before anything is written."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,17 +20,23 @@ from bernprune.models.loading import load_config, load_model, load_tokenizer, st
 from bernprune.models.view import ModelView, describe
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
+from bernprune.run.workload import Workload, plan_work
 from bernprune.text import load_documents
 
 logger = logging.getLogger(__name__)
 
 # With one source for both, the last tenth of its tokens is for evaluation alone.
 _HELD_OUT_TENTHS = 1
+_KEPT_BACK = 10  # of so many windows to learn from, one at most is for the final choice
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A model with its units, a budget, and text."""
+    """A model with its units, a budget, and text.
+
+    ``kept_back`` is for the final choice: windows that are not in ``train``, where the search may read that more than
+    once. Elsewhere it is None, and the choice goes on in ``train`` where the search ended.
+    """
 
     config: RunConfig
     view: ModelView
@@ -38,6 +45,7 @@ class Stage:
     budget: Budget
     limits: Limits
     train: TokenWindows
+    kept_back: TokenWindows | None
     initial_windows_WT: torch.Tensor
     eval_windows_WT: torch.Tensor
     protocol: Protocol
@@ -58,8 +66,7 @@ def set_stage(config: RunConfig) -> Stage:
     # Text before weights: a typing error in its name must not cost the loading of a large model.
     stream, held_out, eval_name = _text(config, tokenizer, model_config.vocab_size)
     with _naming(config.data.text):
-        train = TokenWindows(stream, window=config.data.window, seed=config.seed, at_least=config.search.windows)
-        initial_WT = _initial_windows(config, stream)
+        _windows(config, stream)
     with _naming(eval_name):
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
@@ -69,12 +76,25 @@ def set_stage(config: RunConfig) -> Stage:
     budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
     limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
     _try_budget(config, budget, limits)
+    learned, kept_back = _keep_back(config, stream, plan_work(config, view.space.size))
+    train = _windows(config, learned)
     logger.info(
         "%s on %s, %d units, %d training windows", config.model.path, device, view.space.size, train.num_windows
     )
     protocol = Protocol.of(eval_name, windows_WT)
     return Stage(
-        config, view, tokenizer, ops, budget, limits, train, initial_WT, windows_WT, protocol, fingerprint(stream)
+        config,
+        view,
+        tokenizer,
+        ops,
+        budget,
+        limits,
+        train,
+        kept_back,
+        _initial_windows(config, learned),
+        windows_WT,
+        protocol,
+        fingerprint(stream),
     )
 
 
@@ -139,6 +159,29 @@ def _text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Ten
         cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
         stream, held_out, name = stream[:cut], stream[cut:], f"{data.text}, last tenth"
     return stream, held_out, name
+
+
+def _windows(config: RunConfig, stream: torch.Tensor) -> TokenWindows:
+    return TokenWindows(stream, window=config.data.window, seed=config.seed, at_least=config.search.windows)
+
+
+def _keep_back(config: RunConfig, stream: torch.Tensor, workload: Workload) -> tuple[torch.Tensor, TokenWindows | None]:
+    """The stream to learn from and, if it may be read more than once, what of it the final choice has for itself."""
+    window, num_windows = config.data.window, len(stream) // config.data.window
+    learning, choosing = workload.windows_read(config.search)
+    if not choosing or learning + choosing <= num_windows:
+        return stream, None
+    count = int(
+        min(math.ceil(min(choosing, num_windows)), num_windows // _KEPT_BACK, num_windows - config.search.windows)
+    )
+    if count < 2:
+        logger.warning(
+            "%d windows of text are too few to keep some back: the final choice is made on text that was learned from",
+            num_windows,
+        )
+        return stream, None
+    cut = len(stream) - count * window
+    return stream[:cut], TokenWindows(stream[cut:], window=window, seed=config.seed)
 
 
 def _initial_windows(config: RunConfig, stream: torch.Tensor) -> torch.Tensor:

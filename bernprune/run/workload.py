@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from bernprune.config import RunConfig
+from bernprune.config import RunConfig, SearchConfig
 from bernprune.errors import ConfigError
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
+from bernprune.policy.race import CHALLENGERS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 
@@ -74,6 +75,14 @@ class Workload:
         share = int(self.selection * work.sequences + HAIR)
         return share if self.sequences is None else min(share, self.sequences - work.sequences)
 
+    def windows_read(self, search: SearchConfig) -> tuple[float, float]:
+        """Most windows of text that the search reads, and that are then read to choose; infinite if unknown."""
+        learning = math.inf if self.steps is None else float(self.steps * search.windows)
+        work = Work(sequences=0 if self.steps is None else self.steps * self.step_sequences)
+        heats = self.selection_sequences(work) / heat_sequences(1 + CHALLENGERS, search.final_windows)
+        choosing = search.final_windows * (1 + heats) if self.selection else 0.0
+        return learning, math.inf if choosing and self.steps is None else choosing
+
     def learning_rate_at(self, work: Work) -> float:
         """A cosine from the first step size to zero, without warm-up."""
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress(work))))
@@ -96,10 +105,11 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
     elif sequences is None and seconds is None:
         sequences = default_sequences(num_units)
     if sequences is not None and 0 < sequences < least_steps * step_sequences:
+        by_default = "" if sequences == search.sequences else ", which is the default for this model"
         raise ConfigError(
             f"setting 'search.sequences' must be 0 or at least {'two steps' if least_steps == 2 else 'one step'} of "
             f"{step_sequences} sequences "
-            f"(masks and reference passes times windows), but got {sequences}"
+            f"(search.masks and reference passes times search.windows), but got {sequences}{by_default}"
         )
     searching = 1 - search.selection
     limit = int(searching * (default_sequences(num_units) if sequences is None else sequences) + HAIR)
@@ -134,6 +144,16 @@ def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences
 def _least_round(config: RunConfig) -> int:
     """Steps of the shortest round: the posterior takes a variance over the groups of masks in it."""
     return 2 if config.search.method == "posterior" and _design(config).groups == 1 else 1
+
+
+def scoring_sequences(config: RunConfig, num_layers: int) -> int:
+    """What the initial metrics cost, in windows of the search run forward; it is not part of its budget.
+
+    On the inputs that already pruned layers hand on, each layer takes a pass of its own, up to it.
+    """
+    initial, window = config.initial, config.data.window
+    passes = (num_layers + 1) / 2 if initial.inputs == "pruned" else 1
+    return math.ceil(initial.windows * passes * (1 + len(initial.also)) * (initial.window or window) / window)
 
 
 def default_sequences(num_units: int) -> int:

@@ -9,7 +9,10 @@ import torch
 
 from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.task import Settings, Task
+from bernprune.config import make_config
 from bernprune.policy.posterior import PosteriorSearch
+from bernprune.run.workload import plan_work
+from bernprune.settings import merge
 from bernprune.units import MaskRows
 
 
@@ -54,10 +57,11 @@ class _Sure(PosteriorSearch):
 
 @dataclass(frozen=True)
 class Ablation:
-    """What replaces the ingredient: another search, or other settings."""
+    """What replaces the ingredient: another search, or other settings, if need be with the number of rounds fixed."""
 
     search: type[PosteriorSearch] = PosteriorSearch
     given: Settings = field(default_factory=dict)
+    as_many_rounds: bool = False
 
 
 ABLATIONS = {
@@ -69,7 +73,7 @@ ABLATIONS = {
     "forgetting": Ablation(given={"search": {"forgetting": 0.0}}),
     "masks-per-chunk": Ablation(given={"search": {"masks_per": "sequence"}}),
     "masks-per-sequence": Ablation(given={"search": {"masks_per": "batch"}}),
-    "common-text": Ablation(given={"search": {"masks": 2, "windows": 32}}),
+    "common-text": Ablation(given={"search": {"masks": 2, "windows": 32}}, as_many_rounds=True),
     "antithetic-masks": Ablation(given={"search": {"sampling": "independent"}}),
     "discount": Ablation(given={"search": {"discount": 1.0}}),
     "final-choice": Ablation(given={"search": {"selection": 0.0}}),
@@ -82,7 +86,13 @@ def without(name: str) -> Callable[[Task, int, int, Settings], torch.Tensor]:
     ablation = ABLATIONS[name]
 
     def run(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+        given = ablation.given
+        if ablation.as_many_rounds:
+            work = plan_work(
+                make_config(merge(task.given, {"search": {"sequences": budget_sequences}})), task.space.size
+            )
+            given = merge(given, {"search": {"rounds": round((work.steps or 0) / work.round_steps)}})
         with patch("bernprune.run.workload.PosteriorSearch", ablation.search):
-            return run_preset("default", task, budget_sequences, ablation.given)
+            return run_preset("default", task, budget_sequences, given)
 
     return run

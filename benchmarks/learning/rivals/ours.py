@@ -4,16 +4,16 @@
 of this benchmark; everything else is as in the preset.
 """
 
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.learning.task import Settings, Task
-from bernprune.config import RunConfig, make_config
+from bernprune.config import make_config
 from bernprune.names import PresetName
 from bernprune.run.pipeline import prune, read_plan
+from bernprune.run.workload import scoring_sequences
 from bernprune.settings import merge
 from bernprune.units import KeepPlan, UnitSpace
 
@@ -27,7 +27,7 @@ def run_preset(preset: PresetName, task: Task, budget_sequences: int, more: Sett
     """What a run keeps that may take ``budget_sequences`` in all; ``more`` is of its configuration."""
     given = merge(merge(task.given, {"preset": preset, **_REPORT}), more)
     config = make_config(given)
-    scoring = _scoring_passes(config, len(task.view.layers))
+    scoring = scoring_sequences(config, len(task.view.layers))
     config = make_config(merge(given, {"search": {"sequences": budget_sequences - scoring}}))
     with TemporaryDirectory() as folder:
         report = prune(config, Path(folder) / "run", progress=False)
@@ -49,12 +49,6 @@ def reinforce(task: Task, budget_sequences: int, seed: int, settings: Settings) 
 def paper(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
     """The published method."""
     return run_preset("paper", task, budget_sequences, {"search": settings})
-
-
-def _scoring_passes(config: RunConfig, layers: int) -> int:
-    """Windows run forward for the initial scores; on pruned inputs, a pass up to each layer, in whole passes."""
-    passes = (layers + 1) / 2 if config.initial.inputs == "pruned" else 1
-    return math.ceil(config.initial.windows * passes)
 
 
 def _mask_of(plan: KeepPlan, space: UnitSpace) -> torch.Tensor:

@@ -1,0 +1,47 @@
+"""What is wrong with settings, in one sentence that names the dotted key, the value and what is allowed."""
+
+import difflib
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
+    """The first of the problems that pydantic found with ``settings``."""
+    problem, *others = error.errors()
+    keys, given = list(_keys(settings)), problem.get("input")
+    key = _key(problem, keys)
+    if problem["type"] == "extra_forbidden":
+        return f"setting {key!r} is unknown; did you mean {_nearest(key, keys)!r}?"
+    if problem["type"] == "model_type":
+        return f"setting {key!r}: should be a section of settings, but got {given!r}"
+    message: str = problem["msg"].removeprefix("Value error, ")
+    if not problem["loc"]:
+        return message
+    # A setting of several types has a problem with each.
+    messages = [message, *(other["msg"] for other in others if _key(other, keys) == key)]
+    return f"setting {key!r}: {' or '.join(each[0].lower() + each[1:] for each in messages)}, but got {given!r}"
+
+
+def _key(problem: Any, keys: list[str]) -> str:
+    """The dotted name of a setting, without what pydantic says of the types within it."""
+    sections = {key for key in keys if any(other.startswith(f"{key}.") for other in keys)}
+    names: list[str] = []
+    for part in map(str, problem["loc"]):
+        names.append(part)
+        if ".".join(names) not in sections:
+            break
+    return ".".join(names)
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    same_name = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
+    return (same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.0))[0]
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
