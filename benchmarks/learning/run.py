@@ -161,7 +161,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
                 continue
             for name, sparsity, sequences in _jobs(given, model):
-                settings = bench.best_settings(model, name, sparsity, sequences)
+                try:
+                    settings = bench.best_settings(model, name, sparsity, sequences)
+                except ConfigError as error:
+                    print(f"{model} {sparsity} {name} with {sequences:,} sequences is skipped: {error}")
+                    continue
                 key = {"model": model, "method": name, "settings": settings, "sparsity": sparsity}
                 for seed in given.seed:
                     budget = METHODS[name].sequences or sequences

@@ -88,9 +88,8 @@ def without(name: str) -> Callable[[Task, int, int, Settings], torch.Tensor]:
     def run(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
         given = ablation.given
         if ablation.as_many_rounds:
-            work = plan_work(
-                make_config(merge(task.given, {"search": {"sequences": budget_sequences}})), task.space.size
-            )
+            shipped = make_config(merge(task.given, {"search": {"sequences": budget_sequences}}))
+            work = plan_work(shipped, task.space.size)
             given = merge(given, {"search": {"rounds": round((work.steps or 0) / work.round_steps)}})
         with patch("bernprune.run.workload.PosteriorSearch", ablation.search):
             return run_preset("default", task, budget_sequences, given)
