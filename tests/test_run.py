@@ -414,6 +414,7 @@ def test_nobody_reads_on(place: Place) -> None:
 # Settings of a short search, and the share of the initial perplexity that it must reach.
 LEARNING = {
     "posterior": (("search.sequences=1280", "search.rounds=4"), 0.95),
+    "reinforce": (("preset=reinforce", "search.sequences=3840", "search.selection=0"), 0.98),
 }
 
 
