@@ -24,6 +24,7 @@ from bernprune.units import MaskRows
 # Of one float32 chunk of logits, by type of device. A GPU must not read the output embedding for too few tokens; a
 # processor does best with chunks near the size of its caches.
 LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+GATHER_TOKENS = 1024  # of one mask, from which on gathering its weights costs less than it saves, or as much
 
 
 def _chunk_tokens(head: nn.Linear) -> int:
@@ -77,11 +78,15 @@ class MaskedObjective:
         Raises:
             ConfigError: masks or windows of another shape.
         """
+        return self.window_losses(masks_KU, tokens_BT).mean(1)
+
+    def window_losses(self, masks_KU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """As ``losses``, on each window: ``[K, B]``."""
         self._check(masks_KU, tokens_BT, "[K, {}]", len(masks_KU.shape) == 2)
         num_masks, num_windows = len(masks_KU), len(tokens_BT)
         rows = torch.arange(num_masks * num_windows)
         losses_RP = self._token_losses(masks_KU, rows // num_windows, tokens_BT, rows % num_windows)
-        return losses_RP.mean(1).view(num_masks, num_windows).mean(1)
+        return losses_RP.mean(1).view(num_masks, num_windows)
 
     def token_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Losses of K masks of each window's own, one for each of its C chunks, float64 ``[B, K, T]`` on the CPU.
@@ -122,9 +127,8 @@ class MaskedObjective:
         masks, tokens_BT, window_R = masks.to(self._device), tokens_BT.to(self._device), window_R.to(self._device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
         parts = []
-        for first in range(0, len(mask_R), self._rows):
-            rows = slice(first, first + self._rows)
-            self._live.set(masks[:] if len(masks) == 1 and len(masks.shape) == 2 else masks[mask_R[rows]])
+        for rows, masks_of_rows in self._passes(masks, mask_R, tokens_BT.shape[1]):
+            self._live.set(masks_of_rows, gather=True)
             tokens_RT = tokens_BT[window_R[rows]]
             hidden_RTD = self._hidden(tokens_RT)
             if dense_BTD is None:
@@ -133,6 +137,22 @@ class MaskedObjective:
                 losses_RP = token_divergences(self._head, hidden_RTD, dense_BTD[window_R[rows]])
             parts.append(losses_RP.double().cpu())
         return torch.cat(parts)
+
+    def _passes(self, masks: MaskRows, mask_R: torch.Tensor, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows that go through together, and their masks.
+
+        Rows of the same mask go by themselves if they hold enough tokens, so that what it removes is not computed.
+        """
+        shared = len(mask_R) // len(masks) if len(masks.shape) == 2 else 1
+        if shared * tokens >= GATHER_TOKENS:
+            together, masks = shared, masks[:]
+        else:
+            together = len(mask_R)
+        for start in range(0, len(mask_R), together):
+            for first in range(start, start + together, self._rows):
+                rows = slice(first, min(first + self._rows, start + together))
+                which = mask_R[rows] if together > shared else mask_R[first : first + 1]
+                yield rows, masks[which]
 
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))

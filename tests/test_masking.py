@@ -8,6 +8,7 @@ import torch
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import EXACT, LOGITS, assert_close
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from bernprune.backends import load_backend
 from bernprune.models import masking
@@ -91,6 +92,54 @@ def test_masked_equals_sliced(variant: Variant, granularity: tuple[Kind, ...]) -
         assert_close(found[row], expected, EXACT_FLOAT64)
     changed = [not torch.equal(found[row], dense[row]) for row in range(len(EMPTIED))]
     assert changed == [not view.space.alive(mask_U).all() for mask_U in masks_KU]
+
+
+@all_variants
+@all_granularities
+def test_gathered_equals_sliced(variant: Variant, granularity: tuple[Kind, ...]) -> None:
+    """One mask for all rows, of which only what it keeps is computed, also where blocks and layers lose all units."""
+    view, tokens = describe(variant.model(), granularity), random_tokens(3)
+    for mask_1U in emptying_masks(view.space).split(1):
+        expected = sliced_logits(view, mask_1U.expand(3, -1), tokens)
+        with masked(view, OPS) as live:
+            live.set(mask_1U, gather=True)
+            assert_close(logits_of(view.model, tokens), torch.stack(expected), EXACT_FLOAT64)
+            live.set(torch.ones_like(mask_1U), gather=True)
+            assert torch.equal(logits_of(view.model, tokens), logits_of(copy.deepcopy(view.model), tokens))
+
+
+@pytest.mark.parametrize("masks", ["several", "gates", "chunks"])
+def test_only_a_single_mask_is_gathered(masks: str) -> None:
+    """Others are masked, whether or not gathering was asked for."""
+    view, tokens = describe(tiny_model("llama")), random_tokens(3, 8)
+    given = random_masks(view.space, 3)
+    given = {"several": given, "gates": 0.5 * given[:1].double(), "chunks": given[:, None].expand(-1, 2, -1)}[masks]
+    expected = masked_logits(view, given, tokens)
+    with masked(view, OPS) as live:
+        live.set(given, gather=True)
+        assert torch.equal(logits_of(view.model, tokens), expected)
+
+
+def flops_of(model: Any, tokens: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        logits_of(model, tokens)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_what_is_gathered_away_is_not_computed(family: str) -> None:
+    """As many operations as of the sliced model; masked alone, as many as of the dense one."""
+    view, tokens = describe(tiny_model(family)), random_tokens(2)
+    mask_1U = random_masks(view.space, 1, keep=0.4)
+    for layer in range(len(view.layers)):  # of a branch that loses all, masking computes all
+        mask_1U[:, view.space.span("kv_group", layer).start] = True
+    dense = flops_of(view.model, tokens)
+    sliced = flops_of(slice_model(copy.deepcopy(view.model), view.space.plan(mask_1U[0])), tokens)
+    with masked(view, OPS) as live:
+        for gather, expected in ((True, sliced), (False, dense)):
+            live.set(mask_1U, gather=gather)
+            assert flops_of(view.model, tokens) == expected
+    assert sliced < 0.8 * dense
 
 
 @pytest.mark.parametrize("granularity", [("kv_group", "channel"), KINDS, ("ffn",), ("channel",)], ids="+".join)

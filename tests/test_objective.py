@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from bernprune import objective as module
 from bernprune.backends import load_backend
 from bernprune.errors import ConfigError
+from bernprune.models.masking import LiveMasks
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import ObjectiveName
@@ -78,6 +79,28 @@ def test_rows_per_forward_changes_nothing(kind: ObjectiveName, rows: int) -> Non
     masks_KU = random_masks(view, 5)
     expected = torch.cat([losses_of(view, mask_1U, tokens_BT, kind) for mask_1U in masks_KU.split(1)])
     assert_close(losses_of(view, masks_KU, tokens_BT, kind, rows_per_forward=rows), expected, EXACT)
+
+
+@all_objectives
+@pytest.mark.parametrize("rows", [2, 5, 64])
+def test_gathering_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: ObjectiveName, rows: int) -> None:
+    """Masks that go through together, or one after the other with what they keep: the same losses of every window."""
+    view, tokens_BT = describe(tiny_model("qwen3")), random_tokens(3, 9)
+    masks_KU, set_masks, asked, found = random_masks(view, 4), LiveMasks.set, list[int](), []
+
+    def watched(self: LiveMasks, masks: torch.Tensor, **given: bool) -> None:
+        asked.append(len(masks))
+        set_masks(self, masks, **given)
+
+    monkeypatch.setattr(LiveMasks, "set", watched)
+    for enough in (27, 28):  # tokens of one mask, and one more
+        monkeypatch.setattr(module, "GATHER_TOKENS", enough)
+        asked.clear()
+        with masked_objective(view, OPS, kind=kind, rows_per_forward=rows) as objective:
+            found.append(objective.window_losses(masks_KU, tokens_BT))
+            assert torch.equal(objective.losses(masks_KU, tokens_BT), found[-1].mean(1))
+        assert (max(asked) == 1) == (enough == 27)
+    assert_close(found[0], found[1], EXACT)
 
 
 @all_objectives

@@ -7,6 +7,9 @@ swapped for masked twins that hold no parameters; leaving it puts the very same 
 Instead of being kept or cut, a unit may be scaled by a gate between: gates multiply those of all it lies in, and a
 branch is open as long as any of its gates is.
 
+Where all rows are under one mask, what it removes is not computed at all: each layer gathers the weights of what it
+keeps for the length of its own pass.
+
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
 their own masks.
 
@@ -18,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from bernprune.backends import MaskedOps
@@ -31,7 +35,18 @@ class _Branch:
 
     units_PN: torch.Tensor | None = None  # None: every unit is kept in every piece
     open_P11: torch.Tensor | None = None  # None: the branch is open in every piece
+    kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
     chunks = 1
+
+    def __init__(self, num_units: int) -> None:
+        self.num_units = num_units
+
+    def gather(self, weights: torch.Tensor, *, dim: int = 0) -> torch.Tensor:
+        """Of a weight or bias whose ``dim`` holds all units in turn, what belongs to the kept ones."""
+        if self.kept_N is None:
+            return weights
+        by_unit: torch.Tensor = weights.unflatten(dim, (self.num_units, -1))
+        return by_unit.index_select(dim, self.kept_N).flatten(dim, dim + 1)
 
     def run(
         self, operation: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], x_RTE: torch.Tensor
@@ -46,6 +61,24 @@ class _Branch:
         if self.open_P11 is not None:
             output_PTD = output_PTD * self.open_P11
         return output_PTD.view(rows, tokens, -1)
+
+
+class _Gathered(nn.Module):
+    """A query, key or value projection, of the kept kv groups alone."""
+
+    def __init__(self, projection: "nn.Linear | _Gathered", branch: _Branch) -> None:
+        super().__init__()
+        dense = projection._dense[0] if isinstance(projection, _Gathered) else projection  # of a block around this one
+        self._dense: tuple[nn.Linear] = (dense,)
+        self._branch = branch
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._dense[0].weight
+
+    def forward(self, x_RTD: torch.Tensor) -> torch.Tensor:
+        bias = self._dense[0].bias
+        return F.linear(x_RTD, self._branch.gather(self.weight), None if bias is None else self._branch.gather(bias))
 
 
 class _MaskedOutput(nn.Module):
@@ -64,8 +97,8 @@ class _MaskedOutput(nn.Module):
         return self._branch.run(self._piece, x_RTE)
 
     def _piece(self, x_PTE: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
-        dense = self._dense[0]
-        return self._ops.masked_linear(x_PTE, masks_PN, dense.weight, dense.bias, unit_width=self._unit_width)
+        weight_DE = self._branch.gather(self.weight, dim=1)
+        return self._ops.masked_linear(x_PTE, masks_PN, weight_DE, self._dense[0].bias, unit_width=self._unit_width)
 
 
 class _MaskedFFN(nn.Module):
@@ -80,15 +113,16 @@ class _MaskedFFN(nn.Module):
 
     def _piece(self, x_PTD: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
         gate, up, down, activation = (self._parts[0][name] for name in ("gate", "up", "down", "activation"))
+        gather = self._branch.gather
         return self._ops.masked_mlp(
             x_PTD,
             masks_PN,
-            gate.weight,
-            up.weight,
-            down.weight,
+            gather(gate.weight),
+            gather(up.weight),
+            gather(down.weight, dim=1),
             activation=activation,
-            gate_bias_F=gate.bias,
-            up_bias_F=up.bias,
+            gate_bias_F=None if gate.bias is None else gather(gate.bias),
+            up_bias_F=None if up.bias is None else gather(up.bias),
             down_bias_D=down.bias,
         )
 
@@ -99,24 +133,33 @@ class LiveMasks:
     def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], dtype: torch.dtype) -> None:
         self.view, self._branches, self._dtype = view, branches, dtype
 
-    def set(self, masks: torch.Tensor) -> None:
+    def set(self, masks: torch.Tensor, *, gather: bool = False) -> None:
         """One mask a row, bool ``[R, U]``, one for all rows, ``[1, U]``, or one a chunk, ``[R, C, U]``; 1 keeps.
 
         Floating-point numbers are gates, from 0 to 1. The tokens of a row must divide into C equal chunks.
+
+        Args:
+            gather: under one mask for all rows, compute only what it keeps. Keys and values of removed groups are then
+                missing too, so nothing may be read on from a cache under another mask.
         """
         device = next(self.view.model.parameters()).device
         chunks = masks.shape[1] if masks.ndim == 3 else 1
         gates = masks.to(device, masks.dtype if masks.is_floating_point() else torch.bool)
         alive_PU = self.view.space.inherit(gates, torch.mul).flatten(0, -2)
+        gather = gather and len(alive_PU) == 1 and alive_PU.dtype == torch.bool
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
                 branch.chunks = chunks
-                self._set_branch(branch, alive_PU, kind, layer)
+                self._set_branch(branch, alive_PU, kind, layer, gather=gather)
 
-    def _set_branch(self, branch: _Branch, alive_PU: torch.Tensor, kind: Kind, layer: int) -> None:
+    def _set_branch(self, branch: _Branch, alive_PU: torch.Tensor, kind: Kind, layer: int, *, gather: bool) -> None:
         span = self.view.space.span(kind, layer)
+        branch.units_PN = branch.open_P11 = branch.kept_N = None
         if span is not None:
             alive_PN = alive_PU[:, span]
+            if gather and alive_PN.any():
+                branch.kept_N = None if alive_PN.all() else alive_PN[0].nonzero()[:, 0]
+                return
             branch.units_PN = alive_PN.to(self._dtype)
             branch.open_P11 = self._opening(alive_PN.any(dim=1))
             return
@@ -143,8 +186,11 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
     dtype = view.layers[0].down.weight.dtype
     with ExitStack() as swapped:
         for index in chosen:
-            layer, attention, ffn = view.layers[index], _Branch(), _Branch()
+            layer = view.layers[index]
+            attention, ffn = _Branch(layer.shape.kv_groups), _Branch(layer.shape.channels)
             branches[index] = {"kv_group": attention, "channel": ffn}
+            for name in (family.query, family.key, family.value):
+                _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention))
             _swap(swapped, layer.attention, family.output, _masked_output(layer, attention, ops))
             parts = {name: getattr(layer.ffn, getattr(family, name)) for name in ("gate", "up", "down", "activation")}
             _swap(swapped, layer.layer, family.ffn, _MaskedFFN(layer.ffn, parts, ffn, ops))

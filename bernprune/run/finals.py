@@ -128,12 +128,7 @@ class _Text:
         self.finals.windows += count
         self.finals.sequences += (len(masks_NU) + self._dense) * count
         tokens_WT = torch.cat([self.source.batch(window, 1) for window in range(start, start + count)])
-        together = max(1, self.stage.config.search.rows_per_forward // len(masks_NU))
-        parts = []
-        for tokens_BT in tokens_WT.split(together):
-            masks_BKCU = masks_NU[None, :, None].expand(len(tokens_BT), -1, -1, -1)
-            parts.append(self.objective.chunk_losses(masks_BKCU, tokens_BT)[..., 0].T)
-        return torch.cat(parts, dim=1).nan_to_num(nan=_LOST, posinf=_LOST)
+        return self.objective.window_losses(masks_NU, tokens_WT).nan_to_num(nan=_LOST, posinf=_LOST)
 
     def cost(self, num_masks: int, windows: int) -> int:
         """Sequences of a heat."""
