@@ -529,11 +529,25 @@ def test_show_makes_table_and_picture(tmp_path: Path) -> None:
     show.main(["--folder", str(tmp_path)])
     table = (tmp_path / "table.md").read_text()
     assert table.index("`better`") < table.index("`worse`") < table.index("`other` rate 0.1")
-    assert "| `better` | 90 | 90 | 2.1000 ± 0.1414 | 8.17 | 31.0% | 1.00 | 2 | 2 |" in table
-    assert "| `worse` | 90 | 90 | 2.5000 | 12.18 | 31.0% | - | 1 | 2 |" in table
+    assert "| `better` | 90 | 90 | 2.1000 ± 0.1414 | 55.0% | 8.17 | 31.0% | 1.00 | 2 | 2 |" in table
+    assert "| `worse` | 90 | 90 | 2.5000 | 75.0% | 12.18 | 31.0% | - | 1 | 2 |" in table
     assert "Dense 1.0000 nats; uniform Wanda-sp 3.0000" in table
     pixels = imread(io.BytesIO((tmp_path / "picture.png").read_bytes()))
     assert pixels.shape[0] > 300 and pixels.std() > 0
+
+
+def test_ablations_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Their mean difference to ``default`` and its standard error, in a table of their own, of equal budgets."""
+    rows = [made_row("default", seed, 2.0 + seed) for seed in (0, 1, 2)]
+    rows += [made_row("without-wings", seed, 2.1 + seed + 0.1 * seed) for seed in (0, 1)]
+    rows += [made_row("without-feet", 2, 3.9), made_row("without-tail", 0, 1.0, sequences=500)]
+    for row in rows:
+        append_row(tmp_path / "results.jsonl", row)
+    show.main(["--folder", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert "| wings | 100 | +0.1500 | 0.0500 | 2 |" in table
+    assert "| feet | 100 | -0.1000 | nan | 1 |" in table
+    assert "tail" not in table and "`without" not in table
 
 
 def test_losses_taken_differently_are_not_compared(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,9 @@ from bernprune.storage import write_bytes
 HERE = Path(__file__).parent
 
 
+ABLATION = "without-"
+
+
 @dataclass(frozen=True)
 class Line:
     """The seeds of one method with the same settings and budget."""
@@ -34,9 +38,13 @@ class Line:
     rows: list[Row]
 
     @property
+    def method(self) -> str:
+        return str(self.rows[0]["method"])
+
+    @property
     def title(self) -> str:
         settings = ", ".join(f"{name} {value}" for name, value in self.rows[0]["settings"].items())
-        return f"`{self.rows[0]['method']}`{f' {settings}' if settings else ''}"
+        return f"`{self.method}`{f' {settings}' if settings else ''}"
 
     def mean(self, name: str) -> float:
         return statistics.fmean(row[name] for row in self.rows)
@@ -77,27 +85,43 @@ def table(places: dict[Place, list[Line]]) -> str:
     parts = ["# What learning buys\n\nMade by `show.py`; README.md says how to read it.\n"]
     for (model, sparsity), lines in places.items():
         row = lines[0].rows[0]
-        protocol = row["protocol"]
-        uniform = statistics.fmean(row["uniform_loss"] for line in lines for row in line.rows)
+        protocol, dense, uniform = row["protocol"], row["dense_loss"], _uniform(lines)
         parts.append(
             f"## {model}, {sparsity:.0%} removed\n\n"
             f"Loss on {protocol['text']} text: {protocol['windows']:,} windows of {protocol['window']} tokens, "
-            f"{protocol['tokens']:,} predictions, text {protocol['text_sha256']}. Dense {row['dense_loss']:.4f} nats; "
+            f"{protocol['tokens']:,} predictions, text {protocol['text_sha256']}. Dense {dense:.4f} nats; "
             f"uniform Wanda-sp {uniform:.4f}.\n\n"
-            "| method | sequences | equivalent | loss | perplexity | removed | agreement | seeds | seconds |\n"
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-            + "".join(f"| {' | '.join(_cells(line))} |\n" for line in lines)
+            "| method | sequences | equivalent | loss | excess left | perplexity | removed | agreement | seeds "
+            "| seconds |\n"
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+            + "".join(f"| {' | '.join(_cells(line, uniform))} |\n" for line in _rivals(lines))
         )
+        ablations = _ablations(lines)
+        if ablations:
+            parts.append(
+                f"### {model}, {sparsity:.0%} removed: `default` without one ingredient\n\n"
+                "| without | sequences | loss less that of `default` | standard error | seeds |\n"
+                "| --- | ---: | ---: | ---: | ---: |\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in ablations)
+            )
     return "\n".join(parts)
 
 
-def _cells(line: Line) -> list[str]:
-    agreement = line.agreement
+def _rivals(lines: list[Line]) -> list[Line]:
+    return [line for line in lines if not line.method.startswith(ABLATION)]
+
+
+def _uniform(lines: list[Line]) -> float:
+    return statistics.fmean(row["uniform_loss"] for line in lines for row in line.rows)
+
+
+def _cells(line: Line, uniform: float) -> list[str]:
+    agreement, dense = line.agreement, line.rows[0]["dense_loss"]
     return [
         line.title,
         f"{line.mean('used'):,.0f}",
         f"{line.mean('equivalent'):,.0f}",
         f"{line.mean('loss'):.4f}" + (f" ± {line.spread:.4f}" if len(line.rows) > 1 else ""),
+        f"{(line.mean('loss') - dense) / (uniform - dense):.1%}",
         f"{perplexity(line.mean('loss')):.2f}",
         f"{line.mean('reached'):.1%}",
         "-" if agreement is None else f"{agreement:.2f}",
@@ -106,28 +130,64 @@ def _cells(line: Line) -> list[str]:
     ]
 
 
+def _ablations(lines: list[Line]) -> list[list[str]]:
+    """Differences to ``default`` with the same seeds and budget, the worst first."""
+    shipped = {
+        (row["sequences"], row["seed"]): row["loss"] for line in lines if line.method == "default" for row in line.rows
+    }
+    found = []
+    for line in reversed(lines):
+        if line.method.startswith(ABLATION):
+            at = [(row["loss"], shipped.get((row["sequences"], row["seed"]))) for row in line.rows]
+            worse = [loss - usual for loss, usual in at if usual is not None]
+            error = statistics.stdev(worse) / math.sqrt(len(worse)) if len(worse) > 1 else math.nan
+            if worse:
+                name, sequences = line.method.removeprefix(ABLATION), line.rows[0]["sequences"]
+                numbers = [f"{sequences:,}", f"{statistics.fmean(worse):+.4f}", f"{error:.4f}", f"{len(worse)}"]
+                found.append([name, *numbers])
+    return found
+
+
 def picture(places: dict[Place, list[Line]]) -> bytes:
-    """A PNG of loss against sequences, a panel a place; a thin line leads to what gradients cost on top."""
+    """A PNG of loss against sequences, a panel a place: a method's budgets joined by a line, metrics as dots.
+
+    A dotted line leads to what gradients cost on top. What is worse than twice the uniform cut's excess is named only.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     columns = min(3, len(places))
     panels = math.ceil(len(places) / columns), columns
-    figure = Figure(figsize=(6.5 * panels[1], 4.5 * panels[0]), layout="constrained")
-    names = sorted({line.rows[0]["method"] for lines in places.values() for line in lines})
+    figure = Figure(figsize=(6.5 * panels[1], 5 * panels[0]), layout="constrained")
+    names = sorted({line.method for lines in places.values() for line in _rivals(lines)})
     colours = dict(zip(names, colormaps["turbo"](np.linspace(0.05, 0.95, len(names))), strict=True))
-    all_axes = figure.subplots(*panels, squeeze=False).flat
-    for axes, ((model, sparsity), lines) in zip(all_axes, places.items(), strict=False):
-        axes.set(title=f"{model}, {sparsity:.0%} removed", xlabel="sequences run forward", ylabel="nats per token")
-        axes.set_xscale("log")
-        for line in lines:
-            name, at, loss = line.rows[0]["method"], line.mean("used"), line.mean("loss")
-            axes.plot([at, line.mean("equivalent")], [loss, loss], color=colours[name], linewidth=0.8)
-            axes.errorbar(at, loss, line.spread, color=colours[name], marker="o", capsize=2)
-            axes.annotate(name, (at, loss), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    for axes, (place, lines) in zip(figure.subplots(*panels, squeeze=False).flat, places.items(), strict=False):
+        _draw_place(axes, place, lines, colours)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def _draw_place(axes: Any, place: Place, lines: list[Line], colours: dict[str, Any]) -> None:
+    dense, uniform = lines[0].rows[0]["dense_loss"], _uniform(lines)
+    worst, beyond = dense + 2 * (uniform - dense), []
+    for name in sorted({line.method for line in _rivals(lines)}):
+        own = sorted((line for line in lines if line.method == name), key=lambda line: line.mean("used"))
+        shown = [line for line in own if line.mean("loss") <= worst]
+        if not shown:
+            beyond.append(name)
+            continue
+        at, losses = [line.mean("used") for line in shown], [line.mean("loss") for line in shown]
+        axes.errorbar(at, losses, [line.spread for line in shown], color=colours[name], marker="o", ms=4, capsize=2)
+        for line in shown:
+            cost, loss = line.mean("equivalent"), line.mean("loss")
+            axes.plot([line.mean("used"), cost], [loss, loss], ":", color=colours[name], linewidth=0.8)
+        axes.annotate(name, (at[-1], losses[-1]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.axhline(uniform, color="#999999", linewidth=0.8, linestyle="--")
+    note = f"worse: {', '.join(beyond)}" if beyond else ""
+    axes.set_title(f"{place[0]}, {place[1]:.0%} removed; dense {dense:.2f}, dashed: uniform Wanda-sp", fontsize=10)
+    axes.set(xlabel=f"sequences run forward\n{note}", ylabel="nats per token", xscale="log")
+    axes.xaxis.label.set_fontsize(8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
