@@ -151,7 +151,7 @@ def _ablations(lines: list[Line]) -> list[list[str]]:
 def picture(places: dict[Place, list[Line]]) -> bytes:
     """A PNG of loss against sequences, a panel a place: a method's budgets joined by a line, metrics as dots.
 
-    A dotted line leads to what gradients cost on top. What is worse than twice the uniform cut's excess is named only.
+    A dotted line leads to what gradients cost on top. What has a quarter more excess than the uniform cut, or worse, is named only.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -170,7 +170,7 @@ def picture(places: dict[Place, list[Line]]) -> bytes:
 
 def _draw_place(axes: Any, place: Place, lines: list[Line], colours: dict[str, Any]) -> None:
     dense, uniform = lines[0].rows[0]["dense_loss"], _uniform(lines)
-    worst, beyond = dense + 2 * (uniform - dense), []
+    worst, beyond = dense + 1.25 * (uniform - dense), []
     for name in sorted({line.method for line in _rivals(lines)}):
         own = sorted((line for line in lines if line.method == name), key=lambda line: line.mean("used"))
         shown = [line for line in own if line.mean("loss") <= worst]
