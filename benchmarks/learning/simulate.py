@@ -102,17 +102,19 @@ class Surrogate:
     def losses(self, masks_BKCU: Any, step: int) -> torch.Tensor:
         """What a search is told, ``[B, K, C]``: every window has a level, and every unit an effect of its own there."""
         random, parts = generator(self.seed, "text", step), []
-        for window in range(len(masks_BKCU)):
-            removed_KCU = (~masks_BKCU[window]).float()
-            chunks = removed_KCU.shape[1]
-            texts_CU = 1 + TEXT_SHARE * torch.randn(chunks, self.space.size, generator=random)
-            effects_CU = self.worth_U.float() * texts_CU
-            linear_KC = torch.einsum("kcu,cu->kc", removed_KCU, effects_CU).double()
-            lost_KCL = torch.zeros(*removed_KCU.shape[:2], LAYERS).index_add(
-                2, self.layers_U, removed_KCU * self.worth_U.float()
-            )
+        worth_U = self.worth_U.float()
+        sizes = self.layers_U.bincount().tolist()  # layers follow one another
+        for masks_KCU in masks_BKCU:
+            chunks = masks_KCU.shape[1]
+            effects_CU = worth_U * (1 + TEXT_SHARE * torch.randn(chunks, self.space.size, generator=random))
+            vectors_CU2 = torch.stack([effects_CU, worth_U.expand(chunks, -1)], dim=-1)
+            pieces = zip(masks_KCU.split(sizes, dim=2), vectors_CU2.split(sizes, dim=1), strict=True)
+            lost_LCK2 = torch.stack(
+                [(~removed).float().transpose(0, 1) @ vectors for removed, vectors in pieces]
+            ).double()
             level = TEXT_SPREAD * torch.randn((), generator=random)
-            parts.append((level + linear_KC + self.curvature * lost_KCL.double().square().sum(-1)) / chunks)
+            excess_CK = lost_LCK2[..., 0].sum(0) + self.curvature * lost_LCK2[..., 1].square().sum(0)
+            parts.append((level + excess_CK.T) / chunks)
         return torch.stack(parts)
 
     def recovered(self, mask_U: torch.Tensor) -> float:
@@ -136,7 +138,7 @@ def run(name: str, num_units: int, sequences: int, seed: int, looks: int = 8) ->
     workload, work, rows, started = plan_work(config, space.size), Work(), [], time.monotonic()
     steps = workload.steps or 0
     for step in tqdm(range(steps), desc=f"{name}, {num_units:,} units", disable=not sys.stderr.isatty()):
-        masks_BKCU = search.ask(step)
+        masks_BKCU = search.ask(step)[:]  # drawn once
         search.tell(masks_BKCU, surrogate.losses(masks_BKCU, step), learning_rate=workload.learning_rate_at(work))
         work.step += 1
         if (step + 1) * looks // steps > step * looks // steps:
