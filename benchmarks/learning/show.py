@@ -151,7 +151,7 @@ def _ablations(lines: list[Line]) -> list[list[str]]:
 def picture(places: dict[Place, list[Line]]) -> bytes:
     """A PNG of loss against sequences, a panel a place: a method's budgets joined by a line, metrics as dots.
 
-    A dotted line leads to what gradients cost on top. What has a quarter more excess than the uniform cut is only named.
+    A dotted line leads to what gradients cost on top. What has a quarter more excess than the uniform cut is named.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
