@@ -19,9 +19,10 @@ def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
     message: str = problem["msg"].removeprefix("Value error, ")
     if not problem["loc"]:
         return message
-    # A setting of several types has a problem with each.
-    messages = [message, *(other["msg"] for other in others if _key(other, keys) == key)]
-    return f"setting {key!r}: {' or '.join(each[0].lower() + each[1:] for each in messages)}, but got {given!r}"
+    # A value of which several types are allowed has a problem with each.
+    same = [other["msg"] for other in others if _key(other, keys) == key and other["input"] is given]
+    messages = dict.fromkeys(each[0].lower() + each[1:] for each in (message, *same))
+    return f"setting {key!r}: {' or '.join(messages)}, but got {given!r}"
 
 
 def _key(problem: Any, keys: list[str]) -> str:

@@ -180,7 +180,7 @@ class SearchConfig(_Section):
     """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
     selection: Annotated[float, Field(ge=0, le=0.9)] = 0.1
     """Share of the sequences (or seconds) for choosing what is kept: what was learned against the metric's own
-    selections, then against challengers, on training text that comes next; 0 takes what was learned unseen."""
+    selections, then against challengers, on text that was not learned from; 0 takes what was learned unseen."""
     final_windows: Annotated[int, Field(ge=2)] = 128
     """Windows on which the last two of such a race are compared."""
     objective: ObjectiveName = "cross-entropy"

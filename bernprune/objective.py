@@ -143,11 +143,10 @@ class MaskedObjective:
 
         Rows of the same mask go by themselves if they hold enough tokens, so that what it removes is not computed.
         """
-        shared = len(mask_R) // len(masks) if len(masks.shape) == 2 else 1
-        if shared * tokens >= GATHER_TOKENS:
+        together = len(mask_R)
+        shared = len(mask_R) // len(masks) if len(masks.shape) == 2 else 1  # one for each chunk cannot be gathered
+        if len(masks.shape) == 2 and shared * tokens >= GATHER_TOKENS and not masks[:1].is_floating_point():
             together, masks = shared, masks[:]
-        else:
-            together = len(mask_R)
         for start in range(0, len(mask_R), together):
             for first in range(start, start + together, self._rows):
                 rows = slice(first, min(first + self._rows, start + together))

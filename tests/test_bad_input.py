@@ -179,6 +179,13 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "text-too-short": (lambda p: p.prune(text=p.file("short.txt", "a b c")), ("short.txt", "too short", "16")),
     "text-too-short-for-a-tenth": (lambda p: p.prune(text=p.file("s.txt", words(30))), ("s.txt, last tenth", "short")),
     "text-too-short-for-a-step": (lambda p: p.prune("search.windows=9999", "search.sequences=29997"), ("9,999",)),
+    "text-too-short-to-score": (  # said before weights are looked at
+        lambda p: [
+            *p.prune("initial.window=64", text=p.file("s.txt", words(15)), model=_weights_that_are_nan(p)),
+            *("--eval-text", str(p.file("e.txt", words(40)))),
+        ],
+        ("s.txt", "too short", "64"),
+    ),
     "text-not-utf8": (lambda p: p.prune(text=p.file("latin.txt", b"caf\xe9 " * 99)), ("latin.txt", "UTF-8")),
     "text-without-field": (lambda p: p.prune(text=p.file("t.jsonl", '{"body": "x"}')), ("t.jsonl", "line 1", "text")),
     "eval-text-missing": (lambda p: [*p.prune(), "--eval-text", "none.txt"], ("none.txt", "does not exist")),
@@ -365,6 +372,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: p.prune("preset=reinforce", "initial.also=[flap]"),
         ("initial.also", "'reinforce'"),
     ),
+    "two-wrong-levels": (lambda p: [*p.prune(), "--granularity", "foo,bar"], ("'kv_group'", "got 'foo'")),
     "plans-in-one-file": (
         lambda p: p.prune("plans.sparsities=[0.2500001, 0.2500002]"),
         ("plans.sparsities", "differ", "0.25, 0.25"),

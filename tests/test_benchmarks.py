@@ -448,9 +448,14 @@ def test_settings_that_are_too_dear_are_not_tried(
 
     monkeypatch.setitem(METHODS, "dear", Method(dear, ({"least": 400}, {"least": 501})))
     monkeypatch.setitem(METHODS, "dearest", Method(dear, ({"least": 600}, {"least": 501})))
-    bench("--method", "dearest,dear", "--sparsity", "0.3", "--seed", "0")
-    assert "dearest with 500 sequences is skipped: none of the settings" in capsys.readouterr().out
-    assert [row["settings"] for row in read_rows(tmp_path / "results.jsonl")] == [{"least": 400}]
+    monkeypatch.setitem(METHODS, "greedy", Method(lambda task, *_: task.losses(random_masks(task, 1), task.text(501))))
+    bench("--method", "dearest,greedy,default,dear", "--sparsity", "0.3", "--seed", "0", "--sequences", "500,20")
+    said = capsys.readouterr().out
+    assert "dearest with 500 sequences is skipped: none of the settings" in said
+    assert "greedy with 500 sequences is skipped: 501 more windows" in said
+    assert "default with 20 sequences is skipped: setting 'search.sequences'" in said
+    rows = [(row["method"], row["sequences"]) for row in read_rows(tmp_path / "results.jsonl")]
+    assert rows == [("default", 500), ("dear", 500)]
     assert len(read_rows(tmp_path / "sweeps.jsonl")) == 1
 
 

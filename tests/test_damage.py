@@ -362,7 +362,7 @@ def test_a_full_gpu(name: str, said: str, place: Place, monkeypatch: pytest.Monk
     monkeypatch.setattr(pipeline, name, full)
     sentence = in_one_sentence(run(*place.prune()))
     assert "memory is full" in sentence and said in sentence
-    assert ("bernprune resume" in sentence) == (name == "run_search") == place.out.exists()
+    assert ("same command again" in sentence) == (name == "run_search") == place.out.exists()
 
 
 # --- states of other versions ---

@@ -144,16 +144,17 @@ def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: py
 
 
 def test_text_that_was_kept_back(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In order from its first window; of fewer than a heat wants, all."""
+    """In order from its first window; of fewer than a heat wants, all; four times at most, whatever could be spent."""
     for number, count in enumerate((4, 9)):
         text: list[torch.Tensor] = []
         kept_back = TokenWindows(torch.arange(16 * count), window=16, seed=0)
         found, _ = choose(
-            replace(stage, kept_back=kept_back), tmp_path / str(number), monkeypatch, level, budget=200, text=text
+            replace(stage, kept_back=kept_back), tmp_path / str(number), monkeypatch, level, budget=900, text=text
         )
         wanted = [kept_back.batch(window, 1) for window in range(found.windows)]
         assert torch.equal(torch.cat(text), torch.cat(wanted))
         assert found.windows == min(5, count) * (1 + len(found.heats))
+        assert 4 * count - min(5, count) < found.windows <= 4 * count and found.sequences < 600
 
 
 def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,20 @@ def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None
     assert steps_of(place.out) == list(range(STEPS)) and (place.out / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("removed", range(9))
+def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> None:
+    """The same command with other such settings continues an unfinished run, and they are what is stored."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", _interrupt)
+        run(*place.prune(), "--eval-text", str(finished.parent / "held-out.txt"))
+    free = ("search.rows_per_forward=1", "search.checkpoint_steps=3", "report.latency_repeats=3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        succeed(*place.prune(*free), "--eval-text", str(finished.parent / "held-out.txt"))
+    assert read_yaml(place.out / "config.yaml")["search"]["rows_per_forward"] == 1
+    assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("removed", range(11))
 def test_overwriting_can_be_cut_short(removed: int, place: Place, finished: Path) -> None:
     """Wherever it is killed, the folder is still known for a run's, and the same command replaces it."""
     shutil.copytree(finished, place.out)
@@ -227,6 +240,8 @@ def test_overwriting_can_be_cut_short(removed: int, place: Place, finished: Path
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folder_module, "_remove", remove)
         assert run(*place.prune(), "--seed", "7", "--overwrite").code == 130
+    folder = RunFolder(place.out)
+    assert folder.config.is_file() and (folder.model.is_dir() or not folder.finished)
     succeed(*place.prune(), "--seed", "7", "--overwrite")
     assert read_yaml(place.out / "config.yaml")["seed"] == 7
 

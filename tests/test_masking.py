@@ -131,7 +131,7 @@ def test_what_is_gathered_away_is_not_computed(family: str) -> None:
     """As many operations as of the sliced model; masked alone, as many as of the dense one."""
     view, tokens = describe(tiny_model(family)), random_tokens(2)
     mask_1U = random_masks(view.space, 1, keep=0.4)
-    for layer in range(len(view.layers)):  # of a branch that loses all, masking computes all
+    for layer in range(len(view.layers)):
         mask_1U[:, view.space.span("kv_group", layer).start] = True
     dense = flops_of(view.model, tokens)
     sliced = flops_of(slice_model(copy.deepcopy(view.model), view.space.plan(mask_1U[0])), tokens)
@@ -140,6 +140,18 @@ def test_what_is_gathered_away_is_not_computed(family: str) -> None:
             live.set(mask_1U, gather=gather)
             assert flops_of(view.model, tokens) == expected
     assert sliced < 0.8 * dense
+
+
+@all_granularities
+def test_of_a_branch_that_is_gathered_away_little_is_computed(granularity: tuple[Kind, ...]) -> None:
+    """A unit of each, which modules need to run; and the logits are those of the masked model."""
+    view, tokens = describe(tiny_model("llama"), granularity), random_tokens(2)
+    mask_1U = torch.zeros(1, view.space.size, dtype=torch.bool)
+    dense, expected = flops_of(view.model, tokens), masked_logits(view, mask_1U, tokens)
+    with masked(view, OPS) as live:
+        live.set(mask_1U, gather=True)
+        assert torch.equal(logits_of(view.model, tokens), expected)
+        assert flops_of(view.model, tokens) < 0.7 * dense
 
 
 @pytest.mark.parametrize("granularity", [("kv_group", "channel"), KINDS, ("ffn",), ("channel",)], ids="+".join)

@@ -103,6 +103,26 @@ def test_gathering_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: Object
     assert_close(found[0], found[1], EXACT)
 
 
+@pytest.mark.parametrize("given", ["chunks", "gates"])
+def test_what_cannot_be_gathered_goes_together(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    """Masks of chunks, and gates, however long the text: in as few passes as rows allow."""
+    view, tokens_BT = describe(tiny_model("qwen3")), random_tokens(3, 8)
+    masks_KU, set_masks, asked = random_masks(view, 12), LiveMasks.set, list[int]()
+
+    def watched(self: LiveMasks, masks: torch.Tensor, **given: bool) -> None:
+        asked.append(len(masks))
+        set_masks(self, masks, **given)
+
+    monkeypatch.setattr(LiveMasks, "set", watched)
+    monkeypatch.setattr(module, "GATHER_TOKENS", 1)
+    with masked_objective(view, OPS, rows_per_forward=4) as objective:
+        if given == "chunks":
+            objective.chunk_losses(masks_KU.view(3, 2, 2, -1), tokens_BT)
+        else:
+            objective.losses(0.5 * masks_KU[:2].double(), tokens_BT)
+    assert asked == [4, 2]
+
+
 @all_objectives
 @pytest.mark.parametrize("tokens_a_chunk", [1, 4, 7, 1000])
 def test_the_size_of_a_chunk_changes_nothing(

@@ -338,8 +338,7 @@ def test_the_held_out_tenth_is_not_learned_from(place: Place) -> None:
     learned, held_out = stream[:cut], stream[cut:]
     assert stage.text_sha256 == fingerprint(learned)
     assert torch.equal(stage.eval_windows_WT.flatten(), held_out[: stage.eval_windows_WT.numel()])
-    assert stage.kept_back is not None  # for the final choice; the search would read them twice
-    assert stage.train.num_windows == cut // WINDOW - stage.kept_back.num_windows
+    assert stage.train.num_windows == cut // WINDOW
     epoch = stage.train.batch(0, stage.train.num_windows)
     expected = learned[: epoch.numel()].view(-1, WINDOW)
     assert sorted(epoch.tolist()) == sorted(expected.tolist())
@@ -361,6 +360,7 @@ def test_text_is_kept_back_where_all_else_may_be_learned_from(
     more: tuple[str, ...], kept_back: bool, place: Place
 ) -> None:
     """A tenth of it at most, which neither the search nor the metric sees; otherwise the choice reads on."""
+    tiny_text(place.text, 3000)
     given = parse_settings([*SETTINGS, "search.masks=8", "search.selection=0.1", *more])
     stage = set_stage(
         make_config(merge({"model": {"path": str(place.model)}, "data": {"text": str(place.text)}}, given))

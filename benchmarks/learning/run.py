@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 
 from benchmarks.learning.rivals import METHODS, RIVALS
 from benchmarks.learning.rows import Row, append_row, key_of, read_rows, removed_units
-from benchmarks.learning.task import SOURCES, Settings, Task
+from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
@@ -76,7 +76,7 @@ class Bench:
         key = {"model": model, "method": name, "sparsity": sparsity, "sequences": budget, "seed": SWEEP_SEED}
         rows = []
         for settings in method.grid:
-            with contextlib.suppress(ConfigError):  # what so few sequences do not allow
+            with contextlib.suppress(ConfigError, OverBudget):  # what so few sequences do not allow
                 rows.append(self.row(held_out=False, settings=settings, **key))
         if not rows:
             raise ConfigError(f"none of the settings of {name} can be tried with {budget:,} sequences")
@@ -163,13 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name, sparsity, sequences in _jobs(given, model):
                 try:
                     settings = bench.best_settings(model, name, sparsity, sequences)
-                except ConfigError as error:
+                    key = {"model": model, "method": name, "settings": settings, "sparsity": sparsity}
+                    for seed in given.seed:
+                        budget = METHODS[name].sequences or sequences
+                        bench.row(held_out=not given.development, sequences=budget, seed=seed, **key)
+                except (ConfigError, OverBudget) as error:
                     print(f"{model} {sparsity} {name} with {sequences:,} sequences is skipped: {error}")
-                    continue
-                key = {"model": model, "method": name, "settings": settings, "sparsity": sparsity}
-                for seed in given.seed:
-                    budget = METHODS[name].sequences or sequences
-                    bench.row(held_out=not given.development, sequences=budget, seed=seed, **key)
 
 
 if __name__ == "__main__":

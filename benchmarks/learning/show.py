@@ -174,8 +174,9 @@ def _draw_place(axes: Any, place: Place, lines: list[Line], colours: dict[str, A
     for name in sorted({line.method for line in _rivals(lines)}):
         own = sorted((line for line in lines if line.method == name), key=lambda line: line.mean("used"))
         shown = [line for line in own if line.mean("loss") <= worst]
-        if not shown:
+        if len(shown) < len(own):
             beyond.append(name)
+        if not shown:
             continue
         at, losses = [line.mean("used") for line in shown], [line.mean("loss") for line in shown]
         axes.errorbar(at, losses, [line.spread for line in shown], color=colours[name], marker="o", ms=4, capsize=2)

@@ -109,9 +109,7 @@ class Surrogate:
             effects_CU = worth_U * (1 + TEXT_SHARE * torch.randn(chunks, self.space.size, generator=random))
             vectors_CU2 = torch.stack([effects_CU, worth_U.expand(chunks, -1)], dim=-1)
             pieces = zip(masks_KCU.split(sizes, dim=2), vectors_CU2.split(sizes, dim=1), strict=True)
-            lost_LCK2 = torch.stack(
-                [(~removed).float().transpose(0, 1) @ vectors for removed, vectors in pieces]
-            ).double()
+            lost_LCK2 = torch.stack([(~kept).float().transpose(0, 1) @ vectors for kept, vectors in pieces]).double()
             level = TEXT_SPREAD * torch.randn((), generator=random)
             excess_CK = lost_LCK2[..., 0].sum(0) + self.curvature * lost_LCK2[..., 1].square().sum(0)
             parts.append((level + excess_CK.T) / chunks)

@@ -7,8 +7,8 @@ swapped for masked twins that hold no parameters; leaving it puts the very same 
 Instead of being kept or cut, a unit may be scaled by a gate between: gates multiply those of all it lies in, and a
 branch is open as long as any of its gates is.
 
-Where all rows are under one mask, what it removes is not computed at all: each layer gathers the weights of what it
-keeps for the length of its own pass.
+Where all rows are under one mask, what it removes need not be computed: each layer gathers the weights of what it keeps
+for the length of its own pass. Of a branch that keeps nothing a single unit is computed, and switched off.
 
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
 their own masks.
@@ -157,17 +157,21 @@ class LiveMasks:
         branch.units_PN = branch.open_P11 = branch.kept_N = None
         if span is not None:
             alive_PN = alive_PU[:, span]
-            if gather and alive_PN.any():
-                branch.kept_N = None if alive_PN.all() else alive_PN[0].nonzero()[:, 0]
+            open_P = alive_PN.any(dim=1)
+            if not gather:
+                branch.units_PN = alive_PN.to(self._dtype)
+            elif not alive_PN.all():
+                branch.kept_N = alive_PN[0].nonzero()[:, 0]
+        else:
+            spans = (self.view.space.span(ancestor, layer) for ancestor in ANCESTORS[kind])
+            own = next((span for span in spans if span is not None), None)
+            if own is None:
                 return
-            branch.units_PN = alive_PN.to(self._dtype)
-            branch.open_P11 = self._opening(alive_PN.any(dim=1))
-            return
-        for ancestor in ANCESTORS[kind]:
-            span = self.view.space.span(ancestor, layer)
-            if span is not None:
-                branch.open_P11 = self._opening(alive_PU[:, span.start])
-                return
+            open_P = alive_PU[:, own.start]
+        if gather and not open_P[0]:
+            branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_PU.device)  # the least that modules can run
+        if not gather or not open_P[0]:
+            branch.open_P11 = self._opening(open_P)
 
     def _opening(self, open_P: torch.Tensor) -> torch.Tensor:
         return open_P.to(self._dtype)[:, None, None]

@@ -1,6 +1,7 @@
 """What is kept: finalists and challengers, raced on text that was not learned from, inside the run's budget."""
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from bernprune.seeding import generator
 logger = logging.getLogger(__name__)
 
 _LOST = 1e6  # nats, for a loss that is not finite: its mask loses, and sums stay finite
+_READINGS = 4  # of what was kept back, at most
 _MARGIN = 1.0  # standard errors by which the best of them must win: the best of several looks better than it is
 
 
@@ -83,7 +85,7 @@ def run_finals(
                 heat = race(masks_NU, windows, text.losses)
                 finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
                 settle()
-        while finals.sequences + text.cost(1 + CHALLENGERS, text.windows) <= budget:
+        while text.affords(1 + CHALLENGERS, budget):
             random = generator(stage.config.seed, "challengers", len(finals.heats))
             found_NU = challengers(search, finals.mask_U, stage.limits, random, CHALLENGERS)
             if not len(found_NU):
@@ -104,7 +106,8 @@ class _Text:
     """Windows in turn, counted from the first; what they cost is counted here.
 
     They are what the search would have read next or, where it may read its text more than once, what was kept back
-    from it. Of that there may be less than a heat wants.
+    from it. Of that there may be less than a heat wants, and it is not read for ever: who is chosen on the same few
+    windows again and again is good on those alone.
     """
 
     stage: Stage
@@ -112,15 +115,17 @@ class _Text:
     source: TokenWindows
     first: int
     windows: int
+    most_windows: float
     finals: Finals
 
     @classmethod
     def of(cls, stage: Stage, objective: MaskedObjective, work: Work, finals: Finals) -> "_Text":
         settings = stage.config.search
         if stage.kept_back is None:
-            return cls(stage, objective, stage.train, work.step * settings.windows, settings.final_windows, finals)
-        windows = min(settings.final_windows, stage.kept_back.num_windows)
-        return cls(stage, objective, stage.kept_back, 0, windows, finals)
+            first = work.step * settings.windows
+            return cls(stage, objective, stage.train, first, settings.final_windows, math.inf, finals)
+        count = stage.kept_back.num_windows
+        return cls(stage, objective, stage.kept_back, 0, min(settings.final_windows, count), _READINGS * count, finals)
 
     def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
         """Of each mask on each of the next windows, ``[N, W]``; one that is not finite counts as a very large one."""
@@ -129,6 +134,11 @@ class _Text:
         self.finals.sequences += (len(masks_NU) + self._dense) * count
         tokens_WT = torch.cat([self.source.batch(window, 1) for window in range(start, start + count)])
         return self.objective.window_losses(masks_NU, tokens_WT).nan_to_num(nan=_LOST, posinf=_LOST)
+
+    def affords(self, num_masks: int, budget: int) -> bool:
+        """Whether a heat of so many masks fits in what is left of the sequences and of the text."""
+        within = self.finals.sequences + self.cost(num_masks, self.windows) <= budget
+        return within and self.finals.windows + self.windows <= self.most_windows
 
     def cost(self, num_masks: int, windows: int) -> int:
         """Sequences of a heat."""

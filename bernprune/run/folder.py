@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -33,6 +33,10 @@ CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.jso
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS = "learned.safetensors", "finals.safetensors", "plans"
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS}
+
+
+# What may change while a run is under way: memory, checkpoints and what is measured beside the result.
+FREE_SETTINGS = ("search.rows_per_forward", "search.checkpoint_seconds", "search.checkpoint_steps", "report")
 
 
 class RunFolder:
@@ -68,7 +72,8 @@ class RunFolder:
             return False
         if self.finished:
             raise RunError(f"{self.path} holds a finished run; give another --out, or --overwrite to replace it")
-        difference = _difference(self.read_config().to_dict(), config.to_dict())
+        stored, given = (_without(each.to_dict(), FREE_SETTINGS) for each in (self.read_config(), config))
+        difference = _difference(stored, given)
         if difference:
             raise RunError(
                 f"{self.path} holds an unfinished run of another configuration ({difference}); "
@@ -112,8 +117,13 @@ class RunFolder:
 
     def start(self, config: RunConfig) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
+        _remove(self.report)  # first, so that what is left is not taken for a finished run
         for name in sorted(_OURS - {LOCK, CONFIG}):  # without its configuration the rest would not be known for a run
             _remove(self.path / name)
+        self.write_config(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Raises ``OSError``."""
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         write_bytes(self.config, text.encode())
 
@@ -214,6 +224,15 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Nested settings less those of the dotted ``keys``."""
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if f"{prefix}{key}" not in keys
+    }
 
 
 def _difference(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:

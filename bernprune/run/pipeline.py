@@ -23,6 +23,7 @@ from bernprune.names import Scope, ScoreName
 from bernprune.objective import masked_objective
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
@@ -64,9 +65,9 @@ def prune(
         try:
             return _run(stage, folder, continued=continued, progress=progress)
         except torch.OutOfMemoryError as error:
+            again = " and give the same command again, which continues the run" if folder.unfinished else ""
             raise RunError(
-                "the GPU's memory is full; lower search.rows_per_forward, report.latency_rows or data.window"
-                f"{_how_to_continue(folder)}"
+                f"the GPU's memory is full; lower search.rows_per_forward and report.latency_rows{again}"
             ) from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
             raise RunError(f"{out} cannot be written: {_reason(error)}{_how_to_continue(folder)}") from error
@@ -101,7 +102,9 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     uniform_U = select(_uniform_probs(stage, scores_U), stage.budget, limits=stage.limits, tie_break_U=scores_U)
     losses["uniform"] = mask_loss(stage, uniform_U)
     losses["initial"] = mask_loss(stage, initial_U)
-    if not continued:
+    if continued:
+        folder.write_config(stage.config)  # some settings may change
+    else:
         folder.start(stage.config)
     if stored is None:
         write_state(folder.initial, start)
@@ -115,14 +118,9 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     finals = run_finals(stage, folder, search, finalists, workload, work, progress=progress)
     report = _report_head(stage, workload, work, finals, initial_U)
     report["diagnostics"] = _last_round(folder)
-    followed = {
-        "learned": search.priorities_U,
-        "initial": graded(stage.view.space, scores_U, _scope(stage))
-        if stage.config.initial.map == "const"
-        else start_U,
-        "uniform": graded(stage.view.space, scores_U),
-    }
-    learned = Learned(stage.view.space, followed[finals.kept], scores_U, finals.mask_U)
+    learned = Learned(
+        stage.view.space, _followed(stage, search, start_U, scores_U)[finals.kept], scores_U, finals.mask_U
+    )
     learned.write(folder.learned)
     plan = stage.view.space.plan(finals.mask_U)
     write_json(folder.plan, plan.to_dict())
@@ -136,6 +134,17 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
+
+
+def _followed(
+    stage: Stage, search: MaskSearch, start_U: torch.Tensor, scores_U: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """The priorities that each finalist goes by at other sparsities."""
+    space, initial_U = stage.view.space, start_U
+    if stage.config.initial.map == "const":  # which knows two levels only
+        initial_U = graded(space, scores_U, _scope(stage))
+    learned_U = initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
+    return {"learned": learned_U, "initial": initial_U, "uniform": graded(space, scores_U)}
 
 
 def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 # With one source for both, the last tenth of its tokens is for evaluation alone.
 _HELD_OUT_TENTHS = 1
 _KEPT_BACK = 10  # of so many windows to learn from, one at most is for the final choice
+_LEAST_KEPT_BACK = 32  # windows; a choice on fewer would be worse than one on text that was learned from
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def set_stage(config: RunConfig) -> Stage:
     stream, held_out, eval_name = _text(config, tokenizer, model_config.vocab_size)
     with _naming(config.data.text):
         _windows(config, stream)
+        _initial_windows(config, stream)
     with _naming(eval_name):
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
@@ -77,7 +79,8 @@ def set_stage(config: RunConfig) -> Stage:
     limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
     _try_budget(config, budget, limits)
     learned, kept_back = _keep_back(config, stream, plan_work(config, view.space.size))
-    train = _windows(config, learned)
+    with _naming(config.data.text):
+        train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     logger.info(
         "%s on %s, %d units, %d training windows", config.model.path, device, view.space.size, train.num_windows
     )
@@ -91,7 +94,7 @@ def set_stage(config: RunConfig) -> Stage:
         limits,
         train,
         kept_back,
-        _initial_windows(config, learned),
+        initial_WT,
         windows_WT,
         protocol,
         fingerprint(stream),
@@ -174,7 +177,7 @@ def _keep_back(config: RunConfig, stream: torch.Tensor, workload: Workload) -> t
     count = int(
         min(math.ceil(min(choosing, num_windows)), num_windows // _KEPT_BACK, num_windows - config.search.windows)
     )
-    if count < 2:
+    if count < _LEAST_KEPT_BACK:
         logger.warning(
             "%d windows of text are too few to keep some back: the final choice is made on text that was learned from",
             num_windows,
