@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tiny_run import LOOK, METHODS, PASSES, STEPS, WINDOW, Place, read_json, run, same_run, steps_of, succeed
+from tiny_run import LOOK, METHODS, PASSES, STEPS, WINDOW, Place, read_json, run, same_run, steps_of, succeed, tiny_text
 
 from bernprune.config import make_config
 from bernprune.run import finals, loop
@@ -266,6 +266,7 @@ def test_a_smallest_run_makes_a_step(place: Place, monkeypatch: pytest.MonkeyPat
 
 def test_seconds_end_a_search_and_its_choice(place: Place) -> None:
     """Without a number of sequences the choice takes its share of what was run."""
+    tiny_text(place.text, 4000)  # enough to keep some back
     given = ("search.sequences=null", "search.seconds=0.2", "search.selection=0.2", "search.final_windows=2")
     search = searched(place, *given)
     assert search["ended"].startswith("seconds") and 0.16 <= search["seconds"] < 10
@@ -282,6 +283,7 @@ AUTO = ("search.sequences=auto", "search.rounds=200", "search.checkpoint_steps=3
 
 def test_auto_stops_once_there_is_little_to_gain(place: Place) -> None:
     """With the first round whose regret is below the limit, which is said; a resumed run stays stopped."""
+    tiny_text(place.text, 4000)  # enough to keep some back
     search = searched(place, *AUTO, "search.regret=1e6", "search.selection=0.2", "search.final_windows=2")
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
     assert search["ended"].startswith("settled") and "1e+06 nats" in search["ended"]

@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -185,7 +186,7 @@ def _draw_place(axes: Any, place: Place, lines: list[Line], colours: dict[str, A
             axes.plot([line.mean("used"), cost], [loss, loss], ":", color=colours[name], linewidth=0.8)
         axes.annotate(name, (at[-1], losses[-1]), xytext=(5, 3), textcoords="offset points", fontsize=7)
     axes.axhline(uniform, color="#999999", linewidth=0.8, linestyle="--")
-    note = f"worse: {', '.join(beyond)}" if beyond else ""
+    note = textwrap.fill(f"worse: {', '.join(beyond)}", 90) if beyond else ""
     axes.set_title(f"{place[0]}, {place[1]:.0%} removed; dense {dense:.2f}, dashed: uniform Wanda-sp", fontsize=10)
     axes.set(xlabel=f"sequences run forward\n{note}", ylabel="nats per token", xscale="log")
     axes.xaxis.label.set_fontsize(8)
