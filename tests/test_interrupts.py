@@ -225,7 +225,7 @@ def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> N
     assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
 
 
-@pytest.mark.parametrize("removed", range(11))
+@pytest.mark.parametrize("removed", [0, 1, 4, 7, 10])
 def test_overwriting_can_be_cut_short(removed: int, place: Place, finished: Path) -> None:
     """Wherever it is killed, the folder is still known for a run's, and the same command replaces it."""
     shutil.copytree(finished, place.out)
