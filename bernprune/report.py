@@ -26,9 +26,16 @@ def _plans(plans: list[dict[str, Any]]) -> list[str]:
 
 
 def _choice(search: dict[str, Any]) -> list[str]:
-    if search["kept"] == "learned":
-        return []
-    return [f"selected     the row '{ROWS[search['kept']]}': on training text, what was learned did not beat it"]
+    finals, lines = search["finals"], []
+    if finals["sequences"]:
+        lines.append(
+            f"choice       {finals['sequences']:,} of these sequences, {len(finals['heats'])} heats; "
+            f"ended by {finals['ended']}"
+        )
+    if search["kept"] != "learned":
+        row = ROWS[search["kept"]]
+        lines.append(f"selected     the row '{row}': on training text, what was learned did not beat it")
+    return lines
 
 
 def _short(perplexity: float | None) -> str:
@@ -47,9 +54,9 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{protocol['tokens']:,} predictions",
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
-        *_choice(search),
         f"search       {search['sequences']:,} sequences, {search['forward_tokens']:,} tokens forward, "
         f"{search['seconds']:.0f} s; ended by {search['ended']}",
+        *_choice(search),
         f"verified     reloaded in a clean process, largest logit difference "
         f"{report['verified']['max_logit_difference']:.1e}",
     ]

@@ -401,7 +401,11 @@ def test_names_agree_with_what_they_name() -> None:
 # --- the example files ---
 
 
-@pytest.mark.skipif(not EXAMPLES, reason="configs/ holds no file yet")
+def test_there_are_example_files() -> None:
+    """Without any, the test below would pass by having nothing to look at."""
+    assert EXAMPLES
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_an_example_file_loads(path: Path) -> None:
     """Every file in configs/ is a configuration that says something."""

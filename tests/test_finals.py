@@ -132,6 +132,7 @@ def test_no_more_is_spent_than_there_is(
     assert sum(rows) == found.sequences <= budget
     assert (found.sequences > 0) == (found.windows > 0) == (budget >= 3) == (tmp_path / "finals.safetensors").is_file()
     assert found.sequences > budget - 24, "another heat, of 24, would have fitted"
+    assert found.ended.startswith("sequences: ")
 
 
 def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +156,7 @@ def test_text_that_was_kept_back(stage: Stage, tmp_path: Path, monkeypatch: pyte
         assert torch.equal(torch.cat(text), torch.cat(wanted))
         assert found.windows == min(5, count) * (1 + len(found.heats))
         assert 4 * count - min(5, count) < found.windows <= 4 * count and found.sequences < 600
+        assert found.ended.startswith("text: ") and found.ended.endswith("4 times")
 
 
 def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,6 +235,7 @@ def before_race(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> 
 def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
     """Its heats, and what they changed, as they were saved."""
     search, state = read_json(undisturbed / "report.json")["search"], read_state(undisturbed / "finals.safetensors")
+    assert search["finals"].pop("ended").startswith("sequences: ")
     assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
     assert search["kept"] == state["kept"] and len(state["heats"]) > 3
     assert all(heat.keys() == {"winner", "difference", "error", "changed_units"} for heat in state["heats"])

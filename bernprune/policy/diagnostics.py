@@ -27,10 +27,9 @@ def rank_correlation(space: UnitSpace, values_U: torch.Tensor, scores_U: torch.T
     """Spearman's, of units of a kind within their layer (of all layers, where a layer has but one), layers averaged."""
     found: dict[str, float] = {}
     for kind in space.kinds:
-        groups = [(group.count, start) for group, start in zip(space.groups, space.starts, strict=False)
-                  if group.kind == kind]  # fmt: skip
-        spans = [torch.arange(start, start + count) for count, start in groups if count > 1]
-        spans = spans or [torch.cat([torch.arange(start, start + count) for count, start in groups])]
+        groups = zip(space.groups, space.starts, strict=False)
+        layers = [torch.arange(start, start + group.count) for group, start in groups if group.kind == kind]
+        spans = [at for at in layers if len(at) > 1] or [torch.cat(layers)]
         each = [correlation(_ranks(values_U[at]), _ranks(scores_U[at])) for at in spans]
         found[kind] = sum(each) / len(each)
     return found

@@ -16,7 +16,7 @@ from bernprune.policy.race import CHALLENGERS, challengers, heat_sequences, race
 from bernprune.policy.search import MaskSearch
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
-from bernprune.run.signals import Interrupted, signals
+from bernprune.run.signals import signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work, Workload
 from bernprune.seeding import generator
@@ -30,13 +30,17 @@ _MARGIN = 1.0  # standard errors by which the best of them must win: the best of
 
 @dataclass
 class Finals:
-    """The mask that is kept; ``kept`` names the finalist it comes from, ``heats`` say what challengers changed."""
+    """The mask that is kept.
+
+    ``kept`` names the finalist it comes from, ``heats`` say what challengers changed, ``ended`` why there are no more.
+    """
 
     kept: str
     mask_U: torch.Tensor
     sequences: int = 0
     windows: int = 0
     seconds: float = 0.0
+    ended: str = ""
     heats: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -69,15 +73,12 @@ def run_finals(
         signals() as stopping,
     ):
         text = _Text.of(stage, objective, work, finals)
-
         started = time.monotonic() - finals.seconds
 
         def settle() -> None:
             finals.seconds = time.monotonic() - started
             bar.update(finals.sequences - bar.n)
             _save(folder, work, finals)
-            if stopping.is_set():
-                raise Interrupted
 
         if not finals.sequences:
             windows = _affordable(text, len(names), budget)
@@ -85,19 +86,21 @@ def run_finals(
                 heat = race(masks_NU, windows, text.losses)
                 finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
                 settle()
-        while text.affords(1 + CHALLENGERS, budget):
+        while not stopping.is_set():
+            finals.ended = text.refuses(1 + CHALLENGERS, budget)
+            if finals.ended:
+                break
             random = generator(stage.config.seed, "challengers", len(finals.heats))
             found_NU = challengers(search, finals.mask_U, stage.limits, random, CHALLENGERS)
             if not len(found_NU):
+                finals.ended = "challengers: none is left"
                 break
             masks_NU = torch.cat([finals.mask_U[None], found_NU])
             heat = race(masks_NU, text.windows, text.losses, margin=_MARGIN)
             finals.heats.append({**asdict(heat), "changed_units": int((masks_NU[heat.winner] != finals.mask_U).sum())})
             finals.mask_U = masks_NU[heat.winner]
             settle()
-        if stopping.is_set():
-            raise Interrupted
-    logger.info("%s was kept, after %d heats of challengers", finals.kept, len(finals.heats))
+    logger.info("%s was kept, after %d heats of challengers; %s", finals.kept, len(finals.heats), finals.ended)
     return finals
 
 
@@ -135,10 +138,13 @@ class _Text:
         tokens_WT = torch.cat([self.source.batch(window, 1) for window in range(start, start + count)])
         return self.objective.window_losses(masks_NU, tokens_WT).nan_to_num(nan=_LOST, posinf=_LOST)
 
-    def affords(self, num_masks: int, budget: int) -> bool:
-        """Whether a heat of so many masks fits in what is left of the sequences and of the text."""
-        within = self.finals.sequences + self.cost(num_masks, self.windows) <= budget
-        return within and self.finals.windows + self.windows <= self.most_windows
+    def refuses(self, num_masks: int, budget: int) -> str:
+        """Why one more heat of so many masks fits no more: what is left of the sequences, or of the text; or empty."""
+        if self.finals.sequences + self.cost(num_masks, self.windows) > budget:
+            return "sequences: what is left is less than another heat takes"
+        if self.finals.windows + self.windows > self.most_windows:
+            return f"text: what was kept back for it has been read {_READINGS} times"
+        return ""
 
     def cost(self, num_masks: int, windows: int) -> int:
         """Sequences of a heat."""

@@ -22,7 +22,7 @@ from bernprune.policy.search import MaskSearch, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder, sync
-from bernprune.run.signals import Interrupted, signals
+from bernprune.run.signals import signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work, Workload, plan_work
 from bernprune.units import MaskRows
@@ -64,18 +64,13 @@ def run_search(
         ) as objective,
         signals() as stopping,
     ):
-        while workload.progress(work) < 1:
+        while workload.progress(work) < 1 and not stopping.is_set():
             stats = loop.step(objective, metrics)
             bar.update()
             bar.set_postfix(loss=f"{stats.loss:.4f}", sparsity=f"{stats.expected_sparsity:.3f}", refresh=False)
-            if stopping.is_set():
-                loop.save(metrics)
-                raise Interrupted
             if loop.save_is_due():
                 loop.save(metrics)
         loop.save(metrics)
-        if stopping.is_set():
-            raise Interrupted
     return work
 
 

@@ -258,7 +258,7 @@ def _report_head(
             "ended": workload.why_over(work),
             "kept": finals.kept,
             "changed_units": int((initial_U != finals.mask_U).sum()),
-            "finals": {"sequences": finals.sequences, "heats": finals.heats},
+            "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},
         },
         "machine": machine(device),
     }

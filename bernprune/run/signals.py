@@ -13,7 +13,11 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def signals() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in half; the second acts at once."""
+    """Turn the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in half; the second acts at once.
+
+    Raises:
+        Interrupted: the block ended with the flag up.
+    """
     stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stopping
@@ -30,3 +34,5 @@ def signals() -> Iterator[threading.Event]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if stopping.is_set():
+        raise Interrupted

@@ -63,8 +63,8 @@ class Workload:
         if work.settled:
             return f"settled: knowing every unit exactly would be expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
-            return "sequences: all that were given are spent"
-        return "seconds: all that were given are spent"
+            return "sequences: all that it was given are spent"
+        return "seconds: all that it was given are spent"
 
     def round_ends(self, step: int) -> bool:
         """Whether a round ends with this step."""
