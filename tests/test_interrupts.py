@@ -30,11 +30,12 @@ from tiny_run import (
 )
 
 from bernprune.config import make_config
+from bernprune.errors import RunError
 from bernprune.run import finals, loop, pipeline
 from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
 from bernprune.run.stage import set_stage
-from bernprune.settings import read_yaml
+from bernprune.settings import parse_settings, read_yaml
 
 # 20 steps of a tenth of a second, so that a signal meets a search at work; a checkpoint in the middle of a round, or a
 # baseline with a memory; and what was learned is what is kept.
@@ -223,6 +224,33 @@ def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> N
         succeed(*place.prune(*free), "--eval-text", str(finished.parent / "held-out.txt"))
     assert read_yaml(place.out / "config.yaml")["search"]["rows_per_forward"] == 1
     assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "seed=7",
+        "preset=reinforce",
+        "model.dtype=float32",
+        "data.window=64",
+        "budget.sparsity=0.4",
+        "initial.also=[flap]",
+        "policy.floor=0.01",
+        "search.masks=2",
+        "search.windows=4",
+        "search.sequences=5000",
+        "search.selection=0.2",
+        "plans.sparsities=[0.2]",
+    ],
+)
+def test_what_decides_the_result_may_not_change(setting: str, tmp_path: Path) -> None:
+    """An unfinished run is not continued under another setting, which is named."""
+    folder = RunFolder(tmp_path)
+    folder.write_config(make_config({}))
+    assert folder.check(make_config({}), overwrite=False)
+    name = setting.split("=")[0]
+    with pytest.raises(RunError, match=rf"of another configuration \({name} is .* there and .* here\)"):
+        folder.check(make_config(parse_settings([setting])), overwrite=False)
 
 
 @pytest.mark.parametrize("removed", [0, 1, 4, 7, 10])
