@@ -7,7 +7,7 @@ import torch
 
 from bernprune.errors import BackendError
 from bernprune.kernels import reference  # type: ignore[attr-defined]
-from bernprune.names import BackendName
+from bernprune.names import BackendName, check_name
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,14 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
     """``auto`` takes the fastest that runs on the device; a name takes that one or fails.
 
     Raises:
-        BackendError: unknown, or it cannot run here.
+        ConfigError: an unknown name.
+        BackendError: it cannot run here.
     """
+    check_name("backend", name, BackendName)
     if name == "triton":
         raise BackendError(
             f"backend 'triton' cannot run on {device}: this version has no Triton kernels yet; use 'torch' or 'auto'"
         )
-    if name not in ("auto", "torch"):
-        raise BackendError(f"backend {name!r} is unknown; known are auto, torch, triton")
     return MaskedOps("torch", reference.masked_linear, reference.masked_mlp)
 
 

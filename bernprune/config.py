@@ -201,6 +201,15 @@ METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
+# What else says nothing unless another setting has one of these values.
+_MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
+    "initial.also": ("search.method", ("posterior",)),
+    "initial.sharpness": ("initial.map", ("const",)),
+    "search.discount": ("search.masks_per", ("chunk",)),
+    "search.reference": ("search.baseline", ("matched",)),
+    "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published")),
+    "search.epsilon": ("search.scaling", ("sqrt-fisher",)),
+}
 
 
 class PlansConfig(_Section):
@@ -269,8 +278,7 @@ class RunConfig(_Section):
                 f"initial.also must name other metrics than initial.score {self.initial.score!r}, each once, but is "
                 f"{', '.join(self.initial.also)}"
             )
-        if self.initial.also and self.search.method != "posterior":
-            raise ValueError(f"initial.also has no meaning for search.method {self.search.method!r}")
+        self._check_meaning()
         self._check_search()
         low, high = self.explored
         shown = [f"{sparsity:g}" for sparsity in self.plans.sparsities]  # as in the names of the files
@@ -290,11 +298,30 @@ class RunConfig(_Section):
             )
         return self
 
+    def _check_meaning(self) -> None:
+        """A setting that would be ignored is an error."""
+        of_method = {
+            f"search.{name}": ("search.method", (method,))
+            for method, names in METHOD_SETTINGS.items()
+            for name in names
+        }
+        for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
+            if self._changed(setting) and self._value(other) not in values:
+                raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
+        if self._changed("search.final_windows") and not self.search.selection:
+            raise ValueError("search.final_windows has no meaning for search.selection 0")
+
+    def _value(self, setting: str) -> Any:
+        section, name = setting.split(".")
+        return getattr(getattr(self, section), name)
+
+    def _changed(self, setting: str) -> bool:
+        """Whether a setting is not what it is by default."""
+        section, name = setting.split(".")
+        return bool(self._value(setting) != type(getattr(self, section)).model_fields[name].default)
+
     def _check_search(self) -> None:
         search = self.search
-        for name in METHOD_SETTINGS["reinforce" if search.method == "posterior" else "posterior"]:
-            if getattr(search, name) != SearchConfig.model_fields[name].default:
-                raise ValueError(f"search.{name} has no meaning for search.method {search.method!r}")
         if search.chunk is not None and (search.masks_per != "chunk" or self.data.window % search.chunk):
             raise ValueError(
                 f"search.chunk {search.chunk} must divide data.window {self.data.window}, and needs search.masks_per "
@@ -302,10 +329,6 @@ class RunConfig(_Section):
             )
         if search.sequences == "auto" and search.method != "posterior":
             raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
-        if search.masks_per != "chunk" and search.discount != SearchConfig.model_fields["discount"].default:
-            raise ValueError(f"search.discount has no meaning for search.masks_per {search.masks_per!r}")
-        if search.reference != SearchConfig.model_fields["reference"].default and search.baseline != "matched":
-            raise ValueError(f"search.reference has no meaning for search.baseline {search.baseline!r}")
         if search.pull > 0 and not 0 < self.policy.floor < self.policy.ceiling < 1:
             raise ValueError("search.pull needs policy.floor above 0 and policy.ceiling below 1")
         self._check_sampling()
@@ -322,13 +345,13 @@ class RunConfig(_Section):
         search = self.search
         if search.sampling == "antithetic" and search.method == "reinforce" and search.baseline != "leave-one-out":
             raise ValueError(
-                f"search.sampling 'antithetic' needs search.baseline 'leave-one-out', not {search.baseline!r}; others "
-                "need 'independent'"
+                f"search.sampling 'antithetic' needs search.baseline 'leave-one-out', not {search.baseline!r}; with "
+                "that take 'independent' or 'exact'"
             )
         if search.sampling == "antithetic" and search.masks_per == "batch" and search.non_finite == "drop":
             raise ValueError(
                 "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
-                "search.masks_per 'batch'; dropping single ones needs 'independent'"
+                "search.masks_per 'batch'; to drop single ones take 'independent' or 'exact'"
             )
         if search.sampling == "exact" and len(self._finest()) < len(self.granularity):
             raise ValueError(

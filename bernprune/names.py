@@ -1,6 +1,8 @@
-"""The names of what can be chosen by a word, in one place, so that the configuration depends on no room."""
+"""The names of what can be chosen by a word, in one place, so that the configuration depends on no other module."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
+
+from bernprune.errors import ConfigError
 
 Kind = Literal["channel", "kv_group", "attention", "ffn", "layer"]
 Measure = Literal["parameters", "flops"]
@@ -18,3 +20,9 @@ Scaling = Literal["raw", "sqrt-fisher", "natural"]
 ObjectiveName = Literal["cross-entropy", "kl"]
 BackendName = Literal["auto", "torch", "triton"]
 PresetName = Literal["default", "reinforce", "paper"]
+
+
+def check_name(what: str, name: str, names: Any) -> None:
+    """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
+    if name not in get_args(names):
+        raise ConfigError(f"{what} {name!r} is unknown; known are {', '.join(get_args(names))}")

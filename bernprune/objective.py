@@ -18,7 +18,7 @@ from bernprune.backends import MaskedOps, load_backend
 from bernprune.errors import ConfigError
 from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.view import ModelView
-from bernprune.names import ObjectiveName
+from bernprune.names import ObjectiveName, check_name
 from bernprune.units import MaskRows
 
 # Of one float32 chunk of logits, by type of device. A GPU must not read the output embedding for too few tokens; a
@@ -168,8 +168,9 @@ def masked_objective(
 ) -> Iterator[MaskedObjective]:
     """The objective for the length of a ``with`` block; the model is restored on leaving it.
 
-    ``ops`` are by default the fastest that run on the model's device.
+    ``ops`` are by default the fastest that run on the model's device. Raises ``ConfigError`` for an unknown kind.
     """
+    check_name("objective", kind, ObjectiveName)
     ops = ops or load_backend("auto", next(view.model.parameters()).device)
     with masked(view, ops) as live:
         yield MaskedObjective(view, live, kind, rows_per_forward)

@@ -103,7 +103,7 @@ class LayerPlan:
 
 
 class MaskRows(Protocol):
-    """Masks ``[..., U]`` as those who go through them need them: a tensor, or what makes one of any part asked for."""
+    """Masks ``[..., U]``: a tensor, or an object that makes those of the rows it is indexed for."""
 
     @property
     def shape(self) -> torch.Size: ...
@@ -155,6 +155,20 @@ class UnitSpace:
         index = self._index.get((kind, layer))
         return None if index is None else slice(self.starts[index], self.starts[index + 1])
 
+    def of_kind(self, kind: Kind) -> torch.Tensor:
+        """Which units are of a kind, bool ``[U]``."""
+        return self._spread(torch.tensor([group.kind == kind for group in self.groups], dtype=torch.bool))
+
+    def by_layer(self, kind: Kind) -> list[torch.Tensor]:
+        """Indices of the units of a kind, of one layer after the other that has some."""
+        groups = zip(self.groups, self.starts, strict=False)
+        return [torch.arange(start, start + group.count) for group, start in groups if group.kind == kind]
+
+    def ancestor(self, kind: Kind, layer: int) -> int | None:
+        """The finest unit that those of a kind lie in, or would, in a layer; None if there is none."""
+        spans = (self.span(ancestor, layer) for ancestor in ANCESTORS[kind])
+        return next((span.start for span in spans if span is not None), None)
+
     def costs_U(self, measure: Measure = "parameters") -> torch.Tensor:
         """What each unit owns, float64 ``[U]``."""
         values = [float(getattr(group, measure)) for group in self.groups]
@@ -166,16 +180,15 @@ class UnitSpace:
         return self._spread(torch.arange(len(self.groups)))
 
     @functools.cached_property
+    def layer_U(self) -> torch.Tensor:
+        """Each unit's layer, int64 ``[U]``."""
+        return self._spread(torch.tensor([group.layer for group in self.groups], dtype=torch.int64))
+
+    @functools.cached_property
     def parents_U(self) -> torch.Tensor:
         """Index of the unit that each unit lies in, -1 for none, int64 ``[U]``."""
-        parents = torch.full((self.size,), -1, dtype=torch.int64)
-        for group, start in zip(self.groups, self.starts, strict=False):
-            for ancestor in ANCESTORS[group.kind]:
-                span = self.span(ancestor, group.layer)
-                if span is not None:
-                    parents[start : start + group.count] = span.start
-                    break
-        return parents
+        parents = (self.ancestor(group.kind, group.layer) for group in self.groups)
+        return self._spread(torch.tensor([-1 if parent is None else parent for parent in parents], dtype=torch.int64))
 
     def _spread(self, values: torch.Tensor) -> torch.Tensor:
         return values.repeat_interleave(torch.tensor([group.count for group in self.groups]))
@@ -214,8 +227,7 @@ class UnitSpace:
         span = self.span(kind, layer)
         if span is not None:
             return tuple(alive_U[span].nonzero().flatten().tolist())
-        spans = (self.span(ancestor, layer) for ancestor in ANCESTORS[kind])
-        speaker = next((span for span in spans if span is not None), None)
+        speaker = self.ancestor(kind, layer)
         kept = speaker is None or bool(alive_U[speaker].item())
         return tuple(range(count)) if kept else ()
 

@@ -207,7 +207,11 @@ OTHER_VALUES = {
 }
 
 
-NEEDED = {"reference": {"baseline": "matched"}}
+NEEDED = {
+    "reference": {"baseline": "matched"},
+    "baseline_window": {"baseline": "moving-average"},
+    "epsilon": {"scaling": "sqrt-fisher"},
+}
 
 
 @pytest.mark.parametrize("name", OTHER_VALUES)
@@ -252,6 +256,11 @@ UNFIT = {
     "antithetic-dropped-singly": {"search": {"masks_per": "batch", "non_finite": "drop"}},
     "exact-nested": {"granularity": ["layer", "channel"], "search": {"sampling": "exact"}},
     "reference-of-nothing": {"preset": "reinforce", "search": {"reference": "dense"}},
+    "memory-of-nothing": {"preset": "reinforce", "search": {"baseline_window": 3}},
+    "no-root": {"preset": "reinforce", "search": {"epsilon": 1e-7}},
+    "no-levels": {"initial": {"map": "sigmap", "sharpness": 0.9}},
+    "no-choice": {"search": {"selection": 0, "final_windows": 64}},
+    "no-regression": {"preset": "reinforce", "initial": {"also": ["flap"]}},
     "pull-from-floor-0": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"floor": 0.0}},
     "pull-from-ceiling-1": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"ceiling": 1.0}},
 }
@@ -268,16 +277,22 @@ SAYING = {
     "ceiling-1": BOUNDS,
     "published-projection": BOUNDS,
     "antithetic-without-others": (
-        "search.sampling 'antithetic' needs search.baseline 'leave-one-out', not 'matched'; others need 'independent'"
+        "search.sampling 'antithetic' needs search.baseline 'leave-one-out', not 'matched'; with that take "
+        "'independent' or 'exact'"
     ),
     "antithetic-dropped-singly": (
         "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
-        "search.masks_per 'batch'; dropping single ones needs 'independent'"
+        "search.masks_per 'batch'; to drop single ones take 'independent' or 'exact'"
     ),
     "exact-nested": (
         "search.sampling 'exact' needs units that do not lie in one another, but granularity is layer, channel"
     ),
     "reference-of-nothing": "search.reference has no meaning for search.baseline 'leave-one-out'",
+    "memory-of-nothing": "search.baseline_window has no meaning for search.baseline 'leave-one-out'",
+    "no-root": "search.epsilon has no meaning for search.scaling 'natural'",
+    "no-levels": "initial.sharpness has no meaning for initial.map 'sigmap'",
+    "no-choice": "search.final_windows has no meaning for search.selection 0",
+    "no-regression": "initial.also has no meaning for search.method 'reinforce'",
     "pull-from-floor-0": "search.pull needs policy.floor above 0 and policy.ceiling below 1",
     "pull-from-ceiling-1": "search.pull needs policy.floor above 0 and policy.ceiling below 1",
 }
@@ -338,7 +353,13 @@ VARIED: dict[str, dict[str, Any]] = {
     "paper": {"preset": "paper"},
     "reinforce": {
         "preset": "reinforce",
-        "search": {"epsilon": 1e-7, "baseline": "matched", "reference": "mean-field", "pull": 1},
+        "search": {
+            "epsilon": 1e-7,
+            "scaling": "sqrt-fisher",
+            "baseline": "matched",
+            "reference": "mean-field",
+            "pull": 1,
+        },
     },
     "posterior": {"search": {"rounds": 5, "forgetting": 0.0, "discount": 1, "chunk": 2}},
     "everything": {

@@ -19,8 +19,8 @@ from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import (
-    by_kind,
     correlation,
+    correlation_by_kind,
     entropy_by_layer,
     expected_regret,
     rank_correlation,
@@ -111,7 +111,7 @@ def test_a_layer_without_units_has_no_entropy() -> None:
 def test_agreement_and_signal_of_each_kind(space: UnitSpace) -> None:
     """Over all layers, by loops; what does not exceed its noise has no signal."""
     first_U, second_U, noise_U = *normal_numbers(2, space.size, seed=5), 0.1 + random_numbers(space.size, 6)
-    agreement, signal = by_kind(space, first_U, second_U), signal_to_noise(space, 3 * first_U, noise_U)
+    agreement, signal = correlation_by_kind(space, first_U, second_U), signal_to_noise(space, 3 * first_U, noise_U)
     assert tuple(agreement) == tuple(signal) == space.kinds
     for kind in space.kinds:
         at = of_kind(space, kind).nonzero().flatten().tolist()
@@ -227,8 +227,8 @@ def round_by_hand(search: PosteriorSearch, effects_BU: torch.Tensor, before_U: t
     chances_U = before_U * (1 - before_U)
     levels_U = effects_BU.var(0) / len(effects_BU) * chances_U
     everywhere = levels_U.mean()
-    for pool in search._pools:
-        levels_U[pool.members_N] = levels_U[pool.members_N].mean() or everywhere
+    for regression in search._regressions:
+        levels_U[regression.members_N] = levels_U[regression.members_N].mean() or everywhere
     signal = signal_to_noise(space, effects_BU.mean(0), levels_U / chances_U)
     return {
         "agreement": agreement,

@@ -79,7 +79,7 @@ def test_a_library_is_known_to_its_rooms_alone(library: str) -> None:
 VOCABULARY = ("bernprune.names", "bernprune.errors", "bernprune.units", "bernprune.seeding")
 LIMITS = {  # of our own modules, what those of a room may import
     "kernels": ("bernprune.kernels",),
-    "bernprune.names": (),
+    "bernprune.names": ("bernprune.errors",),
     "bernprune.errors": (),
     "bernprune.seeding": (),
     "bernprune.units": ("bernprune.names", "bernprune.errors"),

@@ -377,7 +377,7 @@ def test_only_the_chosen_layers_are_masked() -> None:
     """The others stay dense, as if the mask kept all their units."""
     view, tokens = describe(tiny_model("llama"), KINDS), random_tokens(3)
     masks_KU = random_masks(view.space, 3, seed=5)
-    layer_U = torch.tensor([group.layer for group in view.space.groups])[view.space.group_U]
+    layer_U = view.space.layer_U
     expected = masked_logits(view, masks_KU | (layer_U != 1) & (layer_U != 3), tokens)
     with masked(view, OPS, layers=[3, 1]) as live:
         live.set(masks_KU)

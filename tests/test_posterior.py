@@ -1,6 +1,7 @@
 """The posterior policy's estimates by exact enumeration, and the regression and shrinkage that they go through.
 
-Letters: R rows, T tuples of masks that a window may draw, K masks, C chunks, U units, N units of a pool, F features.
+Letters: R rows, T tuples of masks that a window may draw, K masks, C chunks, U units, N units of a regression,
+F features.
 """
 
 import itertools
@@ -16,7 +17,7 @@ from tolerances import EXACT, GUARDED, SAMPLED, assert_close
 
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
-from bernprune.policy.posterior import Pool, PosteriorSearch, Sums
+from bernprune.policy.posterior import PosteriorSearch, Regression, Sums
 
 DRAWS = 300_000
 
@@ -125,8 +126,8 @@ def features_of(scores_N: torch.Tensor) -> np.ndarray:
     return np.array([[1.0, quantile, math.exp(quantile)] for quantile in z])
 
 
-def pool_of(scores_N: torch.Tensor, forgetting: float = 0.3) -> Pool:
-    return Pool(torch.arange(len(scores_N)), scores_N.view(len(scores_N), -1), forgetting)
+def regression_of(scores_N: torch.Tensor, forgetting: float = 0.3) -> Regression:
+    return Regression(torch.arange(len(scores_N)), scores_N.view(len(scores_N), -1), forgetting)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +136,12 @@ def pool_of(scores_N: torch.Tensor, forgetting: float = 0.3) -> Pool:
 def test_only_the_order_of_scores_counts(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """To the bit, under any increasing change; the reverse order is another regression."""
     scores_N, observed_N, noise_N = (random_numbers(13, seed) for seed in range(3))
-    line_N, variance_N = pool_of(scores_N).regress(observed_N, noise_N)
+    line_N, variance_N = regression_of(scores_N).regress(observed_N, noise_N)
     for found, expected in zip(
-        pool_of(change(scores_N)).regress(observed_N, noise_N), (line_N, variance_N), strict=True
+        regression_of(change(scores_N)).regress(observed_N, noise_N), (line_N, variance_N), strict=True
     ):
         assert torch.equal(found, expected)
-    assert not torch.equal(pool_of(-scores_N).regress(observed_N, noise_N)[0], line_N)
+    assert not torch.equal(regression_of(-scores_N).regress(observed_N, noise_N)[0], line_N)
 
 
 @pytest.mark.parametrize("num_scores", [1, 2, 3])
@@ -148,16 +149,16 @@ def test_a_line_is_recovered(num_scores: int) -> None:
     """Whatever is linear in the features of all scores, however unequal its noise is said to be, round after round."""
     scores_NS = random_numbers(23 * num_scores, 0).view(23, num_scores)
     features_NF = torch.cat([torch.from_numpy(features_of(scores_N)) for scores_N in scores_NS.T], dim=1)
-    pool = pool_of(scores_NS)
+    regression = regression_of(scores_NS)
     for seed in range(1, 5):
         line_N, noise_N = features_NF @ normal_numbers(3 * num_scores, seed=7), random_numbers(23, seed) + 0.01
-        assert_close(pool.regress(line_N, noise_N)[0], line_N, GUARDED)
+        assert_close(regression.regress(line_N, noise_N)[0], line_N, GUARDED)
 
 
 def test_a_score_told_twice_is_told_once() -> None:
     """Features that say the same share one coefficient; the line is where it was."""
     scores_N, observed_N, noise_N = random_numbers(23, 0), normal_numbers(23, seed=1), random_numbers(23, 2) + 0.1
-    once, twice = pool_of(scores_N), pool_of(torch.stack([scores_N, 2 * scores_N], dim=1))
+    once, twice = regression_of(scores_N), regression_of(torch.stack([scores_N, 2 * scores_N], dim=1))
     for _ in range(3):
         found, expected = twice.regress(observed_N, noise_N), once.regress(observed_N, noise_N)
         assert_close(found[0], expected[0], GUARDED)
@@ -168,11 +169,15 @@ def test_a_score_told_twice_is_told_once() -> None:
 def test_rounds_are_forgotten_by_degrees(forgetting: float) -> None:
     """Least squares over the rows of all rounds, each weighted by its noise and by (1 - forgetting)^age."""
     scores_N = random_numbers(11, 0)
-    pool, features, rows, values = pool_of(scores_N, forgetting), features_of(scores_N), [], []
+    regression, features, rows, values = regression_of(scores_N, forgetting), features_of(scores_N), [], []
     for age in (3, 2, 1, 0):
-        observed, noise, pool.spread = normal_numbers(11, seed=age), random_numbers(11, age) + 0.1, 0.2 * (3 - age)
-        found_N, variance_N = pool.regress(observed, noise)
-        weights = (1 - forgetting) ** age / (noise + (pool.spread or noise.mean())).numpy()
+        observed, noise, regression.spread = (
+            normal_numbers(11, seed=age),
+            random_numbers(11, age) + 0.1,
+            0.2 * (3 - age),
+        )
+        found_N, variance_N = regression.regress(observed, noise)
+        weights = (1 - forgetting) ** age / (noise + (regression.spread or noise.mean())).numpy()
         rows.append(features * np.sqrt(weights)[:, None])
         values.append(observed.numpy() * np.sqrt(weights))
     stacked = np.concatenate(rows)
@@ -188,14 +193,14 @@ def test_signal_is_told_from_noise(spread: float) -> None:
     noise_N = 0.2 + 2 * random_numbers(DRAWS, 0)
     residual_N = spread**0.5 * normal_numbers(DRAWS, seed=1) + noise_N.sqrt() * normal_numbers(DRAWS, seed=2)
     for scale in (1.0, 1e-6):
-        share_N = pool_of(torch.zeros(1)).shrink(scale * residual_N, scale**2 * noise_N)
+        share_N = regression_of(torch.zeros(1)).shrink(scale * residual_N, scale**2 * noise_N)
         assert_close(share_N, spread / (spread + noise_N), SAMPLED)
 
 
 def test_pure_noise_is_no_signal() -> None:
     """Almost nothing of it, but never nothing: what is learned must be able to show later."""
     noise_N = 0.2 + 2 * random_numbers(DRAWS, 3)
-    share_N = pool_of(torch.zeros(1)).shrink(noise_N.sqrt() * normal_numbers(DRAWS, seed=4), noise_N)
+    share_N = regression_of(torch.zeros(1)).shrink(noise_N.sqrt() * normal_numbers(DRAWS, seed=4), noise_N)
     assert share_N.min() > 0
     assert share_N.max() < SAMPLED
 
@@ -205,33 +210,36 @@ def test_shares_lie_between_nothing_and_all() -> None:
     for seed, exponent in itertools.product(range(20), (-20, -3, 0, 3, 20)):
         noise_N = 10 ** (6 * random_numbers(7, seed) - 3)
         for residual_N in (torch.zeros(7, dtype=torch.float64), 10.0**exponent * normal_numbers(7, seed=seed)):
-            share_N = pool_of(torch.zeros(1)).shrink(residual_N, noise_N)
+            share_N = regression_of(torch.zeros(1)).shrink(residual_N, noise_N)
             assert share_N.isfinite().all()
             assert ((share_N >= 0) & (share_N <= 1)).all()
 
 
 @pytest.mark.parametrize("scores", [[0.3], [0.3, 0.1], [0.5, 0.5], [0.2] * 9], ids=str)
-def test_small_and_equal_pools_are_regressed(scores: list[float]) -> None:
+def test_few_and_equal_units_are_regressed(scores: list[float]) -> None:
     """With fewer units than features the line goes through their means; nothing is ever infinite."""
     size, observed = len(scores), []
-    pool, noise_N = pool_of(torch.tensor(scores, dtype=torch.float64), 0.0), torch.ones(size, dtype=torch.float64)
+    regression, noise_N = (
+        regression_of(torch.tensor(scores, dtype=torch.float64), 0.0),
+        torch.ones(size, dtype=torch.float64),
+    )
     for seed in range(5):
         observed.append(normal_numbers(size, seed=seed))
-        pool.spread = 0.5
-        line_N, variance_N = pool.regress(observed[-1], noise_N)
+        regression.spread = 0.5
+        line_N, variance_N = regression.regress(observed[-1], noise_N)
         assert line_N.isfinite().all()
         assert (variance_N > 0).all()
         if size < 3:
             assert_close(line_N, torch.stack(observed).mean(0), GUARDED)
-        assert pool.shrink(observed[-1] - line_N, noise_N).isfinite().all()
-        assert pool.spread > 0
+        assert regression.shrink(observed[-1] - line_N, noise_N).isfinite().all()
+        assert regression.spread > 0
 
 
 # Rounds
 
 
-class LiteralPool:
-    """One pool's beliefs as they are described, with every round's rows kept and none of the sums."""
+class LiteralRegression:
+    """One regression's beliefs as they are described, with every round's rows kept and none of the sums."""
 
     def __init__(self, scores_N: torch.Tensor, forgetting: float) -> None:
         self.features, self.forgetting, self.rounds, self.spread = features_of(scores_N), forgetting, [], 0.0
@@ -269,7 +277,7 @@ def test_rounds_follow_their_description(forgetting: float) -> None:
     settings = {"seed": 3, "design": Design(7, 3, 2), "round_steps": 1, "discount": discount, "forgetting": forgetting}
     search = PosteriorSearch(budget, start_U, scores_U, floor=0.03, ceiling=0.9, **settings)
     layers = [slice(0, 9), slice(9, 23)]
-    pools = [LiteralPool(scores_U[layer], forgetting) for layer in layers]
+    regressions = [LiteralRegression(scores_U[layer], forgetting) for layer in layers]
     for step in range(5):
         masks_BKCU = search.ask(step)
         losses_BKC = ((1 - masks_BKCU[:].double()) @ values_U).square() / 20
@@ -279,7 +287,8 @@ def test_rounds_follow_their_description(forgetting: float) -> None:
         for at in layers:  # those of a layer share their noise
             noise_U[at] = (noise_U[at] * chances_U[at]).mean() / chances_U[at]
         found = [
-            pool.learn(observed_U[at].numpy(), noise_U[at].numpy()) for pool, at in zip(pools, layers, strict=True)
+            regression.learn(observed_U[at].numpy(), noise_U[at].numpy())
+            for regression, at in zip(regressions, layers, strict=True)
         ]
         worth_U, variance_U = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*found, strict=True))
         assert_close(search.worth_U, worth_U, GUARDED)

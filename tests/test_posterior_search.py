@@ -75,7 +75,7 @@ def best_within(budget: Budget, cost_of_loss: Callable[[torch.Tensor], torch.Ten
 
 def by_layer(space: UnitSpace) -> Callable[[torch.Tensor], torch.Tensor]:
     """The more a layer has lost, the dearer is the rest."""
-    layers = torch.tensor([group.layer for group in space.groups])[space.group_U]
+    layers = space.layer_U
     return lambda lost: sum(lost[..., layers == layer].sum(-1) ** 2 for layer in layers.unique().tolist())
 
 

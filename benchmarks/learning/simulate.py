@@ -67,7 +67,7 @@ class Surrogate:
     def __init__(self, space: UnitSpace, seed: int) -> None:
         random, size = generator(seed, "surrogate"), space.size
         self.space, self.seed = space, seed
-        self.layers_U = torch.tensor([group.layer for group in space.groups])[space.group_U]
+        self.layers_U = space.layer_U
         costs_U = space.costs_U()
         level_L = torch.randn(LAYERS, generator=random, dtype=torch.float64).mul(0.7).exp()
         within_U = torch.randn(size, generator=random, dtype=torch.float64)

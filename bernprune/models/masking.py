@@ -27,7 +27,6 @@ from torch import nn
 from bernprune.backends import MaskedOps
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
-from bernprune.units import ANCESTORS
 
 
 class _Branch:
@@ -163,11 +162,10 @@ class LiveMasks:
             elif not alive_PN.all():
                 branch.kept_N = alive_PN[0].nonzero()[:, 0]
         else:
-            spans = (self.view.space.span(ancestor, layer) for ancestor in ANCESTORS[kind])
-            own = next((span for span in spans if span is not None), None)
+            own = self.view.space.ancestor(kind, layer)
             if own is None:
                 return
-            open_P = alive_PU[:, own.start]
+            open_P = alive_PU[:, own]
         if gather and not open_P[0]:
             branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_PU.device)  # the least that modules can run
         if not gather or not open_P[0]:

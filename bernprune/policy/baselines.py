@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.names import BaselineName
+from bernprune.names import BaselineName, check_name
 
 
 class Baseline(Protocol):
     """Losses of one step to advantages; state is what the next steps need to know.
 
-    ``min_masks`` a step must be asked for; a step of which some were dropped may have fewer, but at least one.
+    ``min_masks``: fewest masks that a step may ask for; of those some may be dropped, but not all.
     """
 
     needs_reference: bool
@@ -133,7 +133,7 @@ class Published(_Average):
         return (losses_BKC - self.update(losses_BKC.mean().item())) * (given / (self.num_masks - 1))
 
 
-BASELINES: dict[str, type[Any]] = {
+BASELINES: dict[BaselineName, type[Any]] = {
     "none": NoBaseline,
     "moving-average": MovingAverage,
     "leave-one-out": LeaveOneOut,
@@ -148,8 +148,7 @@ def make_baseline(name: BaselineName, *, window: int, num_masks: int) -> Baselin
     Raises:
         ConfigError: unknown name, or more masks a step are needed than given.
     """
-    if name not in BASELINES:
-        raise ConfigError(f"baseline {name!r} is unknown; known are {', '.join(BASELINES)}")
+    check_name("baseline", name, BaselineName)
     baseline: Baseline = BASELINES[name](window, num_masks)
     if num_masks < baseline.min_masks:
         raise ConfigError(f"baseline {name!r} needs at least {baseline.min_masks} masks a step, but got {num_masks}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from bernprune.names import Kind, MapName, Scope
+from bernprune.names import Kind, MapName, Scope, check_name
 from bernprune.units import UnitSpace
 
 _EPSILON = 1e-8
@@ -58,7 +58,11 @@ def initial_probs(
             kinds. A kind with one unit a layer is never mapped layer by layer.
         sharpness: the high probability of the map ``const``.
         ceiling: the start of units that contain others: what to remove is left to the finer ones at first.
+
+    Raises:
+        ConfigError: an unknown map or scope.
     """
+    check_name("map", map_name, MapName)
     probs_U = torch.full((space.size,), ceiling, dtype=torch.float64)
     for kind, units_N in _mapped_sets(space, scope):
         probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_U[units_N].double(), keep)
@@ -68,7 +72,8 @@ def initial_probs(
 def graded(space: UnitSpace, scores_U: torch.Tensor, scope: Scope = "layer") -> torch.Tensor:
     """Priorities by which a selection takes the same share of every set that ``initial_probs`` maps, at any sparsity.
 
-    Rank of each score in its set, float64 ``[U]`` in (0, 1); units that contain others have 1.
+    Rank of each score in its set, float64 ``[U]`` in (0, 1); units that contain others have 1. Raises ``ConfigError``
+    for an unknown scope.
     """
     priorities_U = torch.ones(space.size, dtype=torch.float64)
     for _, units_N in _mapped_sets(space, scope):
@@ -79,12 +84,12 @@ def graded(space: UnitSpace, scores_U: torch.Tensor, scope: Scope = "layer") -> 
 
 def _mapped_sets(space: UnitSpace, scope: Scope) -> Iterator[tuple[Kind, torch.Tensor]]:
     """Kind and units of each set of units that are mapped together; units that contain others are in none."""
+    check_name("scope", scope, Scope)
     parents = set(space.parents_U[space.parents_U >= 0].tolist())
     sets: list[tuple[Kind, torch.Tensor]] = []
     for kind in space.kinds:
-        spans = [span for layer in range(len(space.architecture.layers)) if (span := space.span(kind, layer))]
-        units = [torch.arange(span.start, span.stop) for span in spans]
-        if any(span.start in parents for span in spans):
+        units = space.by_layer(kind)
+        if any(int(units_N[0]) in parents for units_N in units):
             continue
         one_a_layer = all(len(units_N) == 1 for units_N in units)
         together = [torch.cat(units)] if scope != "layer" or one_a_layer else units

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from bernprune.errors import BudgetError
-from bernprune.names import Measure, Pools
+from bernprune.names import Measure, Pools, check_name
 from bernprune.units import UnitSpace
 
 _SLACK = 1e-9  # share of a pool's cost by which a bound may miss the limit before that is an error
 _RESOLUTION = 1e-15  # share of a pool's cost that counts as having met it
 _MOST_EVALUATIONS = 200
+_ROUNDING = 1e-12  # of a sum of costs
 _SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 in float64
 
 
@@ -31,6 +32,11 @@ class Pool:
     members_U: torch.Tensor
     total: float
     limit: float
+
+    @property
+    def most(self) -> float:
+        """What a selection may cost: a limit met exactly must not fail by rounding."""
+        return self.limit * (1 + _ROUNDING)
 
 
 class Budget:
@@ -44,12 +50,15 @@ class Budget:
             published method does (Gao et al., 2024, arXiv 2406.10576).
 
     Raises:
+        ConfigError: an unknown measure or kind of pools.
         BudgetError: nothing to prune, or separate pools over units that lie in one another.
     """
 
     def __init__(
         self, space: UnitSpace, sparsity: float, *, measure: Measure = "parameters", pools: Pools = "joint"
     ) -> None:
+        check_name("measure", measure, Measure)
+        check_name("pools", pools, Pools)
         if not (math.isfinite(sparsity) and 0 < sparsity < 1):
             raise BudgetError(f"sparsity must lie strictly between 0 and 1, but is {sparsity}")
         if space.size == 0:
@@ -63,14 +72,11 @@ class Budget:
         if pools == "joint":
             self.pools = [self._pool("all units", everything)]
         else:
-            self.pools = [self._pool(kind, self._of_kind(kind)) for kind in space.kinds]
+            self.pools = [self._pool(kind, space.of_kind(kind)) for kind in space.kinds]
 
     def __str__(self) -> str:
         pools = f" of each of {', '.join(pool.name for pool in self.pools)}" if len(self.pools) > 1 else ""
         return f"{self.sparsity:.6g} of all {self.measure}{pools}"
-
-    def _of_kind(self, kind: str) -> torch.Tensor:
-        return torch.tensor([group.kind == kind for group in self.space.groups])[self.space.group_U]
 
     def _pool(self, name: str, members_U: torch.Tensor) -> Pool:
         total = self.costs_U[members_U].sum().item()

@@ -11,15 +11,9 @@ from bernprune.policy.bernoulli import entropy
 from bernprune.units import UnitSpace
 
 
-def of_kind(space: UnitSpace, kind: str) -> torch.Tensor:
-    """Which units are of a kind, bool ``[U]``."""
-    return torch.tensor([group.kind == kind for group in space.groups])[space.group_U]
-
-
 def entropy_by_layer(space: UnitSpace, probs_U: torch.Tensor) -> list[float | None]:
     """Mean entropy of a layer's units in bits; None for a layer without any."""
-    layers_U = torch.tensor([group.layer for group in space.groups])[space.group_U]
-    members = [layers_U == layer for layer in range(len(space.architecture.layers))]
+    members = [space.layer_U == layer for layer in range(len(space.architecture.layers))]
     return [entropy(probs_U[members_U]) if members_U.any() else None for members_U in members]
 
 
@@ -27,24 +21,24 @@ def rank_correlation(space: UnitSpace, values_U: torch.Tensor, scores_U: torch.T
     """Spearman's, of units of a kind within their layer (of all layers, where a layer has but one), layers averaged."""
     found: dict[str, float] = {}
     for kind in space.kinds:
-        groups = zip(space.groups, space.starts, strict=False)
-        layers = [torch.arange(start, start + group.count) for group, start in groups if group.kind == kind]
+        layers = space.by_layer(kind)
         spans = [at for at in layers if len(at) > 1] or [torch.cat(layers)]
         each = [correlation(_ranks(values_U[at]), _ranks(scores_U[at])) for at in spans]
         found[kind] = sum(each) / len(each)
     return found
 
 
-def by_kind(space: UnitSpace, first_U: torch.Tensor, second_U: torch.Tensor) -> dict[str, float]:
+def correlation_by_kind(space: UnitSpace, first_U: torch.Tensor, second_U: torch.Tensor) -> dict[str, float]:
     """Correlation of two observations of the same, for each kind."""
-    return {kind: correlation(first_U[of_kind(space, kind)], second_U[of_kind(space, kind)]) for kind in space.kinds}
+    members = {kind: space.of_kind(kind) for kind in space.kinds}
+    return {kind: correlation(first_U[at], second_U[at]) for kind, at in members.items()}
 
 
 def signal_to_noise(space: UnitSpace, observed_U: torch.Tensor, noise_U: torch.Tensor) -> dict[str, float]:
     """For each kind, how much more its units differ from zero than their noise explains, by that noise."""
     found: dict[str, float] = {}
     for kind in space.kinds:
-        at = of_kind(space, kind)
+        at = space.of_kind(kind)
         noise = noise_U[at].mean().item()
         found[kind] = max(0.0, observed_U[at].square().mean().item() / noise - 1) if noise > 0 else 0.0
     return found

@@ -29,8 +29,8 @@ def reinforce(
         scaling: with the Fisher information 1 / (s (1 - s)) of a unit, ``raw`` is the gradient in s; ``sqrt-fisher``
             (published) multiplies it by sqrt(s (1 - s)), which gives every unit a score of variance 1; ``natural``
             multiplies it by s (1 - s) and so is the natural gradient (Amari, 1998).
-        epsilon: added to s and to 1 - s under the root; 1e-7 in the released code of the published method. At 0, a
-            settled unit (s = 0 or 1) has gradient 0.
+        epsilon: added to s and to 1 - s under the root of ``sqrt-fisher``; 1e-7 in the released code of the published
+            method. At 0, a settled unit (s = 0 or 1) has gradient 0.
     """
     weights_K = advantages_K.to(probs_U.dtype) / len(masks_KU)
     deviations_U = torch.zeros_like(probs_U)
@@ -38,6 +38,7 @@ def reinforce(
         deviations_U = deviations_U + weights_K[rows] @ (masks_KU[rows].to(probs_U.dtype) - probs_U)
     if scaling == "natural":
         return deviations_U
+    epsilon = epsilon if scaling == "sqrt-fisher" else 0.0
     variance_U = (probs_U + epsilon) * (1 - probs_U + epsilon)
     variance_U = torch.where(variance_U > 0, variance_U, torch.ones_like(variance_U))
     return deviations_U / (variance_U if scaling == "raw" else variance_U.sqrt())

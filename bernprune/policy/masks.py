@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from bernprune.names import Sampling
+from bernprune.errors import ConfigError
+from bernprune.names import Sampling, check_name
 from bernprune.policy.budget import Budget
 from bernprune.policy.counters import WORDS, mask_words, philox
 from bernprune.seeding import counter_key
@@ -46,12 +47,22 @@ class Design:
 
     ``groups`` of ``masks`` compete on the same text, each with ``chunks`` masks of its own in turn. Under one mask for
     a whole batch that is one group; otherwise there is a group for each window.
+
+    Raises:
+        ConfigError: an unknown sampling, or none of something.
     """
 
     groups: int
     masks: int
     chunks: int = 1
     sampling: Sampling = "independent"
+
+    def __post_init__(self) -> None:
+        check_name("sampling", self.sampling, Sampling)
+        if min(self.groups, self.masks, self.chunks) < 1:
+            raise ConfigError(
+                f"groups, masks and chunks must be 1 or more, not {self.groups}, {self.masks}, {self.chunks}"
+            )
 
     @property
     def rows_BKC(self) -> torch.Tensor:
@@ -173,12 +184,12 @@ def with_reference(masks_BKCU: MaskRows, reference_U: torch.Tensor) -> MaskRows:
 
 
 def contrast(probs_U: torch.Tensor, design: Design) -> torch.Tensor:
-    """How likely it is that of two masks on the same text one keeps a unit and the other cuts it, ``[U]``.
+    """How likely it is that of two masks on the same text the first keeps a unit and the second cuts it, ``[U]``.
 
-    s (1 - s) if they are independent. Of K antithetic ones n or n + 1 keep it, n = floor(K s), which gives
-    E[n (K - n)] / (K (K - 1)); the shifts are whole multiples of 2^-32, so that a K that does not divide 2^32 adds an
-    error of 2^-32 at most. With advantages that leave one out, E[A (m - s)] is this times the effect of the unit,
-    because the other masks, too, tell of it: of correlation rho, s (1 - s) (1 - rho).
+    s (1 - s) if they are independent; ``exact`` ones are taken as if they were. Of K antithetic ones n or n + 1 keep
+    it, n = floor(K s), which gives E[n (K - n)] / (K (K - 1)); the shifts are whole multiples of 2^-32, so that a K
+    that does not divide 2^32 adds an error of 2^-32 at most. With advantages that leave one out, E[A (m - s)] is this
+    times the effect of the unit, because the other masks, too, tell of it: of correlation rho, s (1 - s) (1 - rho).
     """
     if design.sampling != "antithetic":
         return probs_U * (1 - probs_U)
@@ -204,6 +215,6 @@ def _within_budget(words_NU: torch.Tensor, probs_U: torch.Tensor, budget: Budget
     for pool in budget.pools:
         members = pool.members_U.nonzero()[:, 0]
         order_NM = keys_NU[:, members].argsort(dim=1, descending=True, stable=True)
-        fits_NM = budget.costs_U[members][order_NM].cumsum(1) <= pool.limit * (1 + 1e-12)
+        fits_NM = budget.costs_U[members][order_NM].cumsum(1) <= pool.most
         kept_NU[:, members] &= torch.empty_like(fits_NM).scatter_(1, order_NM, fits_NM)
     return kept_NU.to(words_NU.device)

@@ -8,9 +8,11 @@ kept with the posterior probability that it is worth its price:
     s_u = Phi((mu_u - lambda c_u) / sigma_u),  with the price lambda at which the policy meets the budget.
 
 Between rounds the world changes: as a layer loses units, those left become worth more, all of them together. So the
-regression, one for each kind and layer, forgets, while what sets a unit apart from it is remembered.
+regression, one for the channels of each layer and one for all units of another kind, forgets, while what sets a unit
+apart from it is remembered.
 
-Letters: B windows of text, K masks a window, C chunks of a window, U units, N units of a pool, S scores, F features.
+Letters: B windows of text, K masks a window, C chunks of a window, U units, N units of a regression, P regressions,
+S scores, F features.
 """
 
 import math
@@ -22,7 +24,7 @@ import torch
 from bernprune.errors import ConfigError, RunError
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
-from bernprune.policy.diagnostics import by_kind, expected_regret, signal_to_noise
+from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import Design, blocks, contrast
 from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
 from bernprune.units import MaskRows, UnitSpace
@@ -66,11 +68,11 @@ class Sums:
         return spread_U / (self.count - 1)
 
 
-class Pool:
-    """Units that share a regression of their worth on their initial scores: channels of a layer, or a kind as a whole.
+class Regression:
+    """Of the worth of some units on their initial scores: the channels of a layer, or all units of another kind.
 
-    Features are a constant and, for each score, the normal quantile z of its rank within the pool and e^z, which has
-    the heavy tail that scores have: any monotone change of a score leaves them alone.
+    Features are a constant and, for each score, the normal quantile z of its rank among them and e^z, which has the
+    heavy tail that scores have: any monotone change of a score leaves them alone.
     """
 
     def __init__(self, members_N: torch.Tensor, scores_NS: torch.Tensor, forgetting: float) -> None:
@@ -151,7 +153,9 @@ class PosteriorSearch(MaskSearch):
         self.discount, self.round_steps = discount, round_steps
         self._bounds = {"floor": floor, "ceiling": ceiling}
         scores_US = scores_US.view(budget.space.size, -1)
-        self._pools = [Pool(members_N, scores_US[members_N], forgetting) for members_N in _pools(budget.space)]
+        self._regressions = [
+            Regression(members_N, scores_US[members_N], forgetting) for members_N in _regressed_together(budget.space)
+        ]
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         size = budget.space.size
         self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
@@ -198,7 +202,9 @@ class PosteriorSearch(MaskSearch):
         return PosteriorStats(**stats, rounds=self.rounds, reliability=self._reliability)
 
     def effects(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unbiased estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
+        """Estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
+
+        Unbiased if the discount is 1 and masks are not ``exact``.
 
         E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u)] / contrast_u, where the contrast of independent masks is
         s_u (1 - s_u). What the current worths predict of the losses is taken out of the advantages and put back
@@ -226,13 +232,13 @@ class PosteriorSearch(MaskSearch):
             return  # the losses did not differ: nothing was learned
         variance_U, reliable = torch.empty_like(noise_U), torch.empty_like(noise_U)
         self._precision_U = self._precision_U + 1 / noise_U
-        for pool in self._pools:
-            at = pool.members_N
-            line_N, line_variance_N = pool.regress(observed_U[at] - self._apart_U[at], noise_U[at])
+        for regression in self._regressions:
+            at = regression.members_N
+            line_N, line_variance_N = regression.regress(observed_U[at] - self._apart_U[at], noise_U[at])
             self._weighted_U[at] += (observed_U[at] - line_N) / noise_U[at]
             residual_variance_N = 1 / self._precision_U[at]
             residual_N = self._weighted_U[at] * residual_variance_N
-            signal_N = pool.shrink(residual_N, residual_variance_N)
+            signal_N = regression.shrink(residual_N, residual_variance_N)
             self._apart_U[at] = signal_N * residual_N
             self.worth_U[at] = line_N + self._apart_U[at]
             variance_U[at] = signal_N * residual_variance_N + line_variance_N
@@ -244,23 +250,23 @@ class PosteriorSearch(MaskSearch):
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
         self._last_round = {
             "signal_to_noise": signal_to_noise(self.budget.space, observed_U, noise_U),
-            "agreement": by_kind(self.budget.space, *halves),
+            "agreement": correlation_by_kind(self.budget.space, *halves),
             "regret": expected_regret(free_U, self.deviation_U),
         }
 
     def _noise_U(self) -> torch.Tensor:
         """Variance of what was observed of each unit, ``[U]``.
 
-        Units share the advantages, so those of a pool differ by their chances alone. A unit's own estimate would take
-        one that happened never to change for one that is known exactly.
+        Units share the advantages, so those of a regression differ by their contrast alone. A unit's own estimate would
+        take one that happened never to change for one that is known exactly.
         """
-        chances_U = contrast(self.probs_U, self.design)
-        levels_U = self._sums.variance_U() * chances_U
+        contrast_U = contrast(self.probs_U, self.design)
+        levels_U = self._sums.variance_U() * contrast_U
         everywhere = levels_U.mean()
-        for pool in self._pools:
-            level = levels_U[pool.members_N].mean()
-            levels_U[pool.members_N] = level if level > 0 else everywhere  # 0: none of the pool was seen to change
-        return levels_U / chances_U
+        for regression in self._regressions:
+            level = levels_U[regression.members_N].mean()
+            levels_U[regression.members_N] = level if level > 0 else everywhere  # 0: none of them was seen to change
+        return levels_U / contrast_U
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -279,14 +285,14 @@ class PosteriorSearch(MaskSearch):
             "precision_U": self._precision_U,
             "weighted_U": self._weighted_U.clone(),
             "apart_U": self._apart_U.clone(),
-            "information_PFF": torch.stack([pool.information_FF for pool in self._pools]),
-            "response_PF": torch.stack([pool.response_F for pool in self._pools]),
-            "spread_P": torch.tensor([pool.spread for pool in self._pools], dtype=torch.float64),
+            "information_PFF": torch.stack([regression.information_FF for regression in self._regressions]),
+            "response_PF": torch.stack([regression.response_F for regression in self._regressions]),
+            "spread_P": torch.tensor([regression.spread for regression in self._regressions], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
-        if state["response_PF"].shape[1] != len(self._pools[0].response_F):
+        if state["response_PF"].shape[1] != len(self._regressions[0].response_F):
             raise RunError("the checkpoint was written for another number of initial scores")
         self.steps, self.rounds, self._reliability = state["steps"], state["rounds"], state["reliability"]
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
@@ -295,10 +301,10 @@ class PosteriorSearch(MaskSearch):
         self.probs_U, self.worth_U = state["probs_U"].clone(), state["worth_U"].clone()
         self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
         self._apart_U = state["apart_U"].clone()
-        for index, pool in enumerate(self._pools):
-            pool.information_FF = state["information_PFF"][index].clone()
-            pool.response_F = state["response_PF"][index].clone()
-            pool.spread = state["spread_P"][index].item()
+        for index, regression in enumerate(self._regressions):
+            regression.information_FF = state["information_PFF"][index].clone()
+            regression.response_F = state["response_PF"][index].clone()
+            regression.spread = state["spread_P"][index].item()
 
 
 def rounds_in(steps: int, round_steps: float) -> int:
@@ -306,11 +312,10 @@ def rounds_in(steps: int, round_steps: float) -> int:
     return math.floor(steps / round_steps + HAIR)
 
 
-def _pools(space: UnitSpace) -> list[torch.Tensor]:
-    """Members of each pool: the channels of each layer, and every other kind over all layers."""
-    pools = []
+def _regressed_together(space: UnitSpace) -> list[torch.Tensor]:
+    """Members of each regression: the channels of each layer, and every other kind over all layers."""
+    sets = []
     for kind in space.kinds:
-        spans = [span for layer in range(len(space.architecture.layers)) if (span := space.span(kind, layer))]
-        members = [torch.arange(span.start, span.stop) for span in spans]
-        pools += members if kind == "channel" else [torch.cat(members)]
-    return pools
+        units = space.by_layer(kind)
+        sets += units if kind == "channel" else [torch.cat(units)]
+    return sets

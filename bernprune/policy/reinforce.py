@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.names import Projection, Scaling
+from bernprune.names import Projection, Scaling, check_name
 from bernprune.policy.baselines import Baseline, LeaveOneOut
 from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import divergence, reinforce
@@ -28,7 +28,8 @@ class ReinforceSearch(MaskSearch):
         pull: weight of KL(policy || start), summed over units, in what is minimised; needs bounds inside 0 and 1.
 
     Raises:
-        ConfigError: antithetic masks with a baseline other than leave-one-out, or a pull with bounds of 0 or 1.
+        ConfigError: an unknown scaling or projection, antithetic masks with a baseline other than leave-one-out, or a
+            pull with bounds of 0 or 1.
         BudgetError: the budget cannot be met between floor and ceiling.
     """
 
@@ -49,6 +50,8 @@ class ReinforceSearch(MaskSearch):
         pull: float = 0.0,
     ) -> None:
         super().__init__(budget, probs_U, seed=seed, design=design)
+        check_name("scaling", scaling, Scaling)
+        check_name("projection", projection, Projection)
         if design.sampling == "antithetic" and not isinstance(baseline, LeaveOneOut):
             raise ConfigError(f"antithetic masks need the baseline 'leave-one-out', not {type(baseline).__name__}")
         if pull > 0 and not 0 < floor < ceiling < 1:
@@ -93,8 +96,8 @@ class ReinforceSearch(MaskSearch):
             before_U, masks_BKCU.flatten(0, 2), advantages_BKC.flatten(), scaling=self.scaling, epsilon=self.epsilon
         )
         # What the advantages of coupled masks lack: the others, which they leave out, tell of a unit too.
-        chances_U, contrast_U = before_U * (1 - before_U), self._contrast_U(masks_BKCU)
-        gradient_U = torch.where(contrast_U > 0, gradient_U * (chances_U / contrast_U), gradient_U)
+        variance_U, contrast_U = before_U * (1 - before_U), self._contrast_U(masks_BKCU)
+        gradient_U = torch.where(contrast_U > 0, gradient_U * (variance_U / contrast_U), gradient_U)
         after_U = before_U - learning_rate * gradient_U / self._metric_U
         if self.pull > 0:
             after_U -= self._pulled_U(learning_rate)

@@ -71,7 +71,7 @@ def select(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
     items = sorted(_items(probs_U, budget, limits or Limits(), tie_break_U, core_U), key=lambda item: item.order)
-    left = [pool.limit * (1 + 1e-12) for pool in budget.pools]  # a limit met exactly must not fail by rounding
+    left = [pool.most for pool in budget.pools]
     kept, closed = bytearray(size), set[int]()
     for item in items:
         orphan = item.parent >= 0 and not kept[item.parent]

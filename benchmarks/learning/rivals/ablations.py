@@ -27,13 +27,16 @@ class _Raw(PosteriorSearch):
 
 
 class _Blind(PosteriorSearch):
-    """Units are shrunk towards the mean of their pool, whatever their score; it only says where the policy starts."""
+    """Units are shrunk towards the mean of all regressed with them: scores only say where the policy starts."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        for pool in self._pools:
-            pool._features_NF = pool._features_NF[:, :1]
-            pool.information_FF, pool.response_F = pool.information_FF[:1, :1], pool.response_F[:1]
+        for regression in self._regressions:
+            regression._features_NF = regression._features_NF[:, :1]
+            regression.information_FF, regression.response_F = (
+                regression.information_FF[:1, :1],
+                regression.response_F[:1],
+            )
 
 
 class _Lines(PosteriorSearch):
@@ -41,8 +44,8 @@ class _Lines(PosteriorSearch):
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        for pool in self._pools:
-            pool.shrink = lambda residual_N, variance_N: torch.zeros_like(residual_N)  # type: ignore[method-assign]
+        for regression in self._regressions:
+            regression.shrink = lambda residual_N, variance_N: torch.zeros_like(residual_N)  # type: ignore[method-assign]
 
 
 class _Sure(PosteriorSearch):
