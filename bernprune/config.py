@@ -366,6 +366,11 @@ class RunConfig(_Section):
         return low, min(high, 0.99)
 
     @property
+    def longest_window(self) -> int:
+        """Tokens that the model must take at once."""
+        return max(self.data.window, self.initial.window or 0)
+
+    @property
     def chunk(self) -> int:
         """Tokens of a chunk."""
         window = self.data.window

@@ -73,8 +73,12 @@ class TokenWindows:
         exceed ``num_windows``, and a batch may span epochs.
         """
         _require("step", step, least=0)
+        return self.windows(step * count, count)
+
+    def windows(self, first: int, count: int) -> Tensor:
+        """Windows number first ... first + count - 1 of the endless sequence, int64 [count, window]."""
+        _require("first", first, least=0)
         _require("count", count, least=1)
-        first = step * count
         starts_B = torch.cat(list(self._starts(first, first + count)))
         index_BT = starts_B[:, None] + torch.arange(self.window)
         return self._stream_N[index_BT % self._stream_N.numel()]

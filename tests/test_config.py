@@ -298,6 +298,13 @@ SAYING = {
 }
 
 
+def test_each_item_of_a_list_is_judged_by_itself() -> None:
+    """The sentence about the first that is wrong says nothing of what is wrong with another."""
+    with pytest.raises(ConfigError) as caught:
+        make_config({"plans": {"sparsities": [0, "much"]}})
+    assert str(caught.value) == "setting 'plans.sparsities': input should be greater than 0, but got 0"
+
+
 @pytest.mark.parametrize("case", UNFIT)
 def test_settings_that_contradict_are_refused(case: str) -> None:
     """With all of those that are concerned."""

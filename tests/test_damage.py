@@ -64,14 +64,14 @@ def _full_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _full_for_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     count = iter(range(1000))
-    original = loop.sync
+    original = loop.sync_stream
 
     def fail(file: Any) -> None:
         if next(count) >= 1:
             raise _full()
         original(file)
 
-    monkeypatch.setattr(loop, "sync", fail)
+    monkeypatch.setattr(loop, "sync_stream", fail)
 
 
 def _full_for_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder
 from bernprune.run.pipeline import read_plan
 from bernprune.run.stage import Stage, set_stage
-from bernprune.run.workload import Work, make_search, plan_work
+from bernprune.run.workload import Work, make_search
 from bernprune.settings import merge, parse_settings
 from bernprune.units import UnitSpace
 
@@ -54,7 +54,8 @@ WORK = Work(step=7, sequences=1000)
 @pytest.fixture(scope="module")
 def stage(prepared: Place) -> Stage:
     given = {"model": {"path": str(prepared.model)}, "data": {"text": str(prepared.text)}}
-    return set_stage(make_config(merge(given, parse_settings([*SETTINGS, "search.final_windows=5"]))))
+    settings = parse_settings([*SETTINGS, "search.selection=0.1", "search.final_windows=5"])
+    return replace(set_stage(make_config(merge(given, settings))), kept_back=None)
 
 
 def choose(
@@ -81,8 +82,8 @@ def choose(
         finals, "masked_objective", lambda *_, **__: nullcontext(SimpleNamespace(window_losses=window_losses))
     )
     folder.mkdir(exist_ok=True)
-    workload = replace(plan_work(stage.config, stage.budget.space.size), selection=budget / 1000, sequences=None)
-    return run_finals(stage, RunFolder(folder), search, finalists, workload, WORK), finalists
+    stage = replace(stage, workload=replace(stage.workload, choosing=budget / 1000, sequences=None))
+    return run_finals(stage, RunFolder(folder), search, finalists, WORK), finalists
 
 
 def level(masks_NU: torch.Tensor) -> torch.Tensor:
@@ -130,7 +131,12 @@ def test_no_more_is_spent_than_there_is(
 
     found, _ = choose(stage, tmp_path, monkeypatch, counted, budget=budget)
     assert sum(rows) == found.sequences <= budget
-    assert (found.sequences > 0) == (found.windows > 0) == (budget >= 3) == (tmp_path / "finals.safetensors").is_file()
+    assert (
+        (found.sequences > 0)
+        == (found.windows_read > 0)
+        == (budget >= 3)
+        == (tmp_path / "finals.safetensors").is_file()
+    )
     assert found.sequences > budget - 24, "another heat, of 24, would have fitted"
     assert found.ended.startswith("sequences: ")
 
@@ -140,8 +146,8 @@ def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: py
     text: list[torch.Tensor] = []
     found, _ = choose(stage, tmp_path, monkeypatch, level, budget=200, text=text)
     first = WORK.step * stage.config.search.windows
-    wanted = [stage.train.batch(window, 1) for window in range(first, first + found.windows)]
-    assert torch.equal(torch.cat(text), torch.cat(wanted)) and found.windows == 5 * (1 + len(found.heats))
+    wanted = [stage.train.batch(window, 1) for window in range(first, first + found.windows_read)]
+    assert torch.equal(torch.cat(text), torch.cat(wanted)) and found.windows_read == 5 * (1 + len(found.heats))
 
 
 def test_text_that_was_kept_back(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,10 +158,10 @@ def test_text_that_was_kept_back(stage: Stage, tmp_path: Path, monkeypatch: pyte
         found, _ = choose(
             replace(stage, kept_back=kept_back), tmp_path / str(number), monkeypatch, level, budget=900, text=text
         )
-        wanted = [kept_back.batch(window, 1) for window in range(found.windows)]
+        wanted = [kept_back.batch(window, 1) for window in range(found.windows_read)]
         assert torch.equal(torch.cat(text), torch.cat(wanted))
-        assert found.windows == min(5, count) * (1 + len(found.heats))
-        assert 4 * count - min(5, count) < found.windows <= 4 * count and found.sequences < 600
+        assert found.windows_read == min(5, count) * (1 + len(found.heats))
+        assert 4 * count - min(5, count) < found.windows_read <= 4 * count and found.sequences < 600
         assert found.ended.startswith("text: ") and found.ended.endswith("4 times")
 
 

@@ -10,6 +10,7 @@ import torch
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import EXACT, LOGITS, assert_close
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from bernprune import objective as module
 from bernprune.backends import load_backend
@@ -101,6 +102,22 @@ def test_gathering_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: Object
             assert torch.equal(objective.losses(masks_KU, tokens_BT), found[-1].mean(1))
         assert (max(asked) == 1) == (enough == 27)
     assert_close(found[0], found[1], EXACT)
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
+def test_what_one_mask_removes_is_not_computed(monkeypatch: pytest.MonkeyPatch, density: float) -> None:
+    """The matrix products of its blocks take as much as their kept parameters; those of the output head stay."""
+    monkeypatch.setattr(module, "GATHER_TOKENS", 24)
+    view, tokens_BT = describe(tiny_model("llama"), ("kv_group", "channel")), random_tokens(2, 12)
+    mask_U = torch.zeros(view.space.size, dtype=torch.bool)
+    for group, start in zip(view.space.groups, view.space.starts, strict=False):
+        mask_U[start : start + math.ceil(density * group.count)] = True
+    with FlopCounterMode(display=False) as counter, masked_objective(view, OPS) as objective:
+        objective.losses(mask_U[None], tokens_BT)
+    counts = counter.get_flop_counts()["Global"]
+    kept = int(view.space.costs_U()[mask_U].sum())
+    head = 2 * 11 * view.model.lm_head.weight.numel()  # of the last token nothing is predicted
+    assert sum(counts[name] for name in counts if name.__name__ in ("mm", "addmm")) == 2 * (2 * 12 * kept + head)
 
 
 @pytest.mark.parametrize("given", ["chunks", "gates"])

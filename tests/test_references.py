@@ -42,12 +42,14 @@ def loss_of_gates(gates_U: torch.Tensor) -> float:
 def test_references_are_what_they_are_called() -> None:
     """At a policy that has left its start."""
     search, limits = make_search(FLAT, random_numbers(FLAT.size, 0), Design(1, 2)), Limits(min_channels=2)
+    scores_U = random_numbers(FLAT.size, 8)
     initial_U = select(search.probs_U, search.budget, limits=limits)
     search.probs_U = search.budget.project(random_numbers(FLAT.size, 5), floor=0.05, ceiling=0.95)
-    found = {name: reference(name, search, initial_U, limits) for name in REFERENCES}
+    found = {name: reference(name, search, initial_U, scores_U, limits) for name in REFERENCES}
     assert torch.equal(found["initial"], initial_U)
     assert found["dense"].dtype == torch.bool and found["dense"].all()
-    assert torch.equal(found["current"], select(search.probs_U, search.budget, limits=limits))
+    current_U = select(search.probs_U, search.budget, limits=limits, tie_break_U=scores_U)
+    assert torch.equal(found["current"], current_U)
     assert torch.equal(found["mean-field"], search.probs_U.float())
     assert len({str(gates_U.tolist()) for gates_U in found.values()}) == len(REFERENCES)
 
@@ -58,7 +60,7 @@ def test_every_reference_is_unbiased(name: ReferenceName, past: float | None) ->
     """Over every pair of masks that a step of the real search may draw."""
     space, rate = make_space(["channel"], [(1, 4)]), 0.001
     search = make_search(space, PROBS_U, Design(1, 2), sparsity=0.01)  # so far that nothing is projected
-    gates_U = reference(name, search, MASKS[6], Limits(min_channels=0))
+    gates_U = reference(name, search, MASKS[6], PROBS_U, Limits(min_channels=0))
     reference_BC = torch.tensor([[loss_of_gates(gates_U)]], dtype=torch.float64)
     drawn_TK = tuples(2)
     weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
@@ -79,7 +81,7 @@ def test_a_reference_is_evaluated_beside_the_masks(name: ReferenceName, design: 
     probs_U = 0.3 + 0.6 * random_numbers(view.space.size, 0)
     search = make_search(view.space, probs_U, design)
     initial_U = select(search.probs_U, search.budget)
-    gates_U, masks_BKCU = reference(name, search, initial_U, Limits()), search.ask(0)
+    gates_U, masks_BKCU = reference(name, search, initial_U, initial_U, Limits()), search.ask(0)
     with masked_objective(view, rows_per_forward=4) as objective:
         losses_BKC, reference_BC = evaluate(objective, search, masks_BKCU, tokens_BT, gates_U)
         search.needs_reference = False

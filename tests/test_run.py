@@ -44,7 +44,8 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
-from bernprune.run import loop
+from bernprune.run import forecast, loop
+from bernprune.run.checkpoint import read_state
 from bernprune.run.plans import Learned
 from bernprune.run.stage import set_stage
 from bernprune.run.workload import make_search
@@ -219,6 +220,16 @@ def test_units_prints_what_there_is(place: Place) -> None:
     assert all(word in done.out for word in ("left out", "memory", "time", "640 sequences")) and done.err == ""
 
 
+def test_units_tells_the_time_of_whole_steps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences of the dense model's passes beside each mask's are counted too, as they are in the budget."""
+    ticks = iter([100.0, 103.0])
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks))
+    given = settings("search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}")
+    shown = succeed("units", str(place.model), *given, "--set", "search.sequences=960").out
+    each = 3.0 / (3 * (3 + 1) * 2)  # seconds of three steps of three masks and the dense model on two windows
+    assert f"about {960 * each:,.0f} s of search for 960 sequences" in shown and f"({1 / each:,.0f} a second" in shown
+
+
 def test_help_without_a_command() -> None:
     """``bernprune`` alone explains itself, and is no error."""
     done = run()
@@ -350,6 +361,7 @@ def test_the_held_out_tenth_is_not_learned_from(place: Place) -> None:
     ("more", "kept_back"),
     [
         (("search.sequences=400",), False),  # about 50 windows to learn from
+        (("search.sequences=3600",), True),  # enough to learn from, but not to choose on as well
         (("search.sequences=40000",), True),
         (("search.sequences=40000", "search.selection=0"), False),
         (("search.sequences=null", "search.seconds=1"), True),
@@ -375,6 +387,19 @@ def test_text_is_kept_back_where_all_else_may_be_learned_from(
         assert 0 < len(ends[1]) <= len(stream) / 10
         learned = {tuple(window) for window in ends[0].unfold(0, WINDOW, 1).tolist()}
         assert {tuple(window) for window in stage.initial_windows_WT.tolist()} <= learned
+
+
+def test_several_scores_of_a_start(place: Place) -> None:
+    """Each in a column of its own, in the order asked for, as it is alone; the first starts the policy."""
+    names = ["magnitude", "wanda-sp", "flap"]
+    found = []
+    for score, also in (("magnitude", "[wanda-sp, flap]"), *((name, "[]") for name in names)):
+        out = place.folder / f"{score}-{also}"
+        succeed(*place.prune("search.sequences=0", f"initial.score={score}", f"initial.also={also}", out=out))
+        found.append(read_state(out / "initial.safetensors"))
+    together, *alone = found
+    assert torch.equal(together["scores_US"], torch.cat([start["scores_US"] for start in alone], dim=1))
+    assert torch.equal(together["probs_U"], alone[0]["probs_U"])
 
 
 def test_too_little_text_to_keep_back_is_said(place: Place) -> None:

@@ -21,6 +21,7 @@ from bernprune.run.workload import (
     Workload,
     default_sequences,
     plan_work,
+    scoring_sequences,
 )
 
 UNITS = 5000
@@ -227,6 +228,18 @@ def test_every_pass_of_the_posterior_is_counted(
     steps = (45 - looks) // (2 * passes)
     more = (*METHODS[method], "search.rounds=2", f"search.objective={objective}", "search.sequences=45")
     check_passes(place, monkeypatch, more, steps, 2 * passes * steps + looks)
+
+
+@pytest.mark.parametrize("inputs", ["dense", "pruned"])
+@pytest.mark.parametrize("also", [[], ["flap"], ["flap", "magnitude"]], ids=len)
+@pytest.mark.parametrize("window", [None, 64])
+def test_sequences_of_scoring(inputs: str, also: list[str], window: int | None) -> None:
+    """Windows of each score, half as long ones as halves; on pruned inputs each layer runs all up to it."""
+    initial = {"windows": 12, "window": window, "also": also, "inputs": inputs}
+    config = make_config({"initial": initial, "data": {"window": 128}})
+    layers = 5
+    passes = sum(layer / layers for layer in range(1, layers + 1)) if inputs == "pruned" else 1
+    assert scoring_sequences(config, layers) == (1 + len(also)) * 12 * passes * (window or 128) / 128
 
 
 # Of 150 sequences 60 at most are for the choice: of three masks (of which one leaves) on 3 windows, 8; heats of 14 at

@@ -69,6 +69,11 @@ def initial_probs(
     return probs_U
 
 
+def even_probs(space: UnitSpace, scores_U: torch.Tensor, keep: float, scope: Scope = "layer") -> torch.Tensor:
+    """What a metric keeps by itself: the best of every set that ``initial_probs`` maps, the same share of each."""
+    return initial_probs(space, scores_U, keep=keep, map_name="const", scope=scope)
+
+
 def graded(space: UnitSpace, scores_U: torch.Tensor, scope: Scope = "layer") -> torch.Tensor:
     """Priorities by which a selection takes the same share of every set that ``initial_probs`` maps, at any sparsity.
 

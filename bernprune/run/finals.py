@@ -18,7 +18,7 @@ from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.signals import signals
 from bernprune.run.stage import Stage
-from bernprune.run.workload import Work, Workload
+from bernprune.run.workload import Work
 from bernprune.seeding import generator
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,16 @@ _MARGIN = 1.0  # standard errors by which the best of them must win: the best of
 
 @dataclass
 class Finals:
-    """The mask that is kept.
+    """The mask that is kept, and what it took to choose it.
 
     ``kept`` names the finalist it comes from, ``heats`` say what challengers changed, ``ended`` why there are no more.
+    ``sequences`` were run forward, over ``windows_read`` windows of text, in ``seconds``.
     """
 
     kept: str
     mask_U: torch.Tensor
     sequences: int = 0
-    windows: int = 0
+    windows_read: int = 0
     seconds: float = 0.0
     ended: str = ""
     heats: list[dict[str, Any]] = field(default_factory=list)
@@ -49,7 +50,6 @@ def run_finals(
     folder: RunFolder,
     search: MaskSearch,
     finalists: dict[str, torch.Tensor],
-    workload: Workload,
     work: Work,
     *,
     progress: bool | None = None,
@@ -61,7 +61,7 @@ def run_finals(
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the heats run so far are saved.
     """
-    budget, settings = workload.selection_sequences(work), stage.config.search
+    budget, settings = stage.workload.selection_sequences(work), stage.config.search
     names, masks_NU = list(finalists), torch.stack(list(finalists.values()))
     finals = _restore(folder, work) or Finals(names[0], masks_NU[0])
     hidden = None if progress is None else not progress
@@ -96,7 +96,7 @@ def run_finals(
                 finals.ended = "challengers: none is left"
                 break
             masks_NU = torch.cat([finals.mask_U[None], found_NU])
-            heat = race(masks_NU, text.windows, text.losses, margin=_MARGIN)
+            heat = race(masks_NU, text.heat_windows, text.losses, margin=_MARGIN)
             finals.heats.append({**asdict(heat), "changed_units": int((masks_NU[heat.winner] != finals.mask_U).sum())})
             finals.mask_U = masks_NU[heat.winner]
             settle()
@@ -106,7 +106,7 @@ def run_finals(
 
 @dataclass
 class _Text:
-    """Windows in turn, counted from the first; what they cost is counted here.
+    """Windows in turn from number ``first``, ``heat_windows`` a heat and ``most_read`` in all; counted here.
 
     They are what the search would have read next or, where it may read its text more than once, what was kept back
     from it. Of that there may be less than a heat wants, and it is not read for ever: who is chosen on the same few
@@ -117,8 +117,8 @@ class _Text:
     objective: MaskedObjective
     source: TokenWindows
     first: int
-    windows: int
-    most_windows: float
+    heat_windows: int
+    most_read: float
     finals: Finals
 
     @classmethod
@@ -132,17 +132,18 @@ class _Text:
 
     def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
         """Of each mask on each of the next windows, ``[N, W]``; one that is not finite counts as a very large one."""
-        start = self.first + self.finals.windows
-        self.finals.windows += count
+        start = self.first + self.finals.windows_read
+        self.finals.windows_read += count
         self.finals.sequences += (len(masks_NU) + self._dense) * count
-        tokens_WT = torch.cat([self.source.batch(window, 1) for window in range(start, start + count)])
-        return self.objective.window_losses(masks_NU, tokens_WT).nan_to_num(nan=_LOST, posinf=_LOST)
+        return self.objective.window_losses(masks_NU, self.source.windows(start, count)).nan_to_num(
+            nan=_LOST, posinf=_LOST
+        )
 
     def refuses(self, num_masks: int, budget: int) -> str:
         """Why one more heat of so many masks fits no more: what is left of the sequences, or of the text; or empty."""
-        if self.finals.sequences + self.cost(num_masks, self.windows) > budget:
+        if self.finals.sequences + self.cost(num_masks, self.heat_windows) > budget:
             return "sequences: what is left is less than another heat takes"
-        if self.finals.windows + self.windows > self.most_windows:
+        if self.finals.windows_read + self.heat_windows > self.most_read:
             return f"text: what was kept back for it has been read {_READINGS} times"
         return ""
 
@@ -158,7 +159,7 @@ class _Text:
 
 def _affordable(text: _Text, num_masks: int, budget: int) -> int:
     """Windows of a heat: as many as are wanted, or can be paid."""
-    windows = text.windows
+    windows = text.heat_windows
     while windows and text.cost(num_masks, windows) > budget:
         windows -= 1
     return windows

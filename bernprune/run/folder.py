@@ -168,12 +168,6 @@ def whole_or_gone(path: Path) -> Iterator[None]:
         raise
 
 
-def sync(file: TextIO) -> None:
-    """Make what was written so far durable."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def open_run(path: Path) -> RunFolder:
     """The folder of an existing run. Raises ``RunError`` if there is none."""
     folder = RunFolder(path)

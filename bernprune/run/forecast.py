@@ -10,10 +10,9 @@ from bernprune.config import RunConfig
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import LOGIT_BYTES, masked_objective
-from bernprune.policy.budget import Budget
 from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model
-from bernprune.run.workload import default_sequences, make_search, plan_work, scoring_sequences
+from bernprune.run.workload import default_sequences, make_budget, make_search, plan_work, scoring_sequences
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3
@@ -25,7 +24,7 @@ def forecast(config: RunConfig) -> str:
     The time comes from a few steps on random tokens, here and now.
     """
     device = find_device(config.model.device)
-    check_window(check_family(config), config.data.window)
+    check_window(check_family(config), config.longest_window)
     view = describe(open_model(config, device), config.granularity, sequence_length=config.budget.flops_window)
     return "\n".join([*_units(view), "", *_left_out(view, config), "", *_work(view, config, device)])
 
@@ -70,7 +69,7 @@ def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]
     planned = plan_work(config, view.space.size).sequences
     sequences = default_sequences(view.space.size) if planned is None else planned
     seconds_each = _time_sequences(view, config)
-    evaluations = 5 + len(config.plans.sparsities)
+    evaluations = len(("dense", "uniform", "initial", "pruned", *config.plans.sparsities))
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights = sum(p.numel() * p.element_size() for p in view.model.parameters())
     memory = weights + max(
@@ -101,7 +100,7 @@ def _second_copy(device: torch.device, weights: int) -> int:
 def _time_sequences(view: ModelView, config: RunConfig) -> float:
     """Seconds a sequence of whole steps: sampling, forward passes, and the update of the policy."""
     settings, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
-    budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
+    budget = make_budget(config, view.space)
     keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
     search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U})
     vocab: Any = view.model.config.vocab_size

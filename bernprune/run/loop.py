@@ -21,10 +21,11 @@ from bernprune.policy.masks import with_reference
 from bernprune.policy.search import MaskSearch, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
-from bernprune.run.folder import RunFolder, sync
+from bernprune.run.folder import RunFolder
 from bernprune.run.signals import signals
 from bernprune.run.stage import Stage
-from bernprune.run.workload import Work, Workload, plan_work
+from bernprune.run.workload import Work
+from bernprune.storage import sync_stream
 from bernprune.units import MaskRows
 
 logger = logging.getLogger(__name__)
@@ -51,9 +52,8 @@ def run_search(
         RunError: the checkpoint belongs to other text or units.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    workload = plan_work(stage.config, stage.view.space.size)
     work = _restore(folder, search, stage.text_sha256)
-    loop = _Loop(stage, folder, search, scores_U, initial_U, workload, work)
+    loop, workload = _Loop(stage, folder, search, scores_U, initial_U, work), stage.workload
     settings = stage.config.search
     hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
     with (
@@ -94,7 +94,14 @@ def evaluate(
     return losses_BKC[:, :-1], losses_BKC[:, -1]
 
 
-def reference(name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, limits: Limits) -> torch.Tensor:
+def current_selection(search: MaskSearch, scores_U: torch.Tensor, limits: Limits) -> torch.Tensor:
+    """What would be kept if the search ended now, bool ``[U]``; scores break ties."""
+    return select(search.priorities_U, search.budget, limits=limits, tie_break_U=scores_U)
+
+
+def reference(
+    name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, scores_U: torch.Tensor, limits: Limits
+) -> torch.Tensor:
     """What the baseline ``matched`` compares with in the next step, ``[U]``: a mask, or gates in float32.
 
     All follow from the past alone, so none of them biases the gradient.
@@ -102,7 +109,7 @@ def reference(name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, 
     if name == "dense":
         return torch.ones_like(initial_U)
     if name == "current":
-        return select(search.priorities_U, search.budget, limits=limits)
+        return current_selection(search, scores_U, limits)
     if name == "mean-field":
         return search.probs_U.float()
     return initial_U
@@ -115,17 +122,16 @@ class _Loop:
     search: MaskSearch
     scores_U: torch.Tensor
     initial_U: torch.Tensor
-    workload: Workload
     work: Work
     saved_at: float = field(default_factory=time.monotonic)
 
     def step(self, objective: MaskedObjective, metrics: TextIO) -> StepStats:
         """Ask, evaluate, tell; the work done is counted here and nowhere else."""
         started, step, settings = time.monotonic(), self.work.step, self.stage.config.search
-        learning_rate = self.workload.learning_rate_at(self.work)
+        learning_rate = self.stage.workload.learning_rate_at(self.work)
         masks_BKCU = self.search.ask(step)
         tokens_BT = self.stage.train.batch(step, settings.windows)
-        reference_U = reference(settings.reference, self.search, self.initial_U, self.stage.limits)
+        reference_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
         losses_BKC, reference_BC = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, step)
         stats = self.search.tell(
@@ -135,9 +141,9 @@ class _Loop:
             reference_BC=None if reference_BC is None else reference_BC[finite[0]],
         )
         self.work.step += 1
-        self.work.sequences += self.workload.step_sequences
-        ended = self._look(objective, tokens_BT, stats) if self.workload.round_ends(step) else {}
-        self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.workload.regret or 0)
+        self.work.sequences += self.stage.workload.step_sequences
+        ended = self._look(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
+        self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.stage.workload.regret or 0)
         self.work.seconds += time.monotonic() - started
         self._log(metrics, step, learning_rate, stats, dropped, ended)
         return stats
@@ -145,12 +151,10 @@ class _Loop:
     def _look(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and what would be selected now, on the text of the step."""
         found = self.search.diagnose(self.scores_U)
-        if self.workload.probe_sequences:
-            selected_U = select(
-                self.search.priorities_U, self.search.budget, limits=self.stage.limits, tie_break_U=self.scores_U
-            )
+        if self.stage.workload.probe_sequences:
+            selected_U = current_selection(self.search, self.scores_U, self.stage.limits)
             loss = objective.losses(selected_U[None], tokens_BT).item()
-            self.work.sequences += self.workload.probe_sequences
+            self.work.sequences += self.stage.workload.probe_sequences
             if math.isfinite(loss):  # JSON knows no other numbers
                 found |= {"selected_loss": loss, "gap": stats.loss - loss}
         return {"round": found}
@@ -208,7 +212,7 @@ class _Loop:
             "text_sha256": self.stage.text_sha256,
             "search": self.search.state_dict(),
         }
-        sync(metrics)
+        sync_stream(metrics)
         write_checkpoint(self.folder.checkpoints, self.work.step, state)
         self.saved_at = time.monotonic()
 

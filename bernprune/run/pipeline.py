@@ -19,19 +19,19 @@ from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
-from bernprune.names import Scope, ScoreName
+from bernprune.names import ScoreName
 from bernprune.objective import masked_objective
 from bernprune.picture import draw
-from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.policy.bernoulli import even_probs, graded
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, check_writable, open_run, whole_or_gone
-from bernprune.run.loop import run_search
-from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameters, write_plan
+from bernprune.run.loop import current_selection, run_search
+from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
-from bernprune.run.workload import Work, Workload, make_search, plan_work
+from bernprune.run.workload import Work, make_search, scope_of, start_probs
 from bernprune.scores import SCORES, initial_scores
 from bernprune.storage import write_bytes, write_json
 from bernprune.units import KeepPlan
@@ -59,7 +59,6 @@ def prune(
     folder = RunFolder(Path(out))
     folder.check(config, overwrite=overwrite)  # before the work of loading
     stage = set_stage(config)
-    plan_work(config, stage.view.space.size)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
@@ -99,7 +98,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
     start_U = search.probs_U
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    uniform_U = select(_uniform_probs(stage, scores_U), stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)
+    uniform_U = select(even_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     losses["uniform"] = mask_loss(stage, uniform_U)
     losses["initial"] = mask_loss(stage, initial_U)
     if continued:
@@ -109,14 +109,13 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     if stored is None:
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
-    learned_U = select(search.priorities_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    learned_U = current_selection(search, scores_U, stage.limits)
     finalists = {"learned": learned_U}
     for name, mask_U in (("initial", initial_U), ("uniform", uniform_U)):
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
-    workload = plan_work(stage.config, stage.view.space.size)
-    finals = run_finals(stage, folder, search, finalists, workload, work, progress=progress)
-    report = _report_head(stage, workload, work, finals, initial_U)
+    finals = run_finals(stage, folder, search, finalists, work, progress=progress)
+    report = _report_head(stage, work, finals, initial_U)
     report["diagnostics"] = _last_round(folder)
     learned = Learned(
         stage.view.space, _followed(stage, search, start_U, scores_U)[finals.kept], scores_U, finals.mask_U
@@ -142,7 +141,7 @@ def _followed(
     """The priorities that each finalist goes by at other sparsities."""
     space, initial_U = stage.view.space, start_U
     if stage.config.initial.map == "const":  # which knows two levels only
-        initial_U = graded(space, scores_U, _scope(stage))
+        initial_U = graded(space, scores_U, scope_of(stage.config))
     learned_U = initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
     return {"learned": learned_U, "initial": initial_U, "uniform": graded(space, scores_U)}
 
@@ -161,24 +160,9 @@ def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
 
 def _start(stage: Stage) -> dict[str, torch.Tensor]:
     """Initial scores and probabilities; kept, so that a resumed run starts from the very same."""
-    initial, config = stage.config.initial, stage.config
-    scores_US = torch.stack([_scores(stage, name) for name in (initial.score, *initial.also)], dim=1)
-    probs_U = initial_probs(
-        stage.view.space,
-        scores_US[:, 0],
-        keep=1 - config.budget.sparsity,
-        map_name=initial.map,
-        scope=_scope(stage),
-        sharpness=initial.sharpness,
-        ceiling=config.policy.ceiling,
-    )
-    return {"scores_US": scores_US, "probs_U": probs_U}
-
-
-def _scope(stage: Stage) -> Scope:
-    """FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer."""
     initial = stage.config.initial
-    return initial.scope or ("pooled" if initial.score == "flap" else "layer")
+    scores_US = torch.stack([_scores(stage, name) for name in (initial.score, *initial.also)], dim=1)
+    return {"scores_US": scores_US, "probs_U": start_probs(stage.config, stage.view.space, scores_US[:, 0])}
 
 
 def _scores(stage: Stage, name: ScoreName) -> torch.Tensor:
@@ -206,7 +190,7 @@ def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, 
             figure = perplexity(loss)
         except LossError as error:  # the run's own plan is not to blame
             logger.warning("at sparsity %g, %s", sparsity, error)
-        removed = removed_parameters(learned.space, mask_U)
+        removed = removed_parameter_share(learned.space, mask_U)
         found.append({"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": figure, "plan": path.name})
     if found:
         write_bytes(folder.plans / "table.md", plans_table(found, stage.protocol).encode())
@@ -219,12 +203,6 @@ def _last_round(folder: RunFolder) -> dict[str, Any]:
     return rounds[-1] if rounds else {}
 
 
-def _uniform_probs(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
-    """What the metric keeps when every kind in every layer loses the same share, as near as the budget allows."""
-    keep = 1 - stage.config.budget.sparsity
-    return initial_probs(stage.view.space, scores_U, keep=keep, map_name="const", scope="layer")
-
-
 def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
     """Mean loss of one mask on the evaluation text, nats per token. Raises ``LossError`` if it is not finite."""
     with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
@@ -234,9 +212,7 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
     return loss
 
 
-def _report_head(
-    stage: Stage, workload: Workload, work: Work, finals: Finals, initial_U: torch.Tensor
-) -> dict[str, Any]:
+def _report_head(stage: Stage, work: Work, finals: Finals, initial_U: torch.Tensor) -> dict[str, Any]:
     config, budget, model = stage.config, stage.budget, stage.view.model
     prunable = int(stage.view.space.costs_U("parameters").sum().item())
     device = next(model.parameters()).device
@@ -246,7 +222,7 @@ def _report_head(
             "target": config.budget.sparsity,
             "measure": config.budget.measure,
             "achieved": budget.removed_share(finals.mask_U),
-            "block_parameters": removed_parameters(stage.view.space, finals.mask_U),
+            "block_parameters": removed_parameter_share(stage.view.space, finals.mask_U),
         },
         "parameters": {"prunable": prunable, "dense": stage.view.num_parameters},
         "protocol": stage.protocol.to_dict(),
@@ -255,7 +231,7 @@ def _report_head(
             "forward_tokens": (work.sequences + finals.sequences) * config.data.window,
             "seconds": round(work.seconds + finals.seconds, 2),
             "steps": work.step,
-            "ended": workload.why_over(work),
+            "ended": stage.workload.why_over(work),
             "kept": finals.kept,
             "changed_units": int((initial_U != finals.mask_U).sum()),
             "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},

@@ -11,10 +11,10 @@ import torch
 from bernprune.config import RunConfig
 from bernprune.errors import BudgetError, RunError
 from bernprune.evaluation.perplexity import Protocol
-from bernprune.policy.budget import Budget
-from bernprune.policy.selection import Limits, select
+from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder, open_run
+from bernprune.run.workload import make_budget, make_limits
 from bernprune.storage import write_json
 from bernprune.units import KeepPlan, UnitSpace
 
@@ -61,10 +61,13 @@ class Learned:
             )
         if sparsity == config.budget.sparsity:
             return self.mask_U
-        budget = Budget(self.space, sparsity, measure=config.budget.measure, pools=config.budget.pools)
-        limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
-        core_U = self.mask_U if nested else None
-        return select(self.priorities_U, budget, limits=limits, tie_break_U=self.scores_U, core_U=core_U)
+        return select(
+            self.priorities_U,
+            make_budget(config, self.space, sparsity),
+            limits=make_limits(config),
+            tie_break_U=self.scores_U,
+            core_U=self.mask_U if nested else None,
+        )
 
 
 def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan, *, nested: bool = False) -> Path:
@@ -92,7 +95,7 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
     mask_U = learned.select(config, sparsity, nested=nested)
     plan = learned.space.plan(mask_U)
     path = write_plan(folder, sparsity, plan, nested=nested)
-    return path, {"removed": removed_parameters(learned.space, mask_U), "layers": describe_plan(plan)}
+    return path, {"removed": removed_parameter_share(learned.space, mask_U), "layers": describe_plan(plan)}
 
 
 def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
@@ -112,7 +115,7 @@ def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
     )
 
 
-def removed_parameters(space: UnitSpace, mask_U: torch.Tensor) -> float:
+def removed_parameter_share(space: UnitSpace, mask_U: torch.Tensor) -> float:
     """Share of the prunable block parameters that a mask removes."""
     parameters_U = space.costs_U("parameters")
     return 1 - ((parameters_U * space.alive(mask_U)).sum() / parameters_U.sum()).item()

@@ -13,14 +13,14 @@ from bernprune.backends import MaskedOps, find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import DataError
+from bernprune.errors import DataError, ModelError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
 from bernprune.models.families import family_of
 from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
 from bernprune.models.view import ModelView, describe
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
-from bernprune.run.workload import Workload, plan_work
+from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
 from bernprune.text import load_documents
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ _LEAST_KEPT_BACK = 32  # windows; a choice on fewer would be worse than one on t
 class Stage:
     """A model with its units, a budget, and text.
 
-    ``kept_back`` is for the final choice: windows that are not in ``train``, where the search may read that more than
-    once. Elsewhere it is None, and the choice goes on in ``train`` where the search ended.
+    ``kept_back`` is for the final choice: windows that are not in ``train``. It is None if the search reads no window
+    twice, or the text is too short; then the choice goes on in ``train`` where the search ended.
     """
 
     config: RunConfig
@@ -45,6 +45,7 @@ class Stage:
     ops: MaskedOps
     budget: Budget
     limits: Limits
+    workload: Workload
     train: TokenWindows
     kept_back: TokenWindows | None
     initial_windows_WT: torch.Tensor
@@ -62,7 +63,7 @@ def set_stage(config: RunConfig) -> Stage:
     device = find_device(config.model.device)
     ops = load_backend(config.backend, device)
     model_config = check_family(config)
-    check_window(model_config, max(config.data.window, config.initial.window or 0))
+    check_window(model_config, config.longest_window)
     tokenizer = open_tokenizer(config)
     # Text before weights: a typing error in its name must not cost the loading of a large model.
     stream, held_out, eval_name = _text(config, tokenizer, model_config.vocab_size)
@@ -75,10 +76,10 @@ def set_stage(config: RunConfig) -> Stage:
         )
     model = open_model(config, device)
     view = describe(model, config.granularity, sequence_length=config.budget.flops_window)
-    budget = Budget(view.space, config.budget.sparsity, measure=config.budget.measure, pools=config.budget.pools)
-    limits = Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
+    budget, limits = make_budget(config, view.space), make_limits(config)
     _try_budget(config, budget, limits)
-    learned, kept_back = _keep_back(config, stream, plan_work(config, view.space.size))
+    workload = plan_work(config, view.space.size)
+    learned, kept_back = _keep_back(config, stream, workload)
     with _naming(config.data.text):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     logger.info(
@@ -92,6 +93,7 @@ def set_stage(config: RunConfig) -> Stage:
         ops,
         budget,
         limits,
+        workload,
         train,
         kept_back,
         initial_WT,
@@ -106,8 +108,7 @@ def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
     select(probs_U, budget, limits=limits)
     for sparsity in config.plans.sparsities:
-        other = Budget(budget.space, sparsity, measure=config.budget.measure, pools=config.budget.pools)
-        select(probs_U, other, limits=limits)
+        select(probs_U, make_budget(config, budget.space, sparsity), limits=limits)
     project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
     project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
 
@@ -128,14 +129,20 @@ def open_tokenizer(config: RunConfig) -> Any:
 
 
 def open_model(config: RunConfig, device: torch.device) -> Any:
-    """A fresh copy of the dense model."""
-    return load_model(
-        config.model.path,
-        dtype=config.model.dtype,
-        device=device,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-    )
+    """A fresh copy of the dense model. Raises ``ModelError`` also if the GPU's memory is full."""
+    try:
+        return load_model(
+            config.model.path,
+            dtype=config.model.dtype,
+            device=device,
+            revision=config.model.revision,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"the memory of {device} is full before {config.model.path} is loaded; another model.device, or a shorter "
+            "model.dtype, may do"
+        ) from error
 
 
 @contextmanager

@@ -8,13 +8,17 @@ import torch
 
 from bernprune.config import RunConfig, SearchConfig
 from bernprune.errors import ConfigError
+from bernprune.names import Scope
 from bernprune.policy.baselines import make_baseline
+from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
 from bernprune.policy.race import CHALLENGERS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
+from bernprune.policy.selection import Limits
+from bernprune.units import UnitSpace
 
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
@@ -36,7 +40,7 @@ class Work:
 class Workload:
     """How much is to be done: steps of ``step_sequences`` windows, or as many as fit in ``seconds``; and a round's.
 
-    At the end of a round, what would be selected now is looked at on ``probe_sequences`` more. ``selection`` is what
+    At the end of a round, what would be selected now is looked at on ``probe_sequences`` more. ``choosing`` is what
     may be run to choose among finalists, as a share of what the search took; ``sequences`` is the limit of all.
     """
 
@@ -47,7 +51,7 @@ class Workload:
     probe_sequences: int
     round_steps: float
     learning_rate: float
-    selection: float
+    choosing: float
     regret: float | None
 
     def progress(self, work: Work) -> float:
@@ -63,8 +67,8 @@ class Workload:
         if work.settled:
             return f"settled: knowing every unit exactly would be expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
-            return "sequences: all that it was given are spent"
-        return "seconds: all that it was given are spent"
+            return "sequences: all that it was given were spent"
+        return "seconds: all that it was given were spent"
 
     def round_ends(self, step: int) -> bool:
         """Whether a round ends with this step."""
@@ -72,7 +76,7 @@ class Workload:
 
     def selection_sequences(self, work: Work) -> int:
         """What may be run forward to choose among finalists, after a search of so much work."""
-        share = int(self.selection * work.sequences + HAIR)
+        share = int(self.choosing * work.sequences + HAIR)
         return share if self.sequences is None else min(share, self.sequences - work.sequences)
 
     def windows_read(self, search: SearchConfig) -> tuple[float, float]:
@@ -80,7 +84,7 @@ class Workload:
         learning = math.inf if self.steps is None else float(self.steps * search.windows)
         work = Work(sequences=0 if self.steps is None else self.steps * self.step_sequences)
         heats = self.selection_sequences(work) / heat_sequences(1 + CHALLENGERS, search.final_windows)
-        choosing = search.final_windows * (1 + heats) if self.selection else 0.0
+        choosing = search.final_windows * (1 + heats) if self.choosing else 0.0
         return learning, math.inf if choosing and self.steps is None else choosing
 
     def learning_rate_at(self, work: Work) -> float:
@@ -126,7 +130,7 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
         probe_sequences=probe_sequences,
         round_steps=max(1, steps) / max(1, rounds),
         learning_rate=search.learning_rate,
-        selection=search.selection / searching,
+        choosing=search.selection / searching,
         regret=regret,
     )
 
@@ -159,6 +163,35 @@ def scoring_sequences(config: RunConfig, num_layers: int) -> int:
 def default_sequences(num_units: int) -> int:
     """A sensible number of windows to run forward for so many units."""
     return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
+
+
+def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = None) -> Budget:
+    """That of a run, or one like it for another sparsity. Raises ``BudgetError`` if units and pools do not fit."""
+    given = config.budget
+    return Budget(space, given.sparsity if sparsity is None else sparsity, measure=given.measure, pools=given.pools)
+
+
+def make_limits(config: RunConfig) -> Limits:
+    """What every selection of a run leaves in each layer."""
+    return Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
+
+
+def scope_of(config: RunConfig) -> Scope:
+    """FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer."""
+    return config.initial.scope or ("pooled" if config.initial.score == "flap" else "layer")
+
+
+def start_probs(config: RunConfig, space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
+    """Where the policy starts, float64 ``[U]``, not yet on the budget."""
+    return initial_probs(
+        space,
+        scores_U,
+        keep=1 - config.budget.sparsity,
+        map_name=config.initial.map,
+        scope=scope_of(config),
+        sharpness=config.initial.sharpness,
+        ceiling=config.policy.ceiling,
+    )
 
 
 def _baseline(config: RunConfig) -> Any:
