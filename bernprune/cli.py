@@ -1,4 +1,4 @@
-"""The command line: the only room that parses arguments or prints."""
+"""The command line: the only module that parses arguments or prints."""
 
 import json
 import logging

@@ -371,7 +371,7 @@ class RunConfig(_Section):
         return max(self.data.window, self.initial.window or 0)
 
     @property
-    def chunk(self) -> int:
+    def chunk_tokens(self) -> int:
         """Tokens of a chunk."""
         window = self.data.window
         return self.search.chunk or max((size for size in USUAL_CHUNKS if window % size == 0), default=window)

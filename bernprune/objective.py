@@ -21,13 +21,13 @@ from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName, check_name
 from bernprune.units import MaskRows
 
-# Of one float32 chunk of logits, by type of device. A GPU must not read the output embedding for too few tokens; a
-# processor does best with chunks near the size of its caches.
+# Of the logits in float32 at once, by type of device. A GPU must not read the output embedding for too few tokens; a
+# processor does best with about the size of its caches.
 LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 GATHER_TOKENS = 1024  # of one mask, from which on gathering its weights costs less than it saves, or as much
 
 
-def _chunk_tokens(head: nn.Linear) -> int:
+def _tokens_at_once(head: nn.Linear) -> int:
     return max(1, LOGIT_BYTES[head.weight.device.type] // (4 * head.weight.shape[0]))
 
 
@@ -37,9 +37,9 @@ def _logits(head: nn.Linear, hidden_ND: torch.Tensor) -> torch.Tensor:
 
 
 def token_losses(head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy in nats, at least float32, ``[R, T - 1]``, in chunks of tokens."""
+    """Next-token cross-entropy in nats, at least float32, ``[R, T - 1]``; a few tokens at a time."""
     hidden_ND, targets_N = hidden_RTD[:, :-1].flatten(0, 1), tokens_RT[:, 1:].flatten()
-    size = _chunk_tokens(head)
+    size = _tokens_at_once(head)
     parts = [
         F.cross_entropy(_logits(head, hidden), targets, reduction="none")
         for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True)
@@ -48,8 +48,8 @@ def token_losses(head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Ten
 
 
 def token_divergences(head: nn.Linear, hidden_RTD: torch.Tensor, dense_RTD: torch.Tensor) -> torch.Tensor:
-    """KL(dense || masked) of the next-token distributions in nats, ``[R, T]``, in chunks of tokens."""
-    size = max(1, _chunk_tokens(head) // 2)
+    """KL(dense || masked) of the next-token distributions in nats, ``[R, T]``; a few tokens at a time."""
+    size = max(1, _tokens_at_once(head) // 2)
     parts = []
     for hidden, dense in zip(hidden_RTD.flatten(0, 1).split(size), dense_RTD.flatten(0, 1).split(size), strict=True):
         ours, theirs = _logits(head, hidden).log_softmax(-1), _logits(head, dense).log_softmax(-1)

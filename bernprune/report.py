@@ -34,7 +34,7 @@ def _choice(search: dict[str, Any]) -> list[str]:
         )
     if search["kept"] != "learned":
         row = ROWS[search["kept"]]
-        lines.append(f"selected     the row '{row}': on training text, what was learned did not beat it")
+        lines.append(f"kept         comes from the row '{row}', which what was learned did not beat on other text")
     return lines
 
 

@@ -10,7 +10,7 @@ from bernprune.errors import ConfigError
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested ``base`` with the entries of ``over`` in their place; a section that is not one stays to be refused."""
+    """Nested ``base`` with the entries of ``over`` in their place, also where only one of the two is a section."""
     merged = dict(base)
     for key, value in over.items():
         known = merged.get(key)

@@ -26,8 +26,8 @@ from benchmarks.learning.rivals import METHODS, RIVALS, Method
 from benchmarks.learning.rivals.ablations import ABLATIONS
 from benchmarks.learning.rivals.bonsai import _candidates, _pair, ridge
 from benchmarks.learning.rivals.evopress import Switches
-from benchmarks.learning.rivals.l0 import soft_gates
-from benchmarks.learning.rivals.ste import falling_rates, prefix
+from benchmarks.learning.rivals.gradients import falling_rates
+from benchmarks.learning.rivals.ste import prefix
 from benchmarks.learning.rivals.taylor import unit_importance
 from benchmarks.learning.rows import KEY, append_row, overlap, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, Meter, OverBudget, Source, Task
@@ -120,7 +120,7 @@ def test_every_method(name: str, index: int, source: Source) -> None:
     task = task_of(source, limit=limit)
     before = {key: value.clone() for key, value in task.view.model.state_dict().items()}
     with rows_run(task) as rows:
-        mask_U = method.run(task, limit, 0, method.grid[index])
+        mask_U = method.run(task, method.grid[index])
     assert not any(parameter.requires_grad for parameter in task.view.model.parameters())
     assert all(value.equal(before[key]) for key, value in task.view.model.state_dict().items())
     assert 0 < task.meter.sequences <= limit
@@ -153,7 +153,7 @@ def test_equal_seeds_give_equal_masks(name: str, source: Source) -> None:
     """And others do not, or nothing would be random."""
     method = METHODS[name]
     limit = limit_of(name)
-    masks = [method.run(task_of(source, seed=seed, limit=limit), limit, seed, method.grid[0]) for seed in (0, 0, 1)]
+    masks = [method.run(task_of(source, seed=seed, limit=limit), method.grid[0]) for seed in (0, 0, 1)]
     assert masks[0].equal(masks[1])
     assert not masks[0].equal(masks[2])
 
@@ -163,7 +163,7 @@ def test_every_ingredient_is_missed(source: Source) -> None:
     learning = {"data": {"window": 64}, "search": {"selection": 0.0, "rounds": 4}}  # two chunks a window
     unseen = replace(source, config=merge(CONFIG, learning))
     names = ["default", *(f"without-{name}" for name, ablation in ABLATIONS.items() if not ablation.given)]
-    masks = {name: METHODS[name].run(task_of(unseen), SEQUENCES, 0, {}) for name in names}
+    masks = {name: METHODS[name].run(task_of(unseen), {}) for name in names}
     assert [name for name in names if masks[name].equal(masks["default"])] == ["default"]
 
 
@@ -351,18 +351,6 @@ def test_the_prefix_fits(source: Source) -> None:
         assert (unit in kept) == (cost <= limit or unit in best)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.1, 1e-6])
-def test_soft_gates_meet_the_budget(temperature: float, source: Source) -> None:
-    """In the order of their values, from 0 to 1, and nearly hard where it is cold."""
-    task = task_of(source)
-    values_U = torch.rand(task.space.size, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    gates_U = soft_gates(values_U, task.budget.costs_U, 1 - SPARSITY, temperature)
-    assert_close((gates_U @ task.budget.costs_U).item(), (1 - SPARSITY) * task.budget.total, 1e-6)
-    assert gates_U.min() >= 0 and gates_U.max() <= 1
-    assert (gates_U[values_U.argsort()].diff() >= 0).all()
-    assert ((gates_U > 0) & (gates_U < 1)).sum() <= (task.space.size if temperature > 1e-3 else 1)
-
-
 def test_rates_fall_and_add_up(source: Source) -> None:
     """To the travel, whatever the budget; and too small a budget is refused."""
     for limit in (16, 100, 2400):
@@ -380,7 +368,7 @@ def test_rates_fall_and_add_up(source: Source) -> None:
 def fake(mask_seed: int) -> Any:
     """A method that runs two windows and keeps what a seed says; it counts its calls."""
 
-    def method(task: Task, budget_sequences: int, seed: int, settings: Any) -> torch.Tensor:
+    def method(task: Task, settings: Any) -> torch.Tensor:
         calls.append(settings)
         task.losses(random_masks(task, 1), task.text(2))
         scores_U = task.scores("random") if settings.get("poor") else task.scores()
@@ -441,8 +429,8 @@ def test_settings_that_are_too_dear_are_not_tried(
 ) -> None:
     """The best of the others is taken; if there is none, the method is left out with a sentence."""
 
-    def dear(task: Task, budget_sequences: int, seed: int, settings: Any) -> torch.Tensor:
-        if budget_sequences < settings["least"]:
+    def dear(task: Task, settings: Any) -> torch.Tensor:
+        if task.meter.left < settings["least"]:
             raise ConfigError("too few")
         return task.uniform_mask()
 

@@ -347,10 +347,10 @@ def test_their_valid_neighbours(case: str) -> None:
 @pytest.mark.parametrize("window", [2, 16, 31, 32, 33, 34, 37, 64, 100, 128, 1022, 1024])
 def test_a_chunk_is_the_largest_that_fits(window: int) -> None:
     """From 8 to 32 tokens, without a rest, or else the whole window; or what is given."""
-    chunk = make_config({"data": {"window": window}}).chunk
+    chunk = make_config({"data": {"window": window}}).chunk_tokens
     usual = [size for size in range(8, 33) if window % size == 0]
     assert chunk == (usual[-1] if usual else window)
-    assert make_config({"data": {"window": window}, "search": {"chunk": window}}).chunk == window
+    assert make_config({"data": {"window": window}, "search": {"chunk": window}}).chunk_tokens == window
 
 
 # --- storing ---

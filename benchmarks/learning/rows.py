@@ -14,6 +14,7 @@ from bernprune.errors import DataError
 from bernprune.storage import write_bytes
 
 Row = dict[str, Any]
+ABLATED = "without-"  # before the name of an ingredient: the method that lacks it
 KEY = ("model", "method", "settings", "sparsity", "sequences", "seed")
 
 

@@ -33,7 +33,7 @@ SEEDS, SPARSITIES, SEQUENCES = [0, 1, 2, 3, 4], [0.2, 0.3, 0.5], {"stories": 20_
 PARTS: list[tuple[list[str], list[float], list[float]]] = [
     (RIVALS, SPARSITIES, [1]),
     (["default", "paper"], [0.3], [8]),
-    (["default", "reinforce", "paper"], [0.3], [0.25, 0.5, 2]),
+    (["default", "reinforce", "paper", "l0"], [0.3], [0.25, 0.5, 2]),
     ([name for name in METHODS if name not in RIVALS], [0.3], [1]),
 ]
 SWEEP_SEED, SWEEP_SHARE, SWEEP_LEAST = 100, 0.2, 4096  # of the seeds none; of the budget a fifth, or what tells more
@@ -87,7 +87,7 @@ class Bench:
         limit, seed = key["sequences"], key["seed"]
         task = Task(SOURCES[key["model"]], self._scratch, sparsity=key["sparsity"], seed=seed, limit=limit)
         started = time.monotonic()
-        mask_U = METHODS[key["method"]].run(task, limit, seed, key["settings"])
+        mask_U = METHODS[key["method"]].run(task, key["settings"])
         seconds = time.monotonic() - started
         masks_KU = torch.stack([torch.ones_like(mask_U), task.uniform_mask(), mask_U])
         (dense, uniform, loss), protocol = task.report(masks_KU, held_out=held_out)

@@ -21,15 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.learning.rows import Row, overlap, read_rows
+from benchmarks.learning.rows import ABLATED, Row, overlap, read_rows
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.perplexity import perplexity
 from bernprune.storage import write_bytes
 
 HERE = Path(__file__).parent
-
-
-ABLATION = "without-"
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ def table(places: dict[Place, list[Line]]) -> str:
 
 
 def _rivals(lines: list[Line]) -> list[Line]:
-    return [line for line in lines if not line.method.startswith(ABLATION)]
+    return [line for line in lines if not line.method.startswith(ABLATED)]
 
 
 def _uniform(lines: list[Line]) -> float:
@@ -138,12 +135,12 @@ def _ablations(lines: list[Line]) -> list[list[str]]:
     }
     found = []
     for line in reversed(lines):
-        if line.method.startswith(ABLATION):
+        if line.method.startswith(ABLATED):
             at = [(row["loss"], shipped.get((row["sequences"], row["seed"]))) for row in line.rows]
             worse = [loss - usual for loss, usual in at if usual is not None]
             error = statistics.stdev(worse) / math.sqrt(len(worse)) if len(worse) > 1 else math.nan
             if worse:
-                name, sequences = line.method.removeprefix(ABLATION), line.rows[0]["sequences"]
+                name, sequences = line.method.removeprefix(ABLATED), line.rows[0]["sequences"]
                 numbers = [f"{sequences:,}", f"{statistics.fmean(worse):+.4f}", f"{error:.4f}", f"{len(worse)}"]
                 found.append([name, *numbers])
     return found

@@ -26,17 +26,20 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bernprune.config import RunConfig, make_config
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what is simulated is the checkout that this file lies in
+
+from bernprune.config import make_config
 from bernprune.evaluation.latency import machine
-from bernprune.policy.bernoulli import initial_probs
+from bernprune.policy.bernoulli import even_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
-from bernprune.run.workload import Work, make_search, plan_work
+from bernprune.run.workload import Work, make_budget, make_search, plan_work, start_probs
 from bernprune.seeding import generator
 from bernprune.units import Architecture, LayerShape, UnitGroup, UnitSpace
 
 SPARSITY, START_EXCESS, TEXT_SPREAD, TEXT_SHARE = 0.3, 1.2, 0.35, 3.0
-LAYERS, HEADS_OF_A_CHANNEL = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
+LOOKS = 8  # at what would be selected, in a run
+LAYERS, CHANNELS_OF_A_HEAD = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper, rate 0.002": {"preset": "paper"},
@@ -47,7 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def make_space(num_units: int) -> UnitSpace:
     """About so many units in 32 layers, in the proportions of Llama-2-7B."""
-    heads = max(2, round(num_units / LAYERS / (HEADS_OF_A_CHANNEL + 1)))
+    heads = max(2, round(num_units / LAYERS / (CHANNELS_OF_A_HEAD + 1)))
     channels = num_units // LAYERS - heads
     shapes = (LayerShape(heads, heads, channels),) * LAYERS
     groups = [
@@ -92,10 +95,10 @@ class Surrogate:
 
     def _best(self, budget: Budget) -> torch.Tensor:
         """By true worths at the margin, until they change no more."""
-        mask_U, share_L = torch.ones(self.space.size, dtype=torch.bool), torch.zeros(LAYERS, dtype=torch.float64)
+        mask_U, lost_L = torch.ones(self.space.size, dtype=torch.bool), torch.zeros(LAYERS, dtype=torch.float64)
         for _ in range(50):
-            share_L = 0.7 * share_L + 0.3 * self._by_layer(mask_U)
-            margin_U = self.worth_U * (1 + 2 * self.curvature * share_L[self.layers_U])
+            lost_L = 0.7 * lost_L + 0.3 * self._by_layer(mask_U)
+            margin_U = self.worth_U * (1 + 2 * self.curvature * lost_L[self.layers_U])
             mask_U = select(margin_U / budget.costs_U, budget, limits=Limits())
         return mask_U
 
@@ -116,31 +119,32 @@ class Surrogate:
         return torch.stack(parts)
 
     def recovered(self, mask_U: torch.Tensor) -> float:
+        """The share of what can be gained, see above."""
         return (self.start - self.excess(mask_U)) / (self.start - self.best)
 
 
 def uniform_selection(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
-    probs_U = initial_probs(space, scores_U, keep=1 - SPARSITY, map_name="const", scope="layer")
+    """What the score keeps when every layer and kind loses the same share."""
+    probs_U = even_probs(space, scores_U, 1 - SPARSITY)
     return select(probs_U, Budget(space, SPARSITY), limits=Limits(), tie_break_U=scores_U)
 
 
-def run(name: str, num_units: int, sequences: int, seed: int, looks: int = 8) -> list[dict[str, Any]]:
-    """Rows of one search: recovered importance after each eighth of it."""
+def run(name: str, num_units: int, sequences: int, seed: int) -> list[dict[str, Any]]:
+    """Rows of one search: recovered importance at each look."""
     space = make_space(num_units)
     surrogate = Surrogate(space, seed)
     given = METHODS[name]
     config = make_config({**given, "seed": seed, "search": {**given.get("search", {}), "sequences": sequences}})
-    budget = Budget(space, SPARSITY, pools=config.budget.pools)
-    probs_U = start_of(config, space, surrogate.scores_U)
-    search = make_search(config, budget, {"probs_U": probs_U, "scores_US": surrogate.scores_U})
+    budget, scores_U = make_budget(config, space), surrogate.scores_U
+    search = make_search(config, budget, {"probs_U": start_probs(config, space, scores_U), "scores_US": scores_U})
     workload, work, rows, started = plan_work(config, space.size), Work(), [], time.monotonic()
     steps = workload.steps or 0
     for step in tqdm(range(steps), desc=f"{name}, {num_units:,} units", disable=not sys.stderr.isatty()):
         masks_BKCU = search.ask(step)[:]  # drawn once
         search.tell(masks_BKCU, surrogate.losses(masks_BKCU, step), learning_rate=workload.learning_rate_at(work))
         work.step += 1
-        if (step + 1) * looks // steps > step * looks // steps:
-            mask_U = select(search.priorities_U, budget, limits=Limits(), tie_break_U=surrogate.scores_U)
+        if (step + 1) * LOOKS // steps > step * LOOKS // steps:
+            mask_U = select(search.priorities_U, budget, limits=Limits(), tie_break_U=scores_U)
             rows.append(
                 {
                     "method": name,
@@ -159,20 +163,8 @@ def run(name: str, num_units: int, sequences: int, seed: int, looks: int = 8) ->
     return rows
 
 
-def start_of(config: RunConfig, space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
-    initial = config.initial
-    return initial_probs(
-        space,
-        scores_U,
-        keep=1 - SPARSITY,
-        map_name=initial.map,
-        scope="layer",
-        sharpness=initial.sharpness,
-        ceiling=config.policy.ceiling,
-    )
-
-
 def main() -> None:
+    """Run what was asked for, one after the other, and append the rows."""
     parser = argparse.ArgumentParser(description="Recovered importance against budget on a surrogate loss.")
     parser.add_argument("--units", type=int, nargs="+", default=[3_520, 14_080])
     parser.add_argument("--per-unit", type=float, nargs="+", default=[0.7, 5.6], help="sequences for each unit")

@@ -25,7 +25,7 @@ from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol
 from bernprune.models.loading import load_config, load_tokenizer
 from bernprune.names import Scope
 from bernprune.objective import masked_objective, token_losses
-from bernprune.policy.bernoulli import initial_probs
+from bernprune.policy.bernoulli import even_probs
 from bernprune.policy.selection import select
 from bernprune.run.stage import set_stage
 from bernprune.scores import SCORES, initial_scores
@@ -84,6 +84,7 @@ class Meter:
 
     @property
     def left(self) -> int:
+        """Windows that may still be run."""
         return self.limit - self.sequences
 
     @property
@@ -130,10 +131,15 @@ class Task:
 
     # What a method may use, and pays for
 
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn."""
+        return self.stage.config.seed
+
     def text(self, count: int) -> torch.Tensor:
         """The next training windows, ``[B, T]``; reading is free, running is not."""
         first, self._read = self._read, self._read + count
-        return torch.cat([self.stage.train.batch(index, 1) for index in range(first, first + count)])
+        return self.stage.train.windows(first, count)
 
     def losses(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each mask, float64 ``[K]``, nats per token."""
@@ -162,16 +168,7 @@ class Task:
 
     def select_by(self, scores_U: torch.Tensor, scope: Scope) -> torch.Tensor:
         """As ``select``; each kind loses the same share in every layer, or over all layers, or all are pooled."""
-        keep = 1 - self.budget.sparsity
-        probs_U = initial_probs(self.space, scores_U, keep=keep, map_name="const", scope=scope)
-        return self.select(probs_U, scores_U)
-
-    def ranks(self, scores_U: torch.Tensor) -> torch.Tensor:
-        """Rank of each unit's score among those of its kind and layer, float64 ``[U]`` in (0, 1)."""
-        ranks_U = torch.empty(self.space.size, dtype=torch.float64)
-        for units in self.groups:
-            ranks_U[units] = (scores_U[units].argsort(stable=True).argsort(stable=True).double() + 0.5) / len(units)
-        return ranks_U
+        return self.select(even_probs(self.space, scores_U, 1 - self.budget.sparsity, scope), scores_U)
 
     # What the benchmark itself looks at, unmetered
 

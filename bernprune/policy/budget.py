@@ -74,6 +74,11 @@ class Budget:
         else:
             self.pools = [self._pool(kind, space.of_kind(kind)) for kind in space.kinds]
 
+    @property
+    def most(self) -> float:
+        """What a selection may cost, over all pools."""
+        return sum(pool.most for pool in self.pools)
+
     def __str__(self) -> str:
         pools = f" of each of {', '.join(pool.name for pool in self.pools)}" if len(self.pools) > 1 else ""
         return f"{self.sparsity:.6g} of all {self.measure}{pools}"

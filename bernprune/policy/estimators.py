@@ -8,7 +8,7 @@ Letters: K masks, U units.
 import torch
 
 from bernprune.names import Scaling
-from bernprune.policy.masks import blocks
+from bernprune.policy.masks import row_slices
 from bernprune.units import MaskRows
 
 
@@ -34,7 +34,7 @@ def reinforce(
     """
     weights_K = advantages_K.to(probs_U.dtype) / len(masks_KU)
     deviations_U = torch.zeros_like(probs_U)
-    for rows in blocks(masks_KU):
+    for rows in row_slices(masks_KU):
         deviations_U = deviations_U + weights_K[rows] @ (masks_KU[rows].to(probs_U.dtype) - probs_U)
     if scaling == "natural":
         return deviations_U

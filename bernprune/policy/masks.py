@@ -129,7 +129,7 @@ class Masks:
         draws_N, masks_N = self._coupled(rows_N)
         draws_D, which_N = draws_N.unique(return_inverse=True)
         kept_NU = torch.empty(len(rows_N), len(self.probs_U), dtype=torch.bool, device=self.probs_U.device)
-        for draws, units in self._blocks(len(draws_D)):
+        for draws, units in self._tiles(len(draws_D)):
             whole = range(units.start, units.stop + -units.stop % ORDERS)
             words_DV = mask_words(self.seed, self.step, draws_D[draws].to(kept_NU.device), whole)
             here_N = (which_N >= draws.start) & (which_N < draws.stop)
@@ -146,7 +146,7 @@ class Masks:
         masks, chunks = self.design.masks, self.design.chunks
         return rows_N // (masks * chunks) * chunks + rows_N % chunks, rows_N // chunks % masks
 
-    def _blocks(self, num_draws: int) -> Iterator[tuple[slice, range]]:
+    def _tiles(self, num_draws: int) -> Iterator[tuple[slice, range]]:
         """Rows of random numbers and units, a block of them after the other; an exact mask needs all units at once."""
         size = len(self.probs_U)
         width = size if self.design.sampling == "exact" else min(size, _BLOCK)
@@ -200,7 +200,7 @@ def contrast(probs_U: torch.Tensor, design: Design) -> torch.Tensor:
     return pairs_U / (masks * (masks - 1))
 
 
-def blocks(masks: MaskRows) -> Iterator[slice]:
+def row_slices(masks: MaskRows) -> Iterator[slice]:
     """Slices of the first dimension, for who turns masks into numbers; each of few entries, or of one of its masks."""
     size = max(1, _ENTRIES // math.prod(masks.shape[1:]))
     for first in range(0, len(masks), size):

@@ -25,7 +25,7 @@ from bernprune.errors import ConfigError, RunError
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
-from bernprune.policy.masks import Design, blocks, contrast
+from bernprune.policy.masks import Design, contrast, row_slices
 from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
 from bernprune.units import MaskRows, UnitSpace
 
@@ -212,7 +212,7 @@ class PosteriorSearch(MaskSearch):
         """
         chunks, contrast_U = losses_BKC.shape[-1], self._contrast_U(masks_BKCU)
         effects, advantages = [], []
-        for windows in blocks(masks_BKCU):
+        for windows in row_slices(masks_BKCU):
             losses, masks_BNU = losses_BKC[windows], masks_BKCU[windows].flatten(1, 2).double()
             predicted = -(masks_BNU @ self.worth_U).view_as(losses) / chunks
             advantages.append(less_the_others(rewards_to_go(losses - predicted, self.discount)))

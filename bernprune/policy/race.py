@@ -17,7 +17,8 @@ CHALLENGERS = 7  # of a heat, beside the mask they challenge
 
 @dataclass(frozen=True)
 class Heat:
-    """Who won, by its index; its mean loss less that of mask 0 on the windows that both saw, and the standard error."""
+    """Who won, by its index; and of the best challenger, whether it won or not, its loss less that of mask 0 on the
+    windows that both saw, in nats per token, and the standard error."""
 
     winner: int
     difference: float
@@ -73,7 +74,7 @@ def challengers(
     or takes is settled by the next best units of the whole model.
     """
     budget, priorities_U = search.budget, search.priorities_U
-    level = _level(priorities_U, budget.costs_U, (1 - budget.sparsity) * budget.total)
+    level = _level(priorities_U, budget.costs_U, budget.most)
     base_U = torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=level))
     # Of few units at a time, whatever the model's size, or what they change cannot be told from noise.
     moves = [_redecide(8), _lean, _redecide(32), _lean, _redecide(128), _lean, _turn]

@@ -42,7 +42,7 @@ class MaskSearch(ABC):
         design: how the masks of a step are laid out.
 
     Raises:
-        BudgetError: as many probabilities as units are needed.
+        BudgetError: the number of probabilities is not that of the units.
         ConfigError: exact masks of units that lie in one another.
     """
 
@@ -108,7 +108,7 @@ class MaskSearch(ABC):
         """Raises ``RunError`` if the state belongs to other units, another budget or another method."""
 
     def _contrast_U(self, masks_BKCU: MaskRows) -> torch.Tensor:
-        """See ``contrast``."""
+        """See ``contrast``. Raises ``ConfigError`` if some of a step's antithetic masks are missing."""
         given, asked = masks_BKCU.shape[1], self.design.masks
         if self.design.sampling == "antithetic" and given != asked:
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")

@@ -236,5 +236,5 @@ def _design(config: RunConfig) -> Design:
     search = config.search
     if search.masks_per == "batch":
         return Design(1, search.masks, sampling=search.sampling)
-    chunks = config.data.window // config.chunk if search.masks_per == "chunk" else 1
+    chunks = config.data.window // config.chunk_tokens if search.masks_per == "chunk" else 1
     return Design(search.windows, search.masks, chunks, search.sampling)

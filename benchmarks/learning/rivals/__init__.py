@@ -1,4 +1,4 @@
-"""All methods by name: each a function ``(task, budget_sequences, seed, settings) -> mask_U``, and its settings.
+"""All methods by name: each a function ``(task, settings) -> mask_U``, and its settings.
 
 Of several settings the best is found by a sweep on development text, at a fifth of the budget.
 """
@@ -17,14 +17,15 @@ from benchmarks.learning.rivals.metrics import metric
 from benchmarks.learning.rivals.ours import default, paper, reinforce
 from benchmarks.learning.rivals.ste import ste
 from benchmarks.learning.rivals.taylor import taylor
+from benchmarks.learning.rows import ABLATED
 from benchmarks.learning.task import Settings, Task
 
 
 @dataclass(frozen=True)
 class Method:
-    """A function and the settings to try; of what is done in one pass, the number of sequences that takes."""
+    """A function and the settings to try; ``sequences``: what a method of one pass takes whatever the budget."""
 
-    run: Callable[[Task, int, int, Settings], torch.Tensor]
+    run: Callable[[Task, Settings], torch.Tensor]
     grid: tuple[Settings, ...] = ({},)
     sequences: int | None = None
 
@@ -95,6 +96,6 @@ METHODS = {
             for travel, penalty in ((1.0, 2.0), (2.0, 2.0), (4.0, 2.0), (4.0, 1.0), (2.0, 4.0))
         ),
     ),
-    **{f"without-{name}": Method(without(name)) for name in ABLATIONS},
+    **{f"{ABLATED}{name}": Method(without(name)) for name in ABLATIONS},
 }
-RIVALS = [name for name in METHODS if not name.startswith("without-")]
+RIVALS = [name for name in METHODS if not name.startswith(ABLATED)]

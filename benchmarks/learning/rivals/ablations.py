@@ -84,17 +84,17 @@ ABLATIONS = {
 }
 
 
-def without(name: str) -> Callable[[Task, int, int, Settings], torch.Tensor]:
+def without(name: str) -> Callable[[Task, Settings], torch.Tensor]:
     """The method that lacks this ingredient."""
     ablation = ABLATIONS[name]
 
-    def run(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+    def run(task: Task, settings: Settings) -> torch.Tensor:
         given = ablation.given
         if ablation.as_many_rounds:
-            shipped = make_config(merge(task.given, {"search": {"sequences": budget_sequences}}))
+            shipped = make_config(merge(task.given, {"search": {"sequences": task.meter.left}}))
             work = plan_work(shipped, task.space.size)
             given = merge(given, {"search": {"rounds": round((work.steps or 0) / work.round_steps)}})
         with patch("bernprune.run.workload.PosteriorSearch", ablation.search):
-            return run_preset("default", task, budget_sequences, given)
+            return run_preset("default", task, given)
 
     return run

@@ -13,7 +13,7 @@ from benchmarks.learning.task import Settings, Task
 from bernprune.errors import ConfigError
 
 
-def blockpruner(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def blockpruner(task: Task, settings: Settings) -> torch.Tensor:
     """Keep the blocks that are left.
 
     Args:
@@ -27,9 +27,9 @@ def blockpruner(task: Task, budget_sequences: int, seed: int, settings: Settings
         for units, group in zip(task.groups, task.space.groups, strict=True)
         if (group.kind, group.layer) != ("kv_group", 0)  # caches take their length from it
     ]
-    windows = min(settings["windows"], budget_sequences // _most_candidates(task, blocks))
+    windows = min(settings["windows"], task.meter.left // _most_candidates(task, blocks))
     if not windows:
-        raise ConfigError(f"{budget_sequences:,} sequences are fewer than the blocks to try out")
+        raise ConfigError(f"{task.meter.left:,} sequences are fewer than the blocks to try out")
     tokens_BT = task.text(windows)
     alive_U = torch.ones(task.space.size, dtype=torch.bool)
     while task.budget.removed_share(alive_U) < task.budget.sparsity:

@@ -25,7 +25,7 @@ _FOLDS = 5
 _PRIOR_WINDOWS = 128
 
 
-def bonsai(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def bonsai(task: Task, settings: Settings) -> torch.Tensor:
     """Keep what the regressions did not cut.
 
     Args:
@@ -36,12 +36,12 @@ def bonsai(task: Task, budget_sequences: int, seed: int, settings: Settings) -> 
     """
     share, windows, budget = settings["share"], settings["windows"], task.budget
     rounds = math.ceil(round(budget.sparsity / share, 6))
-    pairs = (budget_sequences // rounds - _PRIOR_WINDOWS) // (2 * windows)
+    pairs = (task.meter.left // rounds - _PRIOR_WINDOWS) // (2 * windows)
     if pairs < _FOLDS:
-        raise ConfigError(f"{budget_sequences:,} sequences are too few for {rounds} rounds on {windows} windows each")
+        raise ConfigError(f"{task.meter.left:,} sequences are too few for {rounds} rounds on {windows} windows each")
     alive_U, cuts = torch.ones(task.space.size, dtype=torch.bool), []
     for index in range(rounds):
-        tokens_BT, random = task.text(windows), generator(seed, "bonsai", index)
+        tokens_BT, random = task.text(windows), generator(task.seed, "bonsai", index)
         prior_U = task.scores(tokens_BT=task.text(_PRIOR_WINDOWS), mask_U=alive_U)
         groups = list(_candidates(task.groups, prior_U, alive_U, share))
         masks_KU = torch.stack([mask for _ in range(pairs) for mask in _pair(alive_U, groups, random)])

@@ -24,7 +24,7 @@ _MOST_SWITCHES = 3
 _TRIES = 100  # of an offspring, so that a model too small for so many ends all the same
 
 
-def evopress(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def evopress(task: Task, settings: Settings) -> torch.Tensor:
     """The last parent.
 
     Args:
@@ -33,7 +33,7 @@ def evopress(task: Task, budget_sequences: int, seed: int, settings: Settings) -
     """
     scores_U = task.scores()
     parent_U = task.select_by(scores_U, "layer")
-    switches = Switches(task, scores_U, generator(seed, "evopress"))
+    switches = Switches(task, scores_U, generator(task.seed, "evopress"))
     while generation_cost(settings) <= task.meter.left:
         masks_KU = switches.offspring(parent_U, settings)
         for survivors, windows in zip(settings["survivors"], settings["windows"], strict=True):
@@ -57,7 +57,6 @@ class Switches:
 
     def __init__(self, task: Task, scores_U: torch.Tensor, random: torch.Generator) -> None:
         self.budget, self.random = task.budget, random
-        self.limit = (1 - self.budget.sparsity) * self.budget.total * (1 + 1e-12)
         self.costs_U = self.budget.costs_U
         self.groups = [units[scores_U[units].argsort(descending=True, stable=True)] for units in task.groups]
 
@@ -98,10 +97,10 @@ class Switches:
         """One removed unit comes back, kept ones go until there is room for it, and others come back as they fit."""
         mask_U = mask_U.clone()
         self._move(mask_U, True, band, math.inf)
-        while (room := self.limit - self.budget.alive_cost(mask_U)) < 0:
+        while (room := self.budget.most - self.budget.alive_cost(mask_U)) < 0:
             self._move(mask_U, False, band, math.inf)
         while room >= self.costs_U.min() and self._move(mask_U, True, band, room):
-            room = self.limit - self.budget.alive_cost(mask_U)
+            room = self.budget.most - self.budget.alive_cost(mask_U)
         return mask_U
 
     def _move(self, mask_U: torch.Tensor, back: bool, band: float, room: float) -> bool:

@@ -15,13 +15,14 @@ Letters: U units.
 
 import torch
 
-from benchmarks.learning.rivals.ste import falling_rates
+from benchmarks.learning.rivals.gradients import falling_rates
 from benchmarks.learning.task import Settings, Task
+from bernprune.policy.bernoulli import graded
 
 _WARM, _COLD = 1.0, 0.1
 
 
-def l0(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def l0(task: Task, settings: Settings) -> torch.Tensor:
     """Keep what the last gates open.
 
     Args:
@@ -29,28 +30,19 @@ def l0(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torc
     """
     scores_U = task.scores()
     costs_U = task.budget.costs_U / task.budget.costs_U.mean()
-    values_U = (2 * task.ranks(scores_U) - 1).requires_grad_()
+    values_U = (2 * graded(task.space, scores_U) - 1).requires_grad_()
     optimizer = torch.optim.AdamW([values_U], betas=(0.9, 0.99), weight_decay=0.0)
     rates = falling_rates(task, settings)
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
         progress = step / len(rates)
-        gates_U = soft_gates(values_U.detach(), costs_U, 1 - task.budget.sparsity, _WARM * (_COLD / _WARM) ** progress)
+        temperature = _WARM * (_COLD / _WARM) ** progress
+        gates_U = task.budget.project(0.5 + values_U.detach() / temperature)
         loss = task.gated_loss(gates_U.requires_grad_(), task.text(settings["windows"]))
         (gradient_U,) = torch.autograd.grad(loss, gates_U)
         values_U.grad = _gradient(gates_U.detach(), gradient_U, costs_U, settings["penalty"] * progress)
         optimizer.step()
     return task.select(values_U.detach(), scores_U)
-
-
-def soft_gates(values_U: torch.Tensor, costs_U: torch.Tensor, keep: float, temperature: float) -> torch.Tensor:
-    """Clipped lines of slope 1 / temperature, shifted such that they cost a share ``keep``, float64 ``[U]``."""
-    low, high = values_U.min().item() - temperature, values_U.max().item() + temperature
-    for _ in range(60):  # bisection; the cost falls as the shift grows
-        shift = (low + high) / 2
-        gates_U = (0.5 + (values_U - shift) / temperature).clamp(0, 1)
-        low, high = (shift, high) if gates_U @ costs_U > keep * costs_U.sum() else (low, shift)
-    return gates_U
 
 
 def _gradient(

@@ -10,6 +10,6 @@ import torch
 from benchmarks.learning.task import Settings, Task
 
 
-def metric(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def metric(task: Task, settings: Settings) -> torch.Tensor:
     """Keep what scores best; ``settings``: ``score`` and ``scope``."""
     return task.select_by(task.scores(settings["score"]), settings["scope"])

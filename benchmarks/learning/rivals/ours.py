@@ -12,10 +12,11 @@ import torch
 from benchmarks.learning.task import Settings, Task
 from bernprune.config import make_config
 from bernprune.names import PresetName
-from bernprune.run.pipeline import prune, read_plan
+from bernprune.run.folder import LEARNED
+from bernprune.run.pipeline import prune
+from bernprune.run.plans import Learned
 from bernprune.run.workload import scoring_sequences
 from bernprune.settings import merge
-from bernprune.units import KeepPlan, UnitSpace
 
 _REPORT = {
     "data": {"eval_tokens": 1024},  # the run's own report is on development text, and not looked at
@@ -23,37 +24,29 @@ _REPORT = {
 }
 
 
-def run_preset(preset: PresetName, task: Task, budget_sequences: int, more: Settings) -> torch.Tensor:
-    """What a run keeps that may take ``budget_sequences`` in all; ``more`` is of its configuration."""
+def run_preset(preset: PresetName, task: Task, more: Settings) -> torch.Tensor:
+    """What a run keeps that may take all that the task has; ``more`` is of its configuration."""
     given = merge(merge(task.given, {"preset": preset, **_REPORT}), more)
     config = make_config(given)
     scoring = scoring_sequences(config, len(task.view.layers))
-    config = make_config(merge(given, {"search": {"sequences": budget_sequences - scoring}}))
+    config = make_config(merge(given, {"search": {"sequences": task.meter.left - scoring}}))
     with TemporaryDirectory() as folder:
         report = prune(config, Path(folder) / "run", progress=False)
-        plan = read_plan(Path(folder) / "run" / "plan.json")
+        learned = Learned.read(Path(folder) / "run" / LEARNED)
     task.meter.spend(scoring + report["search"]["sequences"])
-    return _mask_of(plan, task.space)
+    return learned.mask_U
 
 
-def default(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def default(task: Task, settings: Settings) -> torch.Tensor:
     """The posterior search as it ships."""
-    return run_preset("default", task, budget_sequences, {"search": settings})
+    return run_preset("default", task, {"search": settings})
 
 
-def reinforce(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def reinforce(task: Task, settings: Settings) -> torch.Tensor:
     """Plain policy gradients."""
-    return run_preset("reinforce", task, budget_sequences, {"search": settings})
+    return run_preset("reinforce", task, {"search": settings})
 
 
-def paper(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def paper(task: Task, settings: Settings) -> torch.Tensor:
     """The published method."""
-    return run_preset("paper", task, budget_sequences, {"search": settings})
-
-
-def _mask_of(plan: KeepPlan, space: UnitSpace) -> torch.Tensor:
-    mask_U = torch.zeros(space.size, dtype=torch.bool)
-    for layer, kept in enumerate(plan.layers):
-        mask_U[space.span("kv_group", layer)][list(kept.kv_groups)] = True
-        mask_U[space.span("channel", layer)][list(kept.channels)] = True
-    return mask_U
+    return run_preset("paper", task, {"search": settings})

@@ -13,13 +13,14 @@ Letters: U units.
 
 import torch
 
+from benchmarks.learning.rivals.gradients import falling_rates
 from benchmarks.learning.task import Settings, Task
-from bernprune.errors import ConfigError
+from bernprune.policy.bernoulli import graded
 
 _TAU = 1.5
 
 
-def ste(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def ste(task: Task, settings: Settings) -> torch.Tensor:
     """Keep what the last gates keep.
 
     Args:
@@ -27,7 +28,7 @@ def ste(task: Task, budget_sequences: int, seed: int, settings: Settings) -> tor
     """
     scores_U = task.scores()
     costs_U = task.budget.costs_U / task.budget.costs_U.max() if settings["order"] == "cost" else torch.ones(())
-    start_U = ((2 * task.ranks(scores_U) - 1) / _TAU).sigmoid()
+    start_U = ((2 * graded(task.space, scores_U) - 1) / _TAU).sigmoid()
     gates_U = (_TAU * (start_U * costs_U).logit()).float().requires_grad_()  # so that either order starts with ranks
     optimizer = torch.optim.AdamW([gates_U], betas=(0.9, 0.99), weight_decay=0.0)
     for rate in falling_rates(task, settings):
@@ -41,18 +42,10 @@ def ste(task: Task, budget_sequences: int, seed: int, settings: Settings) -> tor
     return task.select((gates_U.detach() / _TAU).sigmoid() / costs_U, scores_U)
 
 
-def falling_rates(task: Task, settings: Settings) -> list[float]:
-    """A rate for every step that the meter has left, in all ``travel``. Raises ``ConfigError`` if there is none."""
-    steps = task.meter.left // settings["windows"]
-    if not steps:
-        raise ConfigError(f"{task.meter.left} sequences are not enough for a step of {settings['windows']}")
-    return [2 * settings["travel"] / (steps + 1) * (1 - step / steps) for step in range(steps)]
-
-
 def prefix(task: Task, priorities_U: torch.Tensor) -> torch.Tensor:
     """The units before the first that does not fit, and of every group at least the best, float32 ``[U]``."""
     order_U = priorities_U.argsort(descending=True, stable=True)
-    fits_U = task.budget.costs_U[order_U].cumsum(0) <= (1 - task.budget.sparsity) * task.budget.total
+    fits_U = task.budget.costs_U[order_U].cumsum(0) <= task.budget.most
     mask_U = torch.zeros(len(order_U))
     mask_U[order_U[fits_U]] = 1
     for units in task.groups:

@@ -24,7 +24,7 @@ from bernprune.objective import token_losses
 _ROWS = 16  # windows of one backward pass
 
 
-def taylor(task: Task, budget_sequences: int, seed: int, settings: Settings) -> torch.Tensor:
+def taylor(task: Task, settings: Settings) -> torch.Tensor:
     """Keep what matters most to first order; ``settings``: ``form``, ``scope``, ``windows`` of calibration."""
     tokens_BT = task.text(settings["windows"])
     task.meter.spend(len(tokens_BT), backward=True)
