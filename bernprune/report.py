@@ -34,7 +34,9 @@ def _choice(search: dict[str, Any]) -> list[str]:
         )
     if search["kept"] != "learned":
         row = ROWS[search["kept"]]
-        lines.append(f"kept         comes from the row '{row}', which what was learned did not beat on other text")
+        lines.append(
+            f"kept         comes from the row '{row}': on text not learned from, what was learned did not beat it"
+        )
     return lines
 
 

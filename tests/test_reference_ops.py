@@ -8,7 +8,7 @@ import torch
 from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.backends import find_device, load_backend
-from bernprune.errors import BackendError
+from bernprune.errors import BackendError, BernpruneError, ConfigError
 from bernprune.kernels import reference
 
 
@@ -208,11 +208,16 @@ def test_the_torch_backend_is_the_reference(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("triton", "no Triton kernels"), ("cutlass", "is unknown"), ("", "is unknown")]
+    ("name", "error", "reason"),
+    [
+        ("triton", BackendError, "no Triton kernels"),
+        ("cutlass", ConfigError, "is unknown"),
+        ("", ConfigError, "is unknown"),
+    ],
 )
-def test_a_backend_that_cannot_run_is_refused(name: str, reason: str) -> None:
+def test_a_backend_that_cannot_run_is_refused(name: str, error: type[BernpruneError], reason: str) -> None:
     """In one sentence that names what was asked for and what to use; never another one silently."""
-    with pytest.raises(BackendError, match=reason) as caught:
+    with pytest.raises(error, match=reason) as caught:
         load_backend(name, torch.device("cpu"))
     assert repr(name) in str(caught.value)
     assert "torch" in str(caught.value)
