@@ -20,6 +20,7 @@ from tiny_run import (
     Place,
     in_one_sentence,
     run,
+    settings,
     succeed,
     tiny_tokenizer,
     words,
@@ -311,6 +312,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "initial-window-beyond": (lambda p: p.prune(f"initial.window={POSITIONS + 1}"), (f"{POSITIONS + 1}", "positions")),
     "window-1": (lambda p: p.prune("data.window=1"), ("data.window", "2", "1")),
     "units-window-beyond": (lambda p: ["units", str(p.model)], ("128", f"{POSITIONS}")),
+    "units-initial-window-beyond": (
+        lambda p: ["units", str(p.model), *settings("data.window=16", f"initial.window={POSITIONS + 1}")],
+        (f"{POSITIONS + 1}", "positions"),
+    ),
     "evaluate-window-beyond": (
         lambda p: ["evaluate", str(p.model), "--text", str(p.text), "--window", "65"],
         ("65", "positions"),

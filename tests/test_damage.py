@@ -30,8 +30,10 @@ from tiny_run import (
 )
 
 from bernprune import storage
+from bernprune.config import make_config
+from bernprune.errors import ModelError
 from bernprune.models import saving
-from bernprune.run import loop, pipeline
+from bernprune.run import loop, pipeline, stage
 from bernprune.run.checkpoint import write_state
 
 # 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
@@ -363,6 +365,17 @@ def test_a_full_gpu(name: str, said: str, place: Place, monkeypatch: pytest.Monk
     sentence = in_one_sentence(run(*place.prune()))
     assert "memory is full" in sentence and said in sentence
     assert ("same command again" in sentence) == (name == "run_search") == place.out.exists()
+
+
+def test_a_gpu_too_small_for_the_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python, too, that is an error of ours, which names the model."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stage, "load_model", full)
+    with pytest.raises(ModelError, match=rf"memory of cpu is full before {place.model} is loaded"):
+        stage.open_model(make_config({"model": {"path": str(place.model)}}), torch.device("cpu"))
 
 
 # --- states of other versions ---

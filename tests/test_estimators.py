@@ -188,6 +188,14 @@ def test_an_unknown_baseline_is_refused() -> None:
 # Settled units
 
 
+@pytest.mark.parametrize("scaling", ["raw", "natural"])
+def test_epsilon_is_for_the_root_alone(scaling: Scaling) -> None:
+    """What has none is not biased by it."""
+    masks_KU, advantages_K = all_masks(4), normal_numbers(16, seed=1)
+    exact = reinforce(PROBS_U, masks_KU, advantages_K, scaling=scaling)
+    assert torch.equal(reinforce(PROBS_U, masks_KU, advantages_K, scaling=scaling, epsilon=0.01), exact)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1e-7])
 @pytest.mark.parametrize("scaling", SCALINGS)
 def test_settled_units_have_no_gradient(scaling: Scaling, epsilon: float) -> None:

@@ -36,6 +36,7 @@ from bernprune.config import make_config
 from bernprune.data import TokenWindows
 from bernprune.objective import MaskedObjective
 from bernprune.policy.selection import select
+from bernprune.report import table
 from bernprune.run import finals, loop
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
@@ -165,6 +166,13 @@ def test_text_that_was_kept_back(stage: Stage, tmp_path: Path, monkeypatch: pyte
         assert found.ended.startswith("text: ") and found.ended.endswith("4 times")
 
 
+def test_it_ends_where_nothing_is_left_to_try(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could still be spent is kept, and the reason is given."""
+    monkeypatch.setattr(finals, "challengers", lambda search, mask_U, *_: mask_U.new_empty(0, len(mask_U)))
+    found, _ = choose(stage, tmp_path, monkeypatch, level, budget=200)
+    assert (found.heats, found.ended) == ([], "challengers: none is left") and 0 < found.sequences < 20
+
+
 def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lead of half a standard error makes a finalist, but not a challenger."""
     windows = itertools.cycle([-1.0, 1.0, -1.0, 1.0, -1.0])
@@ -239,9 +247,14 @@ def before_race(monkeypatch: pytest.MonkeyPatch, act: Callable[[int], None]) -> 
 
 
 def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
-    """Its heats, and what they changed, as they were saved."""
-    search, state = read_json(undisturbed / "report.json")["search"], read_state(undisturbed / "finals.safetensors")
-    assert search["finals"].pop("ended").startswith("sequences: ")
+    """Its heats, and what they changed, as they were saved; and so does the table, in a line."""
+    report, state = read_json(undisturbed / "report.json"), read_state(undisturbed / "finals.safetensors")
+    (line,) = [line for line in table(report).splitlines() if line.startswith("choice ")]
+    search = report["search"]
+    ended = search["finals"].pop("ended")
+    assert ended.startswith("sequences: ")
+    counts = f"{state['sequences']} of these sequences, heats of challengers: {len(state['heats'])}"
+    assert line.split(maxsplit=1)[1] == f"{counts}; ended by {ended}"
     assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
     assert search["kept"] == state["kept"] and len(state["heats"]) > 3
     assert all(heat.keys() == {"winner", "difference", "error", "changed_units"} for heat in state["heats"])

@@ -228,6 +228,8 @@ def test_units_tells_the_time_of_whole_steps(place: Place, monkeypatch: pytest.M
     shown = succeed("units", str(place.model), *given, "--set", "search.sequences=960").out
     each = 3.0 / (3 * (3 + 1) * 2)  # seconds of three steps of three masks and the dense model on two windows
     assert f"about {960 * each:,.0f} s of search for 960 sequences" in shown and f"({1 / each:,.0f} a second" in shown
+    others = 128 + 4 * (131_072 // WINDOW)  # scores, and the loss of four models on the evaluation text
+    assert f"{others * each:,.0f} s or less of scoring and evaluation" in shown
 
 
 def test_help_without_a_command() -> None:
