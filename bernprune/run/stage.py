@@ -87,19 +87,19 @@ def set_stage(config: RunConfig) -> Stage:
     )
     protocol = Protocol.of(eval_name, windows_WT)
     return Stage(
-        config,
-        view,
-        tokenizer,
-        ops,
-        budget,
-        limits,
-        workload,
-        train,
-        kept_back,
-        initial_WT,
-        windows_WT,
-        protocol,
-        fingerprint(stream),
+        config=config,
+        view=view,
+        tokenizer=tokenizer,
+        ops=ops,
+        budget=budget,
+        limits=limits,
+        workload=workload,
+        train=train,
+        kept_back=kept_back,
+        initial_windows_WT=initial_WT,
+        eval_windows_WT=windows_WT,
+        protocol=protocol,
+        text_sha256=fingerprint(stream),
     )
 
 
