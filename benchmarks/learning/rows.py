@@ -3,7 +3,8 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from bernprune.storage import write_bytes
 Row = dict[str, Any]
 ABLATED = "without-"  # before the name of an ingredient: the method that lacks it
 KEY = ("model", "method", "settings", "sparsity", "sequences", "seed")
+SIMULATED = ("method", "units", "sequences", "seed")  # what a row of the surrogate is known by
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, key: Sequence[str] = KEY) -> list[Row]:
     """All rows of a file; none if there is no file. Raises ``DataError`` on a line that is no row."""
     if not path.is_file():
         return []
@@ -26,7 +28,7 @@ def read_rows(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
-            key_of(row)
+            key_of(row, key)
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(f"{path}, line {number}, is not a row of this benchmark: {error}") from None
         rows.append(row)
@@ -35,15 +37,24 @@ def read_rows(path: Path) -> list[Row]:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row; the file is written beside and renamed, by one process at a time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = path.read_bytes() if path.is_file() else b""
         write_bytes(path, before + (json.dumps(row, allow_nan=False) + "\n").encode())
 
 
-def key_of(row: Mapping[str, Any]) -> str:
+def key_of(row: Mapping[str, Any], key: Sequence[str] = KEY) -> str:
     """Equal for runs that are the same."""
-    return json.dumps([row[name] for name in KEY], sort_keys=True)
+    return json.dumps([row[name] for name in key], sort_keys=True)
+
+
+def commit() -> str:
+    """Of this checkout, with a plus if a Python file differs from it; ``unknown`` outside of git."""
+    git = ["git", "-C", str(Path(__file__).parents[2])]
+    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
+    return head.stdout.strip() + "+" * (changed == 1) or "unknown"
 
 
 def removed_units(mask_U: torch.Tensor) -> Row:

@@ -8,7 +8,6 @@ python benchmarks/learning/run.py --development                                 
 import argparse
 import contextlib
 import itertools
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -21,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rivals import METHODS, RIVALS
-from benchmarks.learning.rows import Row, append_row, key_of, read_rows, removed_units
+from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation.latency import machine
@@ -49,7 +48,7 @@ class Bench:
 
     def __init__(self, folder: Path, scratch: Path) -> None:
         self.results, self.sweeps = folder / "results.jsonl", folder / "sweeps.jsonl"
-        self._scratch, self._commit = scratch, _commit()
+        self._scratch, self._commit = scratch, commit()
 
     def row(self, *, held_out: bool, **key: Any) -> Row:
         """The row of this key, which is run and stored if it is missing."""
@@ -107,14 +106,6 @@ class Bench:
             "protocol": protocol.to_dict(),
             "removed": removed_units(mask_U),
         }
-
-
-def _commit() -> str:
-    """Of this checkout, with a plus if a Python file differs from it; ``unknown`` outside of git."""
-    git = ["git", "-C", str(HERE.parents[1])]
-    head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"], capture_output=True).returncode
-    return head.stdout.strip() + "+" * (changed == 1) or "unknown"
 
 
 def _list_of(kind: type, known: Collection[str] = ()) -> Callable[[str], list[Any]]:

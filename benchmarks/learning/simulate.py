@@ -1,14 +1,15 @@
 """How far a budget of sequences goes in models of billions of parameters, on a surrogate of a loss that can be known.
 
-    python benchmarks/learning/simulate.py                          # small sizes, minutes
-    python benchmarks/learning/simulate.py --units 353280           # the size of Llama-2-7B, hours
+    python benchmarks/learning/simulate.py                                        # small sizes, minutes
+    python benchmarks/learning/simulate.py --units 353280 --per-unit 0.7 --seed 0 # the size of Llama-2-7B, hours
 
-The surrogate is linear-quadratic. Removing unit u costs w_u nats on average; on one text w_u (1 + k e), e standard
-normal and fresh for each unit, window and chunk; and the more a layer has lost, the dearer is the rest. Worths are
-log-normal (heavy-tailed) around a level of their layer, itself log-normal. The score knows the order within a layer,
-with a rank correlation of about a half, and nothing of the layers. Worths are scaled so that the score's own uniform
-selection costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window showed on
-stories260K when few units were changed.
+The surrogate is linear-quadratic. Removing unit u costs w_u nats on average; on n windows of text w_u (1 + k e / sqrt n),
+e standard normal and fresh for each unit and text, where n is 8 for a mask shared by a batch of 8 windows and 1/4 for
+one of four chunks of a window; and the more a layer has lost, the dearer is the rest. Worths are log-normal
+(heavy-tailed) around a level of their layer, itself log-normal. The score knows the order within a layer, with a rank
+correlation of about a half, and nothing of the layers. Worths are scaled so that the score's own uniform selection
+costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window showed on stories260K
+when few units were changed.
 
 Recovered is the share of what can be gained over the score's uniform selection, that is over the best selection which
 knows all worths: 0 is no better than the score, 1 is the best there is.
@@ -17,9 +18,11 @@ Letters: U units, L layers, B windows, K masks, C chunks.
 """
 
 import argparse
-import json
+import itertools
+import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is simulated is the checkout that this file lies in
 
+from benchmarks.learning.rows import SIMULATED, Row, append_row, commit, key_of, read_rows
 from bernprune.config import make_config
 from bernprune.evaluation.latency import machine
 from bernprune.policy.bernoulli import even_probs
@@ -42,6 +46,7 @@ LOOKS = 8  # at what would be selected, in a run
 LAYERS, CHANNELS_OF_A_HEAD = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
 METHODS: dict[str, dict[str, Any]] = {
     "default": {},
+    "paper, rate 0.0005": {"preset": "paper", "search": {"learning_rate": 0.0005}},
     "paper, rate 0.002": {"preset": "paper"},
     "paper, rate 0.01": {"preset": "paper", "search": {"learning_rate": 0.01}},
     "paper, rate 0.05": {"preset": "paper", "search": {"learning_rate": 0.05}},
@@ -102,18 +107,23 @@ class Surrogate:
             mask_U = select(margin_U / budget.costs_U, budget, limits=Limits())
         return mask_U
 
-    def losses(self, masks_BKCU: Any, step: int) -> torch.Tensor:
-        """What a search is told, ``[B, K, C]``: every window has a level, and every unit an effect of its own there."""
+    def losses(self, masks_BKCU: Any, step: int, windows: int = 1) -> torch.Tensor:
+        """What a search is told, ``[B, K, C]``: a text has a level, and every unit an effect of its own on each chunk.
+
+        Args:
+            windows: of text that each of the B groups of masks is run on, in nats per token of all of it.
+        """
         random, parts = generator(self.seed, "text", step), []
         worth_U = self.worth_U.float()
         sizes = self.layers_U.bincount().tolist()  # layers follow one another
         for masks_KCU in masks_BKCU:
             chunks = masks_KCU.shape[1]
-            effects_CU = worth_U * (1 + TEXT_SHARE * torch.randn(chunks, self.space.size, generator=random))
+            share = TEXT_SHARE * math.sqrt(chunks / windows)
+            effects_CU = worth_U * (1 + share * torch.randn(chunks, self.space.size, generator=random))
             vectors_CU2 = torch.stack([effects_CU, worth_U.expand(chunks, -1)], dim=-1)
             pieces = zip(masks_KCU.split(sizes, dim=2), vectors_CU2.split(sizes, dim=1), strict=True)
             lost_LCK2 = torch.stack([(~kept).float().transpose(0, 1) @ vectors for kept, vectors in pieces]).double()
-            level = TEXT_SPREAD * torch.randn((), generator=random)
+            level = TEXT_SPREAD / math.sqrt(windows) * torch.randn((), generator=random)
             excess_CK = lost_LCK2[..., 0].sum(0) + self.curvature * lost_LCK2[..., 1].square().sum(0)
             parts.append((level + excess_CK.T) / chunks)
         return torch.stack(parts)
@@ -129,62 +139,62 @@ def uniform_selection(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
     return select(probs_U, Budget(space, SPARSITY), limits=Limits(), tie_break_U=scores_U)
 
 
-def run(name: str, num_units: int, sequences: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of one search: recovered importance at each look."""
+def run(name: str, num_units: int, sequences: int, seed: int) -> Row:
+    """One search: what was recovered at each look."""
     space = make_space(num_units)
     surrogate = Surrogate(space, seed)
     given = METHODS[name]
     config = make_config({**given, "seed": seed, "search": {**given.get("search", {}), "sequences": sequences}})
     budget, scores_U = make_budget(config, space), surrogate.scores_U
     search = make_search(config, budget, {"probs_U": start_probs(config, space, scores_U), "scores_US": scores_U})
-    workload, work, rows, started = plan_work(config, space.size), Work(), [], time.monotonic()
-    steps = workload.steps or 0
+    workload, work, started = plan_work(config, space.size), Work(), time.monotonic()
+    steps, windows = workload.steps or 0, config.search.windows // search.design.groups
+    looks = [(look * steps) // LOOKS for look in range(1, LOOKS + 1)]
+    recovered = []
     for step in tqdm(range(steps), desc=f"{name}, {num_units:,} units", disable=not sys.stderr.isatty()):
         masks_BKCU = search.ask(step)[:]  # drawn once
-        search.tell(masks_BKCU, surrogate.losses(masks_BKCU, step), learning_rate=workload.learning_rate_at(work))
+        losses_BKC = surrogate.losses(masks_BKCU, step, windows)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=workload.learning_rate_at(work))
         work.step += 1
-        if (step + 1) * LOOKS // steps > step * LOOKS // steps:
+        if work.step in looks:
             mask_U = select(search.priorities_U, budget, limits=Limits(), tie_break_U=scores_U)
-            rows.append(
-                {
-                    "method": name,
-                    "units": space.size,
-                    "sequences": work.step * workload.step_sequences,
-                    "of": sequences,
-                    "seed": seed,
-                    "recovered": surrogate.recovered(mask_U),
-                    "excess": surrogate.excess(mask_U),
-                    "start": surrogate.start,
-                    "best": surrogate.best,
-                    "seconds": time.monotonic() - started,
-                    "machine": machine(torch.device("cpu")),
-                }
-            )
-    return rows
+            recovered.append(surrogate.recovered(mask_U))
+    return {
+        "method": name,
+        "units": num_units,
+        "sequences": sequences,
+        "seed": seed,
+        "used": [step * workload.step_sequences for step in looks],
+        "recovered": recovered,
+        "start": surrogate.start,
+        "best": surrogate.best,
+        "seconds": round(time.monotonic() - started, 1),
+        "machine": machine(torch.device("cpu")),
+        "commit": commit(),
+    }
 
 
-def main() -> None:
-    """Run what was asked for, one after the other, and append the rows."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing of what was asked for, and append the rows."""
     parser = argparse.ArgumentParser(description="Recovered importance against budget on a surrogate loss.")
     parser.add_argument("--units", type=int, nargs="+", default=[3_520, 14_080])
     parser.add_argument("--per-unit", type=float, nargs="+", default=[0.7, 5.6], help="sequences for each unit")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "simulation.jsonl")
-    given = parser.parse_args()
-    for units in given.units:
-        for per_unit in given.per_unit:
-            for name in given.method:
-                for seed in given.seeds:
-                    rows = run(name, units, round(units * per_unit), seed)
-                    with open(given.out, "a", encoding="utf-8") as file:
-                        file.writelines(json.dumps(row) + "\n" for row in rows)
-                    last = rows[-1]
-                    print(
-                        f"{name:<20}{last['units']:>10,} units{last['sequences']:>10,} sequences: "
-                        f"recovered {last['recovered']:6.3f}, {last['seconds']:.0f} s",
-                        flush=True,
-                    )
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where simulation.jsonl lies")
+    given = parser.parse_args(arguments)
+    file = given.folder / "simulation.jsonl"
+    for units, per_unit, name, seed in itertools.product(given.units, given.per_unit, given.method, given.seed):
+        key = {"method": name, "units": units, "sequences": round(units * per_unit), "seed": seed}
+        if key_of(key, SIMULATED) in {key_of(row, SIMULATED) for row in read_rows(file, SIMULATED)}:
+            continue
+        row = run(name, units, key["sequences"], seed)
+        append_row(file, row)
+        print(
+            f"{name:<20}{units:>10,} units{key['sequences']:>10,} sequences, seed {seed}: "
+            f"recovered {row['recovered'][-1]:6.3f}, {row['seconds']:.0f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
