@@ -20,7 +20,7 @@ from tiny_models import random_tokens, tiny_model
 from tiny_run import LAYERS, Place, tiny_text
 from tolerances import EXACT, LOGITS, assert_close
 
-from benchmarks.learning import run, show
+from benchmarks.learning import run, show, simulate
 from benchmarks.learning.gates import gated
 from benchmarks.learning.rivals import METHODS, RIVALS, Method
 from benchmarks.learning.rivals.ablations import ABLATIONS
@@ -29,7 +29,7 @@ from benchmarks.learning.rivals.evopress import Switches
 from benchmarks.learning.rivals.gradients import falling_rates
 from benchmarks.learning.rivals.ste import prefix
 from benchmarks.learning.rivals.taylor import unit_importance
-from benchmarks.learning.rows import KEY, append_row, overlap, read_rows, removed_units
+from benchmarks.learning.rows import KEY, SIMULATED, append_row, overlap, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, Meter, OverBudget, Source, Task
 from bernprune.data import tokenize
 from bernprune.errors import BernpruneError, ConfigError, DataError
@@ -552,3 +552,51 @@ def test_losses_taken_differently_are_not_compared(tmp_path: Path) -> None:
         append_row(tmp_path / "results.jsonl", row)
     with pytest.raises(BernpruneError, match=r"tiny at sparsity 0.3 .* 2 protocols"):
         show.main(["--folder", str(tmp_path)])
+
+
+# The surrogate of large models
+
+
+def test_the_surrogate_is_on_its_scale() -> None:
+    """The score's own selection costs what it should and recovers nothing, the best there is costs less."""
+    surrogate = simulate.Surrogate(simulate.make_space(700), seed=3)
+    start_U = simulate.uniform_selection(surrogate.space, surrogate.scores_U)
+    assert surrogate.excess(torch.ones_like(start_U)) == 0
+    assert surrogate.excess(start_U) == pytest.approx(simulate.START_EXCESS)
+    assert surrogate.recovered(start_U) == pytest.approx(0)
+    assert surrogate.best < 0.8 * surrogate.start
+
+
+@pytest.mark.parametrize(("chunks", "windows"), [(1, 1), (4, 1), (1, 8)])
+def test_what_the_surrogate_tells_is_as_uncertain_as_the_text_is_short(chunks: int, windows: int) -> None:
+    """Right on average; and the variance of a difference between masks falls with the tokens under each."""
+    surrogate = simulate.Surrogate(simulate.make_space(700), seed=3)
+    dense_U = torch.ones(surrogate.space.size, dtype=torch.bool)
+    start_U = simulate.uniform_selection(surrogate.space, surrogate.scores_U)
+    groups = 2000
+    masks_BKCU = torch.stack([dense_U, start_U])[None, :, None].expand(groups, 2, chunks, -1)
+    losses_BKC = surrogate.losses(masks_BKCU, step=0, windows=windows)
+    difference_BC = losses_BKC[:, 1] - losses_BKC[:, 0]
+    removed_U = surrogate.worth_U[~start_U]
+    deviation = simulate.TEXT_SHARE * removed_U.square().sum().sqrt().item() * math.sqrt(1 / windows)
+    whole_B = difference_BC.sum(1)  # of all chunks: a window's, however it is cut
+    assert whole_B.std().item() == pytest.approx(deviation, rel=0.1)
+    assert whole_B.mean().item() == pytest.approx(surrogate.start, abs=5 * deviation / math.sqrt(groups))
+
+
+def test_simulated_searches_are_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their rows become a table."""
+    asked = ["--folder", str(tmp_path), "--units", "352", "--per-unit", "2", "6", "--seed", "0", "1"]
+    simulate.main([*asked, "--method", "default"])
+    rows = read_rows(tmp_path / "simulation.jsonl", SIMULATED)
+    assert [(row["sequences"], row["seed"]) for row in rows] == [(704, 0), (704, 1), (2112, 0), (2112, 1)]
+    for row in rows:
+        assert len(row["recovered"]) == len(row["used"]) == 8
+        assert max(row["recovered"]) <= 1.001 and max(row["used"]) <= row["sequences"]
+    capsys.readouterr()
+    simulate.main([*asked, "--method", "default", "paper, rate 0.002"])
+    assert "default" not in capsys.readouterr().out
+    append_row(tmp_path / "results.jsonl", made_row("better", 0, 2.0))
+    show.main(["--folder", str(tmp_path)])
+    mean = (rows[2]["recovered"][-1] + rows[3]["recovered"][-1]) / 2
+    assert f"| 352 | 2,112 | {mean:.2f} (2) |" in (tmp_path / "table.md").read_text()

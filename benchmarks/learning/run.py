@@ -28,12 +28,14 @@ from bernprune.evaluation.perplexity import perplexity
 
 HERE = Path(__file__).parent
 SEEDS, SPARSITIES, SEQUENCES = [0, 1, 2, 3, 4], [0.2, 0.3, 0.5], {"stories": 20_480, "embedded": 8_192}
-# The whole benchmark: methods, sparsities, and budgets as multiples of what is usual for the model.
-PARTS: list[tuple[list[str], list[float], list[float]]] = [
-    (RIVALS, SPARSITIES, [1]),
-    (["default", "paper"], [0.3], [8]),
-    (["default", "reinforce", "paper", "l0"], [0.3], [0.25, 0.5, 2]),
-    ([name for name in METHODS if name not in RIVALS], [0.3], [1]),
+ABLATIONS = [name for name in METHODS if name not in RIVALS]
+# The whole benchmark: models, methods, sparsities, and budgets as multiples of what is usual for the model.
+PARTS: list[tuple[list[str], list[str], list[float], list[float]]] = [
+    (["stories", "embedded"], RIVALS, SPARSITIES, [1]),
+    (["stories"], ["default", "paper"], [0.3], [8]),
+    (["stories"], ["default", "reinforce", "paper", "l0"], [0.3], [0.25, 0.5, 2]),
+    (["stories"], ABLATIONS, [0.3], [1]),
+    (["embedded"], ["default", "paper"], [0.3], [0.5, 2]),
 ]
 SWEEP_SEED, SWEEP_SHARE, SWEEP_LEAST = 100, 0.2, 4096  # of the seeds none; of the budget a fifth, or what tells more
 
@@ -129,9 +131,10 @@ def _jobs(given: argparse.Namespace, model: str) -> Iterator[tuple[str, float, i
             for name in given.method or RIVALS:
                 yield name, sparsity, sequences
         return
-    for names, sparsities, multiples in PARTS:
-        for sparsity, multiple, name in itertools.product(sparsities, multiples, names):
-            yield name, sparsity, int(multiple * usual)
+    for models, names, sparsities, multiples in PARTS:
+        if model in models:
+            for sparsity, multiple, name in itertools.product(sparsities, multiples, names):
+                yield name, sparsity, int(multiple * usual)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Make ``table.md`` and ``picture.png`` from the rows of ``results.jsonl`` alone.
+"""Make ``table.md`` and ``picture.png`` from the rows of ``results.jsonl`` and ``simulation.jsonl`` alone.
 
 python benchmarks/learning/show.py
 """
@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.learning.rows import ABLATED, Row, overlap, read_rows
+from benchmarks.learning.rows import ABLATED, SIMULATED, Row, overlap, read_rows
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.perplexity import perplexity
 from bernprune.storage import write_bytes
@@ -158,9 +158,12 @@ def picture(places: dict[Place, list[Line]]) -> bytes:
     panels = math.ceil(len(places) / columns), columns
     figure = Figure(figsize=(6.5 * panels[1], 5 * panels[0]), layout="constrained")
     names = sorted({line.method for lines in places.values() for line in _rivals(lines)})
-    colours = dict(zip(names, colormaps["turbo"](np.linspace(0.05, 0.95, len(names))), strict=True))
-    for axes, (place, lines) in zip(figure.subplots(*panels, squeeze=False).flat, places.items(), strict=False):
-        _draw_place(axes, place, lines, colours)
+    colours = dict(zip(names, 0.8 * colormaps["turbo"](np.linspace(0.05, 0.95, len(names)))[:, :3], strict=True))
+    for axes, place in itertools.zip_longest(figure.subplots(*panels, squeeze=False).flat, places):
+        if place is None:
+            axes.set_axis_off()
+        else:
+            _draw_place(axes, place, places[place], colours)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -168,7 +171,7 @@ def picture(places: dict[Place, list[Line]]) -> bytes:
 
 def _draw_place(axes: Any, place: Place, lines: list[Line], colours: dict[str, Any]) -> None:
     dense, uniform = lines[0].rows[0]["dense_loss"], _uniform(lines)
-    worst, beyond = dense + 1.25 * (uniform - dense), []
+    worst, beyond, ends = dense + 1.25 * (uniform - dense), [], []
     for name in sorted({line.method for line in _rivals(lines)}):
         own = sorted((line for line in lines if line.method == name), key=lambda line: line.mean("used"))
         shown = [line for line in own if line.mean("loss") <= worst]
@@ -181,12 +184,43 @@ def _draw_place(axes: Any, place: Place, lines: list[Line], colours: dict[str, A
         for line in shown:
             cost, loss = line.mean("equivalent"), line.mean("loss")
             axes.plot([line.mean("used"), cost], [loss, loss], ":", color=colours[name], linewidth=0.8)
-        axes.annotate(name, (at[-1], losses[-1]), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        ends.append((name, shown[-1].mean("equivalent"), losses[-1]))
     axes.axhline(uniform, color="#999999", linewidth=0.8, linestyle="--")
     note = textwrap.fill(f"worse: {', '.join(beyond)}", 90) if beyond else ""
     axes.set_title(f"{place[0]}, {place[1]:.0%} removed; dense {dense:.2f}, dashed: uniform Wanda-sp", fontsize=10)
     axes.set(xlabel=f"sequences run forward\n{note}", ylabel="nats per token", xscale="log")
     axes.xaxis.label.set_fontsize(8)
+    _name(axes, ends, colours)
+
+
+def _name(axes: Any, ends: list[tuple[str, float, float]], colours: dict[str, Any]) -> None:
+    """Write each name right of where its line ends, above those below it that end nearby."""
+    height = (axes.get_ylim()[1] - axes.get_ylim()[0]) / 36
+    written: list[tuple[float, float]] = []
+    for name, at, loss in sorted(ends, key=lambda end: end[2]):
+        beside = [other for place, other in written if abs(math.log(place / at)) < math.log(3)]
+        height_of_name = max([loss, *(other + height for other in beside)])
+        written.append((at, height_of_name))
+        axes.annotate(name, (1.15 * at, height_of_name), va="center", fontsize=7, color=colours[name])
+    axes.set_xlim(right=4 * axes.get_xlim()[1])
+
+
+def simulation_table(rows: Sequence[Row]) -> str:
+    """What was recovered at the end of each search, in Markdown; a column a method, mean over seeds."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    found = defaultdict(list)
+    for row in rows:
+        found[row["units"], row["sequences"], row["method"]].append(row["recovered"][-1])
+    parts = [
+        "## Large models, simulated\n\nShare of the possible gain over the score's own uniform selection that was "
+        "recovered; below 0 is worse than the score (`simulate.py`, 30% removed). Mean over seeds, whose number stands "
+        f"in brackets.\n\n| units | sequences | {' | '.join(methods)} |\n| ---: | ---: |{' ---: |' * len(methods)}\n"
+    ]
+    for units, sequences in sorted({(row["units"], row["sequences"]) for row in rows}):
+        cells = [found[units, sequences, method] for method in methods]
+        written = [f"{statistics.fmean(cell):.2f} ({len(cell)})" if cell else "-" for cell in cells]
+        parts.append(f"| {units:,} | {sequences:,} | {' | '.join(written)} |\n")
+    return "".join(parts)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -197,8 +231,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = read_rows(folder / "results.jsonl")
     if not rows:
         raise DataError(f"{folder / 'results.jsonl'} holds no rows yet; run run.py first")
-    places = lines_of(rows)
-    write_bytes(folder / "table.md", table(places).encode())
+    places, simulated = lines_of(rows), read_rows(folder / "simulation.jsonl", SIMULATED)
+    parts = [table(places)] + [simulation_table(simulated)] * bool(simulated)
+    write_bytes(folder / "table.md", "\n".join(parts).encode())
     write_bytes(folder / "picture.png", picture(places))
 
 

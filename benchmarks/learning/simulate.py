@@ -3,13 +3,13 @@
     python benchmarks/learning/simulate.py                                        # small sizes, minutes
     python benchmarks/learning/simulate.py --units 353280 --per-unit 0.7 --seed 0 # the size of Llama-2-7B, hours
 
-The surrogate is linear-quadratic. Removing unit u costs w_u nats on average; on n windows of text w_u (1 + k e / sqrt n),
-e standard normal and fresh for each unit and text, where n is 8 for a mask shared by a batch of 8 windows and 1/4 for
-one of four chunks of a window; and the more a layer has lost, the dearer is the rest. Worths are log-normal
-(heavy-tailed) around a level of their layer, itself log-normal. The score knows the order within a layer, with a rank
-correlation of about a half, and nothing of the layers. Worths are scaled so that the score's own uniform selection
-costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window showed on stories260K
-when few units were changed.
+The surrogate is linear-quadratic. Removing unit u costs w_u nats on average; on n windows of text it costs
+w_u (1 + k e / sqrt n), e standard normal and fresh for each unit and text, where n is 8 for a mask shared by a batch of
+8 windows and 1/4 for one of four chunks of a window; and the more a layer has lost, the dearer is the rest. Worths are
+log-normal (heavy-tailed) around a level of their layer, itself log-normal. The score knows the order within a layer,
+with a rank correlation of about a half, and nothing of the layers. Worths are scaled so that the score's own uniform
+selection costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window showed on
+stories260K when few units were changed.
 
 Recovered is the share of what can be gained over the score's uniform selection, that is over the best selection which
 knows all worths: 0 is no better than the score, 1 is the best there is.
