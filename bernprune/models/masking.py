@@ -37,8 +37,9 @@ class _Branch:
     kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
     chunks = 1
 
-    def __init__(self, num_units: int) -> None:
+    def __init__(self, num_units: int, *, biased: bool) -> None:
         self.num_units = num_units
+        self.biased = biased  # so that something comes out even if nothing goes into its product
 
     def gather(self, weights: torch.Tensor, *, dim: int = 0) -> torch.Tensor:
         """Of a weight or bias whose ``dim`` holds all units in turn, what belongs to the kept ones."""
@@ -156,11 +157,13 @@ class LiveMasks:
         branch.units_PN = branch.open_P11 = branch.kept_N = None
         if span is not None:
             alive_PN = alive_PU[:, span]
-            open_P = alive_PN.any(dim=1)
             if not gather:
                 branch.units_PN = alive_PN.to(self._dtype)
+                if not branch.biased:
+                    return  # without a unit it is closed as it is
             elif not alive_PN.all():
                 branch.kept_N = alive_PN[0].nonzero()[:, 0]
+            open_P = alive_PN.any(dim=1)
         else:
             own = self.view.space.ancestor(kind, layer)
             if own is None:
@@ -189,7 +192,8 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
     with ExitStack() as swapped:
         for index in chosen:
             layer = view.layers[index]
-            attention, ffn = _Branch(layer.shape.kv_groups), _Branch(layer.shape.channels)
+            attention = _Branch(layer.shape.kv_groups, biased=layer.output.bias is not None)
+            ffn = _Branch(layer.shape.channels, biased=layer.down.bias is not None)
             branches[index] = {"kv_group": attention, "channel": ffn}
             for name in (family.query, family.key, family.value):
                 _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention))
