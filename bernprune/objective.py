@@ -23,7 +23,7 @@ from bernprune.units import MaskRows
 
 # Of the logits in float32 at once, by type of device. A GPU must not read the output embedding for too few tokens; a
 # processor does best with about the size of its caches.
-LOGIT_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 GATHER_TOKENS = 1024  # of one mask, from which on gathering its weights costs less than it saves, or as much
 
 
