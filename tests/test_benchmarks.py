@@ -6,6 +6,7 @@ Everything on a tiny random model, by the very files that a full benchmark runs.
 import functools
 import io
 import math
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from selection_checks import check, selected
 from tiny_models import random_tokens, tiny_model
@@ -554,6 +556,27 @@ def test_losses_taken_differently_are_not_compared(tmp_path: Path) -> None:
         show.main(["--folder", str(tmp_path)])
 
 
+def test_names_do_not_cover_each_other() -> None:
+    """Those of lines that end nearby stand above one another, in the order of their losses; far ones stay level."""
+    axes = Figure().subplots()
+    axes.set(xscale="log", xlim=(100, 1e6), ylim=(0, 36))  # a line of text is one high
+    ends = [("second", 1e4, 5.1), ("first", 1.5e4, 5.0), ("third", 2e4, 5.2), ("far", 1e6, 5.1), ("above", 1e4, 20.0)]
+    show._name(axes, ends, dict.fromkeys(["first", "second", "third", "far", "above"], "black"))
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert heights == pytest.approx({"first": 5.0, "second": 6.0, "third": 7.0, "far": 5.1, "above": 20.0})
+
+
+def test_the_whole_benchmark_names_what_is_run_on_each_model() -> None:
+    """Every rival at every sparsity on both, the dearest part on one of them."""
+    given = Namespace(method=None, sparsity=None, sequences=None)
+    stories, embedded = (list(run._jobs(given, model)) for model in ("stories", "embedded"))
+    for jobs, usual in ((stories, 20_480), (embedded, 8_192)):
+        assert {(name, sparsity, usual) for name in RIVALS for sparsity in (0.2, 0.3, 0.5)} <= set(jobs)
+        assert ("default", 0.5, 3 * usual) in jobs and len(jobs) == len(set(jobs))
+    assert ("default", 0.3, 163_840) in stories and set(ABLATED) <= {name for name, *_ in stories}
+    assert not set(ABLATED) & {name for name, *_ in embedded}
+
+
 # The surrogate of large models
 
 
@@ -584,6 +607,16 @@ def test_what_the_surrogate_tells_is_as_uncertain_as_the_text_is_short(chunks: i
     assert whole_B.mean().item() == pytest.approx(surrogate.start, abs=5 * deviation / math.sqrt(groups))
 
 
+@pytest.mark.parametrize(
+    ("units", "per_unit", "said"), [("95", "1", "at least 96 units"), ("352", "0.001", "0 sequences are less")]
+)
+def test_what_cannot_be_simulated_is_refused(units: str, per_unit: str, said: str, tmp_path: Path) -> None:
+    """In a sentence, and nothing is written."""
+    with pytest.raises(ConfigError, match=said):
+        simulate.main(["--folder", str(tmp_path), "--units", units, "--per-unit", per_unit])
+    assert not list(tmp_path.iterdir())
+
+
 def test_simulated_searches_are_not_run_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Their rows become a table."""
     asked = ["--folder", str(tmp_path), "--units", "352", "--per-unit", "2", "6", "--seed", "0", "1"]
@@ -600,3 +633,9 @@ def test_simulated_searches_are_not_run_twice(tmp_path: Path, capsys: pytest.Cap
     show.main(["--folder", str(tmp_path)])
     mean = (rows[2]["recovered"][-1] + rows[3]["recovered"][-1]) / 2
     assert f"| 352 | 2,112 | {mean:.2f} (2) |" in (tmp_path / "table.md").read_text()
+
+
+def test_a_short_search_is_looked_at_after_each_step(tmp_path: Path) -> None:
+    """No look is counted that was not taken."""
+    row = simulate.run("default", 352, 3 * 64 + 8, seed=0)
+    assert row["used"] == [64, 128] and len(row["recovered"]) == 2

@@ -232,8 +232,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not rows:
         raise DataError(f"{folder / 'results.jsonl'} holds no rows yet; run run.py first")
     places, simulated = lines_of(rows), read_rows(folder / "simulation.jsonl", SIMULATED)
-    parts = [table(places)] + [simulation_table(simulated)] * bool(simulated)
-    write_bytes(folder / "table.md", "\n".join(parts).encode())
+    text = table(places)
+    if simulated:
+        text += "\n" + simulation_table(simulated)
+    write_bytes(folder / "table.md", text.encode())
     write_bytes(folder / "picture.png", picture(places))
 
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is simulated is the c
 
 from benchmarks.learning.rows import SIMULATED, Row, append_row, commit, key_of, read_rows
 from bernprune.config import make_config
+from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation.latency import machine
 from bernprune.policy.bernoulli import even_probs
 from bernprune.policy.budget import Budget
@@ -54,7 +55,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def make_space(num_units: int) -> UnitSpace:
-    """About so many units in 32 layers, in the proportions of Llama-2-7B."""
+    """About so many units in 32 layers, in the proportions of Llama-2-7B. Raises ``ConfigError`` for too few."""
+    least = 3 * LAYERS
+    if num_units < least:
+        raise ConfigError(f"a surrogate has at least {least} units, 3 a layer, but {num_units} were asked for")
     heads = max(2, round(num_units / LAYERS / (CHANNELS_OF_A_HEAD + 1)))
     channels = num_units // LAYERS - heads
     shapes = (LayerShape(heads, heads, channels),) * LAYERS
@@ -140,7 +144,7 @@ def uniform_selection(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
 
 
 def run(name: str, num_units: int, sequences: int, seed: int) -> Row:
-    """One search: what was recovered at each look."""
+    """One search: what was recovered at each look. Raises ``ConfigError`` for sizes that cannot be run."""
     space = make_space(num_units)
     surrogate = Surrogate(space, seed)
     given = METHODS[name]
@@ -148,8 +152,10 @@ def run(name: str, num_units: int, sequences: int, seed: int) -> Row:
     budget, scores_U = make_budget(config, space), surrogate.scores_U
     search = make_search(config, budget, {"probs_U": start_probs(config, space, scores_U), "scores_US": scores_U})
     workload, work, started = plan_work(config, space.size), Work(), time.monotonic()
-    steps, windows = workload.steps or 0, config.search.windows // search.design.groups
-    looks = [(look * steps) // LOOKS for look in range(1, LOOKS + 1)]
+    steps, windows = workload.steps, config.search.windows // search.design.groups
+    if not steps:
+        raise ConfigError(f"{sequences} sequences are less than a step of {workload.step_sequences}")
+    looks = sorted({math.ceil(look * steps / LOOKS) for look in range(1, LOOKS + 1)})
     recovered = []
     for step in tqdm(range(steps), desc=f"{name}, {num_units:,} units", disable=not sys.stderr.isatty()):
         masks_BKCU = search.ask(step)[:]  # drawn once
@@ -198,4 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BernpruneError as error:
+        sys.exit(str(error))
