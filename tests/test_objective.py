@@ -19,7 +19,7 @@ from bernprune.models.masking import LiveMasks
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import ObjectiveName
-from bernprune.objective import masked_objective
+from bernprune.objective import masked_objective, token_losses
 
 OPS = load_backend("torch", torch.device("cpu"))
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross-entropy", "kl")
@@ -264,3 +264,12 @@ def test_masks_and_windows_that_do_not_fit_are_refused(spoil: str) -> None:
     assert losses_of(view, masks_KU, tokens_BT, "cross-entropy").isfinite().all()
     with pytest.raises(ConfigError, match="must be"):
         losses_of(view, *bad[spoil], "cross-entropy")
+
+
+def test_logits_come_in_parts_of_a_few_megabytes() -> None:
+    """As shipped, whatever the vocabulary: here of 32 positions at once."""
+    head = torch.nn.Linear(1, 2**16, bias=False)
+    sizes: list[int] = []
+    head.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
+    token_losses(head, torch.ones(3, 23, 1), torch.zeros(3, 23, dtype=torch.int64))
+    assert sizes == [32, 32, 2]
