@@ -77,7 +77,7 @@ def posterior(probs_U: torch.Tensor, design: Design, worth_U: torch.Tensor, disc
     search = PosteriorSearch(
         budget, probs_U, torch.zeros_like(probs_U), seed=3, design=design, round_steps=1, discount=discount
     )
-    search.probs_U, search.worth_U = probs_U, worth_U
+    search.probs_U, search.beliefs.worth_U = probs_U, worth_U
     return search
 
 
@@ -192,7 +192,7 @@ def test_a_unit_is_known_the_better_the_more_its_masks_differ(sampling: Sampling
     search = PosteriorSearch(budget, probs_U, probs_U, seed=3, design=design, round_steps=1)
     contrast_U = contrast(search.probs_U, design)
     search.tell(search.ask(0), normal_numbers(6, 3, 2, seed=0), learning_rate=0.0)
-    precision_U = search.state_dict()["precision_U"]
+    precision_U = search.beliefs.state_dict()["precision_U"]
     assert_close(precision_U / precision_U.mean(), contrast_U / contrast_U.mean(), EXACT)
 
 

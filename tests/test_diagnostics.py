@@ -227,8 +227,8 @@ def round_by_hand(search: PosteriorSearch, effects_BU: torch.Tensor, before_U: t
     chances_U = before_U * (1 - before_U)
     levels_U = effects_BU.var(0) / len(effects_BU) * chances_U
     everywhere = levels_U.mean()
-    for regression in search._regressions:
-        levels_U[regression.members_N] = levels_U[regression.members_N].mean() or everywhere
+    for members_N in search.beliefs.groups:
+        levels_U[members_N] = levels_U[members_N].mean() or everywhere
     signal = signal_to_noise(space, effects_BU.mean(0), levels_U / chances_U)
     return {
         "agreement": agreement,
@@ -243,14 +243,18 @@ def test_signal_is_seen_where_there_is_some() -> None:
     for name, scale in (("noise", 0.0), ("signal", 3.0)):
         search = make_search(space, Design(8, 4))
         values_U = scale * normal_numbers(space.size, seed=0)
-        for step in range(30):
+        rounds = []
+        for step in range(60):
             masks_BKCU = search.ask(step)[:]
             losses_BKC = -(masks_BKCU.double() @ values_U) + normal_numbers(*masks_BKCU.shape[:3], seed=step)
             search.tell(masks_BKCU, losses_BKC, learning_rate=0.0)
-        found[name] = search.diagnose(values_U)
-    assert found["signal"]["agreement"]["channel"] > 0.6 > 0.3 > abs(found["noise"]["agreement"]["channel"])
-    assert found["signal"]["signal_to_noise"]["channel"] > 4 > 1 > found["noise"]["signal_to_noise"]["channel"]
-    assert found["signal"]["rank_correlation"]["channel"] > 0.9
+            if step % 3 == 2:
+                rounds.append(search.diagnose(values_U))
+        for said in ("agreement", "signal_to_noise", "rank_correlation"):
+            found[name, said] = statistics.median(diagnosed[said]["channel"] for diagnosed in rounds[10:])
+    assert found["signal", "agreement"] > 0.6 > 0.3 > abs(found["noise", "agreement"])
+    assert found["signal", "signal_to_noise"] > 4 > 1 > found["noise", "signal_to_noise"]
+    assert found["signal", "rank_correlation"] > 0.9
 
 
 def test_what_is_known_survives_a_checkpoint(tmp_path: Any) -> None:

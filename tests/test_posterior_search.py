@@ -274,7 +274,7 @@ def test_what_never_changed_is_not_known_best() -> None:
     unseen = (masks_NU == masks_NU[0]).all(0)
     assert 3 < unseen.sum() < FLAT.size - 3
     run(search, range(2), curved)
-    precision_U = search.state_dict()["precision_U"]
+    precision_U = search.beliefs.state_dict()["precision_U"]
     assert precision_U[unseen].max() <= precision_U[~unseen].max()
 
 
@@ -310,7 +310,7 @@ def test_statistics_say_what_happened(step: int) -> None:
         "expected_sparsity": 0.4,
         "entropy": entropy(search.probs_U),
         "rounds": (step + 1) // 2,
-        "reliability": search.state_dict()["reliability"],
+        "reliability": search.beliefs.reliability,
     }
     assert stats.to_dict().keys() == expected.keys()
     for name, value in stats.to_dict().items():
@@ -323,11 +323,17 @@ def test_statistics_say_what_happened(step: int) -> None:
 
 def same_state(first: PosteriorSearch, second: PosteriorSearch) -> bool:
     """Bit for bit."""
-    mine, others = first.state_dict(), second.state_dict()
-    tensors = {name for name, value in mine.items() if isinstance(value, torch.Tensor)}
+    mine, others = (flat(search.state_dict()) for search in (first, second))
     assert mine.keys() == others.keys()
-    same = [torch.equal(mine[name], others[name]) for name in tensors]
-    return all(same) and all(mine[name] == others[name] for name in mine.keys() - tensors)
+    return all(
+        torch.equal(value, others[name]) if isinstance(value, torch.Tensor) else value == others[name]
+        for name, value in mine.items()
+    )
+
+
+def flat(state: dict[str, Any]) -> dict[str, Any]:
+    """Without the dictionary of the beliefs in it."""
+    return {name: value for name, value in state.items() if name != "beliefs"} | state["beliefs"]
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7], ids=["in_the_first_round", "between_rounds", "within_a_round"])

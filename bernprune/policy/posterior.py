@@ -2,17 +2,11 @@
 
 A step of plain REINFORCE moves every unit by what is mostly noise, and thousands of units without a signal walk at
 random. Here the same score-function estimates are *observations* with a variance of their own. They are gathered over
-rounds and shrunk towards a regression on the initial scores (empirical Bayes; Efron and Morris, 1973), and a unit is
-kept with the posterior probability that it is worth its price:
+rounds into beliefs (``bernprune.policy.beliefs``), and a unit is kept with the probability that it is worth its price:
 
     s_u = Phi((mu_u - lambda c_u) / sigma_u),  with the price lambda at which the policy meets the budget.
 
-Between rounds the world changes: as a layer loses units, those left become worth more, all of them together. So the
-regression, one for the channels of each layer and one for all units of another kind, forgets, while what sets a unit
-apart from it is remembered.
-
-Letters: B windows of text, K masks a window, C chunks of a window, U units, N units of a regression, P regressions,
-S scores, F features.
+Letters: B windows of text, K masks a window, C chunks of a window, U units, S scores.
 """
 
 import math
@@ -21,18 +15,17 @@ from typing import Any
 
 import torch
 
-from bernprune.errors import ConfigError, RunError
+from bernprune.errors import ConfigError
 from bernprune.policy.baselines import less_the_others
+from bernprune.policy.beliefs import Beliefs
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import Design, contrast, row_slices
 from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
-from bernprune.units import MaskRows, UnitSpace
+from bernprune.units import MaskRows
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
 HAIR = 1e-9  # by which a whole number may be missed through rounding
-_RIDGE = 1e-6  # of a regression's information, so that few units, or equal ones, do not make it singular
-_LEAST_SPREAD = 1e-3  # share of the noise that is always granted to differences between units
 
 
 @dataclass
@@ -66,44 +59,6 @@ class Sums:
         """Of the mean."""
         spread_U = (self.squares_U / self.count - self.mean_U().square()).clamp(min=0)
         return spread_U / (self.count - 1)
-
-
-class Regression:
-    """Of the worth of some units on their initial scores: the channels of a layer, or all units of another kind.
-
-    Features are a constant and, for each score, the normal quantile z of its rank among them and e^z, which has the
-    heavy tail that scores have: any monotone change of a score leaves them alone.
-    """
-
-    def __init__(self, members_N: torch.Tensor, scores_NS: torch.Tensor, forgetting: float) -> None:
-        self.members_N, self._forgetting = members_N, forgetting
-        ranks_NS = scores_NS.argsort(dim=0, stable=True).argsort(dim=0, stable=True).double()
-        z_NS = torch.special.ndtri((ranks_NS + 0.5) / len(ranks_NS))
-        self._features_NF = torch.cat([torch.ones_like(z_NS[:, :1]), z_NS, z_NS.exp()], dim=1)
-        features = self._features_NF.shape[1]
-        self.information_FF = torch.zeros(features, features, dtype=torch.float64)
-        self.response_F = torch.zeros(features, dtype=torch.float64)
-        self.spread = 0.0  # variance of what sets units apart; 0 until the first round
-
-    def regress(self, observed_N: torch.Tensor, variance_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The line through all rounds, older ones forgotten by degrees: its values and their variances, ``[N]``."""
-        features_NF = self._features_NF
-        weights_N = 1 / (variance_N + (self.spread or variance_N.mean()))
-        kept = 1 - self._forgetting
-        self.information_FF = kept * self.information_FF + (features_NF.T * weights_N) @ features_NF
-        self.response_F = kept * self.response_F + (features_NF.T * weights_N) @ observed_N
-        guard = _RIDGE * self.information_FF.diagonal().mean() * torch.eye(len(self.response_F), dtype=torch.float64)
-        inverse_FF = torch.linalg.inv(self.information_FF + guard)
-        return features_NF @ (inverse_FF @ self.response_F), ((features_NF @ inverse_FF) * features_NF).sum(1)
-
-    def shrink(self, residual_N: torch.Tensor, variance_N: torch.Tensor) -> torch.Tensor:
-        """Share of each residual that is signal, by how much more they differ than their noise explains."""
-        excess_N = residual_N.square() - variance_N
-        spread = excess_N.mean().clamp(min=0)
-        weights_N = 1 / (variance_N + spread).square()
-        spread = (weights_N * excess_N).sum() / weights_N.sum()
-        self.spread = max(spread.item(), _LEAST_SPREAD * variance_N.mean().item())
-        return self.spread / (self.spread + variance_N)
 
 
 @dataclass(frozen=True)
@@ -152,21 +107,17 @@ class PosteriorSearch(MaskSearch):
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
         self.discount, self.round_steps = discount, round_steps
         self._bounds = {"floor": floor, "ceiling": ceiling}
-        scores_US = scores_US.view(budget.space.size, -1)
-        self._regressions = [
-            Regression(members_N, scores_US[members_N], forgetting) for members_N in _regressed_together(budget.space)
-        ]
-        self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         size = budget.space.size
+        self.beliefs = Beliefs(budget.space, scores_US.view(size, -1), forgetting)
+        self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
-        self.worth_U = torch.zeros(size, dtype=torch.float64)
-        # What sets units apart from their regression, by precision: information, and information times value.
-        self._precision_U = torch.zeros(size, dtype=torch.float64)
-        self._weighted_U = torch.zeros(size, dtype=torch.float64)
-        self._apart_U = torch.zeros(size, dtype=torch.float64)
         self.deviation_U = torch.zeros(size, dtype=torch.float64)
-        self._reliability = 0.0
         self._last_round: dict[str, Any] = {}
+
+    @property
+    def worth_U(self) -> torch.Tensor:
+        """What keeping each unit is believed to save, nats per token, ``[U]``."""
+        return self.beliefs.worth_U
 
     @property
     def priorities_U(self) -> torch.Tensor:
@@ -199,7 +150,7 @@ class PosteriorSearch(MaskSearch):
         if self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
             self._conclude_round()
         stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
-        return PosteriorStats(**stats, rounds=self.rounds, reliability=self._reliability)
+        return PosteriorStats(**stats, rounds=self.rounds, reliability=self.beliefs.reliability)
 
     def effects(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
@@ -230,21 +181,8 @@ class PosteriorSearch(MaskSearch):
         self._sums = Sums.empty(len(observed_U))
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
-        variance_U, reliable = torch.empty_like(noise_U), torch.empty_like(noise_U)
-        self._precision_U = self._precision_U + 1 / noise_U
-        for regression in self._regressions:
-            at = regression.members_N
-            line_N, line_variance_N = regression.regress(observed_U[at] - self._apart_U[at], noise_U[at])
-            self._weighted_U[at] += (observed_U[at] - line_N) / noise_U[at]
-            residual_variance_N = 1 / self._precision_U[at]
-            residual_N = self._weighted_U[at] * residual_variance_N
-            signal_N = regression.shrink(residual_N, residual_variance_N)
-            self._apart_U[at] = signal_N * residual_N
-            self.worth_U[at] = line_N + self._apart_U[at]
-            variance_U[at] = signal_N * residual_variance_N + line_variance_N
-            reliable[at] = signal_N
-        self._reliability = reliable.mean().item()
-        costs_U, self.deviation_U = self.budget.hanging_cost(self.probs_U), variance_U.sqrt()
+        self.beliefs.learn(observed_U, noise_U)
+        costs_U, self.deviation_U = self.budget.hanging_cost(self.probs_U), self.beliefs.variance_U.sqrt()
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self.rounds += 1
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
@@ -257,15 +195,15 @@ class PosteriorSearch(MaskSearch):
     def _noise_U(self) -> torch.Tensor:
         """Variance of what was observed of each unit, ``[U]``.
 
-        Units share the advantages, so those of a regression differ by their contrast alone. A unit's own estimate would
+        Units share the advantages, so those of a group differ by their contrast alone. A unit's own estimate would
         take one that happened never to change for one that is known exactly.
         """
         contrast_U = contrast(self.probs_U, self.design)
         levels_U = self._sums.variance_U() * contrast_U
         everywhere = levels_U.mean()
-        for regression in self._regressions:
-            level = levels_U[regression.members_N].mean()
-            levels_U[regression.members_N] = level if level > 0 else everywhere  # 0: none of them was seen to change
+        for members_N in self.beliefs.groups:
+            level = levels_U[members_N].mean()
+            levels_U[members_N] = level if level > 0 else everywhere  # 0: none of them was seen to change
         return levels_U / contrast_U
 
     def state_dict(self) -> dict[str, Any]:
@@ -274,48 +212,25 @@ class PosteriorSearch(MaskSearch):
             "steps": self.steps,
             "rounds": self.rounds,
             "count": self._sums.count,
-            "reliability": self._reliability,
             "sum_U": self._sums.sum_U.clone(),
             "squares_U": self._sums.squares_U.clone(),
             "half_U": self._sums.half_U.clone(),
             "probs_U": self.probs_U,
-            "worth_U": self.worth_U.clone(),
             "deviation_U": self.deviation_U,
             "last_round": self._last_round,
-            "precision_U": self._precision_U,
-            "weighted_U": self._weighted_U.clone(),
-            "apart_U": self._apart_U.clone(),
-            "information_PFF": torch.stack([regression.information_FF for regression in self._regressions]),
-            "response_PF": torch.stack([regression.response_F for regression in self._regressions]),
-            "spread_P": torch.tensor([regression.spread for regression in self._regressions], dtype=torch.float64),
+            "beliefs": self.beliefs.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
-        if state["response_PF"].shape[1] != len(self._regressions[0].response_F):
-            raise RunError("the checkpoint was written for another number of initial scores")
-        self.steps, self.rounds, self._reliability = state["steps"], state["rounds"], state["reliability"]
+        self.beliefs.load_state_dict(state["beliefs"])
+        self.steps, self.rounds = state["steps"], state["rounds"]
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
         self.deviation_U, self._last_round = state["deviation_U"].clone(), state["last_round"]
-        self.probs_U, self.worth_U = state["probs_U"].clone(), state["worth_U"].clone()
-        self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
-        self._apart_U = state["apart_U"].clone()
-        for index, regression in enumerate(self._regressions):
-            regression.information_FF = state["information_PFF"][index].clone()
-            regression.response_F = state["response_PF"][index].clone()
-            regression.spread = state["spread_P"][index].item()
+        self.probs_U = state["probs_U"].clone()
 
 
 def rounds_in(steps: int, round_steps: float) -> int:
     """How many rounds of ``round_steps`` on average have ended after so many steps."""
     return math.floor(steps / round_steps + HAIR)
-
-
-def _regressed_together(space: UnitSpace) -> list[torch.Tensor]:
-    """Members of each regression: the channels of each layer, and every other kind over all layers."""
-    sets = []
-    for kind in space.kinds:
-        units = space.by_layer(kind)
-        sets += units if kind == "channel" else [torch.cat(units)]
-    return sets

@@ -1,0 +1,251 @@
+"""What is believed of each unit's worth: a line through its initial scores, and what sets it apart from that.
+
+All of it is empirical Bayes (Efron and Morris, 1973). A *group* has a line of its own: the channels of a layer, or all
+units of another kind. The groups of a *family*, those channels of all layers, resemble each other, so each one's line
+is shrunk towards the line of the family (Lindley and Smith, 1972), and so is how far its units differ from it.
+
+Between rounds the world changes: as a layer loses units, those left become worth more, all of them together. So lines
+forget, while what sets a unit apart is remembered.
+
+Letters: U units, N units of a group, G groups of a family, L lines of all families, S scores, F features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bernprune.errors import RunError
+from bernprune.units import UnitSpace
+
+_RIDGE = 1e-6  # of a line's information, so that few units, or equal ones, do not make it singular
+_ITERATIONS = 100  # towards what the lines of a family have in common
+_LEAST_SPREAD_OF_LINES = 1e-9  # in variances of a coefficient
+_CLEAR = 2.0  # standard errors by which a group must differ from its family for that to be believed at all
+_LEAST_SPREAD = 1e-3  # share of the noise that is always granted to differences between units
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class Prior:
+    """The coefficients of a family's lines: normal around a common ``mean_F``, which is itself known with
+    ``covariance_FF``, with the variances ``spread_F``."""
+
+    mean_F: torch.Tensor
+    covariance_FF: torch.Tensor
+    spread_F: torch.Tensor
+
+
+class Line:
+    """Regression of the worth of a group's units on their initial scores.
+
+    Features are a constant and, for each score, the normal quantile z of its rank in the group and e^z, which has the
+    heavy tail that scores have: any monotone change of a score leaves them alone. No slope is negative, so a larger
+    score never makes a unit worth less.
+    """
+
+    def __init__(self, members_N: torch.Tensor, scores_NS: torch.Tensor, forgetting: float) -> None:
+        self.members_N, self._forgetting = members_N, forgetting
+        ranks_NS = scores_NS.argsort(dim=0, stable=True).argsort(dim=0, stable=True).double()
+        z_NS = torch.special.ndtri((ranks_NS + 0.5) / len(ranks_NS))
+        self._features_NF = torch.cat([torch.ones_like(z_NS[:, :1]), z_NS, z_NS.exp()], dim=1)
+        features = self._features_NF.shape[1]
+        self.information_FF = torch.zeros(features, features, dtype=torch.float64)
+        self.response_F = torch.zeros(features, dtype=torch.float64)
+        self.spread = 0.0  # variance of what sets units apart; 0 until the first round
+
+    def observe(self, observed_N: torch.Tensor, variance_N: torch.Tensor) -> None:
+        """One more round, older ones forgotten by degrees."""
+        weights_N = 1 / (variance_N + (self.spread or variance_N.mean()))
+        kept = 1 - self._forgetting
+        self.information_FF = kept * self.information_FF + (self._features_NF.T * weights_N) @ self._features_NF
+        self.response_F = kept * self.response_F + (self._features_NF.T * weights_N) @ observed_N
+
+    @property
+    def guarded_FF(self) -> torch.Tensor:
+        """Information that can be inverted."""
+        guard = _RIDGE * self.information_FF.diagonal().mean()
+        return self.information_FF + guard * torch.eye(len(self.response_F), dtype=torch.float64)
+
+    def fit(self, prior: Prior | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Its values, and their variances as if slopes were free, ``[N]``."""
+        information_FF, response_F = self.guarded_FF, self.response_F
+        if prior is None:
+            covariance_FF = torch.linalg.inv(information_FF)
+        else:
+            information_FF = information_FF + torch.diag(1 / prior.spread_F)
+            response_F = response_F + prior.mean_F / prior.spread_F
+            covariance_FF = torch.linalg.inv(information_FF)
+            towards_FF = covariance_FF / prior.spread_F  # how much of the common mean is in this line
+            covariance_FF = covariance_FF + towards_FF @ prior.covariance_FF @ towards_FF.T
+        variance_N = ((self._features_NF @ covariance_FF) * self._features_NF).sum(1)
+        return self._features_NF @ rising(information_FF, response_F), variance_N
+
+
+def rising(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:
+    """The coefficients b, of which none but the first may be negative, that minimise b'Ab / 2 - r'b.
+
+    The active set method of Lawson and Hanson (1974, ch. 23), with the first coefficient always free.
+    """
+    size = len(response_F)
+    found_F, free_F = torch.zeros_like(response_F), torch.arange(size) == 0
+    for _ in range(3 * size):  # by which it has ended, but for rounding
+        trial_F = _solve(information_FF, response_F, free_F)
+        while (wrong_F := free_F & (trial_F <= 0) & (torch.arange(size) > 0)).any():
+            steps_F = (found_F / (found_F - trial_F).clamp(min=_TINY))[wrong_F]
+            found_F = found_F + steps_F.min() * (trial_F - found_F)
+            leaving = wrong_F.nonzero().flatten()[steps_F.argmin()]
+            found_F[leaving], free_F[leaving] = 0.0, False
+            trial_F = _solve(information_FF, response_F, free_F)
+        found_F = trial_F
+        gains_F = (response_F - information_FF @ found_F).masked_fill(free_F, 0.0)
+        if gains_F.max() <= 1e-12 * response_F.abs().max():
+            break
+        free_F[gains_F.argmax()] = True
+    return found_F
+
+
+def _solve(information_FF: torch.Tensor, response_F: torch.Tensor, free_F: torch.Tensor) -> torch.Tensor:
+    found_F = torch.zeros_like(response_F)
+    found_F[free_F] = torch.linalg.solve(information_FF[free_F][:, free_F], response_F[free_F])
+    return found_F
+
+
+def common_prior(lines: Sequence[Line]) -> Prior | None:
+    """What makes the observations of all lines likeliest (restricted likelihood); None for a line alone.
+
+    Variances are found by the iteration of Harville (1977, section 5.2), which soon leaves those that are zero.
+    """
+    if len(lines) == 1:
+        return None
+    information_GFF = torch.stack([line.guarded_FF for line in lines])
+    response_GF = torch.stack([line.response_F for line in lines])
+    noise_F = 1 / information_GFF.diagonal(dim1=1, dim2=2).mean(0)
+    spread_F = noise_F
+    for _ in range(_ITERATIONS):
+        own_GFF = torch.linalg.inv(information_GFF + torch.diag(1 / spread_F))
+        weighted_GFF = own_GFF @ information_GFF
+        towards_GFF = torch.eye(len(noise_F), dtype=torch.float64) - weighted_GFF
+        total_FF = (information_GFF @ towards_GFF).sum(0)
+        covariance_FF = torch.linalg.inv(total_FF)
+        mean_F = rising(total_FF, (towards_GFF.mT @ response_GF[..., None])[..., 0].sum(0))
+        apart_GF = (own_GFF @ (response_GF - information_GFF @ mean_F)[..., None])[..., 0]
+        doubt_GFF = own_GFF + weighted_GFF @ covariance_FF @ weighted_GFF.mT
+        known_F = (1 - doubt_GFF.diagonal(dim1=1, dim2=2) / spread_F).sum(0)
+        spread_F = torch.maximum(apart_GF.square().sum(0) / known_F.clamp(min=_TINY), _LEAST_SPREAD_OF_LINES * noise_F)
+    return Prior(mean_F, covariance_FF, spread_F)
+
+
+def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
+    """Of each group, the variance by which its residuals differ more than their noise explains.
+
+    Estimates of the groups are drawn to their mean, all the way where they do not clearly differ from it (the
+    non-negative garrote; Breiman, 1995): of many, some are large by chance.
+
+    Args:
+        residuals, variances: of each group ``[N]``: what was observed of its units less their line, and its noise.
+    """
+    excesses = [residual_N.square() - noise_N for residual_N, noise_N in zip(residuals, variances, strict=True)]
+    spread_G = torch.stack([excess_N.mean() for excess_N in excesses]).clamp(min=0)
+    for _ in range(3):  # each unit's weight depends on the spread
+        weights = [1 / (noise_N + spread).square() for noise_N, spread in zip(variances, spread_G, strict=True)]
+        totals_G = torch.stack([weights_N.sum() for weights_N in weights])
+        own_G = torch.stack([(w_N * e_N).sum() for w_N, e_N in zip(weights, excesses, strict=True)]) / totals_G
+        common = ((totals_G * own_G).sum() / totals_G.sum()).clamp(min=0)
+        spread_G = torch.maximum(own_G, common)
+    apart_G = own_G - common
+    doubt_G = _CLEAR**2 * (2 / totals_G) / apart_G.square().clamp(min=_TINY)
+    spread_G = (common + apart_G * (1 - doubt_G).clamp(min=0)).clamp(min=0)
+    return [
+        max(spread, _LEAST_SPREAD * noise_N.mean().item())
+        for spread, noise_N in zip(spread_G.tolist(), variances, strict=True)
+    ]
+
+
+class Beliefs:
+    """Of all units, after the rounds told so far.
+
+    Args:
+        scores_US: initial scores, larger is kept; only their order within a group counts. ``[U, S]``.
+        forgetting: share of a line's past that a round forgets.
+
+    Attributes:
+        groups: units whose line is one.
+        worth_U, variance_U: of what keeping a unit saves, mean and variance, float64 ``[U]``.
+        reliability: mean share of a unit's observed difference that is signal.
+    """
+
+    def __init__(self, space: UnitSpace, scores_US: torch.Tensor, forgetting: float) -> None:
+        self._families = [
+            [Line(members_N, scores_US[members_N], forgetting) for members_N in family] for family in _families(space)
+        ]
+        self.groups = [line.members_N for line in self._lines]
+        self.worth_U = torch.zeros(space.size, dtype=torch.float64)
+        self.variance_U = torch.zeros_like(self.worth_U)
+        self.reliability = 0.0
+        # What sets units apart from their line, by precision: information, and information times value.
+        self._precision_U = torch.zeros_like(self.worth_U)
+        self._weighted_U, self._apart_U = torch.zeros_like(self.worth_U), torch.zeros_like(self.worth_U)
+
+    @property
+    def _lines(self) -> list[Line]:
+        return [line for family in self._families for line in family]
+
+    def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor) -> None:
+        """One more round: what was observed of each unit's worth, and its variance, ``[U]``."""
+        self._precision_U += 1 / noise_U
+        for family in self._families:
+            for line in family:
+                at = line.members_N
+                line.observe(observed_U[at] - self._apart_U[at], noise_U[at])
+            prior = common_prior(family)
+            for line in family:
+                at = line.members_N
+                self.worth_U[at], self.variance_U[at] = line.fit(prior)
+                self._weighted_U[at] += (observed_U[at] - self.worth_U[at]) / noise_U[at]
+        noise_U, reliable_U = 1 / self._precision_U, torch.empty_like(noise_U)
+        residual_U = self._weighted_U * noise_U
+        for family in self._families:
+            spreads = common_spreads(
+                *([values_U[line.members_N] for line in family] for values_U in (residual_U, noise_U))
+            )
+            for line, line.spread in zip(family, spreads, strict=True):
+                reliable_U[line.members_N] = line.spread / (line.spread + noise_U[line.members_N])
+        self._apart_U = reliable_U * residual_U
+        self.worth_U += self._apart_U
+        self.variance_U += reliable_U * noise_U
+        self.reliability = reliable_U.mean().item()
+
+    def state_dict(self) -> dict[str, Any]:
+        lines = self._lines
+        return {
+            "reliability": self.reliability,
+            "worth_U": self.worth_U.clone(),
+            "variance_U": self.variance_U.clone(),
+            "precision_U": self._precision_U.clone(),
+            "weighted_U": self._weighted_U.clone(),
+            "apart_U": self._apart_U.clone(),
+            "information_LFF": torch.stack([line.information_FF for line in lines]),
+            "response_LF": torch.stack([line.response_F for line in lines]),
+            "spread_L": torch.tensor([line.spread for line in lines], dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ``RunError`` for beliefs that follow from another number of scores."""
+        lines = self._lines
+        if state["response_LF"].shape != (len(lines), len(lines[0].response_F)):
+            raise RunError("the checkpoint was written for another number of initial scores")
+        self.reliability = state["reliability"]
+        self.worth_U, self.variance_U = state["worth_U"].clone(), state["variance_U"].clone()
+        self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
+        self._apart_U = state["apart_U"].clone()
+        for line, information_FF, response_F, spread in zip(
+            lines, state["information_LFF"], state["response_LF"], state["spread_L"].tolist(), strict=True
+        ):
+            line.information_FF, line.response_F, line.spread = information_FF.clone(), response_F.clone(), spread
+
+
+def _families(space: UnitSpace) -> list[list[torch.Tensor]]:
+    """Units of the groups of each family: the channels of each layer, and every other kind over all layers."""
+    return [space.by_layer(kind) if kind == "channel" else [torch.cat(space.by_layer(kind))] for kind in space.kinds]
