@@ -190,7 +190,7 @@ def test_what_is_common_is_recovered() -> None:
     assert ((prior.spread_F / spreads_F).log().abs() < 0.5).all()
     errors, stated = {"alone": 0.0, "shrunk": 0.0}, 0.0
     for line, coefficients_F in zip(lines, coefficients_GF, strict=True):
-        true_N = line._features_NF @ coefficients_F
+        true_N = line.features_NF @ coefficients_F
         errors["alone"] += (line.fit(None)[0] - true_N).square().mean().item()
         line_N, variance_N = line.fit(prior)
         errors["shrunk"] += (line_N - true_N).square().mean().item()
@@ -300,7 +300,7 @@ class LiteralLine:
     def as_line(self) -> Line:
         """With the weighted sums of all rows."""
         line = line_of(torch.zeros(len(self.features)))
-        line._features_NF = torch.from_numpy(self.features)
+        line.features_NF = torch.from_numpy(self.features)
         faded = [(1 - self.forgetting) ** age for age in reversed(range(len(self.rounds)))]
         weights = np.concatenate([fade * weights for fade, (weights, _) in zip(faded, self.rounds, strict=True)])
         rows = np.tile(self.features, (len(self.rounds), 1))

@@ -49,8 +49,8 @@ class Line:
         self.members_N, self._forgetting = members_N, forgetting
         ranks_NS = scores_NS.argsort(dim=0, stable=True).argsort(dim=0, stable=True).double()
         z_NS = torch.special.ndtri((ranks_NS + 0.5) / len(ranks_NS))
-        self._features_NF = torch.cat([torch.ones_like(z_NS[:, :1]), z_NS, z_NS.exp()], dim=1)
-        features = self._features_NF.shape[1]
+        self.features_NF = torch.cat([torch.ones_like(z_NS[:, :1]), z_NS, z_NS.exp()], dim=1)
+        features = self.features_NF.shape[1]
         self.information_FF = torch.zeros(features, features, dtype=torch.float64)
         self.response_F = torch.zeros(features, dtype=torch.float64)
         self.spread = 0.0  # variance of what sets units apart; 0 until the first round
@@ -59,8 +59,8 @@ class Line:
         """One more round, older ones forgotten by degrees."""
         weights_N = 1 / (variance_N + (self.spread or variance_N.mean()))
         kept = 1 - self._forgetting
-        self.information_FF = kept * self.information_FF + (self._features_NF.T * weights_N) @ self._features_NF
-        self.response_F = kept * self.response_F + (self._features_NF.T * weights_N) @ observed_N
+        self.information_FF = kept * self.information_FF + (self.features_NF.T * weights_N) @ self.features_NF
+        self.response_F = kept * self.response_F + (self.features_NF.T * weights_N) @ observed_N
 
     @property
     def guarded_FF(self) -> torch.Tensor:
@@ -79,8 +79,8 @@ class Line:
             covariance_FF = torch.linalg.inv(information_FF)
             towards_FF = covariance_FF / prior.spread_F  # how much of the common mean is in this line
             covariance_FF = covariance_FF + towards_FF @ prior.covariance_FF @ towards_FF.T
-        variance_N = ((self._features_NF @ covariance_FF) * self._features_NF).sum(1)
-        return self._features_NF @ rising(information_FF, response_F), variance_N
+        variance_N = ((self.features_NF @ covariance_FF) * self.features_NF).sum(1)
+        return self.features_NF @ rising(information_FF, response_F), variance_N
 
 
 def rising(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:
@@ -180,7 +180,7 @@ class Beliefs:
         self._families = [
             [Line(members_N, scores_US[members_N], forgetting) for members_N in family] for family in _families(space)
         ]
-        self.groups = [line.members_N for line in self._lines]
+        self.groups = [line.members_N for line in self.lines]
         self.worth_U = torch.zeros(space.size, dtype=torch.float64)
         self.variance_U = torch.zeros_like(self.worth_U)
         self.reliability = 0.0
@@ -189,7 +189,7 @@ class Beliefs:
         self._weighted_U, self._apart_U = torch.zeros_like(self.worth_U), torch.zeros_like(self.worth_U)
 
     @property
-    def _lines(self) -> list[Line]:
+    def lines(self) -> list[Line]:
         return [line for family in self._families for line in family]
 
     def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor) -> None:
@@ -218,7 +218,7 @@ class Beliefs:
         self.reliability = reliable_U.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
-        lines = self._lines
+        lines = self.lines
         return {
             "reliability": self.reliability,
             "worth_U": self.worth_U.clone(),
@@ -233,7 +233,7 @@ class Beliefs:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``RunError`` for beliefs that follow from another number of scores."""
-        lines = self._lines
+        lines = self.lines
         if state["response_LF"].shape != (len(lines), len(lines[0].response_F)):
             raise RunError("the checkpoint was written for another number of initial scores")
         self.reliability = state["reliability"]

@@ -1,6 +1,6 @@
 """``default`` without one of its ingredients, each in turn; everything else stays as it ships."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -10,6 +10,7 @@ import torch
 from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.task import Settings, Task
 from bernprune.config import make_config
+from bernprune.policy import beliefs
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.run.workload import plan_work
 from bernprune.settings import merge
@@ -20,32 +21,53 @@ class _Raw(PosteriorSearch):
     """What is already believed stays in the losses: no control variate."""
 
     def effects(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        worth_U, self.worth_U = self.worth_U, torch.zeros_like(self.worth_U)
+        worth_U, self.beliefs.worth_U = self.beliefs.worth_U, torch.zeros_like(self.beliefs.worth_U)
         found = super().effects(masks_BKCU, losses_BKC)
-        self.worth_U = worth_U
+        self.beliefs.worth_U = worth_U
         return found
 
 
 class _Blind(PosteriorSearch):
-    """Units are shrunk towards the mean of all regressed with them: scores only say where the policy starts."""
+    """Lines are level: scores only say where the policy starts."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
-        for regression in self._regressions:
-            regression._features_NF = regression._features_NF[:, :1]
-            regression.information_FF, regression.response_F = (
-                regression.information_FF[:1, :1],
-                regression.response_F[:1],
-            )
+        for line in self.beliefs.lines:
+            line.features_NF = line.features_NF[:, :1]
+            line.information_FF, line.response_F = line.information_FF[:1, :1], line.response_F[:1]
 
 
-class _Lines(PosteriorSearch):
-    """Nothing sets a unit apart from the regression on its score."""
+def _believing(part: str, instead: Callable[..., Any]) -> type[PosteriorSearch]:
+    """The search with something else in the place of a part of ``bernprune.policy.beliefs``."""
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named)
-        for regression in self._regressions:
-            regression.shrink = lambda residual_N, variance_N: torch.zeros_like(residual_N)  # type: ignore[method-assign]
+    class Changed(PosteriorSearch):
+        def _conclude_round(self) -> None:
+            with patch.object(beliefs, part, instead):
+                super()._conclude_round()
+
+    return Changed
+
+
+_common_spreads = beliefs.common_spreads
+
+
+def _no_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
+    """Nothing sets a unit apart from the line through its score."""
+    return [1e-12 * variance_N.mean().item() for variance_N in variances]
+
+
+def _own_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
+    """How much its units differ is estimated for each layer by itself."""
+    return [_common_spreads([r_N], [v_N])[0] for r_N, v_N in zip(residuals, variances, strict=True)]
+
+
+def _no_prior(lines: Sequence[beliefs.Line]) -> None:
+    """Each layer has a line of its own, of which those of others say nothing."""
+
+
+def _free(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:
+    """Lines may fall with the score."""
+    return torch.linalg.solve(information_FF, response_F)
 
 
 class _Sure(PosteriorSearch):
@@ -70,7 +92,10 @@ class Ablation:
 ABLATIONS = {
     "control-variate": Ablation(_Raw),
     "scores": Ablation(_Blind),
-    "differences": Ablation(_Lines),
+    "differences": Ablation(_believing("common_spreads", _no_spreads)),
+    "common-lines": Ablation(_believing("common_prior", _no_prior)),
+    "common-spreads": Ablation(_believing("common_spreads", _own_spreads)),
+    "rising-lines": Ablation(_believing("rising", _free)),
     "uncertainty": Ablation(_Sure),
     "rounds": Ablation(given={"search": {"rounds": 1}}),
     "forgetting": Ablation(given={"search": {"forgetting": 0.0}}),
