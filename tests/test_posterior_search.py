@@ -16,7 +16,7 @@ from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import entropy, initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
-from bernprune.policy.posterior import PosteriorSearch, PosteriorStats
+from bernprune.policy.posterior import PosteriorSearch, PosteriorStats, expected_order
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_state, write_state
@@ -134,7 +134,27 @@ def test_priorities_are_worth_for_the_price() -> None:
         kept[unit], cut[unit] = 1.0, 0.0
         ancestors = NESTED.inherit(kept, torch.mul)[unit].item()
         costs_U[unit] = (search.budget.alive_cost(kept) - search.budget.alive_cost(cut)) / ancestors
-    assert_close(search.priorities_U, search.worth_U / costs_U, BUDGET)
+    expected_U = expected_order(NESTED, search.worth_U / costs_U, search.deviation_U / costs_U)
+    assert_close(search.priorities_U, expected_U, BUDGET)
+
+
+def test_as_many_units_are_dearer_as_are_expected_to_be() -> None:
+    """In each group at every price, within one; the best come first, and a unit alone has its mean."""
+    space = make_space(["layer", "kv_group", "channel"], [(1, 61), (3, 40), (4, 23)])
+    mean_U, deviation_U = normal_numbers(space.size, seed=1), 0.1 + 3 * random_numbers(space.size, 2)
+    mean_U[:62] = 0.3  # of what is not told apart at all, too
+    order_U = expected_order(space, mean_U, deviation_U)
+    for group in range(len(space.groups)):
+        members = space.group_U == group
+        for price in torch.linspace(-12, 12, 101).tolist():
+            expected = torch.special.ndtr((mean_U[members] - price) / deviation_U[members]).sum()
+            assert abs((order_U[members] > price).sum() - expected) < 1
+        assert order_U[members][mean_U[members].argsort(descending=True, stable=True)].diff().le(0).all()
+        if members.sum() == 1:
+            assert_close(order_U[members], mean_U[members], EXACT)
+    assert 10 < (order_U[1:62] > 0.3).sum() < 50  # by means alone all or none would be
+    sure_U = expected_order(space, mean_U, 1e-12 * deviation_U)
+    assert_close(sure_U, mean_U, BUDGET)
 
 
 def test_reliability_tells_signal_from_noise() -> None:

@@ -9,6 +9,7 @@ rounds into beliefs (``bernprune.policy.beliefs``), and a unit is kept with the 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, S scores.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +23,10 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import Design, contrast, row_slices
 from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
-from bernprune.units import MaskRows
+from bernprune.units import MaskRows, UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
+_NODES = 15  # equally likely values that stand for a normal distribution; odd, so that its mean is one of them
 HAIR = 1e-9  # by which a whole number may be missed through rounding
 
 
@@ -112,6 +114,7 @@ class PosteriorSearch(MaskSearch):
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
         self.deviation_U = torch.zeros(size, dtype=torch.float64)
+        self._order_U = torch.zeros_like(self.deviation_U)
         self._last_round: dict[str, Any] = {}
 
     @property
@@ -121,7 +124,8 @@ class PosteriorSearch(MaskSearch):
 
     @property
     def priorities_U(self) -> torch.Tensor:
-        return self.worth_U / self.budget.hanging_cost(self.probs_U) if self.rounds else self.probs_U
+        """Of each group as many are above any price as the policy expects to keep; see ``expected_order``."""
+        return self._order_U if self.rounds else self.probs_U
 
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """Priorities of worths drawn from what is believed of each (Thompson, 1933)."""
@@ -185,6 +189,8 @@ class PosteriorSearch(MaskSearch):
         costs_U, self.deviation_U = self.budget.hanging_cost(self.probs_U), self.beliefs.variance_U.sqrt()
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self.rounds += 1
+        hanging_U = self.budget.hanging_cost(self.probs_U)
+        self._order_U = expected_order(self.budget.space, self.worth_U / hanging_U, self.deviation_U / hanging_U)
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
         self._last_round = {
             "signal_to_noise": signal_to_noise(self.budget.space, observed_U, noise_U),
@@ -217,6 +223,7 @@ class PosteriorSearch(MaskSearch):
             "half_U": self._sums.half_U.clone(),
             "probs_U": self.probs_U,
             "deviation_U": self.deviation_U,
+            "order_U": self._order_U,
             "last_round": self._last_round,
             "beliefs": self.beliefs.state_dict(),
         }
@@ -228,7 +235,22 @@ class PosteriorSearch(MaskSearch):
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
         self.deviation_U, self._last_round = state["deviation_U"].clone(), state["last_round"]
-        self.probs_U = state["probs_U"].clone()
+        self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
+
+
+def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Tensor) -> torch.Tensor:
+    """Values, ``[U]``, of which as many in each group lie above any price as are expected to, of normal ones.
+
+    The r-th best of the N units of one kind in a layer is given the (r - 1/2) / N quantile, from above, of all values
+    that they may have. By their means alone, a layer whose units are hardly told apart would be kept or cut as a whole.
+    """
+    nodes_Q = torch.special.ndtri((torch.arange(_NODES, dtype=torch.float64) + 0.5) / _NODES)
+    order_U = torch.empty_like(mean_U)
+    for start, end in itertools.pairwise(space.starts):
+        mean_N, deviation_N = mean_U[start:end], deviation_U[start:end]
+        values = (mean_N[:, None] + deviation_N[:, None] * nodes_Q).flatten().sort(descending=True).values
+        order_U[start:end][mean_N.argsort(descending=True, stable=True)] = values[_NODES // 2 :: _NODES]
+    return order_U
 
 
 def rounds_in(steps: int, round_steps: float) -> int:
