@@ -170,10 +170,10 @@ def test_variances_are_the_likeliest(spreads: tuple[float, ...]) -> None:
     lines = observed_lines(coefficients_GF, noise=2.0)
     prior = common_prior(lines)
     assert prior is not None
-    best = restricted_likelihood(lines, prior.spread_F)
+    best = restricted_likelihood(lines, prior.variance_F)
     for change in (0.8, 0.95, 1.05, 1.25):
         for which in ([0], [1], [2], [0, 1, 2]):
-            other_F = prior.spread_F.clone()
+            other_F = prior.variance_F.clone()
             other_F[which] *= change
             assert restricted_likelihood(lines, other_F) <= best + 1e-6, (change, which)
 
@@ -187,7 +187,7 @@ def test_what_is_common_is_recovered() -> None:
     assert prior is not None
     assert ((prior.mean_F - mean_F) / prior.covariance_FF.diagonal().sqrt()).abs().max() < 3
     assert (prior.covariance_FF.diagonal().sqrt() / mean_F).max() < 0.1
-    assert ((prior.spread_F / spreads_F).log().abs() < 0.5).all()
+    assert ((prior.variance_F / spreads_F).log().abs() < 0.5).all()
     errors, stated = {"alone": 0.0, "shrunk": 0.0}, 0.0
     for line, coefficients_F in zip(lines, coefficients_GF, strict=True):
         true_N = line.features_NF @ coefficients_F
@@ -283,8 +283,8 @@ def test_few_and_equal_units_are_believed_something() -> None:
         for seed in range(5):
             beliefs.learn(normal_numbers(space.size, seed=seed), torch.ones(space.size, dtype=torch.float64))
             assert beliefs.worth_U.isfinite().all()
-            assert (beliefs.variance_U > 0).all()
-            assert beliefs.variance_U.isfinite().all()
+            assert (beliefs.deviation_U > 0).all()
+            assert beliefs.deviation_U.isfinite().all()
 
 
 class LiteralLine:

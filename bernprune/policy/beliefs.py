@@ -21,7 +21,7 @@ from bernprune.units import UnitSpace
 
 _RIDGE = 1e-6  # of a line's information, so that few units, or equal ones, do not make it singular
 _ITERATIONS = 100  # towards what the lines of a family have in common
-_LEAST_SPREAD_OF_LINES = 1e-9  # in variances of a coefficient
+_LEAST_VARIANCE = 1e-9  # of a coefficient among lines, in parts of its noise: they may be all but equal, not quite
 _CLEAR = 2.0  # standard errors by which a group must differ from its family for that to be believed at all
 _LEAST_SPREAD = 1e-3  # share of the noise that is always granted to differences between units
 _TINY = torch.finfo(torch.float64).tiny
@@ -29,12 +29,16 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class Prior:
-    """The coefficients of a family's lines: normal around a common ``mean_F``, which is itself known with
-    ``covariance_FF``, with the variances ``spread_F``."""
+    """What the coefficients of a family's lines are drawn from: a normal distribution.
+
+    Attributes:
+        mean_F, covariance_FF: its mean, and how well that is known.
+        variance_F: of the lines around that mean; coefficients are independent.
+    """
 
     mean_F: torch.Tensor
     covariance_FF: torch.Tensor
-    spread_F: torch.Tensor
+    variance_F: torch.Tensor
 
 
 class Line:
@@ -74,10 +78,10 @@ class Line:
         if prior is None:
             covariance_FF = torch.linalg.inv(information_FF)
         else:
-            information_FF = information_FF + torch.diag(1 / prior.spread_F)
-            response_F = response_F + prior.mean_F / prior.spread_F
+            information_FF = information_FF + torch.diag(1 / prior.variance_F)
+            response_F = response_F + prior.mean_F / prior.variance_F
             covariance_FF = torch.linalg.inv(information_FF)
-            towards_FF = covariance_FF / prior.spread_F  # how much of the common mean is in this line
+            towards_FF = covariance_FF / prior.variance_F  # how much of the common mean is in this line
             covariance_FF = covariance_FF + towards_FF @ prior.covariance_FF @ towards_FF.T
         variance_N = ((self.features_NF @ covariance_FF) * self.features_NF).sum(1)
         return self.features_NF @ rising(information_FF, response_F), variance_N
@@ -122,19 +126,19 @@ def common_prior(lines: Sequence[Line]) -> Prior | None:
     information_GFF = torch.stack([line.guarded_FF for line in lines])
     response_GF = torch.stack([line.response_F for line in lines])
     noise_F = 1 / information_GFF.diagonal(dim1=1, dim2=2).mean(0)
-    spread_F = noise_F
+    variance_F = noise_F
     for _ in range(_ITERATIONS):
-        own_GFF = torch.linalg.inv(information_GFF + torch.diag(1 / spread_F))
-        weighted_GFF = own_GFF @ information_GFF
-        towards_GFF = torch.eye(len(noise_F), dtype=torch.float64) - weighted_GFF
-        total_FF = (information_GFF @ towards_GFF).sum(0)
+        left_GFF = torch.linalg.inv(information_GFF + torch.diag(1 / variance_F))  # doubt about each line, mean given
+        own_GFF = left_GFF @ information_GFF  # share of each line's own observations in it; the rest is the mean's
+        means_GFF = torch.eye(len(noise_F), dtype=torch.float64) - own_GFF
+        total_FF = (information_GFF @ means_GFF).sum(0)
         covariance_FF = torch.linalg.inv(total_FF)
-        mean_F = rising(total_FF, (towards_GFF.mT @ response_GF[..., None])[..., 0].sum(0))
-        apart_GF = (own_GFF @ (response_GF - information_GFF @ mean_F)[..., None])[..., 0]
-        doubt_GFF = own_GFF + weighted_GFF @ covariance_FF @ weighted_GFF.mT
-        known_F = (1 - doubt_GFF.diagonal(dim1=1, dim2=2) / spread_F).sum(0)
-        spread_F = torch.maximum(apart_GF.square().sum(0) / known_F.clamp(min=_TINY), _LEAST_SPREAD_OF_LINES * noise_F)
-    return Prior(mean_F, covariance_FF, spread_F)
+        mean_F = rising(total_FF, (means_GFF.mT @ response_GF[..., None])[..., 0].sum(0))
+        apart_GF = (left_GFF @ (response_GF - information_GFF @ mean_F)[..., None])[..., 0]
+        doubt_GFF = left_GFF + own_GFF @ covariance_FF @ own_GFF.mT
+        known_F = (1 - doubt_GFF.diagonal(dim1=1, dim2=2) / variance_F).sum(0)
+        variance_F = torch.maximum(apart_GF.square().sum(0) / known_F.clamp(min=_TINY), _LEAST_VARIANCE * noise_F)
+    return Prior(mean_F, covariance_FF, variance_F)
 
 
 def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
@@ -172,7 +176,7 @@ class Beliefs:
 
     Attributes:
         groups: units whose line is one.
-        worth_U, variance_U: of what keeping a unit saves, mean and variance, float64 ``[U]``.
+        worth_U, deviation_U: of what keeping a unit saves, nats per token: mean and standard deviation, ``[U]``.
         reliability: mean share of a unit's observed difference that is signal.
     """
 
@@ -182,7 +186,7 @@ class Beliefs:
         ]
         self.groups = [line.members_N for line in self.lines]
         self.worth_U = torch.zeros(space.size, dtype=torch.float64)
-        self.variance_U = torch.zeros_like(self.worth_U)
+        self.deviation_U = torch.zeros_like(self.worth_U)
         self.reliability = 0.0
         # What sets units apart from their line, by precision: information, and information times value.
         self._precision_U = torch.zeros_like(self.worth_U)
@@ -195,6 +199,7 @@ class Beliefs:
     def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor) -> None:
         """One more round: what was observed of each unit's worth, and its variance, ``[U]``."""
         self._precision_U += 1 / noise_U
+        variance_U = torch.empty_like(noise_U)
         for family in self._families:
             for line in family:
                 at = line.members_N
@@ -202,7 +207,7 @@ class Beliefs:
             prior = common_prior(family)
             for line in family:
                 at = line.members_N
-                self.worth_U[at], self.variance_U[at] = line.fit(prior)
+                self.worth_U[at], variance_U[at] = line.fit(prior)
                 self._weighted_U[at] += (observed_U[at] - self.worth_U[at]) / noise_U[at]
         noise_U, reliable_U = 1 / self._precision_U, torch.empty_like(noise_U)
         residual_U = self._weighted_U * noise_U
@@ -214,7 +219,7 @@ class Beliefs:
                 reliable_U[line.members_N] = line.spread / (line.spread + noise_U[line.members_N])
         self._apart_U = reliable_U * residual_U
         self.worth_U += self._apart_U
-        self.variance_U += reliable_U * noise_U
+        self.deviation_U = (variance_U + reliable_U * noise_U).sqrt()
         self.reliability = reliable_U.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,7 +227,7 @@ class Beliefs:
         return {
             "reliability": self.reliability,
             "worth_U": self.worth_U.clone(),
-            "variance_U": self.variance_U.clone(),
+            "deviation_U": self.deviation_U,
             "precision_U": self._precision_U.clone(),
             "weighted_U": self._weighted_U.clone(),
             "apart_U": self._apart_U.clone(),
@@ -237,7 +242,7 @@ class Beliefs:
         if state["response_LF"].shape != (len(lines), len(lines[0].response_F)):
             raise RunError("the checkpoint was written for another number of initial scores")
         self.reliability = state["reliability"]
-        self.worth_U, self.variance_U = state["worth_U"].clone(), state["variance_U"].clone()
+        self.worth_U, self.deviation_U = state["worth_U"].clone(), state["deviation_U"].clone()
         self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
         self._apart_U = state["apart_U"].clone()
         for line, information_FF, response_F, spread in zip(

@@ -79,7 +79,7 @@ class PosteriorSearch(MaskSearch):
         scores_US: initial scores, larger is kept, of one metric or several; only their order counts, of channels within
             a layer, of other kinds over all layers. ``[U]`` is one metric's.
         round_steps: steps of a round; of a broken number, rounds take the next whole step.
-        forgetting: share of a regression's past that a round forgets.
+        forgetting: share of a line's past that a round forgets; see ``Beliefs``.
         floor, ceiling: bounds of every probability, strictly within 0 and 1.
         discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
 
@@ -113,8 +113,7 @@ class PosteriorSearch(MaskSearch):
         self.beliefs = Beliefs(budget.space, scores_US.view(size, -1), forgetting)
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
-        self.deviation_U = torch.zeros(size, dtype=torch.float64)
-        self._order_U = torch.zeros_like(self.deviation_U)
+        self._order_U = torch.zeros(size, dtype=torch.float64)
         self._last_round: dict[str, Any] = {}
 
     @property
@@ -123,12 +122,17 @@ class PosteriorSearch(MaskSearch):
         return self.beliefs.worth_U
 
     @property
+    def deviation_U(self) -> torch.Tensor:
+        """How uncertain that is: a standard deviation, ``[U]``; 0 before the first round."""
+        return self.beliefs.deviation_U
+
+    @property
     def priorities_U(self) -> torch.Tensor:
         """Of each group as many are above any price as the policy expects to keep; see ``expected_order``."""
         return self._order_U if self.rounds else self.probs_U
 
     def draw(self, random: torch.Generator) -> torch.Tensor:
-        """Priorities of worths drawn from what is believed of each (Thompson, 1933)."""
+        """Priorities, each moved by a draw of what is not known of its unit (after Thompson, 1933)."""
         noise_U = torch.randn(len(self.probs_U), generator=random, dtype=torch.float64)
         return self.priorities_U + noise_U * self.deviation_U / self.budget.hanging_cost(self.probs_U)
 
@@ -186,7 +190,7 @@ class PosteriorSearch(MaskSearch):
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
         self.beliefs.learn(observed_U, noise_U)
-        costs_U, self.deviation_U = self.budget.hanging_cost(self.probs_U), self.beliefs.variance_U.sqrt()
+        costs_U = self.budget.hanging_cost(self.probs_U)
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self.rounds += 1
         hanging_U = self.budget.hanging_cost(self.probs_U)
@@ -222,7 +226,6 @@ class PosteriorSearch(MaskSearch):
             "squares_U": self._sums.squares_U.clone(),
             "half_U": self._sums.half_U.clone(),
             "probs_U": self.probs_U,
-            "deviation_U": self.deviation_U,
             "order_U": self._order_U,
             "last_round": self._last_round,
             "beliefs": self.beliefs.state_dict(),
@@ -234,8 +237,8 @@ class PosteriorSearch(MaskSearch):
         self.steps, self.rounds = state["steps"], state["rounds"]
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
-        self.deviation_U, self._last_round = state["deviation_U"].clone(), state["last_round"]
         self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
+        self._last_round = state["last_round"]
 
 
 def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Tensor) -> torch.Tensor:

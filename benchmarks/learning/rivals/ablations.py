@@ -11,6 +11,7 @@ from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.task import Settings, Task
 from bernprune.config import make_config
 from bernprune.policy import beliefs
+from bernprune.policy.beliefs import Line, common_spreads
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.run.workload import plan_work
 from bernprune.settings import merge
@@ -48,9 +49,6 @@ def _believing(part: str, instead: Callable[..., Any]) -> type[PosteriorSearch]:
     return Changed
 
 
-_common_spreads = beliefs.common_spreads
-
-
 def _no_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
     """Nothing sets a unit apart from the line through its score."""
     return [1e-12 * variance_N.mean().item() for variance_N in variances]
@@ -58,10 +56,10 @@ def _no_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Ten
 
 def _own_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
     """How much its units differ is estimated for each layer by itself."""
-    return [_common_spreads([r_N], [v_N])[0] for r_N, v_N in zip(residuals, variances, strict=True)]
+    return [common_spreads([r_N], [v_N])[0] for r_N, v_N in zip(residuals, variances, strict=True)]
 
 
-def _no_prior(lines: Sequence[beliefs.Line]) -> None:
+def _no_prior(lines: Sequence[Line]) -> None:
     """Each layer has a line of its own, of which those of others say nothing."""
 
 
