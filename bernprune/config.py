@@ -140,8 +140,7 @@ class SearchConfig(_Section):
     default by the model's size. 0: the metric alone. 'auto': until search.regret is reached, or eight times the
     default is spent."""
     regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """posterior: stop once knowing every unit exactly would be expected to gain less than this, in nats per token; by
-    default never, but at 0.1 for sequences 'auto'."""
+    """posterior: stop once knowing all units exactly would gain less, in nats per token; by default 0.1 for 'auto'."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
     method: MethodName = "posterior"
@@ -163,13 +162,14 @@ class SearchConfig(_Section):
     """posterior: how often the policy is renewed; by default for every 128 windows of text."""
     forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """posterior: share of what was known of whole layers that a round forgets."""
+    by_activity: bool = True
+    """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
     """reinforce: first step size; falls to zero along a cosine."""
     baseline: BaselineName = "leave-one-out"
     """reinforce: what is subtracted from the losses."""
     reference: ReferenceName = "initial"
-    """reinforce: what the baseline 'matched' compares with: the 'initial' selection, the 'dense' model, the 'current'
-    selection, or the 'mean-field', each unit times its probability."""
+    """reinforce: what 'matched' compares with: 'initial' or 'current' selection, 'dense' model, 'mean-field' gates."""
     baseline_window: Count = 5
     """reinforce: memory of a running baseline, in steps."""
     scaling: Scaling = "natural"
@@ -186,8 +186,7 @@ class SearchConfig(_Section):
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
-    """What a loss that is not finite does: stop the run, or drop that mask from its step. In the final choice such a
-    mask just loses."""
+    """What a loss that is not finite does: stop the run, or drop its mask from the step; such a finalist just loses."""
     rows_per_forward: Count = 64
     """Most windows in one forward pass."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
@@ -198,7 +197,7 @@ class SearchConfig(_Section):
 
 # What only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
-    "posterior": ("regret", "rounds", "forgetting"),
+    "posterior": ("regret", "rounds", "forgetting", "by_activity"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
 # What else says nothing unless another setting has one of these values.
@@ -206,6 +205,7 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "initial.also": ("search.method", ("posterior",)),
     "initial.sharpness": ("initial.map", ("const",)),
     "search.discount": ("search.masks_per", ("chunk",)),
+    "search.by_activity": ("search.masks_per", ("sequence", "chunk")),
     "search.reference": ("search.baseline", ("matched",)),
     "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published")),
     "search.epsilon": ("search.scaling", ("sqrt-fisher",)),

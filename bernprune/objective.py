@@ -108,9 +108,32 @@ class MaskedObjective:
 
     def chunk_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """As ``token_losses``, each chunk's share of the mean over all predictions of its window: ``[B, K, C]``."""
+        losses_BKT = self.token_shares(masks_BKCU, tokens_BT)
+        return losses_BKT.view(*masks_BKCU.shape[:3], -1).sum(-1)
+
+    def token_shares(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """As ``token_losses``, each token's share of the mean over all predictions of its window: ``[B, K, T]``."""
         losses_BKT = self.token_losses(masks_BKCU, tokens_BT)
-        predictions = losses_BKT.shape[-1] - (self._kind == "cross-entropy")
-        return losses_BKT.view(*masks_BKCU.shape[:3], -1).sum(-1) / predictions
+        return losses_BKT / (losses_BKT.shape[-1] - (self._kind == "cross-entropy"))
+
+    @torch.inference_mode()
+    def activities(self, mask_U: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """How active each of the model's N channels is at each token, float32 ``[B, T, N]`` on the CPU.
+
+        That is the size of its entry in the input of the down projection, under one mask; removed ones too, as they
+        would be. Channels are those of all layers in turn.
+
+        Raises:
+            ConfigError: a mask or windows of another shape.
+        """
+        self._check(mask_U, tokens_BT, "[{}]", mask_U.ndim == 1)
+        parts = []
+        with self._live.watching() as seen:
+            self._live.set(mask_U[None])
+            for tokens_RT in tokens_BT.to(self._device).split(self._rows):
+                self._hidden(tokens_RT)
+                parts.append(torch.cat([seen[layer] for layer in sorted(seen)], dim=-1))
+        return torch.cat(parts)
 
     def _check(self, masks: MaskRows, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size

@@ -16,6 +16,7 @@ from tiny_run import (
     PASSES,
     POSITIONS,
     SETTINGS,
+    UNREAD_PASSES,
     VOCABULARY,
     Place,
     in_one_sentence,
@@ -219,8 +220,8 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         ("search.sequences", f"one step of {PASSES}", f"got {PASSES - 1}"),
     ),
     "sequences-below-a-round-of-a-batch": (
-        lambda p: p.prune(*METHODS["posterior-batch"], f"search.sequences={2 * PASSES - 1}"),
-        ("search.sequences", f"two steps of {PASSES}", f"got {2 * PASSES - 1}"),
+        lambda p: p.prune(*METHODS["posterior-batch"], f"search.sequences={2 * UNREAD_PASSES - 1}"),
+        ("search.sequences", f"two steps of {UNREAD_PASSES}", f"got {2 * UNREAD_PASSES - 1}"),
     ),
     "sequences-below-a-matched-step": (
         lambda p: p.prune(*REINFORCE, "search.sequences=7", "search.baseline=matched"),
@@ -472,7 +473,7 @@ GOOD: dict[str, Try] = {
     "smallest-window": lambda p: p.prune("data.window=2", "search.chunk=1"),
     "one-chunk": lambda p: p.prune("search.chunk=16"),
     "one-step": lambda p: p.prune(f"search.sequences={PASSES}"),
-    "one-round-of-a-batch": lambda p: p.prune(*METHODS["posterior-batch"], f"search.sequences={2 * PASSES}"),
+    "one-round-of-a-batch": lambda p: p.prune(*METHODS["posterior-batch"], f"search.sequences={2 * UNREAD_PASSES}"),
     "one-matched-step": lambda p: p.prune(*REINFORCE, "search.sequences=8", "search.baseline=matched"),
     "fewest-masks": lambda p: p.prune("search.masks=2"),
     "one-window": lambda p: p.prune("search.windows=1"),

@@ -33,6 +33,7 @@ from bernprune import storage
 from bernprune.config import make_config
 from bernprune.errors import ModelError
 from bernprune.models import saving
+from bernprune.policy.search import Reading
 from bernprune.run import loop, pipeline, stage
 from bernprune.run.checkpoint import write_state
 
@@ -270,14 +271,17 @@ def _losses_with_nan(
     noted: dict[int, torch.Tensor] = {}
     original = loop.evaluate
 
-    def evaluate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        losses_BKC, reference_BC = original(*arguments)
+    def evaluate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None, Reading | None]:
+        losses_BKC, reference_BC, reading = original(*arguments)
         losses_BK, now = losses_BKC.sum(-1), len(noted)
         noted[now] = losses_BK
         if now == step:
             losses_BKC = losses_BKC.clone()
-            losses_BKC[..., -1][bad(torch.arange(losses_BK.numel()).view_as(losses_BK))] = float("nan")
-        return losses_BKC, reference_BC
+            lost_BK = bad(torch.arange(losses_BK.numel()).view_as(losses_BK))
+            losses_BKC[..., -1][lost_BK] = float("nan")
+            if reading is not None:
+                reading.losses_BKT[..., -2][lost_BK] = float("nan")
+        return losses_BKC, reference_BC, reading
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
     return noted

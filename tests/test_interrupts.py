@@ -15,7 +15,7 @@ import pytest
 from tiny_run import (
     LOOK,
     METHODS,
-    PASSES,
+    PASSES_OF,
     STEPS,
     Place,
     ended,
@@ -46,7 +46,7 @@ SLOW = (
     "search.selection=0",
 )
 SLOW_RUNS = {
-    "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=650", "search.rounds=5"),
+    "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=690", "search.rounds=5"),
     "reinforce": (*SLOW, *METHODS["reinforce"], "search.sequences=680", "search.baseline=matched"),
 }
 
@@ -180,7 +180,12 @@ def test_the_same_command_continues(method: str, place: Place, monkeypatch: pyte
     """Over an unfinished run of its own, ``prune`` goes on from the last checkpoint, in the middle of a round or not,
     repeats no step, and ends as if nothing had happened."""
     rounds, looks = ((), 0) if method == "reinforce" else (("search.rounds=2",), 2 * LOOK)
-    more = (*METHODS[method], f"search.sequences={10 * PASSES + looks}", "search.checkpoint_steps=4", *rounds)
+    more = (
+        *METHODS[method],
+        f"search.sequences={10 * PASSES_OF[method] + looks}",
+        "search.checkpoint_steps=4",
+        *rounds,
+    )
     undisturbed = place.folder / "undisturbed"
     succeed(*place.prune(*more, out=undisturbed))
     step, done = loop._Loop.step, []

@@ -352,8 +352,12 @@ def same_state(first: PosteriorSearch, second: PosteriorSearch) -> bool:
 
 
 def flat(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the dictionary of the beliefs in it."""
-    return {name: value for name, value in state.items() if name != "beliefs"} | state["beliefs"]
+    """Without dictionaries of tensors in it."""
+    found: dict[str, Any] = {}
+    for name, value in state.items():
+        parts = flat(value) if isinstance(value, dict) and name != "last_round" else {"": value}
+        found |= {f"{name} {part}": inner for part, inner in parts.items()}
+    return found
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7], ids=["in_the_first_round", "between_rounds", "within_a_round"])

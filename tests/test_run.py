@@ -17,6 +17,7 @@ from tiny_run import (
     METHODS,
     NO_CHUNKS,
     PASSES,
+    PASSES_OF,
     REPOSITORY,
     SETTINGS,
     STEPS,
@@ -150,7 +151,9 @@ def test_the_metrics_of_every_method(method: str, place: Place) -> None:
     ends = [step % per_round == per_round - 1 for step in range(STEPS)]
     assert [line.keys() for line in lines] == [METRICS | own | ({"round"} if end else set()) for end in ends]
     rounds = [(step + 1) // per_round for step in range(STEPS)]
-    assert [line["sequences"] for line in lines] == [PASSES * (s + 1) + look * r for s, r in enumerate(rounds)]
+    assert [line["sequences"] for line in lines] == [
+        PASSES_OF[method] * (s + 1) + look * r for s, r in enumerate(rounds)
+    ]
     if method == "reinforce":
         rates = [0.05 * (1 + math.cos(math.pi * step / STEPS)) for step in range(STEPS)]
         assert [line["learning_rate"] for line in lines] == pytest.approx(rates)
@@ -221,12 +224,12 @@ def test_units_prints_what_there_is(place: Place) -> None:
 
 
 def test_units_tells_the_time_of_whole_steps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences of the dense model's passes beside each mask's are counted too, as they are in the budget."""
+    """Passes of the dense model and of reading, beside each mask's, are counted too, as they are in the budget."""
     ticks = iter([100.0, 103.0])
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks))
     given = settings("search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}")
     shown = succeed("units", str(place.model), *given, "--set", "search.sequences=960").out
-    each = 3.0 / (3 * (3 + 1) * 2)  # seconds of three steps of three masks and the dense model on two windows
+    each = 3.0 / (3 * (3 + 2) * 2)  # seconds of three steps of three masks, the dense model and reading on two windows
     assert f"about {960 * each:,.0f} s of search for 960 sequences" in shown and f"({1 / each:,.0f} a second" in shown
     others = 128 + 4 * (131_072 // WINDOW)  # scores, and the loss of four models on the evaluation text
     assert f"{others * each:,.0f} s or less of scoring and evaluation" in shown
@@ -294,9 +297,9 @@ def test_masks_meet_their_windows(design: Design, needs_reference: bool) -> None
     view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 8)
     masks_BKCU = torch.rand(design.groups, design.masks, design.chunks, view.space.size) < 0.7
     reference_U = torch.arange(view.space.size) % 3 > 0
-    search: Any = SimpleNamespace(design=design, needs_reference=needs_reference)
+    search: Any = SimpleNamespace(design=design, needs_reference=needs_reference, needs_reading=False)
     with masked_objective(view) as objective:
-        losses_BKC, reference_BC = loop.evaluate(objective, search, masks_BKCU, tokens_BT, reference_U)
+        losses_BKC, reference_BC, _ = loop.evaluate(objective, search, masks_BKCU, tokens_BT, reference_U)
         for group in range(design.groups):
             text = tokens_BT if design.groups == 1 else tokens_BT[group : group + 1]
             wanted = masks_BKCU[group].expand(len(text), -1, -1, -1)

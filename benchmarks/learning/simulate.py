@@ -9,7 +9,7 @@ w_u (1 + k e / sqrt n), e standard normal and fresh for each unit and text, wher
 log-normal (heavy-tailed) around a level of their layer, itself log-normal. The score knows the order within a layer,
 with a rank correlation of about a half, and nothing of the layers. Worths are scaled so that the score's own uniform
 selection costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window showed on
-stories260K when few units were changed.
+stories260K when few units were changed. It knows no tokens, so that ``default`` has to do without activities.
 
 Recovered is the share of what can be gained over the score's uniform selection, that is over the best selection which
 knows all worths: 0 is no better than the score, 1 is the best there is.
@@ -46,7 +46,7 @@ SPARSITY, START_EXCESS, TEXT_SPREAD, TEXT_SHARE = 0.3, 1.2, 0.35, 3.0
 LOOKS = 8  # at what would be selected, in a run
 LAYERS, CHANNELS_OF_A_HEAD = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
 METHODS: dict[str, dict[str, Any]] = {
-    "default": {},
+    "default": {"search": {"by_activity": False}},  # the surrogate knows no tokens
     "paper, rate 0.0005": {"preset": "paper", "search": {"learning_rate": 0.0005}},
     "paper, rate 0.002": {"preset": "paper"},
     "paper, rate 0.01": {"preset": "paper", "search": {"learning_rate": 0.01}},

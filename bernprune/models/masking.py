@@ -16,6 +16,7 @@ their own masks.
 Letters: R rows of the batch, C chunks of a row, U units, N units of one branch, T tokens, P pieces = R * C.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ class _Branch:
     open_P11: torch.Tensor | None = None  # None: the branch is open in every piece
     kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
     chunks = 1
+    watch: Callable[[torch.Tensor], None] | None = None  # told what the last projection takes in, before it is masked
 
     def __init__(self, num_units: int, *, biased: bool) -> None:
         self.num_units = num_units
@@ -114,6 +116,10 @@ class _MaskedFFN(nn.Module):
     def _piece(self, x_PTD: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
         gate, up, down, activation = (self._parts[0][name] for name in ("gate", "up", "down", "activation"))
         gather = self._branch.gather
+        if self._branch.watch is not None:
+            hidden_PTF = activation(F.linear(x_PTD, gate.weight, gate.bias)) * F.linear(x_PTD, up.weight, up.bias)
+            self._branch.watch(hidden_PTF)
+            return self._ops.masked_linear(hidden_PTF, masks_PN, down.weight, down.bias)
         return self._ops.masked_mlp(
             x_PTD,
             masks_PN,
@@ -151,6 +157,26 @@ class LiveMasks:
             for kind, branch in branches.items():
                 branch.chunks = chunks
                 self._set_branch(branch, alive_PU, kind, layer, gather=gather)
+
+    @contextmanager
+    def watching(self) -> Iterator[dict[int, torch.Tensor]]:
+        """How active the channels of each masked layer were in the last forward pass, by layer: the size of what they
+        hand on, ``[P, T, F]`` in float32 on the CPU.
+
+        Removed channels are shown too, as they would be if they were kept: nothing may be gathered meanwhile.
+        """
+        seen: dict[int, torch.Tensor] = {}
+
+        def note(layer: int, hidden_PTF: torch.Tensor) -> None:
+            seen[layer] = hidden_PTF.abs().float().cpu()
+
+        try:
+            for layer, branches in self._branches.items():
+                branches["channel"].watch = functools.partial(note, layer)
+            yield seen
+        finally:
+            for branches in self._branches.values():
+                branches["channel"].watch = None
 
     def _set_branch(self, branch: _Branch, alive_PU: torch.Tensor, kind: Kind, layer: int, *, gather: bool) -> None:
         span = self.view.space.span(kind, layer)

@@ -11,7 +11,7 @@ from bernprune.policy.baselines import Baseline, LeaveOneOut
 from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import divergence, reinforce
 from bernprune.policy.masks import Design
-from bernprune.policy.search import MaskSearch, StepStats, rewards_to_go
+from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.units import MaskRows
 
 
@@ -84,6 +84,7 @@ class ReinforceSearch(MaskSearch):
         *,
         learning_rate: float,
         reference_BC: torch.Tensor | None = None,
+        reading: Reading | None = None,
     ) -> StepStats:
         losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
         returns_BKC = rewards_to_go(losses_BKC, self.discount)

@@ -34,6 +34,19 @@ class StepStats:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A step's text token by token.
+
+    Attributes:
+        losses_BKT: of each mask, so that the sum over T is the window's loss; float64.
+        activities_BTN: how active each of the N channels is under the current selection, of any scale; float32.
+    """
+
+    losses_BKT: torch.Tensor
+    activities_BTN: torch.Tensor
+
+
 class MaskSearch(ABC):
     """A policy on the budget, and its masks; how it learns is its subclasses'.
 
@@ -47,6 +60,7 @@ class MaskSearch(ABC):
     """
 
     needs_reference = False  # whether ``tell`` needs the losses of a reference mask on the same text
+    needs_reading = False  # whether ``tell`` does better with a ``Reading``
 
     def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
         if probs_U.shape != (budget.space.size,):
@@ -77,6 +91,7 @@ class MaskSearch(ABC):
         *,
         learning_rate: float,
         reference_BC: torch.Tensor | None = None,
+        reading: Reading | None = None,
     ) -> StepStats:
         """Learn from the losses of masks it was asked for.
 
@@ -86,6 +101,7 @@ class MaskSearch(ABC):
                 so that the sum over C is the window's loss. What is dropped must be dropped from both.
             learning_rate: step size for the *mean* over masks, hence independent of their number.
             reference_BC: losses of the reference mask on the same text, if the search needs them.
+            reading: the same losses by token, and where channels were active, if the search needs them.
 
         Raises:
             ConfigError: antithetic masks of which some are missing.

@@ -12,7 +12,14 @@ from bernprune.models.view import ModelView, describe
 from bernprune.objective import LOGIT_BYTES, masked_objective
 from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model
-from bernprune.run.workload import default_sequences, make_budget, make_search, plan_work, scoring_sequences
+from bernprune.run.workload import (
+    default_sequences,
+    make_budget,
+    make_search,
+    plan_work,
+    reads_activity,
+    scoring_sequences,
+)
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3
@@ -85,11 +92,13 @@ def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]
 
 
 def _activations(view: ModelView, config: RunConfig) -> int:
-    """Bytes of gate, up and their product, and the residual stream a few times over, of the one layer at work."""
-    rows = min(config.search.rows_per_forward, config.search.masks * config.search.windows)
-    width = max(layer.channels for layer in view.architecture.layers)
-    entries = rows * config.data.window * (3 * width + 6 * view.architecture.hidden_size)
-    return entries * view.model.dtype.itemsize
+    """Bytes of gate, up and their product, and the residual stream a few times over, of the one layer at work; and, if
+    they are kept on the same device, of all channels' activities on the windows of a step."""
+    search, window, widths = config.search, config.data.window, [layer.channels for layer in view.architecture.layers]
+    rows = min(search.rows_per_forward, search.masks * search.windows)
+    entries = rows * window * (3 * max(widths) + 6 * view.architecture.hidden_size)
+    read = search.windows * window * sum(widths) if view.model.device.type == "cpu" and reads_activity(config) else 0
+    return entries * view.model.dtype.itemsize + 4 * read
 
 
 def _second_copy(device: torch.device, weights: int) -> int:
@@ -110,6 +119,12 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
             if step == 1:  # the first one warms up
                 started = time.perf_counter()
             masks_BKCU = search.ask(step)
-            losses_BKC, reference_BC = evaluate(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
-            search.tell(masks_BKCU, losses_BKC, learning_rate=settings.learning_rate, reference_BC=reference_BC)
+            losses_BKC, reference_BC, reading = evaluate(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
+            search.tell(
+                masks_BKCU,
+                losses_BKC,
+                learning_rate=settings.learning_rate,
+                reference_BC=reference_BC,
+                reading=reading,
+            )
     return (time.perf_counter() - started) / (_TIMED_STEPS * plan_work(config, view.space.size).step_sequences)

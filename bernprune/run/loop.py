@@ -18,7 +18,7 @@ from bernprune.errors import LossError, RunError
 from bernprune.names import ReferenceName
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.masks import with_reference
-from bernprune.policy.search import MaskSearch, StepStats
+from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder
@@ -79,19 +79,26 @@ def evaluate(
     search: MaskSearch,
     masks_BKCU: MaskRows,
     tokens_BT: torch.Tensor,
-    reference_U: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses ``[B, K, C]`` of the masks of a step, and ``[B, C]`` of the reference if the search needs them."""
+    beside_U: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor | None, Reading | None]:
+    """Losses ``[B, K, C]`` of the masks of a step, and what the search needs beside them.
+
+    That may be the losses ``[B, C]`` of a reference, ``beside_U``, or a reading of the text under it as a selection.
+    """
     design = search.design
+    if search.needs_reading:
+        losses_BKT = objective.token_shares(masks_BKCU, tokens_BT)
+        reading = Reading(losses_BKT, objective.activities(beside_U, tokens_BT))
+        return losses_BKT.unflatten(2, (design.chunks, -1)).sum(-1), None, reading
     if search.needs_reference:
-        masks_BKCU = with_reference(masks_BKCU, reference_U)
+        masks_BKCU = with_reference(masks_BKCU, beside_U)
     if design.groups == design.chunks == 1:
         losses_BKC = objective.losses(masks_BKCU.flatten(0, 2), tokens_BT)[None, :, None]
     else:
         losses_BKC = objective.chunk_losses(masks_BKCU, tokens_BT)
     if not search.needs_reference:
-        return losses_BKC, None
-    return losses_BKC[:, :-1], losses_BKC[:, -1]
+        return losses_BKC, None, None
+    return losses_BKC[:, :-1], losses_BKC[:, -1], None
 
 
 def current_selection(search: MaskSearch, scores_U: torch.Tensor, limits: Limits) -> torch.Tensor:
@@ -124,6 +131,7 @@ class _Loop:
     initial_U: torch.Tensor
     work: Work
     saved_at: float = field(default_factory=time.monotonic)
+    selected_U: torch.Tensor | None = None  # what would be kept if the search ended now; None until it is asked for
 
     def step(self, objective: MaskedObjective, metrics: TextIO) -> StepStats:
         """Ask, evaluate, tell; the work done is counted here and nowhere else."""
@@ -131,14 +139,18 @@ class _Loop:
         learning_rate = self.stage.workload.learning_rate_at(self.work)
         masks_BKCU = self.search.ask(step)
         tokens_BT = self.stage.train.batch(step, settings.windows)
-        reference_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
-        losses_BKC, reference_BC = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
-        finite, dropped = self._finite(losses_BKC, reference_BC, step)
+        if self.search.needs_reading:
+            beside_U = self._selected()
+        else:
+            beside_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
+        losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, beside_U)
+        finite, dropped = self._finite(losses_BKC, reference_BC, reading, step)
         stats = self.search.tell(
             masks_BKCU[finite] if dropped else masks_BKCU,
             losses_BKC[finite],
             learning_rate=learning_rate,
             reference_BC=None if reference_BC is None else reference_BC[finite[0]],
+            reading=reading and Reading(reading.losses_BKT[finite], reading.activities_BTN[finite[0]]),
         )
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
@@ -150,22 +162,29 @@ class _Loop:
 
     def _look(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and what would be selected now, on the text of the step."""
-        found = self.search.diagnose(self.scores_U)
+        found, self.selected_U = self.search.diagnose(self.scores_U), None
         if self.stage.workload.probe_sequences:
-            selected_U = current_selection(self.search, self.scores_U, self.stage.limits)
-            loss = objective.losses(selected_U[None], tokens_BT).item()
+            loss = objective.losses(self._selected()[None], tokens_BT).item()
             self.work.sequences += self.stage.workload.probe_sequences
             if math.isfinite(loss):  # JSON knows no other numbers
                 found |= {"selected_loss": loss, "gap": stats.loss - loss}
         return {"round": found}
 
+    def _selected(self) -> torch.Tensor:
+        """What would be kept if the search ended now; it changes with the rounds."""
+        if self.selected_U is None:
+            self.selected_U = current_selection(self.search, self.scores_U, self.stage.limits)
+        return self.selected_U
+
     def _finite(
-        self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None, step: int
+        self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None, reading: Reading | None, step: int
     ) -> tuple[tuple[Any, ...], int]:
         """Index of what may be learned from, and how many losses it leaves out."""
         finite_BK = losses_BKC.isfinite().all(-1)
         if reference_BC is not None:
             finite_BK = finite_BK & reference_BC.isfinite().all(-1)[:, None]
+        if reading is not None:
+            finite_BK = finite_BK & reading.activities_BTN.isfinite().flatten(1).all(1)[:, None]
         settings = self.stage.config.search
         # Of one group of masks the others can stay; of several, the whole group goes, so that all have equally many.
         keep: tuple[Any, ...] = (slice(None), finite_BK[0]) if len(finite_BK) == 1 else (finite_BK.all(1), slice(None))

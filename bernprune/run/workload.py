@@ -101,7 +101,7 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
     search, least_steps = config.search, _least_round(config)
     dense_pass = search.objective == "kl"
     needs_reference = search.method == "reinforce" and _baseline(config).needs_reference
-    step_sequences = (search.masks + needs_reference + dense_pass) * search.windows
+    step_sequences = (search.masks + (needs_reference or reads_activity(config)) + dense_pass) * search.windows
     probe_sequences = (1 + dense_pass) * search.windows if search.method == "posterior" else 0
     sequences, seconds, regret = search.sequences, search.seconds, search.regret
     if sequences == "auto":
@@ -215,6 +215,7 @@ def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor
             floor=policy.floor,
             ceiling=policy.ceiling,
             discount=search.discount,
+            by_activity=search.by_activity,
         )
     return ReinforceSearch(
         budget,
@@ -230,6 +231,13 @@ def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor
         discount=search.discount,
         pull=search.pull,
     )
+
+
+def reads_activity(config: RunConfig) -> bool:
+    """Whether each window is read once more, for the activity of its channels."""
+    search, design = config.search, _design(config)
+    by_activity = search.method == "posterior" and search.by_activity and "channel" in config.granularity
+    return by_activity and design.groups * design.chunks > 1
 
 
 def _design(config: RunConfig) -> Design:

@@ -13,6 +13,7 @@ from bernprune.config import make_config
 from bernprune.policy import beliefs
 from bernprune.policy.beliefs import Line, common_spreads
 from bernprune.policy.posterior import PosteriorSearch
+from bernprune.policy.search import StepStats
 from bernprune.run.workload import plan_work
 from bernprune.settings import merge
 from bernprune.units import MaskRows
@@ -21,11 +22,13 @@ from bernprune.units import MaskRows
 class _Raw(PosteriorSearch):
     """What is already believed stays in the losses: no control variate."""
 
-    def effects(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        worth_U, self.beliefs.worth_U = self.beliefs.worth_U, torch.zeros_like(self.beliefs.worth_U)
-        found = super().effects(masks_BKCU, losses_BKC)
-        self.beliefs.worth_U = worth_U
-        return found
+    def tell(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, **given: Any) -> StepStats:
+        worth_U, rounds = self.beliefs.worth_U, self.rounds
+        self.beliefs.worth_U = torch.zeros_like(worth_U)
+        stats = super().tell(masks_BKCU, losses_BKC, **given)
+        if self.rounds == rounds:  # or something else is believed from now on
+            self.beliefs.worth_U = worth_U
+        return stats
 
 
 class _Blind(PosteriorSearch):
@@ -88,6 +91,7 @@ class Ablation:
 
 
 ABLATIONS = {
+    "activity": Ablation(given={"search": {"by_activity": False}}),
     "control-variate": Ablation(_Raw),
     "scores": Ablation(_Blind),
     "differences": Ablation(_believing("common_spreads", _no_spreads)),
