@@ -33,6 +33,7 @@ from bernprune import storage
 from bernprune.config import make_config
 from bernprune.errors import ModelError
 from bernprune.models import saving
+from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading
 from bernprune.run import loop, pipeline, stage
 from bernprune.run.checkpoint import write_state
@@ -318,6 +319,29 @@ def test_losses_that_are_not_finite_can_be_dropped(method: str, place: Place, mo
     assert all(math.isfinite(value) for line in lines for value in line.values() if isinstance(value, float))
     rounds = [line["round"] for line in lines if "round" in line]
     assert rounds and json.dumps(rounds, allow_nan=False)
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_activities_that_are_not_finite_are_like_losses(
+    drop: bool, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stop the run, or the window is left out: beliefs would take them in."""
+    original, calls = MaskedObjective.activities, list[int]()
+
+    def activities(*arguments: Any) -> torch.Tensor:
+        found_BTN = original(*arguments).clone()
+        calls.append(len(found_BTN))
+        if len(calls) == 4:
+            found_BTN[1, 3, 2] = float("inf")
+        return found_BTN
+
+    monkeypatch.setattr(MaskedObjective, "activities", activities)
+    done = run(*place.prune(*METHODS["posterior-chunk"], *(DROPPING if drop else ())))
+    if not drop:
+        assert f"{MASKS} of {WINDOWS * MASKS} losses of step 3" in in_one_sentence(done)
+        return
+    lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    assert done.code == 0 and [line["dropped"] for line in lines] == [0, 0, 0, MASKS, 0, 0, 0, 0]
 
 
 ENOUGH = {
