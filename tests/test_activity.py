@@ -204,7 +204,7 @@ def test_worths_are_learned_from_active_tokens() -> None:
     learn(untold, range(12), told=False)
     assert told.rounds == untold.rounds == 6
     assert miss(told) < 0.7 * miss(untold)
-    assert told.reliability > untold.reliability
+    assert told.beliefs.reliability > untold.beliefs.reliability
 
 
 @pytest.mark.parametrize("design", [Design(16, 4, CHUNKS), Design(16, 3, 1, "antithetic"), Design(5, 2, 2, "exact")])
