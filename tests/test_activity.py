@@ -15,7 +15,7 @@ from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
-from bernprune.policy.activity import ActivitySums, Calibration
+from bernprune.policy.activity import ActiveTokens, ActivitySums, Calibration
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
@@ -211,14 +211,14 @@ def test_worths_are_learned_from_active_tokens() -> None:
 def test_even_activity_tells_what_all_tokens_tell(design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of what was taken out of the losses before, and in halves of the text."""
     search, seen = make_search(design=design, discount=0.0), []
-    look = PosteriorSearch._look_closer
+    conclude = ActiveTokens.conclude_round
 
-    def watched(self: Any, activity: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, *halves: Any) -> None:
+    def watched(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, halves: Any, **given: Any) -> None:
         plain = [values_U.clone() for values_U in (observed_U, *halves)]
-        look(self, activity, observed_U, noise_U, *halves)
+        conclude(self, observed_U, noise_U, halves, **given)
         seen.append((plain, [observed_U, *halves]))
 
-    monkeypatch.setattr(PosteriorSearch, "_look_closer", watched)
+    monkeypatch.setattr(ActiveTokens, "conclude_round", watched)
     learn(search, range(6), even=True)
     assert len(seen) == 3
     assert search.worth_U.abs().max() > 0.1

@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from bernprune.policy.baselines import less_the_others
+from bernprune.units import UnitSpace
+
 _FACTORS = 0.1, 10.0  # between which the multiple must lie: beyond, there is nothing but noise
 _HAIR = 1e-9  # by which layers differ through rounding
 _TINY = torch.finfo(torch.float64).tiny
@@ -83,14 +86,6 @@ class ActivitySums:
         slopes: torch.Tensor = products / squares.clamp(min=_TINY)  # 0 of nothing is 0
         return self._active_N / self.count * slopes
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(
-            {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()}
-        )
-
 
 class Calibration:
     """Of each layer, how much what all tokens tell of its channels is of what active ones do: one factor a layer.
@@ -123,8 +118,72 @@ class Calibration:
         factors_L: torch.Tensor = (common + apart * weighted_L) / (1 + apart * precision_L)
         return factors_L.clamp(*_FACTORS)
 
+
+class ActiveTokens:
+    """What active tokens tell of all channels, round by round."""
+
+    def __init__(self, space: UnitSpace) -> None:
+        self._channels_U, self._layers = space.of_kind("channel"), space.by_layer("channel")
+        self._sums = ActivitySums(int(self._channels_U.sum()))
+        self._calibration = Calibration(len(self._layers))
+
+    def add(
+        self,
+        kept_BKCU: torch.Tensor,
+        losses_BKT: torch.Tensor,
+        predicted_BKC: torch.Tensor,
+        activities_BTN: torch.Tensor,
+    ) -> None:
+        """Some windows; what was predicted of each one's loss counts for all tokens alike."""
+        chunks, window = kept_BKCU.shape[2], losses_BKT.shape[2]
+        predicted_BKT = predicted_BKC.repeat_interleave(window // chunks, dim=2) / window
+        masks_BKCN = kept_BKCU[..., self._channels_U].to(activities_BTN)
+        self._sums.add(masks_BKCN, less_the_others(losses_BKT - predicted_BKT), activities_BTN)
+
+    def conclude_round(
+        self,
+        observed_U: torch.Tensor,
+        noise_U: torch.Tensor,
+        halves: tuple[torch.Tensor, torch.Tensor],
+        *,
+        contrast_U: torch.Tensor,
+        worth_U: torch.Tensor,
+    ) -> None:
+        """Put what active tokens told of channels in the place of what all tokens did, if any were told of.
+
+        Args:
+            observed_U, noise_U: of each unit's worth, and its variance; changed in place.
+            halves: of the effects, that is of worths with the other sign; changed in place.
+            worth_U: by which losses were predicted.
+        """
+        sums, self._sums = self._sums, ActivitySums(int(self._channels_U.sum()))
+        if not sums.count:
+            return
+        at, contrast_N = self._channels_U, contrast_U[self._channels_U]
+        # What was taken out of the losses counted for all tokens alike, and is seen as far as a channel is even.
+        back_N = sums.evenness_N * worth_U[at]
+        active_U, variance_U, shape_U = observed_U.clone(), torch.zeros_like(noise_U), torch.ones_like(noise_U)
+        active_U[at], variance_U[at] = back_N - sums.effects(contrast_N), sums.variance(contrast_N)
+        shape_U[at] = sums.evenness_N / contrast_N  # to which a layer's variances are taken to be in proportion
+        for layer, members_N in enumerate(self._layers):
+            self._calibration.learn(layer, observed_U[members_N], noise_U[members_N], active_U[members_N])
+        factors_U = torch.ones_like(noise_U)
+        for members_N, factor in zip(self._layers, self._calibration.factors(), strict=True):
+            common = (variance_U[members_N] / shape_U[members_N]).mean()
+            if common > 0:  # or none of them was seen to change
+                noise_U[members_N] = factor**2 * common * shape_U[members_N]
+                observed_U[members_N] = factor * active_U[members_N]
+                factors_U[members_N] = factor
+        for half_U, effects_N in zip(halves, sums.halves(contrast_N), strict=True):
+            half_U[at] = factors_U[at] * (effects_N - back_N)
+
     def state_dict(self) -> dict[str, Any]:
-        return {name: value.clone() for name, value in vars(self).items()}
+        return {"sums": _copied(vars(self._sums)), "calibration": _copied(vars(self._calibration))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update({name: value.clone() for name, value in state.items()})
+        vars(self._sums).update(_copied(state["sums"]))
+        vars(self._calibration).update(_copied(state["calibration"]))
+
+
+def _copied(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.policy.activity import ActivitySums, Calibration
+from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import Beliefs
 from bernprune.policy.budget import Budget
@@ -117,12 +117,9 @@ class PosteriorSearch(MaskSearch):
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
         self._order_U = torch.zeros(size, dtype=torch.float64)
-        self._channels_U = budget.space.of_kind("channel")
-        self._channels_of_layers = [at for at in self.beliefs.groups if self._channels_U[at[0]]]
+        self._active = ActiveTokens(budget.space)
         # Masks of a whole batch compete on all of it at once, not window by window.
-        self.needs_reading = by_activity and bool(self._channels_U.any()) and design.groups * design.chunks > 1
-        self._activity = ActivitySums(int(self._channels_U.sum()))
-        self._calibration = Calibration(len(self._channels_of_layers))
+        self.needs_reading = by_activity and "channel" in budget.space.kinds and design.groups * design.chunks > 1
         self._last_round: dict[str, Any] = {}
 
     @property
@@ -163,14 +160,15 @@ class PosteriorSearch(MaskSearch):
         losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
         advantages = []
         for windows in row_slices(masks_BKCU):
-            part_BKCU = masks_BKCU[windows].cpu()
-            effects_BU, advantages_BKC = self.effects(part_BKCU, losses_BKC[windows])
+            kept_BKCU = masks_BKCU[windows].cpu().double()
+            effects_BU, advantages_BKC = self.effects(kept_BKCU, losses_BKC[windows])
             advantages.append(advantages_BKC)
             if masks_BKCU.shape[1] == 1:  # a mask without others says nothing
                 continue
             self._sums.add(effects_BU)
             if reading is not None:
-                self._read(part_BKCU, reading.losses_BKT[windows], reading.activities_BTN[windows])
+                losses_BKT, activities_BTN = reading.losses_BKT[windows], reading.activities_BTN[windows]
+                self._active.add(kept_BKCU, losses_BKT, self._predicted(kept_BKCU), activities_BTN)
         advantages_BKC = torch.cat(advantages)
         self.steps += 1
         if self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
@@ -194,16 +192,9 @@ class PosteriorSearch(MaskSearch):
         effects_BU = torch.einsum("bkc,bkcu->bu", advantages_BKC, kept_BKCU) / losses_BKC.shape[1]
         return effects_BU / contrast_U - self.worth_U, advantages_BKC
 
-    def _predicted(self, masks_BKCU: torch.Tensor) -> torch.Tensor:
+    def _predicted(self, kept_BKCU: torch.Tensor) -> torch.Tensor:
         """What the current worths say of a window's loss under each mask, up to a constant: ``[B, K, C]``."""
-        return -masks_BKCU.double() @ self.worth_U
-
-    def _read(self, masks_BKCU: torch.Tensor, losses_BKT: torch.Tensor, activities_BTN: torch.Tensor) -> None:
-        """Some windows, token by token; what the worths predict counts for all tokens alike."""
-        chunks, window = masks_BKCU.shape[2], losses_BKT.shape[2]
-        predicted_BKT = self._predicted(masks_BKCU).repeat_interleave(window // chunks, dim=2) / window
-        advantages_BKT = less_the_others(losses_BKT - predicted_BKT)
-        self._activity.add(masks_BKCU[..., self._channels_U], advantages_BKT, activities_BTN)
+        return -(kept_BKCU @ self.worth_U)
 
     def _round_ends(self) -> bool:
         """Whether the boundary of a round was reached with the last step."""
@@ -212,12 +203,12 @@ class PosteriorSearch(MaskSearch):
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
         observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
-        activity, self._activity = self._activity, ActivitySums(int(self._channels_U.sum()))
         self._sums = Sums.empty(len(observed_U))
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
-        if activity.count:
-            self._look_closer(activity, observed_U, noise_U, *halves)
+        self._active.conclude_round(
+            observed_U, noise_U, halves, contrast_U=contrast(self.probs_U, self.design), worth_U=self.worth_U
+        )
         self.beliefs.learn(observed_U, noise_U)
         costs_U = self.budget.hanging_cost(self.probs_U)
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
@@ -230,30 +221,6 @@ class PosteriorSearch(MaskSearch):
             "agreement": correlation_by_kind(self.budget.space, *halves),
             "regret": expected_regret(free_U, self.deviation_U),
         }
-
-    def _look_closer(
-        self, activity: ActivitySums, observed_U: torch.Tensor, noise_U: torch.Tensor, *halves: torch.Tensor
-    ) -> None:
-        """Put what active tokens told of the channels, and how surely, in the place of what all told, also in halves
-        of the effects."""
-        contrast_N, at = contrast(self.probs_U, self.design)[self._channels_U], self._channels_U
-        evenness_N = activity.evenness_N
-        # What was taken out of the losses counted for all tokens alike, and is seen as far as a channel is even.
-        back_N = evenness_N * self.worth_U[at]
-        active_U, variance_U, levels_U = observed_U.clone(), torch.zeros_like(noise_U), torch.ones_like(noise_U)
-        active_U[at], variance_U[at] = back_N - activity.effects(contrast_N), activity.variance(contrast_N)
-        levels_U[at] = evenness_N / contrast_N  # to which a layer's variances are taken to be in proportion
-        for layer, members_N in enumerate(self._channels_of_layers):
-            self._calibration.learn(layer, observed_U[members_N], noise_U[members_N], active_U[members_N])
-        factors_U = torch.ones_like(noise_U)
-        for members_N, factor in zip(self._channels_of_layers, self._calibration.factors(), strict=True):
-            common = (variance_U[members_N] / levels_U[members_N]).mean()
-            if common > 0:  # or none of them was seen to change
-                noise_U[members_N] = factor**2 * common * levels_U[members_N]
-                observed_U[members_N] = factor * active_U[members_N]
-                factors_U[members_N] = factor
-        for half_U, effects_N in zip(halves, activity.halves(contrast_N), strict=True):
-            half_U[at] = factors_U[at] * (effects_N - back_N)
 
     def _noise_U(self) -> torch.Tensor:
         """Variance of what was observed of each unit, ``[U]``.
@@ -280,8 +247,7 @@ class PosteriorSearch(MaskSearch):
             "half_U": self._sums.half_U.clone(),
             "probs_U": self.probs_U,
             "order_U": self._order_U,
-            "activity": self._activity.state_dict(),
-            "calibration": self._calibration.state_dict(),
+            "active": self._active.state_dict(),
             "last_round": self._last_round,
             "beliefs": self.beliefs.state_dict(),
         }
@@ -289,8 +255,7 @@ class PosteriorSearch(MaskSearch):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         self.beliefs.load_state_dict(state["beliefs"])
-        self._activity.load_state_dict(state["activity"])
-        self._calibration.load_state_dict(state["calibration"])
+        self._active.load_state_dict(state["active"])
         self.steps, self.rounds = state["steps"], state["rounds"]
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
