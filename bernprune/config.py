@@ -162,6 +162,8 @@ class SearchConfig(_Section):
     """posterior: how often the policy is renewed; by default for every 128 windows of text."""
     forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """posterior: share of what was known of whole layers that a round forgets."""
+    swing: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """posterior: each mask keeps channels of a layer with s + swing s (1 - s), or as much less, all together."""
     by_activity: bool = True
     """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
@@ -197,7 +199,7 @@ class SearchConfig(_Section):
 
 # What only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
-    "posterior": ("regret", "rounds", "forgetting", "by_activity"),
+    "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
 # What else says nothing unless another setting has one of these values.
@@ -205,6 +207,7 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "initial.also": ("search.method", ("posterior",)),
     "initial.sharpness": ("initial.map", ("const",)),
     "search.discount": ("search.masks_per", ("chunk",)),
+    "search.swing": ("search.sampling", ("independent", "antithetic")),
     "search.by_activity": ("search.masks_per", ("sequence", "chunk")),
     "search.reference": ("search.baseline", ("matched",)),
     "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published")),
@@ -286,10 +289,7 @@ class RunConfig(_Section):
             raise ValueError(f"plans.sparsities must differ, but are {', '.join(shown)}")
         for sparsity in self.plans.sparsities:
             if not low <= sparsity <= high:
-                raise ValueError(
-                    f"plans.sparsities holds {sparsity:g}, but a run at {self.budget.sparsity:g} explores {low:g} to "
-                    f"{high:g} only"
-                )
+                raise ValueError(f"plans.sparsities holds {sparsity:g}, but this run explores {low:g} to {high:g} only")
         keep = 1 - self.budget.sparsity
         if not self.policy.floor < keep < self.policy.ceiling:
             raise ValueError(

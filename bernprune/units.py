@@ -164,6 +164,10 @@ class UnitSpace:
         groups = zip(self.groups, self.starts, strict=False)
         return [torch.arange(start, start + group.count) for group, start in groups if group.kind == kind]
 
+    def of_groups(self, kind: Kind) -> list[int]:
+        """Indices of the groups of a kind, in the order of ``by_layer``."""
+        return [index for index, group in enumerate(self.groups) if group.kind == kind]
+
     def ancestor(self, kind: Kind, layer: int) -> int | None:
         """The finest unit that those of a kind lie in, or would, in a layer; None if there is none."""
         spans = (self.span(ancestor, layer) for ancestor in ANCESTORS[kind])

@@ -197,6 +197,7 @@ OTHER_VALUES = {
     "regret": 0.2,
     "rounds": 7,
     "forgetting": 0.25,
+    "swing": 0.25,
     "by_activity": False,
     "learning_rate": 0.5,
     "baseline": "none",

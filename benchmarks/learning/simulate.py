@@ -158,8 +158,8 @@ def run(name: str, num_units: int, sequences: int, seed: int) -> Row:
     looks = sorted({math.ceil(look * steps / LOOKS) for look in range(1, LOOKS + 1)})
     recovered = []
     for step in tqdm(range(steps), desc=f"{name}, {num_units:,} units", disable=not sys.stderr.isatty()):
-        masks_BKCU = search.ask(step)[:]  # drawn once
-        losses_BKC = surrogate.losses(masks_BKCU, step, windows)
+        masks_BKCU = search.ask(step)
+        losses_BKC = surrogate.losses(masks_BKCU[:], step, windows)
         search.tell(masks_BKCU, losses_BKC, learning_rate=workload.learning_rate_at(work))
         work.step += 1
         if work.step in looks:

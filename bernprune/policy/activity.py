@@ -16,11 +16,13 @@ on average. The activity is taken from one pass over the text under the current 
 Letters: B windows, K masks, C chunks, T tokens, N channels, L layers.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from bernprune.policy.baselines import less_the_others
+from bernprune.policy.beliefs import Together
 from bernprune.units import UnitSpace
 
 _FACTORS = 0.1, 10.0  # between which the multiple must lie: beyond, there is nothing but noise
@@ -129,15 +131,15 @@ class ActiveTokens:
 
     def add(
         self,
-        kept_BKCU: torch.Tensor,
+        centred_BKCU: torch.Tensor,
         losses_BKT: torch.Tensor,
         predicted_BKC: torch.Tensor,
         activities_BTN: torch.Tensor,
     ) -> None:
-        """Some windows; what was predicted of each one's loss counts for all tokens alike."""
-        chunks, window = kept_BKCU.shape[2], losses_BKT.shape[2]
+        """Some windows: masks, less what swings of them; what was predicted of losses counts for all tokens alike."""
+        chunks, window = centred_BKCU.shape[2], losses_BKT.shape[2]
         predicted_BKT = predicted_BKC.repeat_interleave(window // chunks, dim=2) / window
-        masks_BKCN = kept_BKCU[..., self._channels_U].to(activities_BTN)
+        masks_BKCN = centred_BKCU[..., self._channels_U].to(activities_BTN)
         self._sums.add(masks_BKCN, less_the_others(losses_BKT - predicted_BKT), activities_BTN)
 
     def conclude_round(
@@ -148,17 +150,19 @@ class ActiveTokens:
         *,
         contrast_U: torch.Tensor,
         worth_U: torch.Tensor,
-    ) -> None:
-        """Put what active tokens told of channels in the place of what all tokens did, if any were told of.
+        together: Sequence[Together] = (),
+    ) -> bool:
+        """Put what active tokens told of channels in the place of what all tokens did; whether any were told of.
 
         Args:
             observed_U, noise_U: of each unit's worth, and its variance; changed in place.
             halves: of the effects, that is of worths with the other sign; changed in place.
             worth_U: by which losses were predicted.
+            together: what all tokens told of the channels of each layer together.
         """
         sums, self._sums = self._sums, ActivitySums(int(self._channels_U.sum()))
         if not sums.count:
-            return
+            return False
         at, contrast_N = self._channels_U, contrast_U[self._channels_U]
         # What was taken out of the losses counted for all tokens alike, and is seen as far as a channel is even.
         back_N = sums.evenness_N * worth_U[at]
@@ -167,6 +171,9 @@ class ActiveTokens:
         shape_U[at] = sums.evenness_N / contrast_N  # to which a layer's variances are taken to be in proportion
         for layer, members_N in enumerate(self._layers):
             self._calibration.learn(layer, observed_U[members_N], noise_U[members_N], active_U[members_N])
+        for layer, group in enumerate(together):
+            active = group.weights_N @ active_U[group.members_N]
+            self._calibration.learn(layer, group.mean[None], group.noise[None], active[None])
         factors_U = torch.ones_like(noise_U)
         for members_N, factor in zip(self._layers, self._calibration.factors(), strict=True):
             common = (variance_U[members_N] / shape_U[members_N]).mean()
@@ -176,6 +183,7 @@ class ActiveTokens:
                 factors_U[members_N] = factor
         for half_U, effects_N in zip(halves, sums.halves(contrast_N), strict=True):
             half_U[at] = factors_U[at] * (effects_N - back_N)
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": _copied(vars(self._sums)), "calibration": _copied(vars(self._calibration))}

@@ -41,6 +41,16 @@ class Prior:
     variance_F: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Together:
+    """Of units together: the mean of their worths by weights that add up to 1, as observed, and its variance."""
+
+    members_N: torch.Tensor
+    weights_N: torch.Tensor
+    mean: torch.Tensor
+    noise: torch.Tensor
+
+
 class Line:
     """Regression of the worth of a group's units on their initial scores.
 
@@ -65,6 +75,13 @@ class Line:
         kept = 1 - self._forgetting
         self.information_FF = kept * self.information_FF + (self.features_NF.T * weights_N) @ self.features_NF
         self.response_F = kept * self.response_F + (self.features_NF.T * weights_N) @ observed_N
+
+    def observe_together(self, weights_N: torch.Tensor, mean: torch.Tensor, noise: torch.Tensor) -> None:
+        """Something else of the same round: the weighted mean of all units, with its variance."""
+        weight = 1 / (noise + self.spread * weights_N.square().sum())
+        features_F = weights_N @ self.features_NF
+        self.information_FF = self.information_FF + weight * features_F.outer(features_F)
+        self.response_F = self.response_F + weight * mean * features_F
 
     @property
     def guarded_FF(self) -> torch.Tensor:
@@ -196,14 +213,18 @@ class Beliefs:
     def lines(self) -> list[Line]:
         return [line for family in self._families for line in family]
 
-    def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor) -> None:
-        """One more round: what was observed of each unit's worth, and its variance, ``[U]``."""
+    def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor, together: Sequence[Together] = ()) -> None:
+        """One more round: what was observed of each unit's worth, and its variance, ``[U]``; and of groups together."""
         self._precision_U += 1 / noise_U
         variance_U = torch.empty_like(noise_U)
         for family in self._families:
             for line in family:
                 at = line.members_N
                 line.observe(observed_U[at] - self._apart_U[at], noise_U[at])
+                for group in together:
+                    if group.members_N.equal(at):
+                        mean = group.mean - group.weights_N @ self._apart_U[at]
+                        line.observe_together(group.weights_N, mean, group.noise)
             prior = common_prior(family)
             for line in family:
                 at = line.members_N

@@ -16,8 +16,14 @@ How the masks that compete on the same text hang together is their coupling, ``D
   4 to keep, a unit is kept with 0.032 or 0.968; of 16 with 0.0415 or 0.9585; the bias falls as they become more. Needs
   units that do not nest, and sorts each mask, which takes ten to twenty times as long as drawing it.
 
-Letters: B windows of text, K masks a window, C chunks of a window, U units, N rows asked for, D rows of random numbers,
-V units filled up to a multiple of the O orders.
+Masks may also *swing* (``Design.swing``): each keeps more or fewer channels of a layer together. Half of the masks on
+the same text, drawn by lot, keep a channel with probability s + a, half with s - a, where a = swing s (1 - s); of an
+odd number one does with s. So a channel is kept with probability s as before, and units are independent at given
+levels. Why: one by one, n channels vary in number by sqrt(n s (1 - s)) only, and from so little it is hard to tell how
+many of them a layer should keep. By swing they vary by n a: with 0.5, of 500 undecided channels by 62 instead of 11.
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
+L levels, N rows asked for, D rows of random numbers, V units filled up to a multiple of the O orders.
 """
 
 import math
@@ -33,7 +39,7 @@ from bernprune.names import Sampling, check_name
 from bernprune.policy.budget import Budget
 from bernprune.policy.counters import WORDS, mask_words, philox
 from bernprune.seeding import counter_key
-from bernprune.units import MaskRows
+from bernprune.units import MaskRows, UnitSpace
 
 ORDERS = 64  # in which antithetic masks are shifted
 
@@ -46,22 +52,31 @@ class Design:
     """How the masks of a step are laid out over its text, and how those on the same text hang together.
 
     ``groups`` of ``masks`` compete on the same text, each with ``chunks`` masks of its own in turn. Under one mask for
-    a whole batch that is one group; otherwise there is a group for each window.
+    a whole batch that is one group; otherwise there is a group for each window. ``swing``, from 0 to 1, is how far the
+    channels of a layer are kept more, or fewer, together.
 
     Raises:
-        ConfigError: an unknown sampling, or none of something.
+        ConfigError: an unknown sampling, none of something, or a swing out of range or without what it needs.
     """
 
     groups: int
     masks: int
     chunks: int = 1
     sampling: Sampling = "independent"
+    swing: float = 0.0
 
     def __post_init__(self) -> None:
         check_name("sampling", self.sampling, Sampling)
         if min(self.groups, self.masks, self.chunks) < 1:
             raise ConfigError(
                 f"groups, masks and chunks must be 1 or more, not {self.groups}, {self.masks}, {self.chunks}"
+            )
+        if not 0 <= self.swing <= 1:
+            raise ConfigError(f"swing must lie between 0 and 1, but is {self.swing:g}")
+        if self.swing and (self.masks < 2 or self.sampling == "exact"):
+            raise ConfigError(
+                f"swing needs 2 masks or more on the same text, which do not meet the budget one by one, but got "
+                f"{self.masks} with sampling {self.sampling!r}"
             )
 
     @property
@@ -116,9 +131,30 @@ class Masks:
         reference_U = None if self.reference_U is None else self.reference_U.to(device)
         return replace(self, probs_U=self.probs_U.to(device), reference_U=reference_U)
 
+    def levels(self, index: Any = slice(None)) -> torch.Tensor:
+        """Whether masks keep more of each group (1), less (-1) or neither (0), int64 ``[B, K, C, G]``, or those of an
+        index into all but U. Only of channels that means something."""
+        rows = self.rows[index]
+        return self._levels(rows.flatten()).view(*rows.shape, -1)
+
+    def _levels(self, rows_N: torch.Tensor) -> torch.Tensor:
+        """``[N, G]``: by lot, from random words that lie behind those of the units."""
+        masks, chunks, groups = self.design.masks, self.design.chunks, len(self.budget.space.groups)
+        first = len(self.probs_U) + -len(self.probs_U) % ORDERS
+        texts_N = rows_N // (masks * chunks) * (masks * chunks) + rows_N % chunks
+        texts_D, which_N = texts_N.unique(return_inverse=True)
+        rows_DK = texts_D[:, None] + torch.arange(masks) * chunks
+        words = mask_words(self.seed, self.step, rows_DK.flatten(), range(first, first + groups))
+        places_DKG = words.view(*rows_DK.shape, groups).argsort(dim=1, stable=True).argsort(dim=1)
+        levels_NG: torch.Tensor = (2 * places_DKG - (masks - 1)).sign()[which_N, rows_N // chunks % masks]
+        return levels_NG
+
     @cached_property
-    def _thresholds_U(self) -> torch.Tensor:
-        return (self.probs_U * WORDS).round().long()
+    def _thresholds_LU(self) -> torch.Tensor:
+        """Of levels -1, 0 and 1; without swing, they are alike."""
+        amplitude_U = amplitude(self.probs_U.cpu(), self.design, self.budget.space)
+        probs_LU = self.probs_U.cpu() + amplitude_U * torch.tensor([[-1], [0], [1]])
+        return (probs_LU * WORDS).round().long().to(self.probs_U.device)
 
     @cached_property
     def _shifts_KO(self) -> torch.Tensor:
@@ -128,6 +164,7 @@ class Masks:
         """Bool ``[N, U]``, made from one block of random numbers after the other."""
         draws_N, masks_N = self._coupled(rows_N)
         draws_D, which_N = draws_N.unique(return_inverse=True)
+        levels_NG = self._levels(rows_N) if self.design.swing else None
         kept_NU = torch.empty(len(rows_N), len(self.probs_U), dtype=torch.bool, device=self.probs_U.device)
         for draws, units in self._tiles(len(draws_D)):
             whole = range(units.start, units.stop + -units.stop % ORDERS)
@@ -135,8 +172,9 @@ class Masks:
             here_N = (which_N >= draws.start) & (which_N < draws.stop)
             for mask in masks_N.unique().tolist():
                 at = (here_N & (masks_N == mask)).nonzero()[:, 0]
-                kept_DU = self._kept(words_DV, mask, units)
-                kept_NU[at, units.start : units.stop] = kept_DU[which_N[at] - draws.start]
+                words_NU = self._shifted(words_DV, mask)[which_N[at] - draws.start, : len(units)]
+                levels_HG = None if levels_NG is None else levels_NG[at]
+                kept_NU[at, units.start : units.stop] = self._kept(words_NU, units, levels_HG)
         return kept_NU
 
     def _coupled(self, rows_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,14 +193,23 @@ class Masks:
             for unit in range(0, size, width):
                 yield slice(draw, draw + height), range(unit, min(unit + width, size))
 
-    def _kept(self, words_DV: torch.Tensor, mask: int, units: range) -> torch.Tensor:
-        """What one of the masks that share these words keeps, ``[D, U]``."""
-        if self.design.sampling == "antithetic":
-            words_DV = (words_DV.unflatten(1, (-1, ORDERS)) + self._shifts_KO[mask]).bitwise_and_(WORDS - 1).flatten(1)
-        words_DU = words_DV[:, : len(units)]
+    def _shifted(self, words_DV: torch.Tensor, mask: int) -> torch.Tensor:
+        """The words of one of the masks that share them."""
+        if self.design.sampling != "antithetic":
+            return words_DV
+        words_DOV: torch.Tensor = words_DV.unflatten(1, (-1, ORDERS)) + self._shifts_KO[mask]
+        return words_DOV.bitwise_and_(WORDS - 1).flatten(1)
+
+    def _kept(self, words_NU: torch.Tensor, units: range, levels_NG: torch.Tensor | None) -> torch.Tensor:
+        """What masks with these words keep of these units, bool ``[N, U]``."""
         if self.design.sampling == "exact":
-            return _within_budget(words_DU, self.probs_U, self.budget)
-        return words_DU < self._thresholds_U[units.start : units.stop]
+            return _within_budget(words_NU, self.probs_U, self.budget)
+        thresholds_LU = self._thresholds_LU[:, units.start : units.stop]
+        if levels_NG is None:
+            return words_NU < thresholds_LU[1]
+        levels_NU = levels_NG[:, self.budget.space.group_U[units.start : units.stop]].to(words_NU.device)
+        kept_NU: torch.Tensor = words_NU < thresholds_LU.gather(0, levels_NU + 1)
+        return kept_NU
 
 
 def orders(num_masks: int) -> torch.Tensor:
@@ -183,21 +230,53 @@ def with_reference(masks_BKCU: MaskRows, reference_U: torch.Tensor) -> MaskRows:
     return torch.cat([masks, reference_U.expand_as(masks[:, :1])], dim=1)
 
 
-def contrast(probs_U: torch.Tensor, design: Design) -> torch.Tensor:
-    """How likely it is that of two masks on the same text the first keeps a unit and the second cuts it, ``[U]``.
+def some_rows(masks: MaskRows, index: Any) -> MaskRows:
+    """Those of an index into all dimensions but U, not made before they are looked at if they were not."""
+    return replace(masks, rows=masks.rows[index]) if isinstance(masks, Masks) else masks[index]
 
-    s (1 - s) if they are independent; ``exact`` ones are taken as if they were. Of K antithetic ones n or n + 1 keep
-    it, n = floor(K s), which gives E[n (K - n)] / (K (K - 1)); the shifts are whole multiples of 2^-32, so that a K
-    that does not divide 2^32 adds an error of 2^-32 at most. With advantages that leave one out, E[A (m - s)] is this
-    times the effect of the unit, because the other masks, too, tell of it: of correlation rho, s (1 - s) (1 - rho).
+
+def amplitude(probs_U: torch.Tensor, design: Design, space: UnitSpace) -> torch.Tensor:
+    """By how much keep probabilities differ from s where a group is kept more or less, ``[U]``; 0 but for channels."""
+    return design.swing * probs_U * (1 - probs_U) * space.of_kind("channel")
+
+
+def contrast(probs_U: torch.Tensor, design: Design, amplitude_U: torch.Tensor | float = 0.0) -> torch.Tensor:
+    """E[A (m - s)] of a unit over its effect, for advantages that leave one out; s is its probability at its level.
+
+    Without levels that is how likely it is that of two masks on the same text the first keeps a unit and the second
+    cuts it: s (1 - s) if they are independent, as ``exact`` ones are taken to be, and s (1 - s) (1 - rho) for a
+    correlation rho, because the other masks, too, tell of the unit. With levels it is the mean over those of two masks
+    of s (1 - s) - (P - s s'), with P the probability that both keep the unit.
     """
-    if design.sampling != "antithetic":
-        return probs_U * (1 - probs_U)
-    masks = design.masks
-    least_U = (masks * probs_U).floor()
-    more_U = masks * probs_U - least_U
-    pairs_U = (1 - more_U) * least_U * (masks - least_U) + more_U * (least_U + 1) * (masks - least_U - 1)
-    return pairs_U / (masks * (masks - 1))
+    contrast_U = torch.zeros_like(probs_U)
+    for level, other, share in _level_pairs(design.masks) if design.swing else [(0, 0, 1.0)]:
+        own_U, other_U = probs_U + level * amplitude_U, probs_U + other * amplitude_U
+        both_U = own_U * other_U
+        if design.sampling == "antithetic":
+            both_U = _both_keep(own_U, other_U, design.masks)
+        contrast_U += share * (own_U - own_U.square() + own_U * other_U - both_U)
+    return contrast_U.clamp(min=0)  # of what is settled, rounding may leave a trace
+
+
+def _both_keep(first_U: torch.Tensor, second_U: torch.Tensor, masks: int) -> torch.Tensor:
+    """How likely two of K antithetic masks keep a unit that they keep with these probabilities, ``[U]``.
+
+    The words v and v + d / K, d = 1 to K - 1 equally likely, must lie below a and b. Of all K words v + d / K, either
+    floor(K b) lie below b or, where the fraction of K v is below that of K b, one more; v itself lies below both with
+    min(a, b). The shifts are whole multiples of 2^-32, so a K that does not divide 2^32 adds an error of 2^-32 at most.
+    """
+    least_U, others_U = (masks * first_U).floor(), (masks * second_U).floor()
+    more_U, more_others_U = masks * first_U - least_U, masks * second_U - others_U
+    below_U = first_U * others_U + (least_U * more_others_U + torch.minimum(more_U, more_others_U)) / masks
+    return (below_U - torch.minimum(first_U, second_U)) / (masks - 1)
+
+
+def _level_pairs(masks: int) -> Iterator[tuple[int, int, float]]:
+    """The levels of two of K masks, and how likely they are."""
+    counts = {-1: masks // 2, 0: masks % 2, 1: masks // 2}
+    for level, count in counts.items():
+        for other, others in counts.items():
+            yield level, other, count * (others - (level == other)) / (masks * (masks - 1))
 
 
 def row_slices(masks: MaskRows) -> Iterator[slice]:

@@ -6,11 +6,15 @@ rounds into beliefs (``bernprune.policy.beliefs``), and a unit is kept with the 
 
     s_u = Phi((mu_u - lambda c_u) / sigma_u),  with the price lambda at which the policy meets the budget.
 
-Letters: B windows of text, K masks a window, C chunks of a window, U units, S scores.
+Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
+N units of a group, S scores.
 """
 
 import itertools
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +23,10 @@ import torch
 from bernprune.errors import ConfigError
 from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import less_the_others
-from bernprune.policy.beliefs import Beliefs
+from bernprune.policy.beliefs import Beliefs, Together
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
-from bernprune.policy.masks import Design, contrast, row_slices
+from bernprune.policy.masks import Design, Masks, row_slices
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.units import MaskRows, UnitSpace
 
@@ -83,6 +87,7 @@ class PosteriorSearch(MaskSearch):
         forgetting: share of a line's past that a round forgets; see ``Beliefs``.
         floor, ceiling: bounds of every probability, strictly within 0 and 1.
         discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
+        design: masks that swing must be told as they were asked for, not as a tensor.
         by_activity: learn of channels from where they are active (``bernprune.policy.activity``), if told of it.
 
     Raises:
@@ -115,7 +120,8 @@ class PosteriorSearch(MaskSearch):
         size = budget.space.size
         self.beliefs = Beliefs(budget.space, scores_US.view(size, -1), forgetting)
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
-        self.steps, self.rounds, self._sums = 0, 0, Sums.empty(size)
+        self.steps, self.rounds = 0, 0
+        self._sums, self._swung = Sums.empty(size), Sums.empty(len(budget.space.groups))
         self._order_U = torch.zeros(size, dtype=torch.float64)
         self._active = ActiveTokens(budget.space)
         # Masks of a whole batch compete on all of it at once, not window by window.
@@ -160,15 +166,18 @@ class PosteriorSearch(MaskSearch):
         losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
         advantages = []
         for windows in row_slices(masks_BKCU):
-            kept_BKCU = masks_BKCU[windows].cpu().double()
-            effects_BU, advantages_BKC = self.effects(kept_BKCU, losses_BKC[windows])
+            kept_BKCU, levels_BKCG = masks_BKCU[windows].cpu().double(), self._levels(masks_BKCU, windows)
+            effects_BU, advantages_BKC = self.effects(kept_BKCU, losses_BKC[windows], levels_BKCG)
             advantages.append(advantages_BKC)
             if masks_BKCU.shape[1] == 1:  # a mask without others says nothing
                 continue
             self._sums.add(effects_BU)
+            if levels_BKCG is not None:
+                self._swung.add(torch.einsum("bkc,bkcg->bg", advantages_BKC, levels_BKCG) / kept_BKCU.shape[1])
             if reading is not None:
                 losses_BKT, activities_BTN = reading.losses_BKT[windows], reading.activities_BTN[windows]
-                self._active.add(kept_BKCU, losses_BKT, self._predicted(kept_BKCU), activities_BTN)
+                centred_BKCU = self._centred(kept_BKCU, levels_BKCG)
+                self._active.add(centred_BKCU, losses_BKT, self._predicted(kept_BKCU), activities_BTN)
         advantages_BKC = torch.cat(advantages)
         self.steps += 1
         if self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
@@ -176,21 +185,56 @@ class PosteriorSearch(MaskSearch):
         stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
         return PosteriorStats(**stats, rounds=self.rounds, reliability=self.beliefs.reliability)
 
-    def effects(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def effects(
+        self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
 
         Unbiased if the discount is 1 and masks are not ``exact``.
 
         E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u)] / contrast_u, where the contrast of independent masks is
-        s_u (1 - s_u). What the current worths predict of the losses is taken out of the advantages and put back
-        exactly, a linear control variate, so that only what they do not explain makes noise.
+        s_u (1 - s_u), and s_u the probability at the level of u's group. What the current worths predict of the losses
+        is taken out of the advantages and put back exactly, a linear control variate, so that only what they do not
+        explain makes noise.
         """
         kept_BKCU, contrast_U = masks_BKCU[:].double(), self._contrast_U(masks_BKCU)
         unexplained_BKC = losses_BKC - self._predicted(kept_BKCU) / losses_BKC.shape[-1]
         advantages_BKC = less_the_others(rewards_to_go(unexplained_BKC, self.discount))
-        # Without the others' mean, a chunk's advantages sum to zero, so that no m_u - s_u is needed here.
-        effects_BU = torch.einsum("bkc,bkcu->bu", advantages_BKC, kept_BKCU) / losses_BKC.shape[1]
+        centred_BKCU = self._centred(kept_BKCU, levels_BKCG)
+        effects_BU = torch.einsum("bkc,bkcu->bu", advantages_BKC, centred_BKCU) / losses_BKC.shape[1]
         return effects_BU / contrast_U - self.worth_U, advantages_BKC
+
+    def _levels(self, masks_BKCU: MaskRows, windows: slice) -> torch.Tensor | None:
+        """Of the groups of some windows' masks, float64 ``[B, K, C, G]``; None without swing."""
+        if not self.design.swing:
+            return None
+        if not isinstance(masks_BKCU, Masks):
+            raise ConfigError("masks that swing are told as they were asked for, but got a tensor")
+        return masks_BKCU.levels(windows).double()
+
+    def _centred(self, kept_BKCU: torch.Tensor, levels_BKCG: torch.Tensor | None) -> torch.Tensor:
+        """Masks less their probabilities, up to what those on the same text share: their advantages sum to zero."""
+        if levels_BKCG is None:
+            return kept_BKCU
+        return kept_BKCU - levels_BKCG[..., self.budget.space.group_U] * self._amplitude_U
+
+    def _together(self) -> list[Together]:
+        """What was observed of the channels of each layer by their swing: the mean of their worths, by amplitude.
+
+        For a linear loss E[sum_k A_k z_k / K] = -(sum_k z_k^2 / (K - 1)) sum_u a_u w_u, as levels z add up to zero.
+        What was predicted of the losses is put back.
+        """
+        sums, self._swung = self._swung, Sums.empty(len(self.budget.space.groups))
+        if not sums.count:
+            return []
+        masks, space, found = self.design.masks, self.budget.space, []
+        strength = 2 * (masks // 2) / (masks - 1)
+        for group, members_N in zip(space.of_groups("channel"), space.by_layer("channel"), strict=True):
+            amplitude_N = self._amplitude_U[members_N]
+            scale, weights_N = strength * amplitude_N.sum(), amplitude_N / amplitude_N.sum()
+            mean = weights_N @ self.worth_U[members_N] - sums.mean_U()[group] / scale
+            found.append(Together(members_N, weights_N, mean, sums.variance_U()[group] / scale.square()))
+        return found
 
     def _predicted(self, kept_BKCU: torch.Tensor) -> torch.Tensor:
         """What the current worths say of a window's loss under each mask, up to a constant: ``[B, K, C]``."""
@@ -206,10 +250,11 @@ class PosteriorSearch(MaskSearch):
         self._sums = Sums.empty(len(observed_U))
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
-        self._active.conclude_round(
-            observed_U, noise_U, halves, contrast_U=contrast(self.probs_U, self.design), worth_U=self.worth_U
+        together = self._together()
+        seen = self._active.conclude_round(
+            observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, together=together
         )
-        self.beliefs.learn(observed_U, noise_U)
+        self.beliefs.learn(observed_U, noise_U, [] if seen else together)
         costs_U = self.budget.hanging_cost(self.probs_U)
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self.rounds += 1
@@ -228,7 +273,7 @@ class PosteriorSearch(MaskSearch):
         Units share the advantages, so those of a group differ by their contrast alone. A unit's own estimate would
         take one that happened never to change for one that is known exactly.
         """
-        contrast_U = contrast(self.probs_U, self.design)
+        contrast_U = self._contrasts_U
         levels_U = self._sums.variance_U() * contrast_U
         everywhere = levels_U.mean()
         for members_N in self.beliefs.groups:
@@ -245,6 +290,7 @@ class PosteriorSearch(MaskSearch):
             "sum_U": self._sums.sum_U.clone(),
             "squares_U": self._sums.squares_U.clone(),
             "half_U": self._sums.half_U.clone(),
+            "swung": {name: copy(value) for name, value in vars(self._swung).items()},
             "probs_U": self.probs_U,
             "order_U": self._order_U,
             "active": self._active.state_dict(),
@@ -259,6 +305,7 @@ class PosteriorSearch(MaskSearch):
         self.steps, self.rounds = state["steps"], state["rounds"]
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
+        self._swung = Sums(**{name: copy(value) for name, value in state["swung"].items()})
         self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
         self._last_round = state["last_round"]
 

@@ -50,6 +50,8 @@ class ReinforceSearch(MaskSearch):
         pull: float = 0.0,
     ) -> None:
         super().__init__(budget, probs_U, seed=seed, design=design)
+        if design.swing:
+            raise ConfigError(f"policy gradients need masks without swing, but got {design.swing:g}")
         check_name("scaling", scaling, Scaling)
         check_name("projection", projection, Projection)
         if design.sampling == "antithetic" and not isinstance(baseline, LeaveOneOut):

@@ -15,7 +15,7 @@ from bernprune.errors import BudgetError, ConfigError, RunError
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import entropy_by_layer, rank_correlation
-from bernprune.policy.masks import Design, Masks, contrast
+from bernprune.policy.masks import Design, Masks, amplitude, contrast
 from bernprune.units import MaskRows
 
 
@@ -128,7 +128,15 @@ class MaskSearch(ABC):
         given, asked = masks_BKCU.shape[1], self.design.masks
         if self.design.sampling == "antithetic" and given != asked:
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")
-        return contrast(self.probs_U, self.design)
+        return self._contrasts_U
+
+    @property
+    def _contrasts_U(self) -> torch.Tensor:
+        return contrast(self.probs_U, self.design, self._amplitude_U)
+
+    @property
+    def _amplitude_U(self) -> torch.Tensor:
+        return amplitude(self.probs_U, self.design, self.budget.space)
 
     def _belonging(self) -> dict[str, Any]:
         """What a state must have in common with the search that it is loaded into."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from bernprune.errors import LossError, RunError
 from bernprune.names import ReferenceName
 from bernprune.objective import MaskedObjective, masked_objective
-from bernprune.policy.masks import with_reference
+from bernprune.policy.masks import some_rows, with_reference
 from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
@@ -146,7 +146,7 @@ class _Loop:
         losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, beside_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, reading, step)
         stats = self.search.tell(
-            masks_BKCU[finite] if dropped else masks_BKCU,
+            some_rows(masks_BKCU, finite) if dropped else masks_BKCU,
             losses_BKC[finite],
             learning_rate=learning_rate,
             reference_BC=None if reference_BC is None else reference_BC[finite[0]],

@@ -242,7 +242,9 @@ def reads_activity(config: RunConfig) -> bool:
 
 def _design(config: RunConfig) -> Design:
     search = config.search
+    swings = search.method == "posterior" and search.sampling != "exact" and "channel" in config.granularity
+    swing = search.swing if swings else 0.0
     if search.masks_per == "batch":
-        return Design(1, search.masks, sampling=search.sampling)
+        return Design(1, search.masks, sampling=search.sampling, swing=swing)
     chunks = config.data.window // config.chunk_tokens if search.masks_per == "chunk" else 1
-    return Design(search.windows, search.masks, chunks, search.sampling)
+    return Design(search.windows, search.masks, chunks, search.sampling, swing)
