@@ -8,7 +8,7 @@ ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metr
 def table(report: dict[str, Any]) -> str:
     """Dense, initial metric, learned: perplexity, parameters, latency; and the protocol they were taken by."""
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
-    titles = ROWS if report["search"]["kept"] == "learned" else ROWS | {"pruned": "kept"}
+    titles = ROWS if report["search"]["kept"] in ("learned", "widths") else ROWS | {"pruned": "kept"}
     same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
     for name, title in titles.items():
         if name == "uniform" and same_start:
@@ -32,7 +32,12 @@ def _choice(search: dict[str, Any]) -> list[str]:
             f"choice       {finals['sequences']:,} of these sequences, heats of challengers: {len(finals['heats'])}; "
             f"ended by {finals['ended']}"
         )
-    if search["kept"] != "learned":
+    if search["kept"] == "widths":
+        lines.append(
+            "kept         the learned number of channels in each layer, but in the metric's order: on text not learned "
+            "from, the learned order did not beat it"
+        )
+    elif search["kept"] != "learned":
         row = ROWS[search["kept"]]
         lines.append(
             f"kept         comes from the row '{row}': on text not learned from, what was learned did not beat it"

@@ -213,10 +213,11 @@ def test_even_activity_tells_what_all_tokens_tell(design: Design, monkeypatch: p
     search, seen = make_search(design=design, discount=0.0), []
     conclude = ActiveTokens.conclude_round
 
-    def watched(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, halves: Any, **given: Any) -> None:
+    def watched(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, halves: Any, **given: Any) -> bool:
         plain = [values_U.clone() for values_U in (observed_U, *halves)]
-        conclude(self, observed_U, noise_U, halves, **given)
+        told = conclude(self, observed_U, noise_U, halves, **given)
         seen.append((plain, [observed_U, *halves]))
+        return told
 
     monkeypatch.setattr(ActiveTokens, "conclude_round", watched)
     learn(search, range(6), even=True)

@@ -32,8 +32,11 @@ CASES = [(4, 2, 1, 1.0), (4, 3, 1, 0.4), (4, 4, 1, 1.0), (4, 2, 2, 0.4), (2, 3, 
 Draws = tuple[torch.Tensor, torch.Tensor]
 
 
-def pieces(probability: float, order_K: torch.Tensor) -> Draws:
-    """What K masks do with one unit, bool ``[P, K]``, and how long the pieces of its uniform number are, ``[P]``."""
+def pieces(probability: float | torch.Tensor, order_K: torch.Tensor) -> Draws:
+    """What K masks do with one unit, bool ``[P, K]``, and how long the pieces of its uniform number are, ``[P]``.
+
+    ``probability`` is that of all masks, or each has its own, ``[K]``.
+    """
     shifts = order_K.double() / len(order_K)
     breaks = torch.cat([-shifts % 1, (probability - shifts) % 1, torch.ones(1)]).sort().values
     middles_P, lengths_P = (breaks[1:] + breaks[:-1]) / 2, breaks.diff()

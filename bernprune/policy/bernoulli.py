@@ -87,6 +87,15 @@ def graded(space: UnitSpace, scores_U: torch.Tensor, scope: Scope = "layer") -> 
     return priorities_U
 
 
+def reordered(space: UnitSpace, priorities_U: torch.Tensor, scores_U: torch.Tensor) -> torch.Tensor:
+    """Priorities by which every layer keeps as many channels as by these, but those with the best scores, ``[U]``."""
+    reordered_U = priorities_U.clone()
+    for units_N in space.by_layer("channel"):
+        order_N = scores_U[units_N].argsort(descending=True, stable=True)
+        reordered_U[units_N[order_N]] = priorities_U[units_N].sort(descending=True).values
+    return reordered_U
+
+
 def _mapped_sets(space: UnitSpace, scope: Scope) -> Iterator[tuple[Kind, torch.Tensor]]:
     """Kind and units of each set of units that are mapped together; units that contain others are in none."""
     check_name("scope", scope, Scope)

@@ -22,7 +22,7 @@ from bernprune.models.view import count_parameters
 from bernprune.names import ScoreName
 from bernprune.objective import masked_objective
 from bernprune.picture import draw
-from bernprune.policy.bernoulli import even_probs, graded
+from bernprune.policy.bernoulli import even_probs, graded, reordered
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
@@ -110,8 +110,14 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
     learned_U = current_selection(search, scores_U, stage.limits)
+    widths_U = select(
+        reordered(stage.view.space, search.priorities_U, scores_U),
+        stage.budget,
+        limits=stage.limits,
+        tie_break_U=scores_U,
+    )
     finalists = {"learned": learned_U}
-    for name, mask_U in (("initial", initial_U), ("uniform", uniform_U)):
+    for name, mask_U in (("widths", widths_U), ("initial", initial_U), ("uniform", uniform_U)):
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
     finals = run_finals(stage, folder, search, finalists, work, progress=progress)
@@ -143,7 +149,8 @@ def _followed(
     if stage.config.initial.map == "const":  # which knows two levels only
         initial_U = graded(space, scores_U, scope_of(stage.config))
     learned_U = initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
-    return {"learned": learned_U, "initial": initial_U, "uniform": graded(space, scores_U)}
+    widths_U = reordered(space, learned_U, scores_U)
+    return {"learned": learned_U, "widths": widths_U, "initial": initial_U, "uniform": graded(space, scores_U)}
 
 
 def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
