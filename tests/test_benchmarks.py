@@ -411,6 +411,20 @@ def test_rows_are_not_run_twice(bench: Any, tmp_path: Path) -> None:
     assert len(read_rows(tmp_path / "results.jsonl")) == 5
 
 
+def test_rows_on_another_text_are_refused(bench: Any, tmp_path: Path) -> None:
+    """Losses on what other packages say are no rows of the same benchmark; the file stays as it was."""
+    bench("--method", "plain", "--sparsity", "0.3", "--seed", "0")
+    (row,) = read_rows(tmp_path / "results.jsonl")
+    append_row(tmp_path / "results.jsonl", row | {"model": "other", "protocol": row["protocol"] | {"text_sha256": "x"}})
+    bench("--method", "plain", "--sparsity", "0.3", "--seed", "1")  # that is another model's
+    append_row(tmp_path / "results.jsonl", row | {"seed": 7, "protocol": row["protocol"] | {"text_sha256": "y"}})
+    before = (tmp_path / "results.jsonl").read_text()
+    text = row["protocol"]["text_sha256"]
+    with pytest.raises(DataError, match=f"the held-out text of tiny is {text} here, but .* taken on y; install what"):
+        bench("--method", "plain", "--sparsity", "0.3", "--seed", "2")
+    assert (tmp_path / "results.jsonl").read_text() == before
+
+
 def test_the_sweep_decides(bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By development text alone, once; the row says which settings."""
     assert [run.sweep_budget(sequences) for sequences in (500, 8192, 163_840)] == [500, 4096, 32_768]

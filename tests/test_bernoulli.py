@@ -9,7 +9,7 @@ from spaces import BLOCKS, FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, of_
 from tolerances import EXACT, assert_close
 
 from bernprune.names import MapName, Scope
-from bernprune.policy.bernoulli import const, entropy, graded, initial_probs, norm, sigmap
+from bernprune.policy.bernoulli import const, entropy, graded, initial_probs, norm, reordered, sigmap
 from bernprune.units import UnitSpace
 
 Map = Callable[[torch.Tensor, float], torch.Tensor]
@@ -210,6 +210,20 @@ def test_graded_priorities_take_the_same_share_everywhere(scope: Scope) -> None:
             best, others = priorities_U[units & kept_U], priorities_U[units & ~kept_U]
             assert not len(best) or not len(others) or best.min() > others.max()
             assert_close(priorities_U[units].mean(), 0.5, EXACT)
+
+
+@pytest.mark.parametrize("space", [FLAT, NESTED, LAYERED_BLOCKS], ids=["flat", "nested", "layered_blocks"])
+def test_reordered_channels_keep_their_numbers(space: UnitSpace) -> None:
+    """Each layer has the same priorities as before, the best scores the largest; all else is left alone."""
+    priorities_U, scores_U = random_numbers(space.size, 3), random_numbers(space.size, 4)
+    before_U, found_U = priorities_U.clone(), reordered(space, priorities_U, scores_U)
+    channels_U = of_kind(space, "channel")
+    assert torch.equal(priorities_U, before_U)
+    assert torch.equal(found_U[~channels_U], priorities_U[~channels_U])
+    for group in space.group_U[channels_U].unique():
+        units = space.group_U == group
+        assert torch.equal(found_U[units].sort().values, priorities_U[units].sort().values)
+        assert torch.equal(found_U[units].argsort(), scores_U[units].argsort())
 
 
 @pytest.mark.parametrize("space", [NESTED, LAYERED_BLOCKS], ids=["nested", "layered_blocks"])

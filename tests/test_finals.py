@@ -37,7 +37,7 @@ from bernprune.data import TokenWindows
 from bernprune.objective import MaskedObjective
 from bernprune.policy.selection import select
 from bernprune.report import table
-from bernprune.run import finals, loop
+from bernprune.run import finals, loop, pipeline
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder
@@ -347,28 +347,58 @@ def test_a_full_disk(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -
     assert list(place.out.rglob(name)) and (place.out / "report.json").is_file()
 
 
-def test_what_was_learned_is_not_kept_where_it_is_worse(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The start beats it: its mask is saved with its own priorities, and the report says so."""
-    original, start = MaskedObjective.window_losses, list[torch.Tensor]()
+def choose_this(name: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """Let a finalist win its races; what is returned will hold them all."""
+    losses, choose, seen = MaskedObjective.window_losses, pipeline.run_finals, dict[str, torch.Tensor]()
+
+    def run_finals(stage: Any, folder: Any, search: Any, finalists: Any, *given: Any, **named: Any) -> Any:
+        seen.update(finalists)
+        return choose(stage, folder, search, finalists, *given, **named)
 
     def window_losses(self: Any, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
-        losses_KB = original(self, masks_KU, tokens_BT)
-        if len(masks_KU) > 1:  # of the choice: the second finalist is the start
-            start.append(masks_KU[1]) if not start else None
-            losses_KB[(masks_KU == start[0]).all(-1)] = 0.0
+        losses_KB = losses(self, masks_KU, tokens_BT)
+        if seen:
+            losses_KB[(masks_KU == seen[name]).all(-1)] = 0.0
         return losses_KB
 
+    monkeypatch.setattr(pipeline, "run_finals", run_finals)
     monkeypatch.setattr(MaskedObjective, "window_losses", window_losses)
-    done = succeed(*arguments(place))
-    search, learned = read_json(place.out / "report.json")["search"], read_state(place.out / "learned.safetensors")
-    assert search["kept"] == "initial" and search["changed_units"] == 0
-    assert "what was learned did not beat it" in done.out
-    assert torch.equal(learned["mask_U"], start[0])
+    return seen
+
+
+def check_order(learned: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    """Priorities of these kinds are in the order of scores within each layer."""
     scores_U, space = learned["scores_U"], UnitSpace.from_dict(json.loads(learned["space"]))
     for group, start in zip(space.groups, space.starts, strict=False):
         of_group = slice(start, start + group.count)
         order = learned["priorities_U"][of_group].argsort()
-        assert torch.equal(order, scores_U[of_group].argsort())
+        assert group.kind not in kinds or torch.equal(order, scores_U[of_group].argsort())
+
+
+def test_the_learned_widths_may_win_without_the_learned_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many units in each layer as were learned, the best ones by the metric; also at other sparsities."""
+    finalists = choose_this("widths", monkeypatch)
+    done = succeed(*arguments(place))
+    search, learned = read_json(place.out / "report.json")["search"], read_state(place.out / "learned.safetensors")
+    assert search["kept"] == "widths" and "but in the metric's order" in done.out
+    assert torch.equal(learned["mask_U"], finalists["widths"])
+    space = UnitSpace.from_dict(json.loads(learned["space"]))
+    counts = [
+        [mask_U[space.group_U == group].sum() for group in range(len(space.groups))] for mask_U in finalists.values()
+    ]
+    assert counts[0] == counts[1] != counts[2]
+    check_order(learned, ("channel",))
+
+
+def test_what_was_learned_is_not_kept_where_it_is_worse(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The start beats it: its mask is saved with its own priorities, and the report says so."""
+    finalists = choose_this("initial", monkeypatch)
+    done = succeed(*arguments(place))
+    search, learned = read_json(place.out / "report.json")["search"], read_state(place.out / "learned.safetensors")
+    assert search["kept"] == "initial" and search["changed_units"] == 0
+    assert "what was learned did not beat it" in done.out
+    assert torch.equal(learned["mask_U"], finalists["initial"])
+    check_order(learned, ("kv_group", "channel"))
     for sparsity in ("0.2", "0.4"):  # of other sparsities, the uniform cut
         succeed("select", str(place.out), "--sparsity", sparsity)
         plan = read_plan(place.out / "plans" / f"{sparsity}.json")

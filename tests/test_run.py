@@ -282,8 +282,9 @@ def test_the_table_has_a_row_for_each_selection(finished: Path) -> None:
     """A start that is the uniform cut is not shown twice; what is kept is called learned only if it was."""
     report = json.loads((finished / "report.json").read_text())
     report["perplexity"] |= {"uniform": 20.5, "initial": 30.25}
-    for kept, last in (("learned", "learned"), ("initial", "kept")):
+    for kept, last in (("learned", "learned"), ("widths", "learned"), ("initial", "kept")):
         report["search"]["kept"] = kept
+        assert ("but in the metric's order" in table(report)) is (kept == "widths")
         titles = [line[:16].strip() for line in table(report).splitlines()[1:5]]
         assert titles == ["dense", "metric, uniform", "initial metric", last]
     report["perplexity"]["initial"] = 20.5
@@ -427,7 +428,7 @@ def test_an_ordinary_command(place: Place) -> None:
     assert report["verified"]["max_logit_difference"] == 0
     lines = [line.split() for line in done.out.splitlines()]
     shown = {line[0]: line for line in lines if line}
-    last = "learned" if report["search"]["kept"] == "learned" else "kept"
+    last = "learned" if report["search"]["kept"] in ("learned", "widths") else "kept"
     for row, name in (("dense", "dense"), (last, "pruned")):
         assert shown[row][1:3] == [f"{report['perplexity'][name]:.3f}", f"{report['parameters'][name]:,}"]
     assert shown["result"] == ["result", "out/model-0.3/model"]

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 from benchmarks.learning.rivals import METHODS, RIVALS
 from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task
-from bernprune.errors import BernpruneError, ConfigError
+from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
 
@@ -59,6 +59,7 @@ class Bench:
             if key_of(row) == key_of(key):
                 return row
         row = self._run(key, held_out=held_out)
+        self._check_text(path, row)
         append_row(path, row)
         print(
             f"{row['model']} {row['sparsity']} {row['method']} {dict(row['settings'])} seed {row['seed']}: "
@@ -83,6 +84,17 @@ class Bench:
             raise ConfigError(f"none of the settings of {name} can be tried with {budget:,} sequences")
         best: Settings = min(rows, key=lambda row: row["loss"])["settings"]
         return best
+
+    def _check_text(self, path: Path, row: Row) -> None:
+        """Raises ``DataError`` if the rows of the same model were taken on another text."""
+        text = row["protocol"]["text_sha256"]
+        others = {other["protocol"]["text_sha256"] for other in read_rows(path) if other["model"] == row["model"]}
+        if others - {text}:
+            raise DataError(
+                f"the {row['protocol']['text']} text of {row['model']} is {text} here, but rows in {path} were taken "
+                f"on {', '.join(sorted(others - {text}))}; install what requirements.txt beside run.py says, or give "
+                "another --folder"
+            )
 
     def _run(self, key: Row, *, held_out: bool) -> Row:
         limit, seed = key["sequences"], key["seed"]

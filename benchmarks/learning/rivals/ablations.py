@@ -101,6 +101,7 @@ ABLATIONS = {
     "uncertainty": Ablation(_Sure),
     "rounds": Ablation(given={"search": {"rounds": 1}}),
     "forgetting": Ablation(given={"search": {"forgetting": 0.0}}),
+    "swing": Ablation(given={"search": {"swing": 0.0}}),
     "masks-per-chunk": Ablation(given={"search": {"masks_per": "sequence"}}),
     "masks-per-sequence": Ablation(given={"search": {"masks_per": "batch"}}),
     "common-text": Ablation(given={"search": {"masks": 2, "windows": 32}}, as_many_rounds=True),
