@@ -162,8 +162,8 @@ class SearchConfig(_Section):
     """posterior: how often the policy is renewed; by default for every 128 windows of text."""
     forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """posterior: share of what was known of whole layers that a round forgets."""
-    swing: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """posterior: each mask keeps channels of a layer with s + swing s (1 - s), or as much less, all together."""
+    swing: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """posterior: how far masks of the first round keep more or fewer channels of a layer; of round r an r-th of it."""
     by_activity: bool = True
     """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1

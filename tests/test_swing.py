@@ -199,6 +199,18 @@ def test_layers_are_told_apart_by_swing() -> None:
     assert errors[0.5] < 0.5 * errors[0.0], errors
 
 
+def test_swing_falls_with_the_rounds() -> None:
+    """An r-th of it in round r; where the losses did not differ, no round has ended."""
+    search, seen = make_search(design=Design(3, 4, 2, "antithetic", 0.6)), []
+    for step in range(8):
+        masks_BKCU = search.ask(step)
+        assert isinstance(masks_BKCU, Masks)
+        seen.append(masks_BKCU.design.swing)
+        losses_BKC = torch.zeros(3, 4, 2) if step < 2 else linear(masks_BKCU, step, noise=0.1)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=0.0)
+    assert seen == pytest.approx([0.6, 0.6, 0.6, 0.6, 0.3, 0.3, 0.2, 0.2])
+
+
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_search_that_swings_may_stop_and_go_on(stop: int, tmp_path: Path) -> None:
     """In the middle of a round and after one, to the bit."""

@@ -15,7 +15,7 @@ N units of a group, S scores.
 import itertools
 import math
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,8 @@ class PosteriorSearch(MaskSearch):
         forgetting: share of a line's past that a round forgets; see ``Beliefs``.
         floor, ceiling: bounds of every probability, strictly within 0 and 1.
         discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
-        design: masks that swing must be told as they were asked for, not as a tensor.
+        design: ``swing`` is that of the first round, of round r an r-th of it. Masks that swing must be told as they
+            were asked for, not as a tensor.
         by_activity: learn of channels from where they are active (``bernprune.policy.activity``), if told of it.
 
     Raises:
@@ -115,7 +116,7 @@ class PosteriorSearch(MaskSearch):
             raise ConfigError(f"the posterior policy needs at least 2 masks on the same text, but got {design.masks}")
         if not 0 < floor < ceiling < 1:
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
-        self.discount, self.round_steps = discount, round_steps
+        self.discount, self.round_steps, self._first_swing = discount, round_steps, design.swing
         self._bounds = {"floor": floor, "ceiling": ceiling}
         size = budget.space.size
         self.beliefs = Beliefs(budget.space, scores_US.view(size, -1), forgetting)
@@ -257,7 +258,7 @@ class PosteriorSearch(MaskSearch):
         self.beliefs.learn(observed_U, noise_U, [] if seen else together)
         costs_U = self.budget.hanging_cost(self.probs_U)
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
-        self.rounds += 1
+        self._end_round(self.rounds + 1)
         hanging_U = self.budget.hanging_cost(self.probs_U)
         self._order_U = expected_order(self.budget.space, self.worth_U / hanging_U, self.deviation_U / hanging_U)
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
@@ -266,6 +267,11 @@ class PosteriorSearch(MaskSearch):
             "agreement": correlation_by_kind(self.budget.space, *halves),
             "regret": expected_regret(free_U, self.deviation_U),
         }
+
+    def _end_round(self, rounds: int) -> None:
+        """So many rounds have ended. What is known of layers is kept, so masks need to swing less and less."""
+        self.rounds = rounds
+        self.design = replace(self.design, swing=self._first_swing / (1 + rounds))
 
     def _noise_U(self) -> torch.Tensor:
         """Variance of what was observed of each unit, ``[U]``.
@@ -302,7 +308,8 @@ class PosteriorSearch(MaskSearch):
         self._check_state(state)
         self.beliefs.load_state_dict(state["beliefs"])
         self._active.load_state_dict(state["active"])
-        self.steps, self.rounds = state["steps"], state["rounds"]
+        self.steps = state["steps"]
+        self._end_round(state["rounds"])
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
         self._swung = Sums(**{name: copy(value) for name, value in state["swung"].items()})
