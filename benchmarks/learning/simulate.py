@@ -47,6 +47,7 @@ LOOKS = 8  # at what would be selected, in a run
 LAYERS, CHANNELS_OF_A_HEAD = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
 METHODS: dict[str, dict[str, Any]] = {
     "default": {"search": {"by_activity": False}},  # the surrogate knows no tokens
+    "without-swing": {"search": {"by_activity": False, "swing": 0.0}},
     "paper, rate 0.0005": {"preset": "paper", "search": {"learning_rate": 0.0005}},
     "paper, rate 0.002": {"preset": "paper"},
     "paper, rate 0.01": {"preset": "paper", "search": {"learning_rate": 0.01}},

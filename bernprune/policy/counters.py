@@ -7,6 +7,9 @@ Nothing is drawn in turn, so the numbers of any rows and units can be had by the
     word     unit % 4 of the four that come out
     row      (window K + mask) C + chunk; window C + chunk where K antithetic masks share one
 
+Behind a row's units, from the next multiple of 64 on, lies a word for each group of units, for masks that swing; those
+are always of the mask's own row.
+
 A kernel gets the same ones from ``tl.philox(first | second << 32, unit // 4, row, low, high)``.
 
 Letters: R rows, U units, Q fours of units.
