@@ -283,13 +283,13 @@ class RunConfig(_Section):
             )
         self._check_meaning()
         self._check_search()
-        low, high = self.explored
+        (low, high), own = self.explored, self.budget.sparsity
         shown = [f"{sparsity:g}" for sparsity in self.plans.sparsities]  # as in the names of the files
         if len(set(shown)) < len(shown):
             raise ValueError(f"plans.sparsities must differ, but are {', '.join(shown)}")
-        for sparsity in self.plans.sparsities:
-            if not low <= sparsity <= high:
-                raise ValueError(f"plans.sparsities holds {sparsity:g}, but this run explores {low:g} to {high:g} only")
+        for at in self.plans.sparsities:
+            if not low <= at <= high:
+                raise ValueError(f"plans.sparsities holds {at:g}, but a run at {own:g} explores {low:g} to {high:g}")
         keep = 1 - self.budget.sparsity
         if not self.policy.floor < keep < self.policy.ceiling:
             raise ValueError(

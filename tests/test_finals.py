@@ -378,7 +378,7 @@ def check_order(learned: dict[str, Any], kinds: tuple[str, ...]) -> None:
 def test_the_learned_widths_may_win_without_the_learned_order(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many units in each layer as were learned, the best ones by the metric; also at other sparsities."""
     finalists = choose_this("widths", monkeypatch)
-    done = succeed(*arguments(place))
+    done = succeed(*arguments(place, "search.sequences=1500", "search.selection=0.1"))
     search, learned = read_json(place.out / "report.json")["search"], read_state(place.out / "learned.safetensors")
     assert search["kept"] == "widths" and "but in the metric's order" in done.out
     assert torch.equal(learned["mask_U"], finalists["widths"])

@@ -9,20 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_activity
 import torch
 from spaces import FLAT, make_space, normal_numbers, of_kind, random_numbers
 from test_couplings import Draws, pieces
 from test_posterior_search import flat, same_state
 from tolerances import EXACT, SAMPLED, assert_close
 
+from bernprune.config import make_config
 from bernprune.errors import ConfigError
 from bernprune.names import Sampling
+from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import make_baseline
+from bernprune.policy.beliefs import Beliefs, Line, Together
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design, Masks, amplitude, contrast, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.workload import make_search as make_run_search
 from bernprune.units import UnitSpace
 
 SWING = 0.8
@@ -265,3 +270,128 @@ def test_policy_gradients_do_not_know_swing() -> None:
     baseline, probs_U = make_baseline("leave-one-out", window=5, num_masks=4), random_numbers(FLAT.size, 0)
     with pytest.raises(ConfigError, match=r"policy gradients need masks without swing, but got 0\.5"):
         ReinforceSearch(Budget(FLAT, 0.4), probs_U, baseline=baseline, seed=3, design=Design(2, 4, swing=0.5))
+
+
+# Together with what active tokens tell
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["untold", "told"])
+def test_layers_are_told_once(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What swing tells scales what active tokens tell; without them, it goes to the beliefs."""
+    scaled, believed = [], []
+    conclude, learn = ActiveTokens.conclude_round, Beliefs.learn
+
+    def conclude_round(self: Any, *given: Any, together: Any, **named: Any) -> bool:
+        scaled.append(len(together))
+        return conclude(self, *given, together=together, **named)
+
+    def learn_too(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, together: Any) -> None:
+        believed.append(len(together))
+        learn(self, observed_U, noise_U, together)
+
+    monkeypatch.setattr(ActiveTokens, "conclude_round", conclude_round)
+    monkeypatch.setattr(Beliefs, "learn", learn_too)
+    search = test_activity.make_search(design=Design(16, 4, test_activity.CHUNKS, "antithetic", SWING), discount=0.0)
+    test_activity.learn(search, range(4), told=told)
+    layers = len(test_activity.SPACE.by_layer("channel"))
+    assert scaled == [layers] * 2
+    assert believed == [0 if told else layers] * 2
+
+
+def test_worths_are_learned_from_active_tokens_in_spite_of_swing() -> None:
+    """A token's losses under masks that swing are not laid to single channels."""
+    told = {}
+    for swing in (0.0, 1.0):
+        design = Design(16, 4, test_activity.CHUNKS, "antithetic", swing)
+        search = test_activity.make_search(design=design, discount=0.0)
+        test_activity.learn(search, range(12))
+        told[swing] = test_activity.miss(search)
+    assert told[1.0] < 1.2 * told[0.0], told
+
+
+def test_the_scale_of_active_tokens_follows_a_sure_layer() -> None:
+    """The mean worth of a layer's channels is the one that was observed, if that is all but certain."""
+    space, random = TWO_LAYERS, random_numbers(TWO_LAYERS.size, 4)
+    active, channels_U = ActiveTokens(space), of_kind(TWO_LAYERS, "channel")
+    kept_BKCU = (normal_numbers(32, 4, 1, space.size, seed=1) > 0).double()
+    activities_BTN = normal_numbers(32, 6, int(channels_U.sum()), seed=2).abs().float()
+    losses_BKT = -torch.einsum("bku,btu->bkt", kept_BKCU[:, :, 0][..., channels_U], activities_BTN.double())
+    active.add(kept_BKCU, losses_BKT, torch.zeros(32, 4, 1).double(), activities_BTN)
+    together = [
+        Together(members_N, torch.full((len(members_N),), 1 / len(members_N)).double(), mean, torch.tensor(1e-12).double())
+        for members_N, mean in zip(space.by_layer("channel"), torch.tensor([3.0, 5.0]).double(), strict=True)
+    ]
+    observed_U, noise_U, zeros_U = random.clone(), torch.ones_like(random), torch.zeros_like(random)
+    halves = (random.clone(), random.clone())
+    given = {"contrast_U": torch.full_like(random, 0.25), "worth_U": zeros_U, "together": together}
+    assert active.conclude_round(observed_U, noise_U, halves, **given)
+    for group in together:
+        assert_close(observed_U[group.members_N].mean(), group.mean, 1e-3)
+
+
+# In the beliefs
+
+
+def test_a_line_through_means_is_that_of_least_squares() -> None:
+    """Units by themselves and a weighted mean of them, each by its variance and what sets units apart."""
+    members_N, scores_NS = torch.arange(23), random_numbers(23, 0)[:, None]
+    line, spread = Line(members_N, scores_NS, 0.0), 0.3
+    line.spread = spread
+    observed_N, noise_N = random_numbers(23, 1), 0.1 + random_numbers(23, 2)
+    weights_N, mean, noise = random_numbers(23, 3) / random_numbers(23, 3).sum(), torch.tensor(2.5), torch.tensor(0.01)
+    line.observe(observed_N, noise_N)
+    line.observe_together(weights_N, mean.double(), noise.double())
+    features_MF = torch.cat([line.features_NF, weights_N[None] @ line.features_NF])
+    values_M = torch.cat([observed_N, mean.double()[None]])
+    variances_M = torch.cat([noise_N + spread, (noise + spread * weights_N.square().sum()).double()[None]])
+    root_M = variances_M.rsqrt()
+    expected_F = torch.linalg.lstsq(root_M[:, None] * features_MF, (root_M * values_M)[:, None]).solution[:, 0]
+    assert_close(torch.linalg.solve(line.information_FF, line.response_F), expected_F, 1e-9)
+
+
+def test_what_sets_units_apart_is_no_part_of_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, means = TWO_LAYERS, []
+    monkeypatch.setattr(Line, "observe_together", lambda self, weights_N, mean, noise: means.append(mean))
+    beliefs = Beliefs(space, random_numbers(space.size, 0)[:, None], 0.1)
+    observed_U, noise_U = random_numbers(space.size, 1), torch.full((space.size,), 1e-3, dtype=torch.float64)
+    beliefs.learn(observed_U, noise_U)
+    apart_U = beliefs.state_dict()["apart_U"]
+    assert apart_U.abs().max() > 0.1
+    together = [
+        Together(members_N, random_numbers(len(members_N), 2), torch.tensor(1.5), torch.tensor(0.1))
+        for members_N in space.by_layer("channel")
+    ]
+    beliefs.learn(observed_U, noise_U, together)
+    expected = [group.mean.double() - group.weights_N @ apart_U[group.members_N] for group in together]
+    assert_close(torch.stack(means), torch.stack(expected), EXACT)
+
+
+def test_a_state_of_swing_is_a_snapshot() -> None:
+    search = make_search(FLAT, design=Design(3, 4, 2, "antithetic", 0.5), round_steps=9)
+    state = []
+    for step in range(2):
+        masks_BKCU = search.ask(step)
+        search.tell(masks_BKCU, linear(masks_BKCU, step, noise=0.1), learning_rate=0.0)
+        state.append(search.state_dict()["swung"])
+    assert (state[0]["count"], state[1]["count"]) == (3, 6)
+    assert not torch.equal(state[0]["sum_U"], state[1]["sum_U"])
+
+
+# As configured
+
+
+@pytest.mark.parametrize(
+    ("given", "swing"),
+    [
+        ({}, 1.0),
+        ({"search": {"swing": 0.25}}, 0.25),
+        ({"search": {"masks_per": "batch"}}, 1.0),
+        ({"search": {"sampling": "exact"}}, 0.0),
+        ({"granularity": ["kv_group"]}, 0.0),
+        ({"preset": "reinforce"}, 0.0),
+    ],
+)
+def test_what_swings_in_a_run(given: dict[str, Any], swing: float) -> None:
+    config, space = make_config(given), TWO_LAYERS
+    start = {"probs_U": torch.full((space.size,), 0.7).double(), "scores_US": random_numbers(space.size, 0)[:, None]}
+    assert make_run_search(config, Budget(space, 0.3), start).design.swing == swing

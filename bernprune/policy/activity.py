@@ -186,12 +186,13 @@ class ActiveTokens:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": _copied(vars(self._sums)), "calibration": _copied(vars(self._calibration))}
+        return {"sums": copied(vars(self._sums)), "calibration": copied(vars(self._calibration))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self._sums).update(_copied(state["sums"]))
-        vars(self._calibration).update(_copied(state["calibration"]))
+        vars(self._sums).update(copied(state["sums"]))
+        vars(self._calibration).update(copied(state["calibration"]))
 
 
-def _copied(values: dict[str, Any]) -> dict[str, Any]:
+def copied(values: dict[str, Any]) -> dict[str, Any]:
+    """With tensors of their own, for a snapshot."""
     return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}

@@ -14,14 +14,13 @@ N units of a group, S scores.
 
 import itertools
 import math
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.policy.activity import ActiveTokens
+from bernprune.policy.activity import ActiveTokens, copied
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import Beliefs, Together
 from bernprune.policy.budget import Budget
@@ -296,7 +295,7 @@ class PosteriorSearch(MaskSearch):
             "sum_U": self._sums.sum_U.clone(),
             "squares_U": self._sums.squares_U.clone(),
             "half_U": self._sums.half_U.clone(),
-            "swung": {name: copy(value) for name, value in vars(self._swung).items()},
+            "swung": copied(vars(self._swung)),
             "probs_U": self.probs_U,
             "order_U": self._order_U,
             "active": self._active.state_dict(),
@@ -312,7 +311,7 @@ class PosteriorSearch(MaskSearch):
         self._end_round(state["rounds"])
         sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
         self._sums = Sums(state["count"], *sums)
-        self._swung = Sums(**{name: copy(value) for name, value in state["swung"].items()})
+        self._swung = Sums(**copied(state["swung"]))
         self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
         self._last_round = state["last_round"]
 
