@@ -318,7 +318,9 @@ def test_the_scale_of_active_tokens_follows_a_sure_layer() -> None:
     losses_BKT = -torch.einsum("bku,btu->bkt", kept_BKCU[:, :, 0][..., channels_U], activities_BTN.double())
     active.add(kept_BKCU, losses_BKT, torch.zeros(32, 4, 1).double(), activities_BTN)
     together = [
-        Together(members_N, torch.full((len(members_N),), 1 / len(members_N)).double(), mean, torch.tensor(1e-12).double())
+        Together(
+            members_N, torch.full((len(members_N),), 1 / len(members_N)).double(), mean, 1e-12 * torch.ones_like(mean)
+        )
         for members_N, mean in zip(space.by_layer("channel"), torch.tensor([3.0, 5.0]).double(), strict=True)
     ]
     observed_U, noise_U, zeros_U = random.clone(), torch.ones_like(random), torch.zeros_like(random)
