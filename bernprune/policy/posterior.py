@@ -225,9 +225,9 @@ class PosteriorSearch(MaskSearch):
         What was predicted of the losses is put back.
         """
         sums, self._swung = self._swung, Sums.empty(len(self.budget.space.groups))
-        if not sums.count:
-            return []
         masks, space, found = self.design.masks, self.budget.space, []
+        if not sums.count or not sums.variance_U()[space.of_groups("channel")].all():
+            return []  # of losses that did not differ
         strength = 2 * (masks // 2) / (masks - 1)
         for group, members_N in zip(space.of_groups("channel"), space.by_layer("channel"), strict=True):
             amplitude_N = self._amplitude_U[members_N]
@@ -247,10 +247,9 @@ class PosteriorSearch(MaskSearch):
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
         observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
-        self._sums = Sums.empty(len(observed_U))
+        self._sums, together = Sums.empty(len(observed_U)), self._together()
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
-        together = self._together()
         seen = self._active.conclude_round(
             observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, together=together
         )
