@@ -216,6 +216,14 @@ def test_swing_falls_with_the_rounds() -> None:
     assert seen == pytest.approx([0.6, 0.6, 0.6, 0.6, 0.3, 0.3, 0.2, 0.2])
 
 
+def test_a_round_that_told_nothing_leaves_no_trace() -> None:
+    search = make_search(design=Design(3, 4, 2, "antithetic", 0.6))
+    for step in range(3):
+        losses_BKC = torch.zeros(3, 4, 2) if step < 2 else linear(search.ask(step), step, noise=0.1)
+        search.tell(search.ask(step), losses_BKC, learning_rate=0.0)
+    assert search.state_dict()["swung"]["count"] == 3
+
+
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_search_that_swings_may_stop_and_go_on(stop: int, tmp_path: Path) -> None:
     """In the middle of a round and after one, to the bit."""
