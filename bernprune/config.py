@@ -7,15 +7,7 @@ dotted key, the value and what is allowed.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from bernprune.complaints import sentence
 from bernprune.embedded import EMBEDDED
@@ -152,8 +144,7 @@ class SearchConfig(_Section):
     masks_per: MasksPer = "chunk"
     """What has masks of its own: a whole 'batch' of windows (published), each 'sequence', or each 'chunk' of one."""
     sampling: Sampling = "antithetic"
-    """Masks on the same text: 'independent' (published), 'antithetic' (as different as can be), or 'exact' (each meets
-    the budget; biased)."""
+    """Masks on one text: 'independent' (published), 'antithetic' (opposed), or 'exact' (on the budget; biased)."""
     chunk: Count | None = None
     """Tokens of a chunk; by default the largest divisor of data.window from 8 to 32, or else the whole window."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.4
@@ -180,11 +171,12 @@ class SearchConfig(_Section):
     """reinforce: guard under the root of 'sqrt-fisher'."""
     pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
-    selection: Annotated[float, Field(ge=0, le=0.9)] = 0.1
-    """Share of the sequences (or seconds) for choosing what is kept: what was learned against the metric's own
-    selections, then against challengers, on text that was not learned from; 0 takes what was learned unseen."""
+    selection: Annotated[float, Field(ge=0, le=0.9)] = 0.3
+    """Share of the sequences (or seconds) for choosing what is kept, on text not learned from; 0: no choice."""
     final_windows: Annotated[int, Field(ge=2)] = 128
-    """Windows on which the last two of such a race are compared."""
+    """Windows on which the last two of a race of selections are compared."""
+    look_windows: Annotated[int, Field(ge=2)] = 8
+    """posterior: windows on which it is looked at what single changes to the selection do."""
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
@@ -199,7 +191,7 @@ class SearchConfig(_Section):
 
 # What only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
-    "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity"),
+    "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity", "look_windows"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
 # What else says nothing unless another setting has one of these values.
@@ -308,8 +300,9 @@ class RunConfig(_Section):
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
             if self._changed(setting) and self._value(other) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
-        if self._changed("search.final_windows") and not self.search.selection:
-            raise ValueError("search.final_windows has no meaning for search.selection 0")
+        for name in ("search.final_windows", "search.look_windows"):
+            if self._changed(name) and not self.search.selection:
+                raise ValueError(f"{name} has no meaning for search.selection 0")
 
     def _value(self, setting: str) -> Any:
         section, name = setting.split(".")

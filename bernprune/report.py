@@ -29,8 +29,8 @@ def _choice(search: dict[str, Any]) -> list[str]:
     finals, lines = search["finals"], []
     if finals["sequences"]:
         lines.append(
-            f"choice       {finals['sequences']:,} of these sequences, heats of challengers: {len(finals['heats'])}; "
-            f"ended by {finals['ended']}"
+            f"choice       {finals['sequences']:,} of these sequences, heats after that of the finalists: "
+            f"{len(finals['heats'])}; ended by {finals['ended']}"
         )
     if search["kept"] == "widths":
         lines.append(

@@ -67,10 +67,12 @@ def choose(
     *,
     budget: int,
     text: list[torch.Tensor] | None = None,
+    priced: bool = False,
 ) -> tuple[Finals, dict[str, torch.Tensor]]:
     """Race three selections of different kind where masks ``[N, U]`` have the losses ``[N]``, whatever the text."""
     random_U = [random_numbers(stage.budget.space.size, seed) for seed in range(3)]
     search = make_search(stage.config, stage.budget, {"scores_US": random_U[0], "probs_U": random_U[0]})
+    monkeypatch.setattr(type(search), "priced", priced)
     names = ("learned", "initial", "uniform")
     finalists = {name: select(at, stage.budget, limits=stage.limits) for name, at in zip(names, random_U, strict=True)}
 
@@ -84,7 +86,7 @@ def choose(
     )
     folder.mkdir(exist_ok=True)
     stage = replace(stage, workload=replace(stage.workload, choosing=budget / 1000, sequences=None))
-    return run_finals(stage, RunFolder(folder), search, finalists, WORK), finalists
+    return run_finals(stage, RunFolder(folder), search, finalists, random_U[0], WORK), finalists
 
 
 def level(masks_NU: torch.Tensor) -> torch.Tensor:
@@ -186,6 +188,63 @@ def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch
         assert heat["winner"] == 0 and heat["difference"] == pytest.approx(-0.25) and 0.4 < heat["error"] < 0.6
 
 
+def test_looks_lead_to_what_is_better(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the loss is what the kept units save, each step gains what its heat says, and its priorities select it."""
+    value_U = random_numbers(stage.budget.space.size, 9)
+
+    def loss(masks_NU: torch.Tensor) -> torch.Tensor:
+        return -(masks_NU.double() @ value_U)
+
+    found, finalists = choose(stage, tmp_path, monkeypatch, loss, budget=900, priced=True)
+    losses = {name: loss(mask_U[None]).item() for name, mask_U in finalists.items()}
+    assert found.kept == min(losses, key=lambda name: losses[name])
+    won = [heat for heat in found.heats if heat["winner"]]
+    gained = sum(heat["difference"] for heat in won)
+    assert won and loss(found.mask_U[None]).item() == pytest.approx(losses[found.kept] + gained)
+    assert all((heat["difference"] < 0) == (heat["winner"] > 0) == (heat["changed_units"] > 0) for heat in found.heats)
+    assert stage.budget.removed_share(found.mask_U) >= 0.3 and found.priorities_U is not None
+    again_U = select(found.priorities_U, stage.budget, limits=stage.limits, tie_break_U=found.mask_U.double())
+    assert torch.equal(again_U, found.mask_U)
+    groups = stage.budget.space.of_kind("kv_group")
+    best_U = select(value_U / stage.budget.costs_U, stage.budget, limits=stage.limits)
+    assert (found.mask_U == best_U)[groups].sum() > (finalists[found.kept] == best_U)[groups].sum()
+
+
+def test_looks_of_equals_change_nothing(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has to be better to be taken."""
+    found, finalists = choose(stage, tmp_path, monkeypatch, level, budget=900, priced=True)
+    assert torch.equal(found.mask_U, finalists["learned"]) and found.priorities_U is None
+    assert found.sequences > 800 and not any(heat["winner"] for heat in found.heats)
+
+
+# Looks at 15 changes on five windows, 80 sequences, and heats of four masks on three windows and two on two, 16.
+@pytest.mark.parametrize("budget", range(0, 400, 23))
+def test_looks_stay_inside_the_budget(
+    budget: int, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as fit, on text that is read in order and once."""
+    rows, text = list[int](), list[torch.Tensor]()
+    value_U = random_numbers(stage.budget.space.size, 9)
+
+    def counted(masks_NU: torch.Tensor) -> torch.Tensor:
+        rows.append(len(masks_NU))
+        return -(masks_NU.double() @ value_U)
+
+    found, _ = choose(stage, tmp_path, monkeypatch, counted, budget=budget, text=text, priced=True)
+    assert budget - 96 < sum(rows) == found.sequences <= budget
+    assert found.ended.startswith("sequences: ")
+    first = WORK.step * stage.config.search.windows
+    wanted = [stage.train.batch(window, 1) for window in range(first, first + found.windows_read)]
+    assert len(text) == 0 == len(wanted) or torch.equal(torch.cat(text), torch.cat(wanted))
+
+
+def test_looks_end_where_nothing_can_change(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What could still be spent is kept, and the reason is given."""
+    monkeypatch.setattr(finals, "changes", lambda *_: [])
+    found, _ = choose(stage, tmp_path, monkeypatch, level, budget=200, priced=True)
+    assert (found.heats, found.ended) == ([], "looks: nothing is left that could change")
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_loses(
     bad: float, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -204,8 +263,9 @@ def test_a_loss_that_is_not_finite_loses(
 
 # --- whole runs ---
 
-# Its choice: two finalists on three windows, then heats of at most 14 sequences, one after the other to the last.
-RUN = (*METHODS["posterior-chunk"], "search.sequences=150", "search.selection=0.6", "search.final_windows=3")
+# Its choice: three finalists on three windows, then looks of 42 sequences at most, one after the other to the last.
+CHOICE = ("search.selection=0.6", "search.final_windows=3", "search.look_windows=2")
+RUN = (*METHODS["posterior-chunk"], "search.sequences=600", *CHOICE)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +289,7 @@ def same_choice(out: Path, other: Path) -> None:
 
 
 def heats_of(out: Path) -> int:
-    """Of challengers, saved so far."""
+    """After that of the finalists, saved so far."""
     return len(read_state(out / "finals.safetensors")["heats"])
 
 
@@ -253,7 +313,7 @@ def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
     search = report["search"]
     ended = search["finals"].pop("ended")
     assert ended.startswith("sequences: ")
-    counts = f"{state['sequences']} of these sequences, heats of challengers: {len(state['heats'])}"
+    counts = f"{state['sequences']} of these sequences, heats after that of the finalists: {len(state['heats'])}"
     assert line.split(maxsplit=1)[1] == f"{counts}; ended by {ended}"
     assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
     assert search["kept"] == state["kept"] and len(state["heats"]) > 3
@@ -278,7 +338,7 @@ def test_an_interrupted_choice_goes_on(heat: int, number: signal.Signals, place:
 
 def test_a_killed_choice_goes_on(place: Place, tmp_path: Path) -> None:
     """SIGKILL between two heats of a slow one: what was saved counts, the rest is repeated."""
-    slow = ("search.rows_per_forward=1", "search.sequences=360", "search.selection=0.8")
+    slow = ("search.rows_per_forward=1", "search.sequences=720", "search.selection=0.8")
     process = spawn(arguments(place, *slow), place.folder)
     deadline = time.monotonic() + 90
     while not (place.out / "finals.safetensors").is_file():
@@ -295,7 +355,7 @@ def test_a_killed_choice_goes_on(place: Place, tmp_path: Path) -> None:
 
 
 def stopped(place: Place, undisturbed: Path) -> Path:
-    """The run interrupted in the third heat of its challengers; returns the saved heats."""
+    """The run interrupted in the third heat after that of its finalists; returns the saved heats."""
     with pytest.MonkeyPatch.context() as patch:
         before_race(patch, lambda at: os.kill(os.getpid(), signal.SIGINT) if at == 3 else None)
         assert run(*arguments(place)).code == 130

@@ -243,26 +243,32 @@ def test_sequences_of_scoring(inputs: str, also: list[str], window: int | None) 
     assert scoring_sequences(config, layers) == (1 + len(also)) * 12 * passes * (window or 128) / 128
 
 
-# Of 150 sequences 60 at most are for the choice: of three masks (of which one leaves) on 3 windows, 8; heats of 14 at
-# most, of eight masks on one window, four on the next, two on the third. Dense passes come on top.
-CHOICE = ("search.selection=0.4", "search.final_windows=3", "search.sequences=150")
+# Of 400 sequences 240 at most are for the choice: of three masks (of which one leaves) on 3 windows, 8; then looks at
+# 15 changes on two windows, each with a heat of four masks on two windows and two on the third, 42; or heats of 14, of
+# eight masks on one window, four on the next, two on the third. Dense passes come on top.
+CHOICE = ("search.selection=0.6", "search.final_windows=3", "search.sequences=400")
+LOOKS = ("search.look_windows=2",)
 
 
 @pytest.mark.parametrize(
-    ("method", "objective", "heat"),
-    [*((method, "cross-entropy", 14) for method in ("posterior-chunk", "reinforce")), ("posterior-batch", "kl", 17)],
+    ("method", "objective", "more", "heat"),
+    [
+        ("posterior-chunk", "cross-entropy", LOOKS, 42),
+        ("reinforce", "cross-entropy", (), 14),
+        ("posterior-batch", "kl", LOOKS, 47),
+    ],
 )
 def test_every_pass_of_the_choice_is_counted(
-    method: str, objective: str, heat: int, place: Place, monkeypatch: pytest.MonkeyPatch
+    method: str, objective: str, more: tuple[str, ...], heat: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside search.sequences, and as much of it as there are whole heats."""
     searching, choosing = list[int](), list[int]()
     for module, rows in ((loop, searching), (finals, choosing)):
         monkeypatch.setattr(module, "masked_objective", _counting(module.masked_objective, rows))
-    search = searched(place, *METHODS[method], *CHOICE, f"search.objective={objective}")
+    search = searched(place, *METHODS[method], *CHOICE, *more, f"search.objective={objective}")
     spent = search["finals"]["sequences"]
     before = search["sequences"] - spent
-    available = min(150 - before, before * 2 // 3)
+    available = min(400 - before, before * 3 // 2)
     assert (sum(searching), sum(choosing)) == (before, spent) and len(search["finals"]["heats"]) >= 2
     assert available - heat < spent <= available
 

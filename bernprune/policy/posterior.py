@@ -143,6 +143,11 @@ class PosteriorSearch(MaskSearch):
         """Of each group as many are above any price as the policy expects to keep; see ``expected_order``."""
         return self._order_U if self.rounds else self.probs_U
 
+    @property
+    def priced(self) -> bool:
+        """After the first round."""
+        return self.rounds > 0
+
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """Priorities, each moved by a draw of what is not known of its unit (after Thompson, 1933)."""
         noise_U = torch.randn(len(self.probs_U), generator=random, dtype=torch.float64)

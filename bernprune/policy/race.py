@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bernprune.policy.budget import Budget
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 
@@ -73,9 +74,7 @@ def challengers(
     in one layer, is thought better or worse of than it is; a whole group goes or comes back. The budget that this frees
     or takes is settled by the next best units of the whole model.
     """
-    budget, priorities_U = search.budget, search.priorities_U
-    level = _level(priorities_U, budget.costs_U, budget.most)
-    base_U = torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=level))
+    budget, base_U = search.budget, agreeing(search.priorities_U, mask_U, search.budget)
     # Of few units at a time, whatever the model's size, or what they change cannot be told from noise.
     moves = [_redecide(8), _lean, _redecide(32), _lean, _redecide(128), _lean, _turn]
     found: list[torch.Tensor] = []
@@ -87,11 +86,12 @@ def challengers(
     return torch.stack(found) if found else mask_U.new_empty(0, len(mask_U))
 
 
-def _level(priorities_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -> float:
-    """The priority at which the budget is full."""
+def agreeing(priorities_U: torch.Tensor, mask_U: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """Priorities by which nothing kept comes behind what is not: those that did are moved to the border, ``[U]``."""
     order = priorities_U.argsort(descending=True)
-    last = int((costs_U[order].cumsum(0) <= limit).sum()) - 1
-    return priorities_U[order[max(last, 0)]].item()
+    last = int((budget.costs_U[order].cumsum(0) <= budget.most).sum()) - 1
+    level = priorities_U[order[max(last, 0)]].item()  # at which the budget is full
+    return torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=level))
 
 
 def _redecide(num_units: int) -> Callable[[MaskSearch, torch.Tensor, torch.Generator], torch.Tensor]:

@@ -75,6 +75,11 @@ class MaskSearch(ABC):
     def priorities_U(self) -> torch.Tensor:
         """What the final selection goes by, larger is kept, float64 ``[U]``."""
 
+    @property
+    def priced(self) -> bool:
+        """Whether priorities are what units are believed to save for their cost, in nats per token."""
+        return False
+
     @abstractmethod
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """What the priorities may as well be, for all that is known: float64 ``[U]``."""

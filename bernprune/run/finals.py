@@ -1,8 +1,13 @@
-"""What is kept: finalists and challengers, raced on text that was not learned from, inside the run's budget."""
+"""What is kept: finalists, then changes to the best of them, raced on text that was not learned from.
+
+All of it is inside the run's budget. Where the search knows what units save, it is looked at what single changes to the
+selection do, and steps that follow from that are raced against it; else random challengers are.
+"""
 
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,8 +17,11 @@ from tqdm import tqdm
 from bernprune.data import TokenWindows
 from bernprune.errors import RunError
 from bernprune.objective import MaskedObjective, masked_objective
-from bernprune.policy.race import CHALLENGERS, challengers, heat_sequences, race
+from bernprune.policy.bernoulli import reordered
+from bernprune.policy.looks import STEP_WINDOWS, STEPS, changed_masks, changes, moves
+from bernprune.policy.race import CHALLENGERS, Heat, agreeing, challengers, heat_sequences, race
 from bernprune.policy.search import MaskSearch
+from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.signals import signals
@@ -25,24 +33,31 @@ logger = logging.getLogger(__name__)
 
 _LOST = 1e6  # nats, for a loss that is not finite: its mask loses, and sums stay finite
 _READINGS = 4  # of what was kept back, at most
-_MARGIN = 1.0  # standard errors by which the best of them must win: the best of several looks better than it is
+_MARGIN = 1.0  # standard errors by which a challenger must win: the best of several looks better than it is
 
 
 @dataclass
 class Finals:
     """The mask that is kept, and what it took to choose it.
 
-    ``kept`` names the finalist it comes from, ``heats`` say what challengers changed, ``ended`` why there are no more.
+    ``kept`` names the finalist it comes from, ``heats`` say what has changed since, ``ended`` why there are no more.
+    ``priorities_U`` are those that steps have led to; None where those of the finalist still hold.
     ``sequences`` were run forward, over ``windows_read`` windows of text, in ``seconds``.
     """
 
     kept: str
     mask_U: torch.Tensor
+    priorities_U: torch.Tensor | None = None
     sequences: int = 0
     windows_read: int = 0
     seconds: float = 0.0
     ended: str = ""
     heats: list[dict[str, Any]] = field(default_factory=list)
+
+    def take(self, masks: Sequence[torch.Tensor], heat: Heat) -> None:
+        """The winner of a heat, of which mask 0 is the one that was kept so far."""
+        self.heats.append({**asdict(heat), "changed_units": int((masks[heat.winner] != self.mask_U).sum())})
+        self.mask_U = masks[heat.winner]
 
 
 def run_finals(
@@ -50,11 +65,12 @@ def run_finals(
     folder: RunFolder,
     search: MaskSearch,
     finalists: dict[str, torch.Tensor],
+    scores_U: torch.Tensor,
     work: Work,
     *,
     progress: bool | None = None,
 ) -> Finals:
-    """Race the finalists, then challengers to the winner, until the sequences for it are spent.
+    """Race the finalists, then what may be better than the winner, until the sequences for it are spent.
 
     The first finalist, what was learned, is kept if there is nothing to spend.
 
@@ -86,22 +102,63 @@ def run_finals(
                 heat = race(masks_NU, windows, text.losses)
                 finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
                 settle()
+        improve = _by_looks if search.priced else _by_challengers
         while not stopping.is_set():
-            finals.ended = text.refuses(1 + CHALLENGERS, budget)
+            finals.ended = improve(stage, search, text, scores_U, budget)
             if finals.ended:
                 break
-            random = generator(stage.config.seed, "challengers", len(finals.heats))
-            found_NU = challengers(search, finals.mask_U, stage.limits, random, CHALLENGERS)
-            if not len(found_NU):
-                finals.ended = "challengers: none is left"
-                break
-            masks_NU = torch.cat([finals.mask_U[None], found_NU])
-            heat = race(masks_NU, text.heat_windows, text.losses, margin=_MARGIN)
-            finals.heats.append({**asdict(heat), "changed_units": int((masks_NU[heat.winner] != finals.mask_U).sum())})
-            finals.mask_U = masks_NU[heat.winner]
             settle()
-    logger.info("%s was kept, after %d heats of challengers; %s", finals.kept, len(finals.heats), finals.ended)
+    logger.info("%s was kept, after %d heats; %s", finals.kept, len(finals.heats), finals.ended)
     return finals
+
+
+def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.Tensor, budget: int) -> str:
+    """A heat of random changes; why there was none, or empty."""
+    finals, windows = text.finals, text.heat_windows
+    refusal = text.refuses(text.heat_cost(1 + CHALLENGERS, windows), windows, budget)
+    if refusal:
+        return refusal
+    random = generator(stage.config.seed, "challengers", len(finals.heats))
+    found_NU = challengers(search, finals.mask_U, stage.limits, random, CHALLENGERS)
+    if not len(found_NU):
+        return "challengers: none is left"
+    masks_NU = torch.cat([finals.mask_U[None], found_NU])
+    finals.take(list(masks_NU), race(masks_NU, windows, text.losses, margin=_MARGIN))
+    return ""
+
+
+def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.Tensor, budget: int) -> str:
+    """A look at single changes, and a heat of the steps that follow; why there was none, or empty."""
+    finals, mask_U, priorities_U = text.finals, text.finals.mask_U, text.finals.priorities_U
+    if priorities_U is None:
+        by_search_U = search.priorities_U
+        if finals.kept != "learned":
+            by_search_U = reordered(stage.view.space, by_search_U, scores_U)
+        priorities_U = agreeing(by_search_U, mask_U, search.budget)
+    changed = changes(mask_U, priorities_U, search.budget)
+    if not changed:
+        return "looks: nothing is left that could change"
+    windows = min(stage.config.search.look_windows, text.heat_windows)
+    raced = min(STEP_WINDOWS * windows, text.heat_windows)
+    cost = text.look_cost(1 + len(changed), windows) + text.heat_cost(1 + len(STEPS), raced)
+    refusal = text.refuses(cost, windows + raced, budget)
+    if refusal:
+        return refusal
+    moves_U = moves(priorities_U, changed, text.losses(changed_masks(mask_U, changed), windows), stage.view.space)
+    masks, ways = [mask_U], [priorities_U]
+    first_U = scores_U + (scores_U.max() - scores_U.min() + 1) * mask_U  # of equals, what is kept, then the metric's
+    for step in STEPS:
+        way_U = priorities_U + step * moves_U
+        stepped_U = select(way_U, search.budget, limits=stage.limits, tie_break_U=first_U)
+        if not any(stepped_U.equal(other_U) for other_U in masks):
+            masks.append(stepped_U)
+            ways.append(way_U)
+    if len(masks) > 1:  # or other text may say more
+        heat = race(torch.stack(masks), raced, text.losses)
+        finals.take(masks, heat)
+        if heat.winner:
+            finals.priorities_U = ways[heat.winner]
+    return ""
 
 
 @dataclass
@@ -139,17 +196,21 @@ class _Text:
             nan=_LOST, posinf=_LOST
         )
 
-    def refuses(self, num_masks: int, budget: int) -> str:
-        """Why one more heat of so many masks fits no more: what is left of the sequences, or of the text; or empty."""
-        if self.finals.sequences + self.cost(num_masks, self.heat_windows) > budget:
+    def refuses(self, sequences: int, windows: int, budget: int) -> str:
+        """Why so many more fit no more: what is left of the sequences, or of the text; or empty."""
+        if self.finals.sequences + sequences > budget:
             return "sequences: what is left is less than another heat takes"
-        if self.finals.windows_read + self.heat_windows > self.most_read:
+        if self.finals.windows_read + windows > self.most_read:
             return f"text: what was kept back for it has been read {_READINGS} times"
         return ""
 
-    def cost(self, num_masks: int, windows: int) -> int:
+    def heat_cost(self, num_masks: int, windows: int) -> int:
         """Sequences of a heat."""
         return heat_sequences(num_masks, windows) + self._dense * windows
+
+    def look_cost(self, num_masks: int, windows: int) -> int:
+        """Sequences of a look, in which every mask sees every window."""
+        return (num_masks + self._dense) * windows
 
     @property
     def _dense(self) -> int:
@@ -160,7 +221,7 @@ class _Text:
 def _affordable(text: _Text, num_masks: int, budget: int) -> int:
     """Windows of a heat: as many as are wanted, or can be paid."""
     windows = text.heat_windows
-    while windows and text.cost(num_masks, windows) > budget:
+    while windows and text.heat_cost(num_masks, windows) > budget:
         windows -= 1
     return windows
 

@@ -120,12 +120,13 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     for name, mask_U in (("widths", widths_U), ("initial", initial_U), ("uniform", uniform_U)):
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
-    finals = run_finals(stage, folder, search, finalists, work, progress=progress)
+    finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
     report = _report_head(stage, work, finals, initial_U)
     report["diagnostics"] = _last_round(folder)
-    learned = Learned(
-        stage.view.space, _followed(stage, search, start_U, scores_U)[finals.kept], scores_U, finals.mask_U
-    )
+    priorities_U = finals.priorities_U
+    if priorities_U is None:
+        priorities_U = _followed(stage, search, start_U, scores_U)[finals.kept]
+    learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
     learned.write(folder.learned)
     plan = stage.view.space.plan(finals.mask_U)
     write_json(folder.plan, plan.to_dict())

@@ -22,6 +22,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
 from bernprune.text import load_documents
+from bernprune.units import UnitSpace
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def set_stage(config: RunConfig) -> Stage:
     budget, limits = make_budget(config, view.space), make_limits(config)
     _try_budget(config, budget, limits)
     workload = plan_work(config, view.space.size)
-    learned, kept_back = _keep_back(config, stream, workload)
+    learned, kept_back = _keep_back(config, stream, workload, view.space)
     with _naming(config.data.text):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     logger.info(
@@ -175,10 +176,12 @@ def _windows(config: RunConfig, stream: torch.Tensor) -> TokenWindows:
     return TokenWindows(stream, window=config.data.window, seed=config.seed, at_least=config.search.windows)
 
 
-def _keep_back(config: RunConfig, stream: torch.Tensor, workload: Workload) -> tuple[torch.Tensor, TokenWindows | None]:
+def _keep_back(
+    config: RunConfig, stream: torch.Tensor, workload: Workload, space: UnitSpace
+) -> tuple[torch.Tensor, TokenWindows | None]:
     """The stream to learn from and, if it may be read more than once, what of it the final choice has for itself."""
     window, num_windows = config.data.window, len(stream) // config.data.window
-    learning, choosing = workload.windows_read(config.search)
+    learning, choosing = workload.windows_read(config.search, space)
     if not choosing or learning + choosing <= num_windows:
         return stream, None
     count = int(

@@ -12,6 +12,7 @@ from bernprune.names import Scope
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
+from bernprune.policy.looks import STEP_WINDOWS, STEPS, most_changes
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
 from bernprune.policy.race import CHALLENGERS, heat_sequences
@@ -79,12 +80,19 @@ class Workload:
         share = int(self.choosing * work.sequences + HAIR)
         return share if self.sequences is None else min(share, self.sequences - work.sequences)
 
-    def windows_read(self, search: SearchConfig) -> tuple[float, float]:
-        """Most windows of text that the search reads, and that are then read to choose; infinite if unknown."""
+    def windows_read(self, search: SearchConfig, space: UnitSpace) -> tuple[float, float]:
+        """Most windows of text that the search reads, and that are then read to choose; infinite if unknown.
+
+        Of a look at fewer changes than there may be, that is as good as all: it reads little.
+        """
         learning = math.inf if self.steps is None else float(self.steps * search.windows)
         work = Work(sequences=0 if self.steps is None else self.steps * self.step_sequences)
-        heats = self.selection_sequences(work) / heat_sequences(1 + CHALLENGERS, search.final_windows)
-        choosing = search.final_windows * (1 + heats) if self.choosing else 0.0
+        each, cost = search.final_windows, heat_sequences(1 + CHALLENGERS, search.final_windows)
+        if search.method == "posterior":
+            raced = STEP_WINDOWS * search.look_windows
+            each = search.look_windows + raced
+            cost = (1 + most_changes(space)) * search.look_windows + heat_sequences(1 + len(STEPS), raced)
+        choosing = search.final_windows + each * self.selection_sequences(work) / cost if self.choosing else 0.0
         return learning, math.inf if choosing and self.steps is None else choosing
 
     def learning_rate_at(self, work: Work) -> float:

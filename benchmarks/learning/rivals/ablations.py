@@ -81,6 +81,12 @@ class _Sure(PosteriorSearch):
             self.probs_U = self.budget.at_price(self.worth_U, 1e-3 * self.deviation_U, costs_U, **self._bounds)
 
 
+class _Unpriced(PosteriorSearch):
+    """The final choice tries random challengers."""
+
+    priced = False
+
+
 @dataclass(frozen=True)
 class Ablation:
     """What replaces the ingredient: another search, or other settings, if need be with the number of rounds fixed."""
@@ -107,6 +113,7 @@ ABLATIONS = {
     "common-text": Ablation(given={"search": {"masks": 2, "windows": 32}}, as_many_rounds=True),
     "antithetic-masks": Ablation(given={"search": {"sampling": "independent"}}),
     "discount": Ablation(given={"search": {"discount": 1.0}}),
+    "looks": Ablation(_Unpriced),
     "final-choice": Ablation(given={"search": {"selection": 0.0}}),
     "metric": Ablation(given={"initial": {"score": "random"}}),
 }

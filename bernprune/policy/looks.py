@@ -1,0 +1,109 @@
+"""What single changes do to a selection, and a step that follows from all of them.
+
+What is believed of a unit is its effect on average over sampled masks. To the selection itself it may be worth
+something else: in half of the embedded model, a kv group of the first layer that is worth nothing while the channels
+beside it are sampled is worth 0.05 nats once they are selected. So what is selected is looked at directly. Each kv
+group or block is turned by itself, and of the channels of each layer a few that are kept and a few that are not: on the
+same text, all else being equal, few windows tell what one change does.
+
+Letters: N changes, U units, W windows.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from bernprune.names import Kind
+from bernprune.policy.budget import Budget
+from bernprune.units import UnitSpace
+
+STEPS = (1.0, 0.5, 0.25)  # how far to follow a look: what it says of single changes does not simply add up
+STEP_WINDOWS = 4  # times as many windows as a look has, to race the steps on
+_PARTS = 16  # of a layer's channels, of which one is turned at a time
+_MEDIAN = torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64)).item()  # of the size of a standard normal
+_TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True)
+class Change:
+    """Units of one group that are turned together, and what that adds to the cost alive: negative if they go."""
+
+    units: torch.Tensor
+    kind: Kind
+    group: int
+    cost: float
+
+
+def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) -> list[Change]:
+    """All that are looked at: those that change what is alive, and leave every layer that has channels one."""
+    found, alive = [], budget.alive_cost(mask_U)
+    for number, (start, end) in enumerate(itertools.pairwise(budget.space.starts)):
+        kind, members = budget.space.groups[number].kind, torch.arange(start, end)
+        turned = _border(members, mask_U, priorities_U) if kind == "channel" else members.split(1)
+        for units in turned:
+            cost = budget.alive_cost(_turned(mask_U, units)) - alive
+            if cost:
+                found.append(Change(units, kind, number, cost))
+    return found
+
+
+def most_changes(space: UnitSpace) -> int:
+    """How many a look has at most."""
+    return sum(2 if group.kind == "channel" else group.count for group in space.groups)
+
+
+def changed_masks(mask_U: torch.Tensor, changed: Sequence[Change]) -> torch.Tensor:
+    """The mask and, of each change, what it makes of it: bool ``[1 + N, U]``."""
+    return torch.stack([mask_U, *(_turned(mask_U, change.units) for change in changed)])
+
+
+def moves(
+    priorities_U: torch.Tensor, changed: Sequence[Change], losses_NW: torch.Tensor, space: UnitSpace
+) -> torch.Tensor:
+    """What is to be added to the priorities after a look, ``[U]``.
+
+    Where a change costs something else than the priorities of what is turned say, they move towards it: as far as such
+    surprises are larger than their noise in the middle of their kind, and where one is far from the others, by all but
+    what may well be noise (the non-negative garrote; Breiman, 1995). A layer's channels move together.
+
+    Args:
+        priorities_U: what units save for their cost, nats per token.
+        losses_NW: of ``changed_masks`` on the same windows, ``[1 + N, W]``.
+    """
+    gains_NW = losses_NW[:1] - losses_NW[1:]
+    costs_N = torch.tensor([change.cost for change in changed], dtype=torch.float64)
+    believed_N = torch.stack([priorities_U[change.units].mean() for change in changed])
+    surprise_N = gains_NW.mean(1) / costs_N - believed_N
+    noise_N = gains_NW.var(1) / gains_NW.shape[1] / costs_N.square()
+    shares_N = torch.zeros_like(noise_N)
+    for kind in {change.kind for change in changed}:
+        at_N = torch.tensor([change.kind == kind for change in changed])
+        noise = noise_N[at_N].mean()  # of few windows, the variance of one change alone says little
+        middle = (surprise_N[at_N].abs().median() / _MEDIAN).square()
+        typical = (1 - noise / middle.clamp(min=_TINY)).clamp(min=0)
+        shares_N[at_N] = (1 - noise / surprise_N[at_N].square().clamp(min=_TINY)).clamp(min=typical)
+    moves_U, looks = torch.zeros_like(priorities_U), Counter(change.group for change in changed)
+    for change, move in zip(changed, (shares_N * surprise_N).tolist(), strict=True):
+        if change.kind == "channel":
+            moves_U[space.starts[change.group] : space.starts[change.group + 1]] += move / looks[change.group]
+        else:
+            moves_U[change.units] += move
+    return moves_U
+
+
+def _border(members: torch.Tensor, mask_U: torch.Tensor, priorities_U: torch.Tensor) -> list[torch.Tensor]:
+    """Of a layer's channels, the least wanted that are kept, but not all of them, and the most wanted that are not."""
+    count = max(1, round(len(members) / _PARTS))
+    kept, gone = members[mask_U[members]], members[~mask_U[members]]
+    kept = kept[priorities_U[kept].argsort(stable=True)][: min(count, len(kept) - 1)]
+    gone = gone[priorities_U[gone].argsort(descending=True, stable=True)][:count]
+    return [units for units in (kept, gone) if len(units)]
+
+
+def _turned(mask_U: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+    turned_U = mask_U.clone()
+    turned_U[units] = ~mask_U[units]
+    return turned_U
