@@ -171,8 +171,9 @@ class SearchConfig(_Section):
     """reinforce: guard under the root of 'sqrt-fisher'."""
     pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
-    selection: Annotated[float, Field(ge=0, le=0.9)] = 0.3
-    """Share of the sequences (or seconds) for choosing what is kept, on text not learned from; 0: no choice."""
+    selection: Annotated[float, Field(ge=0, le=0.9)] | None = None
+    """Share of the sequences (or seconds) for choosing what is kept, on text not learned from; 0: no choice. By default
+    what six looks take, at most three tenths; for reinforce a tenth."""
     final_windows: Annotated[int, Field(ge=2)] = 128
     """Windows on which the last two of a race of selections are compared."""
     look_windows: Annotated[int, Field(ge=2)] = 8
@@ -301,7 +302,7 @@ class RunConfig(_Section):
             if self._changed(setting) and self._value(other) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
         for name in ("search.final_windows", "search.look_windows"):
-            if self._changed(name) and not self.search.selection:
+            if self._changed(name) and self.search.selection == 0:
                 raise ValueError(f"{name} has no meaning for search.selection 0")
 
     def _value(self, setting: str) -> Any:

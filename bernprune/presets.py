@@ -10,14 +10,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce": {
         "initial": {"map": "sigmap"},
         "policy": {"floor": 0.01, "ceiling": 0.99},
-        "search": {
-            "method": "reinforce",
-            "masks_per": "batch",
-            "sampling": "independent",
-            "masks": 16,
-            "windows": 1,
-            "selection": 0.1,
-        },
+        "search": {"method": "reinforce", "masks_per": "batch", "sampling": "independent", "masks": 16, "windows": 1},
     },
     "paper": {
         "budget": {"pools": "separate", "min_kv_groups": 0, "min_channels": 0},

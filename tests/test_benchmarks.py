@@ -7,7 +7,7 @@ import functools
 import io
 import math
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective, token_losses
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits
+from bernprune.run import finals
 from bernprune.seeding import generator
 from bernprune.settings import merge
 from bernprune.text import load_documents
@@ -164,11 +165,31 @@ def test_every_ingredient_is_missed(source: Source) -> None:
     """Where the search itself is changed, other units are learned; those of a random model would not win in the end."""
     learning = {"data": {"window": 64}, "search": {"selection": 0.0, "rounds": 4}}  # two chunks a window
     unseen = replace(source, config=merge(CONFIG, learning))
-    names = ["default", *(f"without-{name}" for name, ablation in ABLATIONS.items() if not ablation.given)]
+    learned = [name for name, ablation in ABLATIONS.items() if not ablation.given and name != "looks"]
+    names = ["default", *(f"without-{name}" for name in learned)]
     masks = {
         name: torch.cat([METHODS[name].run(task_of(unseen, seed=seed), {}) for seed in range(2)]) for name in names
     }
     assert [name for name in names if masks[name].equal(masks["default"])] == ["default"]
+
+
+@pytest.mark.parametrize(("name", "looked"), [("default", True), ("without-looks", False)])
+def test_looks_are_missed(name: str, looked: bool, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without them the final choice goes on by random challengers."""
+    seen, original = list[str](), {part: getattr(finals, part) for part in ("moves", "challengers")}
+
+    def noting(part: str) -> Callable[..., Any]:
+        def noted(*given: Any) -> Any:
+            seen.append(part)
+            return original[part](*given)
+
+        return noted
+
+    for part in original:
+        monkeypatch.setattr(finals, part, noting(part))
+    choosing = replace(source, config=merge(CONFIG, {"search": {"selection": 0.6, "final_windows": 4}}))
+    METHODS[name].run(task_of(choosing), {})
+    assert set(seen) == {"moves" if looked else "challengers"}
 
 
 # Texts

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from bernprune.run.workload import (
     plan_work,
     scoring_sequences,
 )
+from bernprune.units import UnitGroup
 
 UNITS = 5000
 
@@ -40,6 +42,13 @@ def walk(workload: Workload) -> tuple[Work, int]:
     return work, rounds
 
 
+def units_of(count: int) -> Any:
+    """What is known here of so many units."""
+    return SimpleNamespace(
+        size=count, groups=[UnitGroup("kv_group", 0, 7, 11, 29.0), UnitGroup("channel", 0, 5, 3, 6.0)]
+    )
+
+
 KINDS: dict[str, dict[str, Any]] = {
     **{f"posterior-{per}": {"method": "posterior", "masks_per": per} for per in ("chunk", "sequence", "batch")},
     "reinforce": {"method": "reinforce", "masks_per": "batch"},
@@ -50,6 +59,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "sampling": "independent",
     },
 }
+PLAIN: dict[str, dict[str, Any]] = {"posterior": {}, "reinforce": {"masks_per": "batch", "sampling": "independent"}}
 SELECTIONS = (0, 0.1, 0.37, 0.9)
 ROUNDS = (None, 1, 3, 24)
 
@@ -62,7 +72,7 @@ def workloads(
     for amount, selection, wanted in itertools.product(amounts, SELECTIONS, rounds):
         search = {"masks": 5, "windows": 3, "sequences": amount, "rounds": wanted, "selection": selection}
         search |= KINDS[kind] | {"objective": objective} | more
-        yield search, plan_work(make_config({"search": search}), UNITS), amount or default_sequences(UNITS)
+        yield search, plan_work(make_config({"search": search}), units_of(UNITS)), amount or default_sequences(UNITS)
 
 
 both = pytest.mark.parametrize("objective", ["cross-entropy", "kl"])
@@ -115,7 +125,7 @@ def test_a_step_more_would_not_fit() -> None:
     for amount in (200, 333, 1000, 4321):
         for wanted in (2, 3, 24):
             search = {"masks": 5, "windows": 3, "sequences": amount, "rounds": wanted, "selection": 0}
-            workload = plan_work(make_config({"search": search}), UNITS)
+            workload = plan_work(make_config({"search": search}), units_of(UNITS))
             assert workload.steps is not None
             for more in (1, 2):
                 steps = workload.steps + more
@@ -131,27 +141,46 @@ def test_nothing_is_done_on_request(kind: str, objective: str) -> None:
         assert workload.progress(Work()) >= 1 and workload.selection_sequences(Work()) == 0
 
 
+# Nine changes: a look runs ten masks on 8 windows, and a race four on 16 and two on 16 more: 176. Four finalists on 64
+# windows and two on 64 more take 384.
+@pytest.mark.parametrize("sequences", [3000, 8192, 20480, 240_000])
+def test_the_choice_has_what_six_looks_take(sequences: int) -> None:
+    """And not much more; of few sequences three tenths; a tenth where nothing is looked at."""
+    wanted = 384 + 6 * 176
+    for method, share in (("posterior", min(0.3, wanted / sequences)), ("reinforce", 0.1)):
+        workload = plan_work(
+            make_config({"search": {"sequences": sequences, "method": method, **PLAIN[method]}}), units_of(UNITS)
+        )
+        choosing = workload.selection_sequences(walk(workload)[0])
+        if method == "posterior" and share < 0.3:
+            assert wanted <= choosing < wanted + 50
+        else:
+            assert share * sequences - 150 < choosing <= share * sequences
+
+
 def test_auto_spends_several_times_the_default() -> None:
     """Within what was published; with a regret of its own, or the given one."""
     for units in (10, UNITS, 10**6):
-        workload = plan_work(make_config({"search": {"sequences": "auto"}}), units)
+        workload = plan_work(make_config({"search": {"sequences": "auto"}}), units_of(units))
         assert workload.sequences == min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(units))
         assert workload.regret == AUTO_REGRET
     assert workload.sequences == MOST_SEQUENCES and default_sequences(10) == LEAST_SEQUENCES
-    assert plan_work(make_config({"search": {"sequences": "auto", "regret": 0.3}}), 10).regret == 0.3
-    assert plan_work(make_config({"search": {"regret": 0.3}}), 10).regret == 0.3
-    assert plan_work(make_config({}), 10).regret is None
+    assert plan_work(make_config({"search": {"sequences": "auto", "regret": 0.3}}), units_of(10)).regret == 0.3
+    assert plan_work(make_config({"search": {"regret": 0.3}}), units_of(10)).regret == 0.3
+    assert plan_work(make_config({}), units_of(10)).regret is None
 
 
 def test_seconds_are_shared_like_sequences() -> None:
     """The search has what the choice leaves; whichever limit is met first ends it, and says so."""
-    workload = plan_work(make_config({"search": {"seconds": 100, "sequences": 8192, "selection": 0.25}}), UNITS)
+    workload = plan_work(
+        make_config({"search": {"seconds": 100, "sequences": 8192, "selection": 0.25}}), units_of(UNITS)
+    )
     assert workload.seconds == 75 and workload.steps is not None
     assert workload.progress(Work(seconds=37.5)) == 0.5
     assert workload.progress(Work(step=workload.steps)) == 1
     assert workload.why_over(Work(step=workload.steps, seconds=80)).startswith("sequences")
     assert workload.why_over(Work(step=3, seconds=80)).startswith("seconds")
-    unlimited = plan_work(make_config({"search": {"seconds": 100, "selection": 0.25}}), UNITS)
+    unlimited = plan_work(make_config({"search": {"seconds": 100, "selection": 0.25}}), units_of(UNITS))
     assert unlimited.steps is None and unlimited.progress(Work(step=10**6, seconds=60)) == 0.8
     assert unlimited.selection_sequences(Work(sequences=3001)) == 1000
 

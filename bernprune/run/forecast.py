@@ -73,7 +73,7 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
 
 def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]:
     search, data = config.search, config.data
-    planned = plan_work(config, view.space.size).sequences
+    planned = plan_work(config, view.space).sequences
     sequences = default_sequences(view.space.size) if planned is None else planned
     seconds_each = _time_sequences(view, config)
     evaluations = len(("dense", "uniform", "initial", "pruned", *config.plans.sparsities))
@@ -127,4 +127,4 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
                 reference_BC=reference_BC,
                 reading=reading,
             )
-    return (time.perf_counter() - started) / (_TIMED_STEPS * plan_work(config, view.space.size).step_sequences)
+    return (time.perf_counter() - started) / (_TIMED_STEPS * plan_work(config, view.space).step_sequences)

@@ -79,7 +79,7 @@ def set_stage(config: RunConfig) -> Stage:
     view = describe(model, config.granularity, sequence_length=config.budget.flops_window)
     budget, limits = make_budget(config, view.space), make_limits(config)
     _try_budget(config, budget, limits)
-    workload = plan_work(config, view.space.size)
+    workload = plan_work(config, view.space)
     learned, kept_back = _keep_back(config, stream, workload, view.space)
     with _naming(config.data.text):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)

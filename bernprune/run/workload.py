@@ -15,7 +15,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.looks import STEP_WINDOWS, STEPS, most_changes
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
-from bernprune.policy.race import CHALLENGERS, heat_sequences
+from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits
@@ -25,6 +25,8 @@ from bernprune.units import UnitSpace
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
+# Of the sequences, for the final choice: what so many looks take and the race before them, if it is no more than that.
+LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # and where nothing is looked at, a tenth
 
 
 @dataclass
@@ -89,9 +91,7 @@ class Workload:
         work = Work(sequences=0 if self.steps is None else self.steps * self.step_sequences)
         each, cost = search.final_windows, heat_sequences(1 + CHALLENGERS, search.final_windows)
         if search.method == "posterior":
-            raced = STEP_WINDOWS * search.look_windows
-            each = search.look_windows + raced
-            cost = (1 + most_changes(space)) * search.look_windows + heat_sequences(1 + len(STEPS), raced)
+            each, cost = _look(search, space)
         choosing = search.final_windows + each * self.selection_sequences(work) / cost if self.choosing else 0.0
         return learning, math.inf if choosing and self.steps is None else choosing
 
@@ -100,7 +100,7 @@ class Workload:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, self.progress(work))))
 
 
-def plan_work(config: RunConfig, num_units: int) -> Workload:
+def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
     """Turn the budget of sequences and seconds into steps, and those into rounds.
 
     Raises:
@@ -113,9 +113,9 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
     probe_sequences = (1 + dense_pass) * search.windows if search.method == "posterior" else 0
     sequences, seconds, regret = search.sequences, search.seconds, search.regret
     if sequences == "auto":
-        sequences, regret = min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(num_units)), regret or AUTO_REGRET
+        sequences, regret = min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(space.size)), regret or AUTO_REGRET
     elif sequences is None and seconds is None:
-        sequences = default_sequences(num_units)
+        sequences = default_sequences(space.size)
     if sequences is not None and 0 < sequences < least_steps * step_sequences:
         by_default = "" if sequences == search.sequences else ", which is the default for this model"
         raise ConfigError(
@@ -123,8 +123,10 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
             f"{step_sequences} sequences "
             f"(search.masks and reference passes times search.windows), but got {sequences}{by_default}"
         )
-    searching = 1 - search.selection
-    limit = int(searching * (default_sequences(num_units) if sequences is None else sequences) + HAIR)
+    available = default_sequences(space.size) if sequences is None else sequences
+    choosing = _choosing(config, space, available - 2 * step_sequences)  # what whole steps and rounds leave over
+    searching = 1 - choosing
+    limit = int(searching * available + HAIR)
     steps, rounds = _fitting(config, limit, step_sequences, probe_sequences)
     if not rounds:  # no room to look at the selection, or to choose
         probe_sequences = 0
@@ -138,9 +140,28 @@ def plan_work(config: RunConfig, num_units: int) -> Workload:
         probe_sequences=probe_sequences,
         round_steps=max(1, steps) / max(1, rounds),
         learning_rate=search.learning_rate,
-        choosing=search.selection / searching,
+        choosing=choosing / searching,
         regret=regret,
     )
+
+
+def _choosing(config: RunConfig, space: UnitSpace, available: int) -> float:
+    """Share of the sequences for the final choice."""
+    search, dense_pass = config.search, config.search.objective == "kl"
+    if search.selection is not None:
+        return search.selection
+    if search.method != "posterior":
+        return CHOOSING
+    racing = heat_sequences(MOST_FINALISTS, search.final_windows) + dense_pass * search.final_windows
+    return min(MOST_CHOOSING, (racing + LOOKS * _look(search, space)[1]) / max(1, available))
+
+
+def _look(search: SearchConfig, space: UnitSpace) -> tuple[int, int]:
+    """Windows that a look and its heat read, and the sequences they take."""
+    raced = min(STEP_WINDOWS * search.look_windows, search.final_windows)
+    windows = min(search.look_windows, search.final_windows) + raced
+    looking = (1 + most_changes(space)) * (windows - raced)
+    return windows, looking + heat_sequences(1 + len(STEPS), raced) + (search.objective == "kl") * windows
 
 
 def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences: int) -> tuple[int, int]:
@@ -218,7 +239,7 @@ def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor
             start["scores_US"],
             seed=config.seed,
             design=design,
-            round_steps=plan_work(config, budget.space.size).round_steps,
+            round_steps=plan_work(config, budget.space).round_steps,
             forgetting=search.forgetting,
             floor=policy.floor,
             ceiling=policy.ceiling,

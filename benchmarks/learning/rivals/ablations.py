@@ -127,7 +127,7 @@ def without(name: str) -> Callable[[Task, Settings], torch.Tensor]:
         given = ablation.given
         if ablation.as_many_rounds:
             shipped = make_config(merge(task.given, {"search": {"sequences": task.meter.left}}))
-            work = plan_work(shipped, task.space.size)
+            work = plan_work(shipped, task.space)
             given = merge(given, {"search": {"rounds": round((work.steps or 0) / work.round_steps)}})
         with patch("bernprune.run.workload.PosteriorSearch", ablation.search):
             return run_preset("default", task, given)
