@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _LOST = 1e6  # nats, for a loss that is not finite: its mask loses, and sums stay finite
 _READINGS = 4  # of what was kept back, at most
-_MARGIN = 1.0  # standard errors by which a challenger must win: the best of several looks better than it is
+_MARGIN = 1.0  # standard errors by which what is new must win: the best of several looks better than it is
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.T
             masks.append(stepped_U)
             ways.append(way_U)
     if len(masks) > 1:  # or other text may say more
-        heat = race(torch.stack(masks), raced, text.losses)
+        heat = race(torch.stack(masks), raced, text.losses, margin=_MARGIN)
         finals.take(masks, heat)
         if heat.winner:
             finals.priorities_U = ways[heat.winner]
