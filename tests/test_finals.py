@@ -35,6 +35,7 @@ from bernprune import storage
 from bernprune.config import make_config
 from bernprune.data import TokenWindows
 from bernprune.objective import MaskedObjective
+from bernprune.policy.race import Heat
 from bernprune.policy.selection import select
 from bernprune.report import table
 from bernprune.run import finals, loop, pipeline
@@ -86,7 +87,8 @@ def choose(
     )
     folder.mkdir(exist_ok=True)
     stage = replace(stage, workload=replace(stage.workload, choosing=budget / 1000, sequences=None))
-    return run_finals(stage, RunFolder(folder), search, finalists, random_U[0], WORK), finalists
+    scores_U = random_numbers(stage.budget.space.size, 7)
+    return run_finals(stage, RunFolder(folder), search, finalists, scores_U, WORK), finalists
 
 
 def level(masks_NU: torch.Tensor) -> torch.Tensor:
@@ -211,10 +213,52 @@ def test_looks_lead_to_what_is_better(stage: Stage, tmp_path: Path, monkeypatch:
 
 
 def test_looks_of_equals_change_nothing(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step has to be better to be taken."""
+    """Where no change does anything there is no step: of equals, what is kept stays."""
     found, finalists = choose(stage, tmp_path, monkeypatch, level, budget=900, priced=True)
     assert torch.equal(found.mask_U, finalists["learned"]) and found.priorities_U is None
-    assert found.sequences > 800 and not any(heat["winner"] for heat in found.heats)
+    assert found.sequences > 800 and found.heats == []
+
+
+@pytest.mark.parametrize("kept", ["learned", "initial"])
+def test_looks_go_by_the_order_of_the_winner(
+    kept: str, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of single channels by what was learned only if that was kept, or else by the metric."""
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(finals, "changes", lambda mask_U, priorities_U, budget: given.append(priorities_U) or [])
+    _, finalists = choose(stage, tmp_path, monkeypatch, level, budget=0)
+
+    def only(masks_NU: torch.Tensor) -> torch.Tensor:
+        return 1 - (masks_NU == finalists[kept]).all(1).double()
+
+    choose(stage, tmp_path, monkeypatch, only, budget=200, priced=True)
+    order_U = random_numbers(stage.budget.space.size, 0 if kept == "learned" else 7)
+    for members_N in stage.budget.space.by_layer("channel"):
+        for some_N in (members_N[finalists[kept][members_N]], members_N[~finalists[kept][members_N]]):
+            in_order_N = given[-1][some_N[order_U[some_N].argsort()]]
+            assert (in_order_N.diff() >= 0).all()
+    assert given[-1].unique().numel() > 10
+
+
+def test_a_step_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a challenger must: a lead of half a standard error does not do."""
+    windows = itertools.cycle([-1.0, 1.0, -1.0, 1.0, -1.0])
+
+    def close(masks_NU: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([1.0] + [0.95 + next(windows)] * (len(masks_NU) - 1), dtype=torch.float64)
+
+    found, finalists = choose(stage, tmp_path, monkeypatch, close, budget=900, priced=True)
+    assert torch.equal(found.mask_U, finalists["initial"]) and len(found.heats) > 2
+    assert all(heat["winner"] == 0 and heat["difference"] == pytest.approx(-0.25) for heat in found.heats)
+
+
+def test_worths_are_known_after_a_round(stage: Stage) -> None:
+    """Before, priorities are probabilities, by which no change can be judged."""
+    random_U = random_numbers(stage.budget.space.size, 0)
+    search: Any = make_search(stage.config, stage.budget, {"scores_US": random_U, "probs_U": random_U})
+    assert not search.priced
+    search.rounds = 1
+    assert search.priced
 
 
 # Looks at 15 changes on five windows, 80 sequences, and heats of four masks on three windows and two on two, 16.
@@ -318,6 +362,15 @@ def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
     assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
     assert search["kept"] == state["kept"] and len(state["heats"]) > 3
     assert all(heat.keys() == {"winner", "difference", "error", "changed_units"} for heat in state["heats"])
+
+
+def test_other_sparsities_go_by_where_steps_led(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is saved to select by is what was learned of units, moved by what looks told."""
+    monkeypatch.setattr(finals, "race", lambda masks_NU, *_, **__: Heat(len(masks_NU) - 1, -1.0, 0.1))
+    succeed(*arguments(place))
+    state, learned = (read_state(place.out / f"{name}.safetensors") for name in ("finals", "learned"))
+    assert len(state["heats"]) > 2 and torch.equal(learned["priorities_U"], state["priorities_U"])
+    assert torch.equal(learned["mask_U"], state["mask_U"])
 
 
 @pytest.mark.parametrize(("heat", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)], ids=["first", "third"])
