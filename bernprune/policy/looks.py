@@ -18,10 +18,11 @@ import torch
 
 from bernprune.names import Kind
 from bernprune.policy.budget import Budget
+from bernprune.policy.race import heat_sequences
 from bernprune.units import UnitSpace
 
 STEPS = (1.0, 0.5, 0.25)  # how far to follow a look: what it says of single changes does not simply add up
-STEP_WINDOWS = 4  # times as many windows as a look has, to race the steps on
+_RACED = 4  # times as many windows as a look has, to race the steps on
 _PARTS = 16  # of a layer's channels, of which one is turned at a time
 _MEDIAN = torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64)).item()  # of the size of a standard normal
 _TINY = torch.finfo(torch.float64).tiny
@@ -44,7 +45,9 @@ def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) ->
         kind, members = budget.space.groups[number].kind, torch.arange(start, end)
         turned = _border(members, mask_U, priorities_U) if kind == "channel" else members.split(1)
         for units in turned:
-            cost = budget.alive_cost(_turned(mask_U, units)) - alive
+            turned_U = mask_U.clone()
+            turned_U[units] = ~turned_U[units]
+            cost = budget.alive_cost(turned_U) - alive
             if cost:
                 found.append(Change(units, kind, number, cost))
     return found
@@ -55,9 +58,22 @@ def most_changes(space: UnitSpace) -> int:
     return sum(2 if group.kind == "channel" else group.count for group in space.groups)
 
 
+def look_windows(looked_at: int, most: int) -> tuple[int, int]:
+    """Windows of a look and of the heat that follows, of which neither has more than ``most``."""
+    return min(looked_at, most), min(_RACED * looked_at, most)
+
+
+def look_sequences(num_changes: int, looked_at: int, raced: int) -> int:
+    """Windows run forward in a look, in which every mask sees every window, and in its heat."""
+    return (1 + num_changes) * looked_at + heat_sequences(1 + len(STEPS), raced)
+
+
 def changed_masks(mask_U: torch.Tensor, changed: Sequence[Change]) -> torch.Tensor:
     """The mask and, of each change, what it makes of it: bool ``[1 + N, U]``."""
-    return torch.stack([mask_U, *(_turned(mask_U, change.units) for change in changed)])
+    masks_NU = mask_U.repeat(1 + len(changed), 1)
+    for row_U, change in zip(masks_NU[1:], changed, strict=True):
+        row_U[change.units] = ~row_U[change.units]
+    return masks_NU
 
 
 def moves(
@@ -101,9 +117,3 @@ def _border(members: torch.Tensor, mask_U: torch.Tensor, priorities_U: torch.Ten
     kept = kept[priorities_U[kept].argsort(stable=True)][: min(count, len(kept) - 1)]
     gone = gone[priorities_U[gone].argsort(descending=True, stable=True)][:count]
     return [units for units in (kept, gone) if len(units)]
-
-
-def _turned(mask_U: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
-    turned_U = mask_U.clone()
-    turned_U[units] = ~mask_U[units]
-    return turned_U

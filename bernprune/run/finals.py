@@ -18,7 +18,7 @@ from bernprune.data import TokenWindows
 from bernprune.errors import RunError
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.bernoulli import reordered
-from bernprune.policy.looks import STEP_WINDOWS, STEPS, changed_masks, changes, moves
+from bernprune.policy.looks import STEPS, changed_masks, changes, look_sequences, look_windows, moves
 from bernprune.policy.race import CHALLENGERS, Heat, agreeing, challengers, heat_sequences, race
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
@@ -102,9 +102,11 @@ def run_finals(
                 heat = race(masks_NU, windows, text.losses)
                 finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
                 settle()
-        improve = _by_looks if search.priced else _by_challengers
         while not stopping.is_set():
-            finals.ended = improve(stage, search, text, scores_U, budget)
+            if search.priced:
+                finals.ended = _by_looks(stage, search, text, scores_U, budget)
+            else:
+                finals.ended = _by_challengers(stage, search, text, budget)
             if finals.ended:
                 break
             settle()
@@ -112,10 +114,10 @@ def run_finals(
     return finals
 
 
-def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.Tensor, budget: int) -> str:
+def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int) -> str:
     """A heat of random changes; why there was none, or empty."""
     finals, windows = text.finals, text.heat_windows
-    refusal = text.refuses(text.heat_cost(1 + CHALLENGERS, windows), windows, budget)
+    refusal = text.refuses(heat_sequences(1 + CHALLENGERS, windows), windows, budget)
     if refusal:
         return refusal
     random = generator(stage.config.seed, "challengers", len(finals.heats))
@@ -138,10 +140,8 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.T
     changed = changes(mask_U, priorities_U, search.budget)
     if not changed:
         return "looks: nothing is left that could change"
-    windows = min(stage.config.search.look_windows, text.heat_windows)
-    raced = min(STEP_WINDOWS * windows, text.heat_windows)
-    cost = text.look_cost(1 + len(changed), windows) + text.heat_cost(1 + len(STEPS), raced)
-    refusal = text.refuses(cost, windows + raced, budget)
+    windows, raced = look_windows(stage.config.search.look_windows, text.heat_windows)
+    refusal = text.refuses(look_sequences(len(changed), windows, raced), windows + raced, budget)
     if refusal:
         return refusal
     moves_U = moves(priorities_U, changed, text.losses(changed_masks(mask_U, changed), windows), stage.view.space)
@@ -197,20 +197,15 @@ class _Text:
         )
 
     def refuses(self, sequences: int, windows: int, budget: int) -> str:
-        """Why so many more fit no more: what is left of the sequences, or of the text; or empty."""
-        if self.finals.sequences + sequences > budget:
+        """Why so many more fit no more: what is left of the sequences, or of the text; or empty.
+
+        Passes of the dense model, one for each window, come on top.
+        """
+        if self.finals.sequences + sequences + self._dense * windows > budget:
             return "sequences: what is left is less than another heat takes"
         if self.finals.windows_read + windows > self.most_read:
             return f"text: what was kept back for it has been read {_READINGS} times"
         return ""
-
-    def heat_cost(self, num_masks: int, windows: int) -> int:
-        """Sequences of a heat."""
-        return heat_sequences(num_masks, windows) + self._dense * windows
-
-    def look_cost(self, num_masks: int, windows: int) -> int:
-        """Sequences of a look, in which every mask sees every window."""
-        return (num_masks + self._dense) * windows
 
     @property
     def _dense(self) -> int:
@@ -221,7 +216,7 @@ class _Text:
 def _affordable(text: _Text, num_masks: int, budget: int) -> int:
     """Windows of a heat: as many as are wanted, or can be paid."""
     windows = text.heat_windows
-    while windows and text.heat_cost(num_masks, windows) > budget:
+    while windows and text.refuses(heat_sequences(num_masks, windows), windows, budget):
         windows -= 1
     return windows
 

@@ -12,7 +12,7 @@ from bernprune.names import Scope
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
-from bernprune.policy.looks import STEP_WINDOWS, STEPS, most_changes
+from bernprune.policy.looks import look_sequences, look_windows, most_changes
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
 from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
@@ -158,10 +158,9 @@ def _choosing(config: RunConfig, space: UnitSpace, available: int) -> float:
 
 def _look(search: SearchConfig, space: UnitSpace) -> tuple[int, int]:
     """Windows that a look and its heat read, and the sequences they take."""
-    raced = min(STEP_WINDOWS * search.look_windows, search.final_windows)
-    windows = min(search.look_windows, search.final_windows) + raced
-    looking = (1 + most_changes(space)) * (windows - raced)
-    return windows, looking + heat_sequences(1 + len(STEPS), raced) + (search.objective == "kl") * windows
+    looked_at, raced = look_windows(search.look_windows, search.final_windows)
+    windows = looked_at + raced
+    return windows, look_sequences(most_changes(space), looked_at, raced) + (search.objective == "kl") * windows
 
 
 def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences: int) -> tuple[int, int]:
