@@ -14,6 +14,7 @@ import torch
 from spaces import make_space, normal_numbers, random_numbers
 from tolerances import EXACT, GUARDED, SAMPLED, assert_close
 
+from bernprune.names import Kind
 from bernprune.policy.beliefs import Beliefs, Line, common_prior, common_spreads, rising
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
@@ -113,7 +114,7 @@ def test_rounds_are_forgotten_by_degrees(forgetting: float) -> None:
 def test_the_best_coefficients_without_negative_slopes(size: int) -> None:
     """No set of slopes held at zero does better, over all sets."""
     held_back = 0
-    for seed in range(40):
+    for seed in range(20):
         root_FF, response_F = normal_numbers(size, size, seed=seed), normal_numbers(size, seed=1000 + seed)
         information_FF = root_FF @ root_FF.T + 0.01 * torch.eye(size, dtype=torch.float64)
 
@@ -287,6 +288,23 @@ def test_few_and_equal_units_are_believed_something() -> None:
             assert beliefs.deviation_U.isfinite().all()
 
 
+@pytest.mark.parametrize("rounds", [2, 12])
+@pytest.mark.parametrize("kind", ["kv_group", "channel"])
+def test_what_is_believed_is_as_sure_as_it_says(kind: Kind, rounds: int) -> None:
+    """Worths are off by their deviations: over many worlds in which units differ from lines that differ, too."""
+    space, off, said = make_space([kind], [(15, 60)] * 3), 0.0, 0.0
+    scores_U = random_numbers(space.size, 0)
+    for world in range(10):
+        levels_U = 0.5 * normal_numbers(3, seed=3 * world).repeat_interleave(space.size // 3) * (kind == "channel")
+        truth_U = levels_U + scores_U + normal_numbers(space.size, seed=3 * world + 1)
+        beliefs, noise_U = Beliefs(space, scores_U[:, None], 0.0), 0.5 + 2 * random_numbers(space.size, world)
+        for noise in normal_numbers(rounds, space.size, seed=3 * world + 2):
+            beliefs.learn(truth_U + noise_U.sqrt() * noise, noise_U)
+        off += (beliefs.worth_U - truth_U).square().mean().item()
+        said += beliefs.deviation_U.square().mean().item()
+    assert said == pytest.approx(off, rel=0.15)
+
+
 class LiteralLine:
     """One line as it is described, with every round's rows kept and none of the sums."""
 
@@ -327,7 +345,7 @@ def literal_round(
         signal = line.spread / (line.spread + 1 / line.precision)
         line.apart = signal * line.weighted / line.precision
         worths.append(values + line.apart)
-        variances.append(variance + signal / line.precision)
+        variances.append((1 - signal) ** 2 * variance + signal / line.precision)
     return torch.from_numpy(np.concatenate(worths)), torch.from_numpy(np.concatenate(variances))
 
 

@@ -240,7 +240,8 @@ class Beliefs:
                 reliable_U[line.members_N] = line.spread / (line.spread + noise_U[line.members_N])
         self._apart_U = reliable_U * residual_U
         self.worth_U += self._apart_U
-        self.deviation_U = (variance_U + reliable_U * noise_U).sqrt()
+        # (1 - r) line + r observed: as far as a unit's own observations are believed, its line is not.
+        self.deviation_U = (variance_U * (1 - reliable_U).square() + reliable_U * noise_U).sqrt()
         self.reliability = reliable_U.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
