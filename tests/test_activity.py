@@ -16,6 +16,7 @@ from tolerances import EXACT, LOGITS, assert_close
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.activity import ActiveTokens, ActivitySums, Calibration
+from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
@@ -229,16 +230,32 @@ def test_even_activity_tells_what_all_tokens_tell(design: Design, monkeypatch: p
 
 
 def test_a_channel_that_is_never_active_is_survived() -> None:
-    search = make_search()
+    """Whatever its probability; and the others of its layer are still learned of from where they are active."""
+    for keep in (0.2, 0.4, 0.6):
+        sums = ActivitySums(3)
+        masks_BKCN = (random_numbers(4 * 6 * 3, 1) < keep).float().view(4, 6, 1, 3)
+        activities_BTN = random_numbers(4 * 8 * 3, 2).float().view(4, 8, 3)
+        activities_BTN[..., 1] = 0
+        sums.add(masks_BKCN, less_the_others(normal_numbers(4, 6, 8, seed=3)), activities_BTN)
+        for found in (sums.effects(torch.full((3,), keep * (1 - keep))), sums.variance(torch.full((3,), keep))):
+            assert found.isfinite().all() and (found != 0).tolist() == [True, False, True]
+    told, dead = make_search(), make_search()
     for step in range(4):
-        masks_BKCU = search.ask(step)
-        reading = reading_of(search, masks_BKCU, step)
-        reading.activities_BTN[..., :3] = 0
-        search.tell(masks_BKCU, reading.losses_BKT.unflatten(2, (CHUNKS, -1)).sum(-1), learning_rate=0, reading=reading)
-    assert search.rounds == 2
-    assert search.worth_U.isfinite().all()
-    assert (search.deviation_U > 0).all()
-    assert search.deviation_U.isfinite().all()
+        for search, scale in ((told, 1.0), (dead, 0.0)):
+            masks_BKCU = search.ask(step)
+            reading = reading_of(search, masks_BKCU, step)
+            reading.activities_BTN[..., :3] *= scale
+            losses_BKC = reading.losses_BKT.unflatten(2, (CHUNKS, -1)).sum(-1)
+            search.tell(masks_BKCU, losses_BKC, learning_rate=0, reading=reading)
+    assert dead.rounds == 2
+    assert dead.worth_U.isfinite().all()
+    assert (dead.deviation_U > 0).all()
+    assert dead.deviation_U.isfinite().all()
+    plain = make_search(by_activity=False)
+    learn(plain, range(4), told=False)
+    others_N = SPACE.by_layer("channel")[0][3:]
+    near, far = ((other.worth_U - told.worth_U)[others_N].abs().mean() for other in (dead, plain))
+    assert near < far / 2
 
 
 @pytest.mark.parametrize("space", [SPACE, LAYERED_BLOCKS], ids=["flat", "nested"])

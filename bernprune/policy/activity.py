@@ -85,12 +85,12 @@ class ActivitySums:
 
     def _scaled(self, products: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
         """A window's sum of activities times the slope; 0 for a channel that is never active."""
-        slopes: torch.Tensor = products / squares.clamp(min=_TINY)  # 0 of nothing is 0
+        slopes = torch.where(squares > 0, products / squares, 0.0)
         return self._active_N / self.count * slopes
 
 
 class Calibration:
-    """Of each layer, how much what all tokens tell of its channels is of what active ones do: one factor a layer.
+    """Of each layer, the ratio of what all tokens tell of its channels to what active ones do: one factor a layer.
 
     Sums over a layer's channels hold little noise, so their ratio is the factor; the ratios are drawn to what they have
     in common as far as their noise explains that they differ (random effects; DerSimonian and Laird, 1986).
