@@ -220,7 +220,7 @@ def round_by_hand(search: PosteriorSearch, effects_BU: torch.Tensor, before_U: t
         if min(map(statistics.pstdev, pair)) > 1e-9:
             agreement[kind] = pearson(*pair)
     assert "channel" in agreement
-    costs_U = search.budget.hanging_cost(before_U)
+    costs_U = search.budget.marginal_cost(before_U)
     free_U = search.budget.at_price(search.worth_U, search.deviation_U, costs_U, floor=0.0, ceiling=1.0)
     sure_U = (free_U < 1e-12) | (free_U > 1 - 1e-12)
     pairs = zip(free_U[~sure_U].tolist(), search.deviation_U[~sure_U].tolist(), strict=True)

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -69,12 +69,12 @@ def choose(
     budget: int,
     text: list[torch.Tensor] | None = None,
     priced: bool = False,
+    names: tuple[str, ...] = ("learned", "initial", "uniform"),
 ) -> tuple[Finals, dict[str, torch.Tensor]]:
     """Race three selections of different kind where masks ``[N, U]`` have the losses ``[N]``, whatever the text."""
     random_U = [random_numbers(stage.budget.space.size, seed) for seed in range(3)]
     search = make_search(stage.config, stage.budget, {"scores_US": random_U[0], "probs_U": random_U[0]})
     monkeypatch.setattr(type(search), "priced", priced)
-    names = ("learned", "initial", "uniform")
     finalists = {name: select(at, stage.budget, limits=stage.limits) for name, at in zip(names, random_U, strict=True)}
 
     def window_losses(masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -108,6 +108,26 @@ def test_the_best_finalist_is_kept(best: str, stage: Stage, tmp_path: Path, monk
     assert found.heats and all(heat["winner"] == heat["changed_units"] == 0 for heat in found.heats)
     found, _ = choose(stage, tmp_path / "b", monkeypatch, level, budget=200)
     assert found.kept == "learned" and torch.equal(found.mask_U, finalists["learned"])
+
+
+def test_single_channels_are_learned_if_that_clearly_shows(
+    stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between what was learned and its widths in the metric's order, the latter, unless the former is better by more
+    than a standard error; the first only where there is nothing to choose by."""
+    names = ("learned", "widths", "uniform")
+    _, finalists = choose(stage, tmp_path, monkeypatch, level, budget=0, names=names)
+    for lead, kept in ((-1.0, "widths"), (0.0, "widths"), (0.25, "widths"), (1.0, "learned")):
+        windows = itertools.cycle([-1.0, 1.0, -1.0, 1.0, -1.0])
+
+        def led(masks_NU: torch.Tensor, lead: float = lead, windows: Iterator[float] = windows) -> torch.Tensor:
+            learned_N = (masks_NU == finalists["learned"]).all(1).double()
+            return 5 - learned_N * (1 + lead + next(windows)) - (masks_NU == finalists["widths"]).all(1).double()
+
+        found, _ = choose(stage, tmp_path / f"{lead}", monkeypatch, led, budget=200, names=names)
+        assert found.kept == kept
+    found, _ = choose(stage, tmp_path / "none", monkeypatch, level, budget=0, names=names)
+    assert found.kept == "learned"
 
 
 def test_challengers_that_win_are_challenged(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,14 +198,14 @@ def test_it_ends_where_nothing_is_left_to_try(stage: Stage, tmp_path: Path, monk
 
 
 def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lead of half a standard error makes a finalist, but not a challenger."""
+    """A lead of half a standard error is none: of a finalist, and then of a challenger."""
     windows = itertools.cycle([-1.0, 1.0, -1.0, 1.0, -1.0])
 
     def close(masks_NU: torch.Tensor) -> torch.Tensor:
         return torch.tensor([1.0] + [0.95 + next(windows)] * (len(masks_NU) - 1), dtype=torch.float64)
 
     found, finalists = choose(stage, tmp_path, monkeypatch, close, budget=200)
-    assert found.kept == "initial" and torch.equal(found.mask_U, finalists["initial"])
+    assert found.kept == "learned" and torch.equal(found.mask_U, finalists["learned"]) and found.heats
     for heat in found.heats:
         assert heat["winner"] == 0 and heat["difference"] == pytest.approx(-0.25) and 0.4 < heat["error"] < 0.6
 
@@ -248,7 +268,7 @@ def test_a_step_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pyte
         return torch.tensor([1.0] + [0.95 + next(windows)] * (len(masks_NU) - 1), dtype=torch.float64)
 
     found, finalists = choose(stage, tmp_path, monkeypatch, close, budget=900, priced=True)
-    assert torch.equal(found.mask_U, finalists["initial"]) and len(found.heats) > 2
+    assert torch.equal(found.mask_U, finalists["learned"]) and len(found.heats) > 2
     assert all(heat["winner"] == 0 and heat["difference"] == pytest.approx(-0.25) for heat in found.heats)
 
 

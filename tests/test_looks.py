@@ -4,6 +4,7 @@ Letters: N changes, U units, W windows.
 """
 
 import itertools
+import math
 import statistics
 
 import pytest
@@ -26,6 +27,12 @@ def looked_at(space: UnitSpace, seed: int, sparsity: float = 0.5) -> tuple[torch
     """A selection by random priorities."""
     budget, priorities_U = Budget(space, sparsity), random_numbers(space.size, seed)
     return select(priorities_U, budget, limits=FREE), priorities_U, budget
+
+
+def computed(mask_U: torch.Tensor, space: UnitSpace) -> list[int]:
+    """Units that nothing lies in, and all that they lie in is kept."""
+    alive_U, parents = space.alive(mask_U), set(space.parents_U.tolist())
+    return [unit for unit in range(space.size) if alive_U[unit] and unit not in parents]
 
 
 # What is looked at
@@ -52,7 +59,7 @@ def test_one_thing_is_turned_at_a_time(name: str, seed: int) -> None:
 @spaces
 @pytest.mark.parametrize("seed", range(5))
 def test_all_that_can_change_something_is_turned(name: str, seed: int) -> None:
-    """Every unit but channels, unless what it lies in is removed, or all that lies in it."""
+    """Every unit but channels, unless what it lies in is removed, or nothing is left that lies in it."""
     space = SPACES[name]
     mask_U, priorities_U, budget = looked_at(space, seed)
     turned = {int(change.units[0]) for change in changes(mask_U, priorities_U, budget) if change.kind != "channel"}
@@ -60,7 +67,7 @@ def test_all_that_can_change_something_is_turned(name: str, seed: int) -> None:
         if space.groups[int(space.group_U[unit])].kind != "channel":
             other_U = mask_U.clone()
             other_U[unit] = not mask_U[unit]
-            assert (unit in turned) == (budget.alive_cost(other_U) != budget.alive_cost(mask_U))
+            assert (unit in turned) == (computed(other_U, space) != computed(mask_U, space))
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -133,6 +140,19 @@ def test_moves_against_a_slow_twin(name: str, noise: float) -> None:
     wanted = moves_by_hand(priorities_U.tolist(), changed, losses_NW.tolist(), space)
     assert found_U.any()
     assert_close(found_U, torch.tensor(wanted, dtype=torch.float64), EXACT)
+
+
+@pytest.mark.parametrize("lost", [math.inf, math.nan])
+def test_of_a_loss_that_is_not_finite_nothing_is_believed(lost: float) -> None:
+    """What was seen of the other changes counts as if that one had not been looked at; of the mask's own, nothing."""
+    mask_U, priorities_U, budget = looked_at(FLAT, 1)
+    changed = changes(mask_U, priorities_U, budget)
+    losses_NW = normal_numbers(len(changed) + 1, 7, seed=3)
+    expected_U = moves(priorities_U, changed[1:], torch.cat([losses_NW[:1], losses_NW[2:]]), FLAT)
+    losses_NW[1, 4] = lost
+    assert torch.equal(moves(priorities_U, changed, losses_NW, FLAT), expected_U) and expected_U.any()
+    losses_NW[0, 2] = lost
+    assert not moves(priorities_U, changed, losses_NW, FLAT).any()
 
 
 def test_without_noise_single_units_are_known() -> None:

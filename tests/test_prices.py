@@ -1,4 +1,4 @@
-"""Policies at a price: one price a pool puts them on the budget, and what a unit is charged for is what hangs on it."""
+"""Policies at a price: one price a pool puts them on the budget, and a unit is charged for what it decides about."""
 
 import itertools
 from typing import Any
@@ -21,7 +21,7 @@ priced = pytest.mark.parametrize(("space", "pools"), PRICED.values(), ids=PRICED
 def beliefs(budget: Budget, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Worths, some of them negative, how sure they are, and what each unit is charged for."""
     size = budget.space.size
-    costs_U = budget.hanging_cost(random_numbers(size, seed + 2))
+    costs_U = budget.marginal_cost(random_numbers(size, seed + 2))
     return (1.5 * random_numbers(size, seed) - 0.4) * costs_U, (0.1 + random_numbers(size, seed + 1)) * costs_U, costs_U
 
 
@@ -118,8 +118,8 @@ def test_bounds_that_cannot_hold_the_budget_are_refused(pools: Any) -> None:
 
 @pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)
 @pytest.mark.parametrize("measure", ["parameters", "flops"])
-def test_hanging_cost_is_what_a_unit_decides_about(space: UnitSpace, measure: Measure) -> None:
-    """Its own cost and the expected cost of all that lies in it: how the cost alive changes, the unit's blocks kept."""
+def test_marginal_cost_is_what_a_unit_decides_about(space: UnitSpace, measure: Measure) -> None:
+    """How the expected cost alive changes: its own cost and that of all that lies in it, if its blocks are kept."""
     budget, probs_U = Budget(space, 0.3, measure=measure), 0.1 + 0.9 * random_numbers(space.size, 4)
     parents, costs = space.parents_U.tolist(), budget.costs_U.tolist()
 
@@ -127,14 +127,13 @@ def test_hanging_cost_is_what_a_unit_decides_about(space: UnitSpace, measure: Me
         inner = [other for other in range(space.size) if parents[other] == unit]
         return costs[unit] + sum(probs_U[other].item() * hanging(other) for other in inner)
 
-    found = budget.hanging_cost(probs_U)
-    assert_close(found, [hanging(unit) for unit in range(space.size)], EXACT)
+    found = budget.marginal_cost(probs_U)
     for unit in range(space.size):
         kept, cut, ancestors, block = probs_U.clone(), probs_U.clone(), 1.0, parents[unit]
         kept[unit], cut[unit] = 1.0, 0.0
         while block >= 0:
             ancestors, block = ancestors * probs_U[block].item(), parents[block]
-        slope = budget.alive_cost(kept) - budget.alive_cost(cut)
-        assert_close(slope / ancestors, found[unit], BUDGET)
-    everything_U = budget.hanging_cost(torch.ones_like(probs_U))
+        assert_close(budget.alive_cost(kept) - budget.alive_cost(cut), found[unit], BUDGET)
+        assert_close(ancestors * hanging(unit), found[unit], EXACT)
+    everything_U = budget.marginal_cost(torch.ones_like(probs_U))
     assert_close(everything_U, budget.metric_U * everything_U.mean(), EXACT)

@@ -19,7 +19,7 @@ from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
-from bernprune.policy.race import challengers, heat_sequences, race, stages
+from bernprune.policy.race import Heat, challengers, heat_sequences, race, stages
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
@@ -130,6 +130,22 @@ def test_of_equals_mask_0_stays(num_masks: int) -> None:
         assert (heat.winner, heat.difference, heat.error) == (0, 0.0, 0.0)
         text = Text(torch.cat([losses_W[None] + 1, losses_W.expand(num_masks - 1, -1)]))
         assert race(text.masks_NU, windows, text).winner == 1
+
+
+@heats
+def test_a_mask_with_a_loss_that_is_not_finite_loses(num_masks: int) -> None:
+    """Outright, on however many windows, with any margin: to any mask that has none; of all that have one, 0 stays."""
+    for windows in WINDOWS:
+        losses_NW = torch.zeros(num_masks, windows, dtype=torch.float64)
+        losses_NW[0, -1] = math.inf
+        text = Text(losses_NW)
+        assert race(text.masks_NU, windows, text, margin=9.0) == Heat(1, None, None)
+        losses_NW[1:, 0] = math.inf
+        text = Text(losses_NW)
+        assert race(text.masks_NU, windows, text) == Heat(0, None, None)
+        losses_NW[0] = 5.0
+        text = Text(losses_NW)
+        assert race(text.masks_NU, windows, text) == Heat(0, None, None)
 
 
 @pytest.mark.parametrize("windows", [2, 3, 11])
@@ -305,7 +321,7 @@ def test_draws_of_the_posterior() -> None:
     """Normal about the priorities, with the deviation of a worth over its price; none before a round."""
     search = make_search("posterior", FLAT)
     draws_NU = torch.stack([search.draw(generator(0, number)) for number in range(3_000)])
-    costs_U = search.budget.hanging_cost(search.probs_U)
+    costs_U = search.budget.marginal_cost(search.probs_U)
     z_NU = (draws_NU - search.priorities_U) * costs_U / search.deviation_U  # type: ignore[attr-defined]
     assert z_NU.mean().abs() < SAMPLED
     assert_close(z_NU.square().mean(), 1.0, SAMPLED)

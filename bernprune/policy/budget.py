@@ -90,16 +90,21 @@ class Budget:
     @functools.cached_property
     def metric_U(self) -> torch.Tensor:
         """What each unit costs with all that lies in it, relative to the mean: the metric of ``project``."""
-        within_U = self.hanging_cost(torch.ones_like(self.costs_U))
+        within_U = self.marginal_cost(torch.ones_like(self.costs_U))
         return within_U / within_U.mean()
 
-    def hanging_cost(self, probs_U: torch.Tensor) -> torch.Tensor:
-        """What keeping each unit is expected to cost, with what is kept of all that lies in it, ``[U]``."""
+    def marginal_cost(self, probs_U: torch.Tensor) -> torch.Tensor:
+        """What keeping each unit, rather than cutting it, adds to the expected cost alive: its derivative, ``[U]``.
+
+        That is what the unit owns, and what is kept of all that lies in it, if all that it lies in is kept.
+        """
         parents_U, within_U = self.space.parents_U, self.costs_U
         inner_U = parents_U >= 0
+        blocks_U = torch.ones_like(within_U)  # the probability that all that a unit lies in is kept
+        blocks_U[inner_U] = self.space.inherit(probs_U, torch.mul)[parents_U[inner_U]]
         for _ in range(2):  # channel -> ffn -> layer: two steps reach every ancestor
             within_U = self.costs_U.index_add(0, parents_U[inner_U], (probs_U * within_U)[inner_U])
-        return within_U
+        return blocks_U * within_U
 
     def alive_cost(self, values_U: torch.Tensor) -> float:
         """Expected cost alive of probabilities, or cost alive of a mask, over all pools."""

@@ -35,7 +35,8 @@ def correlation_by_kind(space: UnitSpace, first_U: torch.Tensor, second_U: torch
 
 
 def signal_to_noise(space: UnitSpace, observed_U: torch.Tensor, noise_U: torch.Tensor) -> dict[str, float]:
-    """For each kind, how much more its units differ from zero than their noise explains, by that noise."""
+    """For each kind, mean(o^2) / mean(v) - 1 of observations o with variances v, 0 at least: how much more its units
+    differ from zero than their noise explains, relative to it."""
     found: dict[str, float] = {}
     for kind in space.kinds:
         at = space.of_kind(kind)
@@ -45,11 +46,15 @@ def signal_to_noise(space: UnitSpace, observed_U: torch.Tensor, noise_U: torch.T
 
 
 def expected_regret(probs_U: torch.Tensor, deviation_U: torch.Tensor) -> float:
-    """What knowing every worth exactly would gain on average, in nats, were worths additive.
+    """What knowing every worth exactly would gain on average, nats per token, were worths additive and the price fixed.
 
     A unit whose net worth is believed to be normal with deviation d is kept with probability s = Phi(z); deciding by
     its mean loses d (phi(z) - |z| Phi(-|z|)) against deciding by the truth (expected value of perfect information;
     Raiffa and Schlaifer, 1961).
+
+    Args:
+        probs_U: s, without floor or ceiling, ``[U]``.
+        deviation_U: d, nats per token, ``[U]``.
     """
     distance_U = torch.special.ndtri(probs_U).abs()
     density_U = torch.exp(-distance_U.square() / 2) / math.sqrt(2 * math.pi)

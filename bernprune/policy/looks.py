@@ -39,17 +39,18 @@ class Change:
 
 
 def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) -> list[Change]:
-    """All that are looked at: those that change what is alive, and leave every layer that has channels one."""
-    found, alive = [], budget.alive_cost(mask_U)
-    for number, (start, end) in enumerate(itertools.pairwise(budget.space.starts)):
-        kind, members = budget.space.groups[number].kind, torch.arange(start, end)
+    """All that are looked at: those that change what is computed, and leave every layer that has channels one."""
+    found, space = [], budget.space
+    finest_U = ~torch.isin(torch.arange(space.size), space.parents_U)  # a block that comes back empty does nothing
+    alive, computed_U = budget.alive_cost(mask_U), finest_U & space.alive(mask_U)
+    for number, (start, end) in enumerate(itertools.pairwise(space.starts)):
+        kind, members = space.groups[number].kind, torch.arange(start, end)
         turned = _border(members, mask_U, priorities_U) if kind == "channel" else members.split(1)
         for units in turned:
             turned_U = mask_U.clone()
             turned_U[units] = ~turned_U[units]
-            cost = budget.alive_cost(turned_U) - alive
-            if cost:
-                found.append(Change(units, kind, number, cost))
+            if not computed_U.equal(finest_U & space.alive(turned_U)):
+                found.append(Change(units, kind, number, budget.alive_cost(turned_U) - alive))
     return found
 
 
@@ -81,14 +82,22 @@ def moves(
 ) -> torch.Tensor:
     """What is to be added to the priorities after a look, ``[U]``.
 
-    Where a change costs something else than the priorities of what is turned say, they move towards it: as far as such
-    surprises are larger than their noise in the middle of their kind, and where one is far from the others, by all but
-    what may well be noise (the non-negative garrote; Breiman, 1995). A layer's channels move together.
+    A surprise x is how far what a change was seen to save for its cost is from the priorities of what it turned. They
+    move by f x, where f is the larger of 1 - v / m^2, with v the mean variance of such x of their kind and m their
+    median size (as a standard deviation), and of 1 - v / x^2 (the non-negative garrote; Breiman, 1995): typical
+    surprises are believed as far as they exceed their noise, one far from the others nearly whole. A layer's channels
+    move together, by the mean over the changes of that layer.
 
     Args:
         priorities_U: what units save for their cost, nats per token.
-        losses_NW: of ``changed_masks`` on the same windows, ``[1 + N, W]``.
+        losses_NW: of ``changed_masks`` on the same windows, ``[1 + N, W]``; of a change with a loss that is not finite
+            nothing is believed.
     """
+    told_N = (losses_NW[:1] + losses_NW[1:]).isfinite().all(1)
+    changed = list(itertools.compress(changed, told_N.tolist()))
+    if not changed:
+        return torch.zeros_like(priorities_U)
+    losses_NW = losses_NW[torch.cat([torch.tensor([True]), told_N])]
     gains_NW = losses_NW[:1] - losses_NW[1:]
     costs_N = torch.tensor([change.cost for change in changed], dtype=torch.float64)
     believed_N = torch.stack([priorities_U[change.units].mean() for change in changed])

@@ -4,7 +4,11 @@ A step of plain REINFORCE moves every unit by what is mostly noise, and thousand
 random. Here the same score-function estimates are *observations* with a variance of their own. They are gathered over
 rounds into beliefs (``bernprune.policy.beliefs``), and a unit is kept with the probability that it is worth its price:
 
-    s_u = Phi((mu_u - lambda c_u) / sigma_u),  with the price lambda at which the policy meets the budget.
+    s_u = Phi((mu_u - lambda c_u) / sigma_u),  between floor and ceiling,
+
+with the price lambda at which the policy meets the budget, and c_u what keeping the unit costs under the policy of the
+round before. From this masks are drawn. What is selected in the end follows from mu, sigma and c: of each group as many
+units as are expected to be worth their price, the best ones (``expected_order``).
 
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
@@ -151,7 +155,7 @@ class PosteriorSearch(MaskSearch):
     def draw(self, random: torch.Generator) -> torch.Tensor:
         """Priorities, each moved by a draw of what is not known of its unit (after Thompson, 1933)."""
         noise_U = torch.randn(len(self.probs_U), generator=random, dtype=torch.float64)
-        return self.priorities_U + noise_U * self.deviation_U / self.budget.hanging_cost(self.probs_U)
+        return self.priorities_U + noise_U * self.deviation_U / self.budget.marginal_cost(self.probs_U)
 
     def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
         """Also, of the round last concluded: ``signal_to_noise`` of what it observed and ``agreement``, the correlation
@@ -193,14 +197,15 @@ class PosteriorSearch(MaskSearch):
     def effects(
         self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimates, one a window, of what keeping each unit does to the loss: ``[B, U]``; and advantages.
-
-        Unbiased if the discount is 1 and masks are not ``exact``.
+        """Estimates, one a window, of what keeping each unit does to the window's loss: ``[B, U]``; and advantages.
 
         E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u)] / contrast_u, where the contrast of independent masks is
-        s_u (1 - s_u), and s_u the probability at the level of u's group. What the current worths predict of the losses
-        is taken out of the advantages and put back exactly, a linear control variate, so that only what they do not
-        explain makes noise.
+        s_u (1 - s_u), and s_u the probability at the level of u's group. Of chunks with masks of their own it is the
+        sum over chunks of what keeping the unit in that one alone does. Unbiased if the discount is 1 and masks are not
+        ``exact``; where masks swing, the mean over levels, weighted by their contrasts.
+
+        What the current worths predict of the losses is taken out of the advantages and put back exactly, a linear
+        control variate, so that only what they do not explain makes noise.
         """
         kept_BKCU, contrast_U = masks_BKCU[:].double(), self._contrast_U(masks_BKCU)
         unexplained_BKC = losses_BKC - self._predicted(kept_BKCU) / losses_BKC.shape[-1]
@@ -259,11 +264,11 @@ class PosteriorSearch(MaskSearch):
             observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, together=together
         )
         self.beliefs.learn(observed_U, noise_U, [] if seen else together)
-        costs_U = self.budget.hanging_cost(self.probs_U)
+        costs_U = self.budget.marginal_cost(self.probs_U)
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self._end_round(self.rounds + 1)
-        hanging_U = self.budget.hanging_cost(self.probs_U)
-        self._order_U = expected_order(self.budget.space, self.worth_U / hanging_U, self.deviation_U / hanging_U)
+        charged_U = self.budget.marginal_cost(self.probs_U)
+        self._order_U = expected_order(self.budget.space, self.worth_U / charged_U, self.deviation_U / charged_U)
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
         self._last_round = {
             "signal_to_noise": signal_to_noise(self.budget.space, observed_U, noise_U),

@@ -19,12 +19,18 @@ CHALLENGERS = 7  # of a heat, beside the mask they challenge
 
 @dataclass(frozen=True)
 class Heat:
-    """Who won, by its index; and of the best challenger, whether it won or not, its loss less that of mask 0 on the
-    windows that both saw, in nats per token, and the standard error."""
+    """The end of a heat.
+
+    Attributes:
+        winner: by its index among the masks.
+        difference: loss of the best challenger, whether it won or not, less that of mask 0 on the windows that both
+            saw, nats per token; None where a loss of either was not finite.
+        error: standard error of that.
+    """
 
     winner: int
-    difference: float
-    error: float
+    difference: float | None
+    error: float | None
 
 
 def stages(num_masks: int, windows: int) -> Iterator[tuple[int, int]]:
@@ -49,7 +55,8 @@ def race(
 
     Args:
         windows: seen by the last two.
-        evaluate: masks ``[N, U]`` and a number to losses ``[N, W]`` on so many windows that nobody has seen yet.
+        evaluate: masks ``[N, U]`` and a number to losses ``[N, W]`` on so many windows that nobody has seen yet; a
+            loss may be infinite, and a mask with one loses.
         margin: standard errors by which a challenger must beat mask 0.
     """
     assert len(masks_NU) > 1 and windows > 0, "nobody to race against"
@@ -59,11 +66,14 @@ def race(
         stay = torch.cat([torch.zeros(1, dtype=torch.int64), ranked[: num_masks - 1]])
         running = running[stay]
         losses_NW = torch.cat([losses_NW[stay], evaluate(masks_NU[running], fresh)], dim=1)
-    gains_NW = losses_NW[1:] - losses_NW[0]
-    best = int(gains_NW.mean(1).argmin())
-    difference = gains_NW[best].mean().item()
-    error = gains_NW[best].std().item() / math.sqrt(windows) if windows > 1 else 0.0
-    return Heat(int(running[best + 1]) if difference < -margin * error else 0, difference, error)
+    sums_N = losses_NW.sum(1)
+    best = 1 + int(sums_N[1:].argmin())
+    if not sums_N[[0, best]].isfinite().all():
+        return Heat(int(running[best]) if sums_N[best] < sums_N[0] else 0, None, None)
+    gains_W = losses_NW[best] - losses_NW[0]
+    difference = gains_W.mean().item()
+    error = gains_W.std().item() / math.sqrt(windows) if windows > 1 else 0.0
+    return Heat(int(running[best]) if difference < -margin * error else 0, difference, error)
 
 
 def challengers(

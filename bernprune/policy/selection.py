@@ -1,4 +1,4 @@
-"""From probabilities to what is kept: exact, deterministic, and within one unit of the budget.
+"""From priorities to what is kept: exact, deterministic, never over the budget, and short of it by what fits no more.
 
 Units are taken in order of their priority until the budget is full; one that no longer fits is passed over for a
 smaller one behind it. A unit counts as wanted only as much as the least wanted thing it lies in, which is the order in
@@ -46,7 +46,7 @@ class _Item:
 
 
 def select(
-    probs_U: torch.Tensor,
+    priorities_U: torch.Tensor,
     budget: Budget,
     *,
     limits: Limits | None = None,
@@ -56,7 +56,7 @@ def select(
     """The mask, bool ``[U]``, that keeps the most wanted units within the budget.
 
     Args:
-        probs_U: priorities, larger is kept.
+        priorities_U: larger is kept; keep probabilities, worths for their cost or scores.
         tie_break_U: decides between equal priorities (larger is kept), e.g. the initial scores; then the unit's index.
         core_U: a selection of some other budget, bool. What it keeps comes first, and the first that no longer fits
             ends the selection: then what is kept at any budget is part of what is kept at a larger one.
@@ -65,12 +65,12 @@ def select(
         BudgetError: what the limits force to be kept costs more than the budget allows, or does not exist.
     """
     size = budget.space.size
-    for values_U in (probs_U, tie_break_U):
+    for values_U in (priorities_U, tie_break_U):
         if values_U is not None and (values_U.shape != (size,) or not values_U.isfinite().all()):
             raise BudgetError(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
-    items = sorted(_items(probs_U, budget, limits or Limits(), tie_break_U, core_U), key=lambda item: item.order)
+    items = sorted(_items(priorities_U, budget, limits or Limits(), tie_break_U, core_U), key=lambda item: item.order)
     left = [pool.most for pool in budget.pools]
     kept, closed = bytearray(size), set[int]()
     for item in items:
@@ -100,17 +100,17 @@ def _impossible(items: list[_Item], budget: Budget, index: int) -> BudgetError:
 
 
 def _items(
-    probs_U: torch.Tensor,
+    priorities_U: torch.Tensor,
     budget: Budget,
     limits: Limits,
     tie_break_U: torch.Tensor | None,
     core_U: torch.Tensor | None,
 ) -> Iterator[_Item]:
-    space, probs_U = budget.space, probs_U.double().cpu()
-    wanted = space.inherit(probs_U, torch.minimum).tolist()
-    second_U = torch.zeros_like(probs_U) if tie_break_U is None else tie_break_U.double().cpu()
+    space, priorities_U = budget.space, priorities_U.double().cpu()
+    wanted = space.inherit(priorities_U, torch.minimum).tolist()
+    second_U = torch.zeros_like(priorities_U) if tie_break_U is None else tie_break_U.double().cpu()
     core = [False] * space.size if core_U is None else core_U.tolist()
-    own, second, parents = probs_U.tolist(), second_U.tolist(), space.parents_U.tolist()
+    own, second, parents = priorities_U.tolist(), second_U.tolist(), space.parents_U.tolist()
     pools = torch.stack([pool.members_U for pool in budget.pools]).int().argmax(0).tolist()
     costs = budget.costs_U.tolist()
     for index, (group, start) in enumerate(zip(space.groups, space.starts, strict=False)):

@@ -31,7 +31,7 @@ from bernprune.seeding import generator
 
 logger = logging.getLogger(__name__)
 
-_LOST = 1e6  # nats, for a loss that is not finite: its mask loses, and sums stay finite
+FIRST = "widths"  # of the finalists, if it is one: single channels have been learned only if that clearly shows
 _READINGS = 4  # of what was kept back, at most
 _MARGIN = 1.0  # standard errors by which what is new must win: the best of several looks better than it is
 
@@ -72,14 +72,15 @@ def run_finals(
 ) -> Finals:
     """Race the finalists, then what may be better than the winner, until the sequences for it are spent.
 
-    The first finalist, what was learned, is kept if there is nothing to spend.
+    The first finalist, what was learned, is kept if there is nothing to spend. Else the others have to beat the learned
+    widths in the metric's order by a standard error.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; the heats run so far are saved.
     """
     budget, settings = stage.workload.selection_sequences(work), stage.config.search
-    names, masks_NU = list(finalists), torch.stack(list(finalists.values()))
-    finals = _restore(folder, work) or Finals(names[0], masks_NU[0])
+    names = list(finalists)
+    finals = _restore(folder, work) or Finals(names[0], finalists[names[0]])
     hidden = None if progress is None else not progress
     with (
         tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
@@ -99,8 +100,10 @@ def run_finals(
         if not finals.sequences:
             windows = _affordable(text, len(names), budget)
             if len(names) > 1 and windows:
-                heat = race(masks_NU, windows, text.losses)
-                finals.kept, finals.mask_U = names[heat.winner], masks_NU[heat.winner]
+                names.sort(key=lambda name: name != FIRST)
+                heat = race(torch.stack([finalists[name] for name in names]), windows, text.losses, margin=_MARGIN)
+                finals.kept = names[heat.winner]
+                finals.mask_U = finalists[finals.kept]
                 settle()
         while not stopping.is_set():
             if search.priced:
@@ -188,13 +191,12 @@ class _Text:
         return cls(stage, objective, stage.kept_back, 0, min(settings.final_windows, count), _READINGS * count, finals)
 
     def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
-        """Of each mask on each of the next windows, ``[N, W]``; one that is not finite counts as a very large one."""
+        """Of each mask on each of the next windows, ``[N, W]``; infinite where there is none."""
         start = self.first + self.finals.windows_read
         self.finals.windows_read += count
         self.finals.sequences += (len(masks_NU) + self._dense) * count
-        return self.objective.window_losses(masks_NU, self.source.windows(start, count)).nan_to_num(
-            nan=_LOST, posinf=_LOST
-        )
+        losses_NW = self.objective.window_losses(masks_NU, self.source.windows(start, count))
+        return losses_NW.masked_fill(~losses_NW.isfinite(), math.inf)
 
     def refuses(self, sequences: int, windows: int, budget: int) -> str:
         """Why so many more fit no more: what is left of the sequences, or of the text; or empty.

@@ -77,7 +77,7 @@ class _Sure(PosteriorSearch):
     def _conclude_round(self) -> None:
         super()._conclude_round()
         if self.rounds:
-            costs_U = self.budget.hanging_cost(self.probs_U)
+            costs_U = self.budget.marginal_cost(self.probs_U)
             self.probs_U = self.budget.at_price(self.worth_U, 1e-3 * self.deviation_U, costs_U, **self._bounds)
 
 
