@@ -14,6 +14,7 @@ import torch
 from spaces import FLAT, all_masks, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import EXACT, assert_close
 
+from bernprune.config import make_config
 from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, Baseline, make_baseline
@@ -21,7 +22,8 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import divergence, reinforce
 from bernprune.policy.masks import Design
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import rewards_to_go
+from bernprune.policy.search import MaskSearch, rewards_to_go
+from bernprune.run.workload import make_budget, make_search
 
 PROBS_U = torch.tensor([0.13, 0.5, 0.72, 0.96], dtype=torch.float64)
 MASKS = all_masks(4)
@@ -78,7 +80,7 @@ def advantages_of(
 
     def advantages(losses_K: torch.Tensor) -> torch.Tensor:
         if remembers:
-            baseline.load_state_dict({"average": past})
+            baseline.load_state_dict({"average": None if past is None else torch.tensor([past], dtype=torch.float64)})
         return batch_advantages(baseline, losses_K, REFERENCE if baseline.needs_reference else None)
 
     return advantages
@@ -165,7 +167,21 @@ def test_averages_follow_their_window() -> None:
             batch_advantages(baseline, torch.tensor([mean - 1, mean + 1], dtype=torch.float64), reference)
             gap = mean - offset
             expected = gap if expected is None else 0.8 * expected + 0.2 * gap
-            assert_close(baseline.state_dict()["average"], expected, EXACT)
+            assert_close(baseline.state_dict()["average"], [expected], EXACT)
+
+
+@pytest.mark.parametrize("name", ["moving-average", "matched", "published"])
+def test_averages_are_of_each_chunk(name: BaselineName) -> None:
+    """What the masks of one chunk always answer for more than those of another does not move the policy."""
+    results = []
+    for offsets_C in (torch.zeros(3), torch.tensor([7.0, -2.0, 0.5])):
+        baseline, found = make_baseline(name, window=5, num_masks=4), []
+        for step in range(3):
+            losses_BKC = normal_numbers(2, 4, 3, seed=step) + offsets_C
+            reference_BC = normal_numbers(2, 3, seed=step + 10) if baseline.needs_reference else None
+            found.append(baseline.advantages(losses_BKC, reference_BC))
+        results.append(torch.stack(found))
+    assert_close(results[1], results[0], EXACT)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -251,24 +267,16 @@ def literal_step(
     return s - lr * g, delta
 
 
-def published_search(start_U: torch.Tensor, sparsity: float) -> ReinforceSearch:
-    return ReinforceSearch(
-        Budget(FLAT, sparsity, pools="separate"),
-        start_U,
-        baseline=make_baseline("published", window=5, num_masks=2),
-        seed=3,
-        design=Design(1, 2),
-        scaling="sqrt-fisher",
-        epsilon=1e-7,
-        projection="published",
-        floor=0.0,
-        ceiling=1.0,
-    )
+def published_search(start_U: torch.Tensor, sparsity: float) -> MaskSearch:
+    """As a run with the preset makes it."""
+    config = make_config({"preset": "paper", "budget": {"sparsity": sparsity}, "seed": 3})
+    start = {"probs_U": start_U, "scores_US": start_U[:, None]}
+    return make_search(config, make_budget(config, FLAT), start)
 
 
 @pytest.mark.parametrize("learning_rate", [0.002, 0.4], ids=["small_steps", "large_steps"])
 def test_the_published_method_step_by_step(learning_rate: float) -> None:
-    """Published settings follow a transcription of the description over ten steps, settled units included."""
+    """The preset follows a transcription of the description over ten steps, settled units included."""
     sparsity, start_U, values_U = 0.3, 1.4 * random_numbers(FLAT.size, 0).sqrt(), random_numbers(FLAT.size, 1)
     num_settled = 0
     budgets = [(of_kind(FLAT, kind).numpy(), 0.7 * int(of_kind(FLAT, kind).sum())) for kind in FLAT.kinds]

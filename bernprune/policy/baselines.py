@@ -34,21 +34,26 @@ class Baseline(Protocol):
 
 
 class _Average:
-    """A running mean with the memory of about ``window`` steps; its first value starts it."""
+    """A running mean for each chunk of a window, with the memory of about ``window`` steps; the first step starts it.
+
+    What the masks of a window's chunks answer for differs: earlier ones for later ones too.
+    """
 
     def __init__(self, window: int, num_masks: int) -> None:
         self.weight, self.num_masks = 1 / window, num_masks
-        self.value: float | None = None
+        self.value_C: torch.Tensor | None = None
 
-    def update(self, value: float) -> float:
-        self.value = value if self.value is None else (1 - self.weight) * self.value + self.weight * value
-        return self.value
+    def update(self, values_BKC: torch.Tensor) -> torch.Tensor:
+        """One more step; the mean with it, ``[C]``."""
+        now_C, past_C = values_BKC.mean((0, 1)), self.value_C
+        self.value_C = now_C if past_C is None else (1 - self.weight) * past_C + self.weight * now_C
+        return self.value_C
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.value}
+        return {"average": self.value_C}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = state["average"]
+        self.value_C = state["average"]
 
 
 def less_the_others(losses_BKC: torch.Tensor) -> torch.Tensor:
@@ -96,9 +101,9 @@ class MovingAverage(_Average):
     needs_reference, min_masks = False, 1
 
     def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
-        past = self.value
-        self.update(losses_BKC.mean().item())
-        return less_the_others(losses_BKC) if past is None else losses_BKC - past
+        past_C = self.value_C
+        self.update(losses_BKC)
+        return less_the_others(losses_BKC) if past_C is None else losses_BKC - past_C
 
 
 class Matched(_Average):
@@ -113,9 +118,9 @@ class Matched(_Average):
 
     def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
         assert reference_BC is not None, "the matched baseline needs the losses of its reference mask"
-        gaps_BKC, past = losses_BKC - reference_BC[:, None], self.value
-        self.update(gaps_BKC.mean().item())
-        return less_the_others(gaps_BKC) if past is None else gaps_BKC - past
+        gaps_BKC, past_C = losses_BKC - reference_BC[:, None], self.value_C
+        self.update(gaps_BKC)
+        return less_the_others(gaps_BKC) if past_C is None else gaps_BKC - past_C
 
 
 class Published(_Average):
@@ -130,7 +135,7 @@ class Published(_Average):
 
     def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
         given = losses_BKC.shape[1]
-        return (losses_BKC - self.update(losses_BKC.mean().item())) * (given / (self.num_masks - 1))
+        return (losses_BKC - self.update(losses_BKC)) * (given / (self.num_masks - 1))
 
 
 BASELINES: dict[BaselineName, type[Any]] = {
