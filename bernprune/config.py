@@ -342,10 +342,11 @@ class RunConfig(_Section):
                 f"search.sampling 'antithetic' needs search.baseline 'leave-one-out', not {search.baseline!r}; with "
                 "that take 'independent' or 'exact'"
             )
-        if search.sampling == "antithetic" and search.masks_per == "batch" and search.non_finite == "drop":
+        one_group = search.masks_per == "batch" or search.windows == 1
+        if search.sampling == "antithetic" and one_group and search.non_finite == "drop":
             raise ValueError(
                 "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
-                "search.masks_per 'batch'; to drop single ones take 'independent' or 'exact'"
+                "search.masks_per 'batch' or search.windows 1; to drop single ones take 'independent' or 'exact'"
             )
         if search.sampling == "exact" and len(self._finest()) < len(self.granularity):
             raise ValueError(

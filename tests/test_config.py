@@ -74,7 +74,14 @@ PAPER = {
     "search.baseline": "published",
     "search.baseline_window": 5,
     "search.scaling": "sqrt-fisher",
+    "search.epsilon": 1e-7,
     "search.sampling": "independent",
+    "search.selection": 0.0,
+    "search.non_finite": "drop",
+    "initial.scope": "layer",
+    "initial.inputs": "pruned",
+    "budget.min_kv_groups": 0,
+    "budget.min_channels": 0,
 }
 
 
@@ -257,6 +264,7 @@ UNFIT = {
     "published-projection": {"policy": {"projection": "published"}},
     "antithetic-without-others": {"search": {"method": "reinforce", "baseline": "matched"}},
     "antithetic-dropped-singly": {"search": {"masks_per": "batch", "non_finite": "drop"}},
+    "antithetic-one-window-dropped": {"search": {"windows": 1, "non_finite": "drop"}},
     "exact-nested": {"granularity": ["layer", "channel"], "search": {"sampling": "exact"}},
     "reference-of-nothing": {"preset": "reinforce", "search": {"reference": "dense"}},
     "memory-of-nothing": {"preset": "reinforce", "search": {"baseline_window": 3}},
@@ -272,6 +280,10 @@ CHUNKS = "search.chunk {} must divide data.window 16, and needs search.masks_per
 BOUNDS = (
     "search.method 'posterior' needs policy.floor above 0, policy.ceiling below 1 and policy.projection 'cost-weighted'"
 )
+DROPPED = (
+    "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
+    "search.masks_per 'batch' or search.windows 1; to drop single ones take 'independent' or 'exact'"
+)
 SAYING = {
     "chunk-does-not-divide": CHUNKS.format(5, "chunk"),
     "chunk-of-a-sequence": CHUNKS.format(4, "sequence"),
@@ -284,10 +296,8 @@ SAYING = {
         "search.sampling 'antithetic' needs search.baseline 'leave-one-out', not 'matched'; with that take "
         "'independent' or 'exact'"
     ),
-    "antithetic-dropped-singly": (
-        "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
-        "search.masks_per 'batch'; to drop single ones take 'independent' or 'exact'"
-    ),
+    "antithetic-dropped-singly": DROPPED,
+    "antithetic-one-window-dropped": DROPPED,
     "exact-nested": (
         "search.sampling 'exact' needs units that do not lie in one another, but granularity is layer, channel"
     ),
