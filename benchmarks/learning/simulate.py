@@ -7,10 +7,11 @@ The surrogate is linear-quadratic. Removing unit u costs w_u nats on average; on
 w_u (1 + k e / sqrt n), e standard normal and fresh for each unit and text, where n is 8 for a mask shared by a batch of
 8 windows and 1/4 for one of four chunks of a window; and the more a layer has lost, the dearer is the rest. Worths are
 log-normal (heavy-tailed) around a level of their layer, itself log-normal. The score knows the order within a layer,
-with a rank correlation of about a half, and nothing of the layers. Worths are scaled so that the score's own uniform
-selection costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window showed on
-stories260K when few units were changed. It knows no tokens, so that ``default`` has to do without activities. There is
-no final choice: the search has nine tenths of the sequences, and what it learned is selected.
+with a rank correlation of about a half, and nothing of the layers; it varies by a fifth, as Wanda-sp does within layers
+of stories260K (``paper`` goes by the size of scores, ``default`` by their order). Worths are scaled so that the score's
+own uniform selection costs 1.2 nats, about what it costs a real model at this sparsity. k = 3 is about what one window
+showed on stories260K when few units were changed. It knows no tokens, so that ``default`` has to do without activities.
+There is no final choice: the search has nine tenths of the sequences, and what it learned is selected.
 
 Recovered is the share of what can be gained over the score's uniform selection, that is over the best selection which
 knows all worths: 0 is no better than the score, 1 is the best there is.
@@ -44,6 +45,7 @@ from bernprune.seeding import generator
 from bernprune.units import Architecture, LayerShape, UnitGroup, UnitSpace
 
 SPARSITY, START_EXCESS, TEXT_SPREAD, TEXT_SHARE = 0.3, 1.2, 0.35, 3.0
+SCORE_SPREAD = 0.2
 LOOKS = 8  # at what would be selected, in a run
 LAYERS, CHANNELS_OF_A_HEAD = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
 METHODS: dict[str, dict[str, Any]] = {
@@ -86,7 +88,8 @@ class Surrogate:
         level_L = torch.randn(LAYERS, generator=random, dtype=torch.float64).mul(0.7).exp()
         within_U = torch.randn(size, generator=random, dtype=torch.float64)
         self.worth_U = level_L[self.layers_U] * within_U.exp() * costs_U
-        self.scores_U = (within_U + 1.6 * torch.randn(size, generator=random, dtype=torch.float64)).exp()
+        known_U = within_U + 1.6 * torch.randn(size, generator=random, dtype=torch.float64)
+        self.scores_U = (SCORE_SPREAD * known_U / known_U.std()).exp()
         self.curvature = 0.0
         budget = Budget(space, SPARSITY)
         start_U = uniform_selection(space, self.scores_U)

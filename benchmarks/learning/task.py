@@ -162,6 +162,13 @@ class Task:
         self.meter.spend(len(tokens_BT))
         return self._scores(name, tokens_BT, mask_U)
 
+    def scores_in_turn(self, name: str) -> torch.Tensor:
+        """A metric's scores, float64 ``[U]``, layer by layer behind what is already pruned, a pass for each layer."""
+        tokens_BT = self.stage.initial_windows_WT
+        self.meter.spend(len(self.view.layers) * len(tokens_BT))
+        pruned = self.stage.ops, self.budget.sparsity
+        return initial_scores(self.view, tokens_BT, SCORES[name], seed=self.seed, pruned_inputs=pruned)
+
     def select(self, priorities_U: torch.Tensor, tie_break_U: torch.Tensor | None = None) -> torch.Tensor:
         """The mask, bool ``[U]``, of the most wanted units within budget and limits."""
         return select(priorities_U, self.budget, limits=self.limits, tie_break_U=tie_break_U)

@@ -35,6 +35,7 @@ _STAGES = (
     {"offspring": 32, "survivors": [8, 2, 1], "windows": [2, 8, 32]},
     {"offspring": 16, "survivors": [4, 1], "windows": [4, 32]},
 )
+_L0 = ((1.0, 2.0), (2.0, 2.0), (4.0, 2.0), (8.0, 2.0), (4.0, 1.0), (2.0, 4.0), (4.0, 4.0), (8.0, 4.0))
 
 
 def _metric(score: str, scope: str) -> Method:
@@ -42,22 +43,23 @@ def _metric(score: str, scope: str) -> Method:
 
 
 def _taylor(form: str, scope: str) -> Method:
-    windows = (8, 32, CALIBRATION)
-    return Method(taylor, tuple({"form": form, "scope": scope, "windows": count} for count in windows), CALIBRATION)
+    windows = (8, 32, CALIBRATION, 512, 2048)
+    return Method(taylor, tuple({"form": form, "scope": scope, "windows": count} for count in windows), max(windows))
 
 
 def _ste(order: str) -> tuple[Settings, ...]:
-    tries = ((0.25, 16), (0.5, 16), (1.0, 16), (0.5, 64))
+    tries = ((0.25, 16), (0.5, 16), (1.0, 16), (4.0, 16), (4.0, 4), (12.0, 4))
     return tuple({"order": order, "travel": travel, "windows": windows} for travel, windows in tries)
 
 
 METHODS = {
     "default": Method(default),
     "reinforce": Method(reinforce),
-    "paper": Method(paper, tuple({"learning_rate": rate} for rate in (0.002, 0.005, 0.01, 0.02, 0.05))),
+    "paper": Method(paper, tuple({"learning_rate": rate} for rate in (0.0005, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1))),
     "paper-published": Method(paper, ({"learning_rate": 0.002},)),
     "wanda-sp": _metric("wanda-sp", "layer"),
     "wanda-sp-global": _metric("wanda-sp", "global"),
+    "wanda-sp-in-turn": Method(metric, ({"score": "wanda-sp", "scope": "layer", "inputs": "pruned"},), 1024),
     "flap": _metric("flap", "layer"),
     "flap-global": _metric("flap", "pooled"),
     "magnitude": _metric("magnitude", "layer"),
@@ -88,13 +90,10 @@ METHODS = {
         evopress, tuple({"switch": "units", "band": band, **stages} for band in (0.1, 0.25) for stages in _STAGES)
     ),
     "blockpruner": Method(blockpruner, ({"windows": 256},)),
-    "ste": Method(ste, _ste("p") + _ste("cost")),
+    "ste": Method(ste, (*_ste("p"), *_ste("cost"), {"order": "p", "rate": 0.01, "windows": 4})),
     "l0": Method(
         l0,
-        tuple(
-            {"travel": travel, "windows": 16, "penalty": penalty}
-            for travel, penalty in ((1.0, 2.0), (2.0, 2.0), (4.0, 2.0), (4.0, 1.0), (2.0, 4.0))
-        ),
+        tuple({"travel": travel, "windows": 16, "penalty": penalty} for travel, penalty in _L0),
     ),
     **{f"{ABLATED}{name}": Method(without(name)) for name in ABLATIONS},
 }

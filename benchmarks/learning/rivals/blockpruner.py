@@ -1,8 +1,10 @@
 """BlockPruner (Zhong et al., 2024, arXiv 2406.10594): greedy removal of whole attention and FFN blocks by their loss.
 
 In each round every block that is left is taken out by itself, and the one that is missed least goes for good, until the
-budget is met. Its granularity is its own: the sparsity it reaches is at or above the one asked for, and it leaves no
-unit in the blocks that it removes, but the attention of the first layer.
+budget is met. It leaves no unit in the blocks that it removes; the attention of the first layer stays.
+
+Departure: of the block that goes last as many units come back as the budget allows, the best by Wanda-sp, or it would
+remove up to half as much again as other methods.
 
 Letters: K candidates, U units, B blocks.
 """
@@ -27,6 +29,7 @@ def blockpruner(task: Task, settings: Settings) -> torch.Tensor:
         for units, group in zip(task.groups, task.space.groups, strict=True)
         if (group.kind, group.layer) != ("kv_group", 0)  # caches take their length from it
     ]
+    scores_U = task.scores()
     windows = min(settings["windows"], task.meter.left // _most_candidates(task, blocks))
     if not windows:
         raise ConfigError(f"{task.meter.left:,} sequences are fewer than the blocks to try out")
@@ -37,8 +40,12 @@ def blockpruner(task: Task, settings: Settings) -> torch.Tensor:
         for mask_U, units in zip(masks_KU, blocks, strict=True):
             mask_U[units] = False
         best = int(task.losses(masks_KU, tokens_BT).argmin())
-        alive_U = masks_KU[best]
-        del blocks[best]
+        alive_U, last = masks_KU[best], blocks.pop(best)
+    for unit in last[scores_U[last].argsort(descending=True)].tolist():
+        alive_U[unit] = True
+        if task.budget.removed_share(alive_U) < task.budget.sparsity:
+            alive_U[unit] = False
+            break
     return alive_U
 
 

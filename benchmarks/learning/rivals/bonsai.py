@@ -2,8 +2,8 @@
 
 Each round removes a share of the parameters. A prior, Wanda-sp on what is left of the model, names the candidates: of
 each kind in each layer the lowest units, twice the share. A sub-model drops half of them, drawn in proportion to how
-low they are, and its complement drops the others. A ridge regression of the losses on the masks says what each
-candidate is worth, and the least worthy go.
+low they are, and its complement drops the others; a coin for each kind in each layer says which of the two drops which
+half. A ridge regression of the losses on the masks says what each candidate is worth, and the least worthy go.
 
 Departures: ridge in closed form, its weight chosen by cross-validation (the code: Adam over a grid of regularisers); no
 layer loses its last unit of a kind; candidates may go by worth per parameter (``per: cost``) instead of worth.
@@ -99,11 +99,16 @@ def _candidates(
 def _pair(
     alive_U: torch.Tensor, groups: list[tuple[torch.Tensor, torch.Tensor, int]], random: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sub-model, and the one that drops the candidates which this one keeps."""
+    """A sub-model, and the one that drops the candidates which this one keeps.
+
+    Without the coins, a single candidate would be dropped by the first of every pair, that of one layer always together
+    with that of every other, and no regression could tell them apart.
+    """
     mask_U, complement_U = alive_U.clone(), alive_U.clone()
     for at_G, odds_G, count in groups:
-        dropped = odds_G.multinomial(count, generator=random)
-        mask_U[at_G[dropped]] = False
-        complement_U[at_G] = False
-        complement_U[at_G[dropped]] = True
+        dropped = torch.zeros(len(at_G), dtype=torch.bool)
+        dropped[odds_G.multinomial(count, generator=random)] = True
+        if torch.rand((), generator=random) < 0.5:
+            dropped = ~dropped
+        mask_U[at_G], complement_U[at_G] = ~dropped, dropped
     return mask_U, complement_U

@@ -15,7 +15,7 @@ Letters: U units.
 
 import torch
 
-from benchmarks.learning.rivals.gradients import falling_rates
+from benchmarks.learning.rivals.gradients import learning_rates
 from benchmarks.learning.task import Settings, Task
 from bernprune.policy.bernoulli import graded
 
@@ -32,7 +32,7 @@ def l0(task: Task, settings: Settings) -> torch.Tensor:
     costs_U = task.budget.costs_U / task.budget.costs_U.mean()
     values_U = (2 * graded(task.space, scores_U) - 1).requires_grad_()
     optimizer = torch.optim.AdamW([values_U], betas=(0.9, 0.99), weight_decay=0.0)
-    rates = falling_rates(task, settings)
+    rates = learning_rates(task, settings)
     for step, rate in enumerate(rates):
         optimizer.param_groups[0]["lr"] = rate
         progress = step / len(rates)
