@@ -80,7 +80,7 @@ def advantages_of(
 
     def advantages(losses_K: torch.Tensor) -> torch.Tensor:
         if remembers:
-            baseline.load_state_dict({"average": None if past is None else torch.tensor([past], dtype=torch.float64)})
+            baseline.load_state_dict({"average": None if past is None else [past]})
         return batch_advantages(baseline, losses_K, REFERENCE if baseline.needs_reference else None)
 
     return advantages
@@ -153,7 +153,7 @@ def test_matched_removes_what_a_batch_shares(past: float | None) -> None:
     results = []
     for difficulty in (0.0, 64.0, -0.5):
         baseline = make_baseline("matched", window=4, num_masks=4)
-        baseline.load_state_dict({"average": past})
+        baseline.load_state_dict({"average": None if past is None else [past]})
         advantages_K = batch_advantages(baseline, losses_K + difficulty, 2.0 + difficulty)
         results.append((advantages_K.tolist(), baseline.state_dict()))
     assert results[0] == results[1] == results[2]
@@ -299,7 +299,7 @@ def test_a_dropped_mask_shortens_the_published_sum() -> None:
     for num_left in (1, 2, 3):
         losses_K = torch.tensor([2.0, 3.5, 1.0], dtype=torch.float64)[:num_left]
         baseline = make_baseline("published", window=5, num_masks=3)
-        baseline.load_state_dict({"average": 4.0})
+        baseline.load_state_dict({"average": [4.0]})
         average = 0.8 * 4.0 + 0.2 * losses_K.mean()
         mean = batch_advantages(baseline, losses_K, None).mean()
         assert_close(mean, (losses_K - average).sum() / 2, EXACT)

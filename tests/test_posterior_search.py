@@ -124,7 +124,7 @@ def test_a_second_score_helps() -> None:
 
 
 def test_priorities_are_worth_for_the_price() -> None:
-    """Before anything is known the start itself; then what a unit and all within it cost is its price."""
+    """Before anything is known the start itself; then what a unit adds to the expected cost is its price."""
     search = make_search(NESTED)
     assert torch.equal(search.priorities_U, search.probs_U)
     run(search, range(4), curved)
@@ -132,8 +132,7 @@ def test_priorities_are_worth_for_the_price() -> None:
     for unit in range(NESTED.size):
         kept, cut = search.probs_U.clone(), search.probs_U.clone()
         kept[unit], cut[unit] = 1.0, 0.0
-        ancestors = NESTED.inherit(kept, torch.mul)[unit].item()
-        costs_U[unit] = (search.budget.alive_cost(kept) - search.budget.alive_cost(cut)) / ancestors
+        costs_U[unit] = search.budget.alive_cost(kept) - search.budget.alive_cost(cut)
     expected_U = expected_order(NESTED, search.worth_U / costs_U, search.deviation_U / costs_U)
     assert_close(search.priorities_U, expected_U, BUDGET)
 

@@ -66,7 +66,7 @@ def test_every_reference_is_unbiased(name: ReferenceName, past: float | None) ->
     weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
     for drawn_K, weight in zip(drawn_TK, weights_T, strict=True):
         search.probs_U = PROBS_U
-        search.baseline.load_state_dict({"average": past})
+        search.baseline.load_state_dict({"average": None if past is None else [past]})
         losses_BKC = LOSSES[drawn_K][None, :, None]
         search.tell(MASKS[drawn_K][None, :, None], losses_BKC, learning_rate=rate, reference_BC=reference_BC)
         moved_U += weight * (search.probs_U - PROBS_U)
@@ -99,7 +99,7 @@ def test_a_reference_that_looks_at_the_masks_is_noticed() -> None:
     weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
     for drawn_K, weight in zip(drawn_TK, weights_T, strict=True):
         search.probs_U = PROBS_U
-        search.baseline.load_state_dict({"average": 0.3})
+        search.baseline.load_state_dict({"average": [0.3]})
         losses_BKC = LOSSES[drawn_K][None, :, None]
         best_BC = losses_BKC.amin(1)
         search.tell(MASKS[drawn_K][None, :, None], losses_BKC, learning_rate=0.001, reference_BC=best_BC)

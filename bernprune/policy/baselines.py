@@ -50,10 +50,11 @@ class _Average:
         return self.value_C
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.value_C}
+        return {"average": None if self.value_C is None else self.value_C.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value_C = state["average"]
+        average = state["average"]
+        self.value_C = None if average is None else torch.tensor(average, dtype=torch.float64)
 
 
 def less_the_others(losses_BKC: torch.Tensor) -> torch.Tensor:
