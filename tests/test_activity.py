@@ -4,12 +4,23 @@ Letters: B windows, K masks, C chunks, T tokens, U units, N channels, L layers.
 """
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from searches import (
+    CHUNKS,
+    SPACE,
+    WINDOW,
+    check_stop_and_go,
+    heavy_tailed,
+    miss,
+    read,
+    reading_of,
+    reading_search,
+)
 from spaces import LAYERED_BLOCKS, all_masks, make_space, normal_numbers, random_numbers
-from test_posterior_search import flat, same_state
 from tiny_models import VARIANTS, Variant, random_tokens
 from tolerances import EXACT, LOGITS, assert_close
 
@@ -17,15 +28,7 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.activity import ActiveTokens, ActivitySums, Calibration
 from bernprune.policy.baselines import less_the_others
-from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
-from bernprune.policy.posterior import PosteriorSearch
-from bernprune.policy.search import Reading
-from bernprune.run.checkpoint import read_state, write_state
-from bernprune.units import MaskRows
-
-SPACE = make_space(["kv_group", "channel"], [(2, 31), (1, 42)])
-WINDOW, CHUNKS = 12, 3
 
 
 def others(losses_BKT: torch.Tensor) -> torch.Tensor:
@@ -33,11 +36,6 @@ def others(losses_BKT: torch.Tensor) -> torch.Tensor:
     num_masks = losses_BKT.shape[1]
     rest = [losses_BKT[:, [k for k in range(num_masks) if k != mask]].mean(1) for mask in range(num_masks)]
     return losses_BKT - torch.stack(rest, dim=1)
-
-
-def heavy_tailed(*shape: int, seed: int) -> torch.Tensor:
-    """Of mean 1."""
-    return (1.5 * normal_numbers(*shape, seed=seed) - 1.125).exp().float()
 
 
 def uniform(*shape: int, seed: int) -> torch.Tensor:
@@ -165,44 +163,11 @@ def test_factors_are_sensible_whatever_is_told() -> None:
 # In the search
 
 
-def make_search(*, space: Any = SPACE, design: Design | None = None, **given: Any) -> PosteriorSearch:
-    budget, scores_U = Budget(space, 0.4), random_numbers(space.size, 1)
-    settings = {"seed": 3, "design": design or Design(16, 4, CHUNKS), "round_steps": 2} | given
-    return PosteriorSearch(budget, torch.full_like(scores_U, 0.6), scores_U, **settings)
-
-
-def reading_of(search: PosteriorSearch, masks_BKCU: MaskRows, step: int, *, even: bool = False) -> Reading:
-    """Of channels that do to a token in proportion to their activity; kv groups, and if even all, do as much to all."""
-    channels_U = search.budget.space.of_kind("channel")
-    activities_BTU = torch.ones(len(masks_BKCU), WINDOW, len(channels_U))
-    if not even:
-        activities_BTU[..., channels_U] = heavy_tailed(len(masks_BKCU), WINDOW, int(channels_U.sum()), seed=step)
-    kept_BKTU = masks_BKCU[:].repeat_interleave(WINDOW // masks_BKCU.shape[2], dim=2)
-    lost_BKT = -(kept_BKTU * activities_BTU[:, None]).double() @ random_numbers(len(channels_U), 8)
-    losses_BKT = lost_BKT + 10 * normal_numbers(*lost_BKT.shape, seed=step + 50)
-    return Reading(losses_BKT / WINDOW, activities_BTU[..., channels_U])
-
-
-def learn(search: PosteriorSearch, steps: range, *, told: bool = True, even: bool = False) -> None:
-    for step in steps:
-        masks_BKCU = search.ask(step)
-        reading = reading_of(search, masks_BKCU, step, even=even)
-        losses_BKC = reading.losses_BKT.unflatten(2, (masks_BKCU.shape[2], -1)).sum(-1)
-        search.tell(masks_BKCU, losses_BKC, learning_rate=0.0, reading=reading if told else None)
-
-
-def miss(search: PosteriorSearch) -> float:
-    """How far the worths of channels are from the truth, on average."""
-    channels_U = search.budget.space.of_kind("channel")
-    worth_U = random_numbers(search.budget.space.size, 8)
-    return (search.worth_U - worth_U)[channels_U].square().mean().item()
-
-
 def test_worths_are_learned_from_active_tokens() -> None:
     """In the scale of the loss, and nearer to the truth than without."""
-    told, untold = make_search(discount=0.0), make_search(discount=0.0)
-    learn(told, range(12))
-    learn(untold, range(12), told=False)
+    told, untold = reading_search(discount=0.0), reading_search(discount=0.0)
+    read(told, range(12))
+    read(untold, range(12), told=False)
     assert told.rounds == untold.rounds == 6
     assert miss(told) < 0.7 * miss(untold)
     assert told.beliefs.reliability > untold.beliefs.reliability
@@ -211,7 +176,7 @@ def test_worths_are_learned_from_active_tokens() -> None:
 @pytest.mark.parametrize("design", [Design(16, 4, CHUNKS), Design(16, 3, 1, "antithetic"), Design(5, 2, 2, "exact")])
 def test_even_activity_tells_what_all_tokens_tell(design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of what was taken out of the losses before, and in halves of the text."""
-    search, seen = make_search(design=design, discount=0.0), []
+    search, seen = reading_search(design=design, discount=0.0), []
     conclude = ActiveTokens.conclude_round
 
     def watched(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, halves: Any, **given: Any) -> bool:
@@ -221,7 +186,7 @@ def test_even_activity_tells_what_all_tokens_tell(design: Design, monkeypatch: p
         return told
 
     monkeypatch.setattr(ActiveTokens, "conclude_round", watched)
-    learn(search, range(6), even=True)
+    read(search, range(6), even=True)
     assert len(seen) == 3
     assert search.worth_U.abs().max() > 0.1
     for plain, active in seen:
@@ -239,7 +204,7 @@ def test_a_channel_that_is_never_active_is_survived() -> None:
         sums.add(masks_BKCN, less_the_others(normal_numbers(4, 6, 8, seed=3)), activities_BTN)
         for found in (sums.effects(torch.full((3,), keep * (1 - keep))), sums.variance(torch.full((3,), keep))):
             assert found.isfinite().all() and (found != 0).tolist() == [True, False, True]
-    told, dead = make_search(), make_search()
+    told, dead = reading_search(), reading_search()
     for step in range(4):
         for search, scale in ((told, 1.0), (dead, 0.0)):
             masks_BKCU = search.ask(step)
@@ -251,27 +216,17 @@ def test_a_channel_that_is_never_active_is_survived() -> None:
     assert dead.worth_U.isfinite().all()
     assert (dead.deviation_U > 0).all()
     assert dead.deviation_U.isfinite().all()
-    plain = make_search(by_activity=False)
-    learn(plain, range(4), told=False)
+    plain = reading_search(by_activity=False)
+    read(plain, range(4), told=False)
     others_N = SPACE.by_layer("channel")[0][3:]
     near, far = ((other.worth_U - told.worth_U)[others_N].abs().mean() for other in (dead, plain))
     assert near < far / 2
 
 
 @pytest.mark.parametrize("space", [SPACE, LAYERED_BLOCKS], ids=["flat", "nested"])
-@pytest.mark.parametrize("stop", [3, 4])
-def test_a_search_that_reads_may_stop_and_go_on(space: Any, stop: int, tmp_path: Any) -> None:
-    """In the middle of a round and after one, to the bit."""
-    whole, first, second = (make_search(space=space) for _ in range(3))
-    learn(whole, range(7))
-    learn(first, range(stop))
-    write_state(tmp_path / "state", first.state_dict())
-    kept = flat(first.state_dict())
-    second.load_state_dict(read_state(tmp_path / "state"))
-    learn(first, range(stop, 7))  # goes its own way
-    learn(second, range(stop, 7))
-    assert same_state(whole, second)
-    assert kept.keys() == flat(whole.state_dict()).keys()
+@pytest.mark.parametrize("stop", [3, 4], ids=["within_a_round", "between_rounds"])
+def test_a_search_that_reads_may_stop_and_go_on(space: Any, stop: int, tmp_path: Path) -> None:
+    check_stop_and_go(lambda: reading_search(space=space), read, stop, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +240,7 @@ def test_a_search_that_reads_may_stop_and_go_on(space: Any, stop: int, tmp_path:
     ],
 )
 def test_what_is_not_needed_is_not_read(kinds: Any, design: Design, given: Any, needed: bool) -> None:
-    assert make_search(space=make_space(kinds, [(3, 5), (4, 6)]), design=design, **given).needs_reading is needed
+    assert reading_search(space=make_space(kinds, [(3, 5), (4, 6)]), design=design, **given).needs_reading is needed
 
 
 # Of a model

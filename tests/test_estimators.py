@@ -11,17 +11,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from spaces import FLAT, all_masks, make_space, normal_numbers, of_kind, random_numbers
+from spaces import FLAT, all_masks, normal_numbers, of_kind, random_numbers
 from tolerances import EXACT, assert_close
 
 from bernprune.config import make_config
 from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, Baseline, make_baseline
-from bernprune.policy.budget import Budget
 from bernprune.policy.estimators import divergence, reinforce
-from bernprune.policy.masks import Design
-from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch, rewards_to_go
 from bernprune.run.workload import make_budget, make_search
 
@@ -305,7 +302,7 @@ def test_a_dropped_mask_shortens_the_published_sum() -> None:
         assert_close(mean, (losses_K - average).sum() / 2, EXACT)
 
 
-# Chunks and groups
+# Chunks
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.4, 1.0])
@@ -323,53 +320,3 @@ def test_returns_are_discounted_sums(discount: float) -> None:
         assert torch.equal(found, losses_BKC)
     if discount == 1:
         assert_close(found, losses_BKC.flip(-1).cumsum(-1).flip(-1), EXACT)
-
-
-def table(group: int, chunk: int, num_masks: int) -> torch.Tensor:
-    """Arbitrary losses of a chunk in a group, by the masks, out of ``num_masks``, of all chunks up to it."""
-    return 2 + normal_numbers(*[num_masks] * (chunk + 1), seed=10 * group + chunk)
-
-
-def shared_gradient(probs_U: torch.Tensor, design: Design) -> torch.Tensor:
-    """Of the mean over groups of the exact expected sum over chunks, which all share the probabilities."""
-    probs_U, masks, total = probs_U.clone().requires_grad_(), all_masks(len(probs_U)), 0.0
-    chances = torch.where(masks, probs_U, 1 - probs_U).prod(-1)
-    for group in range(design.groups):
-        for chunk in range(design.chunks):
-            expected = table(group, chunk, len(masks))
-            for _ in range(chunk + 1):
-                expected = chances @ expected  # over one mask after the other
-            total = total + expected / design.groups
-    (gradient_U,) = torch.autograd.grad(total, probs_U)
-    return gradient_U
-
-
-@pytest.mark.parametrize("name", ["leave-one-out", "none"])
-@pytest.mark.parametrize(
-    ("num_units", "design"),
-    [(2, Design(1, 2, 2)), (3, Design(1, 2, 2)), (2, Design(2, 2, 1)), (1, Design(2, 2, 2))],
-    ids=str,
-)
-def test_the_expected_step_follows_the_gradient_of_the_mean(num_units: int, design: Design, name: BaselineName) -> None:
-    """Over every draw of a step of the real search: chunks add up, groups are averaged."""
-    probs_U, masks = torch.tensor([0.72, 0.13, 0.5])[:num_units].double(), all_masks(num_units)
-    space, rate = make_space(["channel"], [(1, num_units)]), 0.001
-    # The limit is so far, and the step so small, that nothing is projected.
-    settings = {"projection": "published", "scaling": "raw", "floor": 0.0, "ceiling": 1.0, "seed": 3}
-    search = ReinforceSearch(
-        Budget(space, 0.01), probs_U, baseline=make_baseline(name, window=5, num_masks=2), design=design, **settings
-    )
-    codes_TBKC = torch.cartesian_prod(*[torch.arange(len(masks))] * (design.groups * 2 * design.chunks))
-    codes_TBKC = codes_TBKC.view(-1, design.groups, 2, design.chunks)
-    losses_TBKC = torch.empty(codes_TBKC.shape, dtype=torch.float64)
-    for group in range(design.groups):
-        for chunk in range(design.chunks):
-            seen = tuple(codes_TBKC[:, group, :, earlier] for earlier in range(chunk + 1))
-            losses_TBKC[:, group, :, chunk] = table(group, chunk, len(masks))[seen]
-    chances_T = torch.where(masks, probs_U, 1 - probs_U).prod(-1)[codes_TBKC].flatten(1).prod(1)
-    expected_move = torch.zeros_like(probs_U)
-    for codes_BKC, losses_BKC, chance in zip(codes_TBKC, losses_TBKC, chances_T, strict=True):
-        search.probs_U = probs_U
-        search.tell(masks[codes_BKC], losses_BKC, learning_rate=rate)
-        expected_move += chance * (search.probs_U - probs_U)
-    assert_close(-expected_move / rate, shared_gradient(probs_U, design), EXACT)

@@ -9,16 +9,16 @@ import statistics
 
 import pytest
 import torch
+from searches import FREE
 from spaces import BLOCK_COSTS, BLOCKS, FLAT, FLAT_KINDS, SPACES, make_space, normal_numbers, random_numbers
 from tolerances import EXACT, assert_close
 
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import Change, changed_masks, changes, most_changes, moves
 from bernprune.policy.race import agreeing
-from bernprune.policy.selection import Limits, select
+from bernprune.policy.selection import select
 from bernprune.units import UnitSpace
 
-FREE = Limits(min_kv_groups=0, min_channels=0)
 WIDE = make_space(FLAT_KINDS, [(3, 64), (2, 35), (1, 5)])
 spaces = pytest.mark.parametrize("name", SPACES)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import FREE, check_stop_and_go, same_state
 from spaces import FLAT, LAYERED_BLOCKS, NESTED, all_masks, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import BUDGET, EXACT, assert_close
 
@@ -18,11 +19,9 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch, PosteriorStats, expected_order
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.selection import Limits, select
-from bernprune.run.checkpoint import read_state, write_state
+from bernprune.policy.selection import select
 from bernprune.units import MaskRows, UnitSpace
 
-FREE = Limits(min_kv_groups=0, min_channels=0)
 CHANNELS = make_space(["channel"], [(1, 5), (1, 8)])
 UNEQUAL = make_space(["kv_group", "channel"], [(2, 5), (1, 6)])
 SMALL = Design(groups=3, masks=4, chunks=2)
@@ -340,42 +339,10 @@ def test_statistics_say_what_happened(step: int) -> None:
 # State
 
 
-def same_state(first: PosteriorSearch, second: PosteriorSearch) -> bool:
-    """Bit for bit."""
-    mine, others = (flat(search.state_dict()) for search in (first, second))
-    assert mine.keys() == others.keys()
-    return all(
-        torch.equal(value, others[name]) if isinstance(value, torch.Tensor) else value == others[name]
-        for name, value in mine.items()
-    )
-
-
-def flat(state: dict[str, Any]) -> dict[str, Any]:
-    """Without dictionaries of tensors in it."""
-    found: dict[str, Any] = {}
-    for name, value in state.items():
-        parts = flat(value) if isinstance(value, dict) and name != "last_round" else {"": value}
-        found |= {f"{name} {part}": inner for part, inner in parts.items()}
-    return found
-
-
 @pytest.mark.parametrize("stop", [1, 4, 7], ids=["in_the_first_round", "between_rounds", "within_a_round"])
 @pytest.mark.parametrize("space", [FLAT, NESTED], ids=["flat", "nested"])
 def test_a_run_may_stop_and_go_on(space: UnitSpace, stop: int, tmp_path: Path) -> None:
-    """Bit for bit, through a file and without one, in searches that had already learned something else."""
-    whole, first, filed, handed = (make_search(space) for _ in range(4))
-    expected = run(whole, range(11), curved)
-    found = run(first, range(stop), curved)
-    write_state(tmp_path / "state", first.state_dict())
-    for search in (filed, handed):
-        run(search, range(20, 25), curved)
-        assert not same_state(search, first)
-    filed.load_state_dict(read_state(tmp_path / "state"))
-    handed.load_state_dict(first.state_dict())
-    run(first, range(stop, stop + 3), curved)  # what the first does later does not reach the others
-    for search in (filed, handed):
-        assert found + run(search, range(stop, 11), curved) == expected
-        assert same_state(search, whole)
+    check_stop_and_go(lambda: make_search(space), lambda search, steps: run(search, steps, curved), stop, tmp_path)
 
 
 def test_a_state_is_a_snapshot() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import FREE
 from selection_checks import check
 from spaces import FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, normal_numbers, random_numbers
 from tolerances import EXACT, SAMPLED, assert_close
@@ -26,7 +27,6 @@ from bernprune.policy.selection import Limits, select
 from bernprune.seeding import generator
 from bernprune.units import UnitSpace
 
-FREE = Limits(min_kv_groups=0, min_channels=0)
 WINDOWS = (1, 2, 3, 7, 13, 128)
 heats = pytest.mark.parametrize("num_masks", range(2, 18))
 

@@ -1,16 +1,17 @@
 """What the baseline ``matched`` compares with: each follows from the past alone, so the gradient stays unbiased.
 
-Letters: T tuples of masks, K masks, U units.
+Letters: T all that may be drawn, B windows, K masks, C chunks, U units.
 """
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
 import torch
+from enumeration import PROBS_U, exact_effects, expected_move, independent_draws, losses_of, table_losses
 from spaces import FLAT, all_masks, make_space, random_numbers
-from test_estimators import LOSSES, MASKS, PROBS_U, exact_gradient, mask_probability, tuples
 from tiny_models import random_tokens, tiny_model
-from tolerances import EXACT, LOGITS, assert_close
+from tolerances import LOGITS, STEP, assert_close
 
 from bernprune.models.view import describe
 from bernprune.names import ReferenceName
@@ -23,6 +24,8 @@ from bernprune.policy.selection import Limits, select
 from bernprune.run.loop import evaluate, reference
 from bernprune.units import UnitSpace
 
+MASKS = all_masks(4)
+LOSSES = table_losses(MASKS[:, None])[:, 0]
 REFERENCES: tuple[ReferenceName, ...] = get_args(ReferenceName)
 every_reference = pytest.mark.parametrize("name", REFERENCES)
 
@@ -37,6 +40,17 @@ def loss_of_gates(gates_U: torch.Tensor) -> float:
     """Of a network that is linear in each gate: for masks the table itself, between them its interpolation."""
     gates_U = gates_U.double()
     return (torch.where(MASKS, gates_U, 1 - gates_U).prod(-1) @ LOSSES).item()
+
+
+def moved(search: ReinforceSearch, reference_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """By how much a step moves the policy on average, over its rate; the limit is so far that nothing is projected.
+
+    ``reference_of`` makes the losses of the reference, ``[T]``, from those of the masks, ``[T, K]``.
+    """
+    draws_TKCU, weights_T = independent_draws(PROBS_U, 2, 1)
+    losses_TKC = losses_of(draws_TKCU)
+    reference_TBC = reference_of(losses_TKC[..., 0])[:, None, None]
+    return expected_move(search, draws_TKCU[:, None], losses_TKC[:, None], weights_T, reference_TBC)
 
 
 def test_references_are_what_they_are_called() -> None:
@@ -58,19 +72,12 @@ def test_references_are_what_they_are_called() -> None:
 @pytest.mark.parametrize("past", [None, 0.3], ids=["first_step", "later_step"])
 def test_every_reference_is_unbiased(name: ReferenceName, past: float | None) -> None:
     """Over every pair of masks that a step of the real search may draw."""
-    space, rate = make_space(["channel"], [(1, 4)]), 0.001
-    search = make_search(space, PROBS_U, Design(1, 2), sparsity=0.01)  # so far that nothing is projected
-    gates_U = reference(name, search, MASKS[6], PROBS_U, Limits(min_channels=0))
-    reference_BC = torch.tensor([[loss_of_gates(gates_U)]], dtype=torch.float64)
-    drawn_TK = tuples(2)
-    weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
-    for drawn_K, weight in zip(drawn_TK, weights_T, strict=True):
-        search.probs_U = PROBS_U
-        search.baseline.load_state_dict({"average": None if past is None else [past]})
-        losses_BKC = LOSSES[drawn_K][None, :, None]
-        search.tell(MASKS[drawn_K][None, :, None], losses_BKC, learning_rate=rate, reference_BC=reference_BC)
-        moved_U += weight * (search.probs_U - PROBS_U)
-    assert_close(-moved_U / rate, exact_gradient(), EXACT)
+    search = make_search(make_space(["channel"], [(1, 4)]), PROBS_U, Design(1, 2), sparsity=0.01)
+    search.baseline.load_state_dict({"average": None if past is None else [past]})
+    loss = loss_of_gates(reference(name, search, MASKS[6], PROBS_U, Limits(min_channels=0)))
+    assert_close(
+        -moved(search, lambda losses_TK: torch.full_like(losses_TK[:, 0], loss)), exact_effects(PROBS_U, 1, 1.0), STEP
+    )
 
 
 @every_reference
@@ -95,16 +102,10 @@ def test_a_reference_is_evaluated_beside_the_masks(name: ReferenceName, design: 
 
 def test_a_reference_that_looks_at_the_masks_is_noticed() -> None:
     """Negative control: the best of the step's own losses as a reference is no baseline."""
-    search, drawn_TK = make_search(make_space(["channel"], [(1, 4)]), PROBS_U, Design(1, 2), sparsity=0.01), tuples(2)
-    weights_T, moved_U = mask_probability(PROBS_U)[drawn_TK].prod(-1), torch.zeros_like(PROBS_U)
-    for drawn_K, weight in zip(drawn_TK, weights_T, strict=True):
-        search.probs_U = PROBS_U
-        search.baseline.load_state_dict({"average": [0.3]})
-        losses_BKC = LOSSES[drawn_K][None, :, None]
-        best_BC = losses_BKC.amin(1)
-        search.tell(MASKS[drawn_K][None, :, None], losses_BKC, learning_rate=0.001, reference_BC=best_BC)
-        moved_U += weight * (search.probs_U - PROBS_U)
-    assert (-moved_U / 0.001 - exact_gradient()).abs().max() > 0.01
+    search = make_search(make_space(["channel"], [(1, 4)]), PROBS_U, Design(1, 2), sparsity=0.01)
+    search.baseline.load_state_dict({"average": [0.3]})
+    misled_U = -moved(search, lambda losses_TK: losses_TK.amin(1))
+    assert (misled_U - exact_effects(PROBS_U, 1, 1.0)).abs().max() > 0.01
 
 
 def test_all_masks_are_in_the_table() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import FREE
 from spaces import FLAT, NESTED, all_masks, make_space, of_kind, random_numbers
 from tolerances import BUDGET, EXACT, assert_close
 
@@ -22,10 +23,9 @@ from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import StepStats
-from bernprune.policy.selection import Limits, select
+from bernprune.policy.selection import select
 from bernprune.units import KINDS, MaskRows, UnitSpace
 
-FREE = Limits(min_kv_groups=0, min_channels=0)
 EQUAL = make_space(["channel"], [(1, 5), (1, 8)])
 UNEQUAL = make_space(["kv_group", "channel"], [(2, 5), (2, 5)])
 DESIGNS = {"batch": Design(1, 8), "sequences": Design(3, 5), "chunks": Design(2, 3, 7)}
@@ -146,53 +146,6 @@ def test_a_worthless_layer_is_removed_whole() -> None:
 
 
 # Steps
-
-
-@pytest.mark.parametrize(
-    ("name", "num_masks"), [("none", 1), ("none", 2), ("none", 3), ("leave-one-out", 2), ("leave-one-out", 3)]
-)
-def test_the_expected_move_does_not_depend_on_the_number_of_masks(name: BaselineName, num_masks: int) -> None:
-    """Over every tuple of masks, it is the learning rate times the preconditioned gradient."""
-    space = make_space(["channel"], [(1, 3)])
-    probs_U, masks = torch.tensor([0.2, 0.35, 0.6], dtype=torch.float64), all_masks(3)
-    losses, expected_move = random_numbers(8, 0), torch.zeros(3, dtype=torch.float64)
-    chances = torch.where(masks, probs_U, 1 - probs_U).prod(-1)
-    for drawn in itertools.product(range(8), repeat=num_masks):
-        rows = list(drawn)
-        search = make_search(
-            space, sparsity=0.1, start_U=probs_U, baseline=name, num_masks=num_masks, projection="published"
-        )  # the limit is so far that nothing is projected
-        tell(search, masks[rows], losses[rows], learning_rate=0.01)
-        expected_move += chances[rows].prod() * (search.probs_U - probs_U)
-    gradient_U = ((chances * losses)[:, None] * (masks.double() - probs_U)).sum(0)
-    assert_close(expected_move, -0.01 * gradient_U, EXACT)
-
-
-@pytest.mark.parametrize("discount", [1.0, 0.4, 0.0])
-@pytest.mark.parametrize(("num_windows", "num_masks"), [(1, 2), (2, 1)], ids=["two_masks", "two_windows"])
-def test_the_expected_move_of_chunks(num_windows: int, num_masks: int, discount: float) -> None:
-    """It sums over the chunks of a mask; at a discount of 1 it is the gradient of the whole window's loss."""
-    space, settings = make_space(["channel"], [(1, 2)]), {"discount": discount, "projection": "published"}
-    name: BaselineName = "leave-one-out" if num_masks > 1 else "none"
-    design = Design(num_windows, num_masks, 2)
-    probs_U, masks_RCU = torch.tensor([0.2, 0.55], dtype=torch.float64), all_masks(4).view(16, 2, 2)
-    chances_RC = torch.where(masks_RCU, probs_U, 1 - probs_U).prod(-1)
-    chances_R = chances_RC.prod(-1)
-    first_R = random_numbers(4, 0)[masks_RCU[:, 0].long() @ torch.tensor([2, 1])]
-    losses_RC = torch.stack([first_R, random_numbers(16, 1)], dim=1)  # the second chunk has read what the first left
-    expected_move = torch.zeros(2, dtype=torch.float64)
-    for drawn in itertools.product(range(16), repeat=2):
-        rows = torch.tensor(drawn)
-        search = make_search(space, sparsity=0.1, start_U=probs_U, baseline=name, design=design, **settings)
-        masks_BKCU = masks_RCU[rows].view(num_windows, num_masks, 2, 2)
-        search.tell(masks_BKCU, losses_RC[rows].view(num_windows, num_masks, 2), learning_rate=0.01)
-        expected_move += chances_R[rows].prod() * (search.probs_U - probs_U)
-    answered_RC = torch.stack([losses_RC[:, 0] + discount * losses_RC[:, 1], losses_RC[:, 1]], dim=1)
-    deviations_RCU = chances_R[:, None, None] * (masks_RCU.double() - probs_U)
-    assert_close(expected_move, -0.01 * (answered_RC[..., None] * deviations_RCU).sum((0, 1)), EXACT)
-    if discount == 1:
-        whole_R = losses_RC.sum(-1)
-        assert_close(expected_move, -0.01 * whole_R @ deviations_RCU.sum(1), EXACT)
 
 
 def answered_for(losses_BKC: torch.Tensor, discount: float) -> torch.Tensor:

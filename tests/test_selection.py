@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from searches import FREE
 from selection_checks import check, check_best, minimum_of, pool_limits, selected
 from spaces import (
     BLOCK_COSTS,
@@ -28,7 +29,6 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.units import KINDS, UnitSpace
 
-FREE = Limits(min_kv_groups=0, min_channels=0)
 ROUNDING = 1 + 1e-12
 
 all_spaces = pytest.mark.parametrize("space", SPACES.values(), ids=SPACES)

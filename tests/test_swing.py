@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_activity
 import torch
+from enumeration import Draws, pieces
+from searches import CHUNKS, SPACE, check_stop_and_go, miss, read, reading_search
 from spaces import FLAT, make_space, normal_numbers, of_kind, random_numbers
-from test_couplings import Draws, pieces
-from test_posterior_search import flat, same_state
 from tolerances import EXACT, SAMPLED, assert_close
 
 from bernprune.config import make_config
@@ -26,7 +25,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design, Masks, amplitude, contrast, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.run.checkpoint import read_state, write_state
+from bernprune.policy.search import MaskSearch
 from bernprune.run.workload import make_search as make_run_search
 from bernprune.units import UnitSpace
 
@@ -224,25 +223,14 @@ def test_a_round_that_told_nothing_leaves_no_trace() -> None:
     assert search.state_dict()["swung"]["count"] == 3
 
 
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize("stop", [3, 4], ids=["within_a_round", "between_rounds"])
 def test_a_search_that_swings_may_stop_and_go_on(stop: int, tmp_path: Path) -> None:
-    """In the middle of a round and after one, to the bit."""
-
-    def learn(search: PosteriorSearch, steps: range) -> None:
+    def learn(search: MaskSearch, steps: range) -> None:
         for step in steps:
             masks_BKCU = search.ask(step)
             search.tell(masks_BKCU, linear(masks_BKCU, step, noise=0.1), learning_rate=0.0)
 
-    whole, first, second = (make_search(FLAT, design=Design(3, 4, 2, "antithetic", 0.5)) for _ in range(3))
-    learn(whole, range(7))
-    learn(first, range(stop))
-    write_state(tmp_path / "state", first.state_dict())
-    kept = flat(first.state_dict())
-    second.load_state_dict(read_state(tmp_path / "state"))
-    learn(first, range(stop, 7))  # goes its own way
-    learn(second, range(stop, 7))
-    assert same_state(whole, second)
-    assert kept.keys() == flat(whole.state_dict()).keys()
+    check_stop_and_go(lambda: make_search(FLAT, design=Design(3, 4, 2, "antithetic", 0.5)), learn, stop, tmp_path)
 
 
 def test_some_windows_may_be_missing() -> None:
@@ -299,9 +287,9 @@ def test_layers_are_told_once(told: bool, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ActiveTokens, "conclude_round", conclude_round)
     monkeypatch.setattr(Beliefs, "learn", learn_too)
-    search = test_activity.make_search(design=Design(16, 4, test_activity.CHUNKS, "antithetic", SWING), discount=0.0)
-    test_activity.learn(search, range(4), told=told)
-    layers = len(test_activity.SPACE.by_layer("channel"))
+    search = reading_search(design=Design(16, 4, CHUNKS, "antithetic", SWING), discount=0.0)
+    read(search, range(4), told=told)
+    layers = len(SPACE.by_layer("channel"))
     assert scaled == [layers] * 2
     assert believed == [0 if told else layers] * 2
 
@@ -310,10 +298,10 @@ def test_worths_are_learned_from_active_tokens_in_spite_of_swing() -> None:
     """A token's losses under masks that swing are not laid to single channels."""
     told = {}
     for swing in (0.0, 1.0):
-        design = Design(16, 4, test_activity.CHUNKS, "antithetic", swing)
-        search = test_activity.make_search(design=design, discount=0.0)
-        test_activity.learn(search, range(12))
-        told[swing] = test_activity.miss(search)
+        design = Design(16, 4, CHUNKS, "antithetic", swing)
+        search = reading_search(design=design, discount=0.0)
+        read(search, range(12))
+        told[swing] = miss(search)
     assert told[1.0] < 1.2 * told[0.0], told
 
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tolerances import BUDGET, EXACT, LOGITS, TF32, assert_close
+from tolerances import BUDGET, EXACT, LOGITS, STEP, assert_close
 
-TOLERANCES = {"exact": EXACT, "budget": BUDGET, "tf32": TF32} | {
+TOLERANCES = {"exact": EXACT, "budget": BUDGET, "step": STEP} | {
     str(dtype).removeprefix("torch."): tolerance for dtype, tolerance in LOGITS.items()
 }
 

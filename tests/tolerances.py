@@ -8,7 +8,8 @@ EXACT = 1e-12  # float64 mathematics, same formula in another order
 BUDGET = 1e-9  # what a projection may miss its limit by
 GUARDED = 1e-4  # a regression with a guard of 1e-6 of its information against singular features
 SAMPLED = 3e-2  # a statistic of 300,000 draws against its expectation
-TF32 = 1e-3
+STEP = 1e-9  # the move of a small step, over its rate
+
 LOGITS: dict[torch.dtype, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
