@@ -208,6 +208,18 @@ class UnitSpace:
             inherited = torch.where(root, values_RU, combine(values_RU, inherited[..., parents]))
         return inherited
 
+    def marginal(self, values_U: torch.Tensor, probs_U: torch.Tensor) -> torch.Tensor:
+        """How the expected sum of the values of all that is alive changes with each keep probability, ``[U]``."""
+        if not self.nested:
+            return values_U
+        parents_U, within_U = self.parents_U, values_U
+        inner_U = parents_U >= 0
+        blocks_U = torch.ones_like(within_U)  # the probability that all that a unit lies in is kept
+        blocks_U[inner_U] = self.inherit(probs_U, torch.mul)[parents_U[inner_U]]
+        for _ in range(2):  # channel -> ffn -> layer: two steps reach every ancestor
+            within_U = values_U.index_add(0, parents_U[inner_U], (probs_U * within_U)[inner_U])
+        return blocks_U * within_U
+
     def alive(self, masks_RU: torch.Tensor) -> torch.Tensor:
         """Which units are kept together with everything they lie in; bool ``[..., U]``."""
         return self.inherit(masks_RU, torch.logical_and)

@@ -98,13 +98,7 @@ class Budget:
 
         That is what the unit owns, and what is kept of all that lies in it, if all that it lies in is kept.
         """
-        parents_U, within_U = self.space.parents_U, self.costs_U
-        inner_U = parents_U >= 0
-        blocks_U = torch.ones_like(within_U)  # the probability that all that a unit lies in is kept
-        blocks_U[inner_U] = self.space.inherit(probs_U, torch.mul)[parents_U[inner_U]]
-        for _ in range(2):  # channel -> ffn -> layer: two steps reach every ancestor
-            within_U = self.costs_U.index_add(0, parents_U[inner_U], (probs_U * within_U)[inner_U])
-        return blocks_U * within_U
+        return self.space.marginal(self.costs_U, probs_U)
 
     def alive_cost(self, values_U: torch.Tensor) -> float:
         """Expected cost alive of probabilities, or cost alive of a mask, over all pools."""

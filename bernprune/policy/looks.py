@@ -41,16 +41,16 @@ class Change:
 def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) -> list[Change]:
     """All that are looked at: those that change what is computed, and leave every layer that has channels one."""
     found, space = [], budget.space
-    finest_U = ~torch.isin(torch.arange(space.size), space.parents_U)  # a block that comes back empty does nothing
-    alive, computed_U = budget.alive_cost(mask_U), finest_U & space.alive(mask_U)
+    finest_U = ~torch.isin(torch.arange(space.size), space.parents_U)
+    computed_U = space.marginal(finest_U.double(), mask_U.double())  # 0 of a block that would come back empty
+    cost_U = budget.marginal_cost(mask_U.double())
     for number, (start, end) in enumerate(itertools.pairwise(space.starts)):
         kind, members = space.groups[number].kind, torch.arange(start, end)
         turned = _border(members, mask_U, priorities_U) if kind == "channel" else members.split(1)
         for units in turned:
-            turned_U = mask_U.clone()
-            turned_U[units] = ~turned_U[units]
-            if not computed_U.equal(finest_U & space.alive(turned_U)):
-                found.append(Change(units, kind, number, budget.alive_cost(turned_U) - alive))
+            if computed_U[units].any():
+                cost = cost_U[units].sum().item()
+                found.append(Change(units, kind, number, -cost if mask_U[units[0]] else cost))
     return found
 
 

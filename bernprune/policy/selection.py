@@ -6,9 +6,9 @@ which lowering one threshold over all levels would let units in.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from bernprune.errors import BudgetError
@@ -33,16 +33,25 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class _Item:
-    """Units of one group that are kept or cut together, with all that decides when their turn comes."""
+class _Parts:
+    """Units of one group that are kept or cut together, P such parts in the order of their turns.
 
-    order: tuple[float, ...]
-    units: tuple[int, ...]
-    cost: float
-    pool: int
-    group: int
-    parent: int
-    forced: bool
+    Attributes:
+        ranked_U: all units, those of a group together and the most wanted first.
+        first_P, size_P: where in that a part begins, and how many units it has.
+        cost_P: of all of them.
+        group_P, pool_P, parent_P: what they belong to; -1 where they lie in nothing.
+        forced_P: whether the limits ask for them.
+    """
+
+    ranked_U: np.ndarray
+    first_P: np.ndarray
+    size_P: np.ndarray
+    cost_P: np.ndarray
+    group_P: np.ndarray
+    pool_P: np.ndarray
+    parent_P: np.ndarray
+    forced_P: np.ndarray
 
 
 def select(
@@ -70,69 +79,80 @@ def select(
             raise BudgetError(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
-    items = sorted(_items(priorities_U, budget, limits or Limits(), tie_break_U, core_U), key=lambda item: item.order)
-    left = [pool.most for pool in budget.pools]
-    kept, closed = bytearray(size), set[int]()
-    for item in items:
-        orphan = item.parent >= 0 and not kept[item.parent]
-        if orphan or item.group in closed:
+    parts = _parts(priorities_U, budget, limits or Limits(), tie_break_U, core_U)
+    left, least = [pool.most for pool in budget.pools], parts.cost_P.min(initial=math.inf)
+    kept, closed, ranked = bytearray(size), set[int](), parts.ranked_U.tolist()
+    columns = (parts.first_P, parts.size_P, parts.cost_P, parts.group_P, parts.pool_P, parts.parent_P, parts.forced_P)
+    for first, count, cost, group, pool, parent, forced in zip(*(column.tolist() for column in columns), strict=True):
+        if group in closed or (parent >= 0 and not kept[parent]):
             continue
-        if item.cost > left[item.pool]:
-            if item.forced:
-                raise _impossible(items, budget, item.pool)
-            closed.add(item.group)  # what follows in the group costs as much, or stands on the minimum just refused
-            if core_U is not None:
-                left[item.pool] = -math.inf
+        if cost <= left[pool]:
+            left[pool] -= cost
+            for unit in ranked[first : first + count]:
+                kept[unit] = 1
             continue
-        left[item.pool] -= item.cost
-        for unit in item.units:
-            kept[unit] = 1
+        if forced:
+            raise _impossible(parts, budget, pool)
+        closed.add(group)  # what follows in the group costs as much, or stands on the minimum just refused
+        if core_U is not None:
+            left[pool] = -math.inf
+        if max(left) < least:
+            break
     return torch.tensor(list(kept), dtype=torch.bool)
 
 
-def _impossible(items: list[_Item], budget: Budget, index: int) -> BudgetError:
+def _impossible(parts: _Parts, budget: Budget, index: int) -> BudgetError:
     pool = budget.pools[index]
-    forced = sum(item.cost for item in items if item.forced and item.pool == index)
+    forced = parts.cost_P[parts.forced_P & (parts.pool_P == index)].sum()
     return BudgetError(
         f"the minimums per layer keep {forced / pool.total:.1%} of the {budget.measure} of {pool.name}, more than the "
         f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity"
     )
 
 
-def _items(
+def _parts(
     priorities_U: torch.Tensor,
     budget: Budget,
     limits: Limits,
     tie_break_U: torch.Tensor | None,
     core_U: torch.Tensor | None,
-) -> Iterator[_Item]:
+) -> _Parts:
+    """Of each group the minimum in one part, then a multiple each, best units first; a remainder can never be kept."""
     space, priorities_U = budget.space, priorities_U.double().cpu()
-    wanted = space.inherit(priorities_U, torch.minimum).tolist()
-    second_U = torch.zeros_like(priorities_U) if tie_break_U is None else tie_break_U.double().cpu()
-    core = [False] * space.size if core_U is None else core_U.tolist()
-    own, second, parents = priorities_U.tolist(), second_U.tolist(), space.parents_U.tolist()
-    pools = torch.stack([pool.members_U for pool in budget.pools]).int().argmax(0).tolist()
-    costs = budget.costs_U.tolist()
-    for index, (group, start) in enumerate(zip(space.groups, space.starts, strict=False)):
-        depth, parent = KINDS.index(group.kind), parents[start]
-        order = {u: (not core[u], -wanted[u], -own[u], -second[u], u) for u in range(start, start + group.count)}
-        units = sorted(order, key=order.__getitem__)
-        minimum = _minimum(group.kind, group.layer, group.count, limits)
-        for part in _parts(units, minimum, limits.channel_multiple if group.kind == "channel" else 1):
-            required = minimum > 0 and part[0] == units[0]
-            best, forced = part[0], required and parent < 0
-            # A mean must not exceed its largest value by rounding, or children would come before their parent.
-            mean = min(wanted[best], sum(wanted[u] for u in part) / len(part))
-            turn = wanted[parent] if required and parent >= 0 else mean
-            yield _Item(
-                order=(not forced, not all(core[u] for u in part), -turn, depth, -own[best], -second[best], best),
-                units=tuple(part),
-                cost=costs[start] * len(part),
-                pool=pools[start],
-                group=index,
-                parent=parent,
-                forced=forced,
-            )
+    own_U, wanted_U = priorities_U.numpy(), space.inherit(priorities_U, torch.minimum).numpy()
+    second_U = np.zeros(space.size) if tie_break_U is None else tie_break_U.double().cpu().numpy()
+    later_U = np.ones(space.size, dtype=bool) if core_U is None else ~core_U.cpu().numpy()
+    ranked_U = np.lexsort((-second_U, -own_U, -wanted_U, later_U, space.group_U.numpy()))  # of equals the first
+    minimum_G = np.array([_minimum(group.kind, group.layer, group.count, limits) for group in space.groups])
+    multiple_G = np.array([limits.channel_multiple if group.kind == "channel" else 1 for group in space.groups])
+    starts_G, counts_G = np.array(space.starts[:-1]), np.array([group.count for group in space.groups])
+    parts_G = (minimum_G > 0) + (counts_G - minimum_G) // multiple_G
+    group_P = np.repeat(np.arange(len(parts_G)), parts_G)
+    number_P = np.arange(len(group_P)) - np.repeat(parts_G.cumsum() - parts_G, parts_G)
+    required_P = (number_P == 0) & (minimum_G > 0)[group_P]
+    earlier_P = number_P - (minimum_G > 0)[group_P]  # parts of a multiple
+    first_P = starts_G[group_P] + np.where(required_P, 0, minimum_G[group_P] + earlier_P * multiple_G[group_P])
+    size_P = np.where(required_P, minimum_G[group_P], multiple_G[group_P])
+    best_P = ranked_U[first_P]
+    parent_P = space.parents_U.numpy()[best_P]
+    cost_P = budget.costs_U.numpy()[best_P] * size_P
+    pool_P = torch.stack([pool.members_U for pool in budget.pools]).int().argmax(0).numpy()[best_P]
+    # A mean must not exceed its largest value by rounding, or children would come before their parent.
+    mean_P = np.minimum(wanted_U[best_P], _sums(wanted_U[ranked_U], first_P, size_P) / size_P)
+    turn_P = np.where(required_P & (parent_P >= 0), wanted_U[parent_P], mean_P)
+    forced_P, later_P = required_P & (parent_P < 0), _sums(later_U[ranked_U], first_P, size_P) > 0
+    depth_P = np.array([KINDS.index(group.kind) for group in space.groups])[group_P]
+    order_P = np.lexsort((best_P, -second_U[best_P], -own_U[best_P], depth_P, -turn_P, later_P, ~forced_P))
+    columns = (first_P, size_P, cost_P, group_P, pool_P, parent_P, forced_P)
+    return _Parts(ranked_U, *(column[order_P] for column in columns))
+
+
+def _sums(values_U: np.ndarray, first_P: np.ndarray, size_P: np.ndarray) -> np.ndarray:
+    """Of the values of each part."""
+    sums_P: np.ndarray = values_U[first_P].astype(np.float64)
+    for part in np.flatnonzero(size_P > 1):
+        sums_P[part] = math.fsum(values_U[first_P[part] : first_P[part] + size_P[part]])
+    return sums_P
 
 
 def _minimum(kind: Kind, layer: int, count: int, limits: Limits) -> int:
@@ -150,11 +170,3 @@ def _minimum(kind: Kind, layer: int, count: int, limits: Limits) -> int:
             f"{f' in multiples of {multiple}' if multiple > 1 else ''} asks for"
         )
     return minimum
-
-
-def _parts(units: list[int], minimum: int, multiple: int) -> Iterator[list[int]]:
-    """Best units first: the minimum in one part, then a multiple each; a remainder can never be kept."""
-    if minimum:
-        yield units[:minimum]
-    for start in range(minimum, len(units) - multiple + 1, multiple):
-        yield units[start : start + multiple]
