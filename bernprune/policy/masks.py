@@ -276,7 +276,9 @@ def _level_pairs(masks: int) -> Iterator[tuple[int, int, float]]:
     counts = {-1: masks // 2, 0: masks % 2, 1: masks // 2}
     for level, count in counts.items():
         for other, others in counts.items():
-            yield level, other, count * (others - (level == other)) / (masks * (masks - 1))
+            pairs = count * (others - (level == other))
+            if pairs:
+                yield level, other, pairs / (masks * (masks - 1))
 
 
 def row_slices(masks: MaskRows) -> Iterator[slice]:

@@ -69,6 +69,7 @@ class MaskSearch(ABC):
             raise ConfigError(f"sampling 'exact' needs units that do not nest, but got {budget.space.kinds}")
         self.budget, self.seed, self.design = budget, seed, design
         self.probs_U = probs_U.double()
+        self._contrast: tuple[torch.Tensor, Design, torch.Tensor] | None = None  # of which policy and design, and it
 
     @property
     @abstractmethod
@@ -137,7 +138,12 @@ class MaskSearch(ABC):
 
     @property
     def _contrasts_U(self) -> torch.Tensor:
-        return contrast(self.probs_U, self.design, self._amplitude_U)
+        """Worked out once for each policy, which is replaced, never written on."""
+        known = self._contrast
+        if known is None or known[0] is not self.probs_U or known[1] is not self.design:
+            known = self.probs_U, self.design, contrast(self.probs_U, self.design, self._amplitude_U)
+            self._contrast = known
+        return known[2]
 
     @property
     def _amplitude_U(self) -> torch.Tensor:
