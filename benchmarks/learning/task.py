@@ -1,4 +1,4 @@
-"""What every method is given: a model with its units, a budget, three texts that share nothing, and a meter.
+"""What every method is given: a model with its units, a budget, three texts that share no document, and a meter.
 
 - *Training*: the first nine tenths of the learning text's tokens. All that is scored, searched and selected on.
 - *Development*: its last tenth. For choosing settings; never for learning.
