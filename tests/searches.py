@@ -42,7 +42,7 @@ def flat(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_stop_and_go(
+def assert_resumes(
     make: Callable[[], MaskSearch], learn: Callable[[MaskSearch, range], None], stop: int, folder: Path
 ) -> None:
     """To the bit, through a file, whatever the search that goes on had learned, and the one that stopped learns on."""

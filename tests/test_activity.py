@@ -13,7 +13,7 @@ from searches import (
     CHUNKS,
     SPACE,
     WINDOW,
-    check_stop_and_go,
+    assert_resumes,
     heavy_tailed,
     miss,
     read,
@@ -226,7 +226,7 @@ def test_a_channel_that_is_never_active_is_survived() -> None:
 @pytest.mark.parametrize("space", [SPACE, LAYERED_BLOCKS], ids=["flat", "nested"])
 @pytest.mark.parametrize("stop", [3, 4], ids=["within_a_round", "between_rounds"])
 def test_a_search_that_reads_may_stop_and_go_on(space: Any, stop: int, tmp_path: Path) -> None:
-    check_stop_and_go(lambda: reading_search(space=space), read, stop, tmp_path)
+    assert_resumes(lambda: reading_search(space=space), read, stop, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from searches import FREE, check_stop_and_go, same_state
+from searches import FREE, assert_resumes, same_state
 from spaces import FLAT, LAYERED_BLOCKS, NESTED, all_masks, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import BUDGET, EXACT, assert_close
 
@@ -342,7 +342,7 @@ def test_statistics_say_what_happened(step: int) -> None:
 @pytest.mark.parametrize("stop", [1, 4, 7], ids=["in_the_first_round", "between_rounds", "within_a_round"])
 @pytest.mark.parametrize("space", [FLAT, NESTED], ids=["flat", "nested"])
 def test_a_run_may_stop_and_go_on(space: UnitSpace, stop: int, tmp_path: Path) -> None:
-    check_stop_and_go(lambda: make_search(space), lambda search, steps: run(search, steps, curved), stop, tmp_path)
+    assert_resumes(lambda: make_search(space), lambda search, steps: run(search, steps, curved), stop, tmp_path)
 
 
 def test_a_state_is_a_snapshot() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from enumeration import Draws, pieces
-from searches import CHUNKS, SPACE, check_stop_and_go, miss, read, reading_search
+from searches import CHUNKS, SPACE, assert_resumes, miss, read, reading_search
 from spaces import FLAT, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import EXACT, SAMPLED, assert_close
 
@@ -230,7 +230,7 @@ def test_a_search_that_swings_may_stop_and_go_on(stop: int, tmp_path: Path) -> N
             masks_BKCU = search.ask(step)
             search.tell(masks_BKCU, linear(masks_BKCU, step, noise=0.1), learning_rate=0.0)
 
-    check_stop_and_go(lambda: make_search(FLAT, design=Design(3, 4, 2, "antithetic", 0.5)), learn, stop, tmp_path)
+    assert_resumes(lambda: make_search(FLAT, design=Design(3, 4, 2, "antithetic", 0.5)), learn, stop, tmp_path)
 
 
 def test_some_windows_may_be_missing() -> None:
