@@ -20,7 +20,7 @@ from bernprune.errors import ConfigError
 from bernprune.names import Sampling
 from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import make_baseline
-from bernprune.policy.beliefs import Beliefs, Line, Together
+from bernprune.policy.beliefs import Beliefs, Line, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design, Masks, amplitude, contrast, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
@@ -178,7 +178,7 @@ def test_what_channels_are_worth_together_is_observed(sampling: Sampling, num_ma
         for step in range(4):
             masks_BKCU = search.ask(step)
             search.tell(masks_BKCU, linear(masks_BKCU, step, noise=0.5), learning_rate=0.0)
-        for group in search._together():
+        for group in search._group_means():
             weights_N = search.probs_U[group.members_N] * (1 - search.probs_U[group.members_N])
             assert_close(group.weights_N, weights_N / weights_N.sum(), EXACT)
             misses.append(((group.mean - group.weights_N @ worth_U[group.members_N]) / group.noise.sqrt()).item())
@@ -277,13 +277,13 @@ def test_layers_are_told_once(told: bool, monkeypatch: pytest.MonkeyPatch) -> No
     scaled, believed = [], []
     conclude, learn = ActiveTokens.conclude_round, Beliefs.learn
 
-    def conclude_round(self: Any, *given: Any, together: Any, **named: Any) -> bool:
-        scaled.append(len(together))
-        return conclude(self, *given, together=together, **named)
+    def conclude_round(self: Any, *given: Any, means: Any, **named: Any) -> bool:
+        scaled.append(len(means))
+        return conclude(self, *given, means=means, **named)
 
-    def learn_too(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, together: Any) -> None:
-        believed.append(len(together))
-        learn(self, observed_U, noise_U, together)
+    def learn_too(self: Any, observed_U: torch.Tensor, noise_U: torch.Tensor, means: Any) -> None:
+        believed.append(len(means))
+        learn(self, observed_U, noise_U, means)
 
     monkeypatch.setattr(ActiveTokens, "conclude_round", conclude_round)
     monkeypatch.setattr(Beliefs, "learn", learn_too)
@@ -313,17 +313,17 @@ def test_the_scale_of_active_tokens_follows_a_sure_layer() -> None:
     activities_BTN = normal_numbers(32, 6, int(channels_U.sum()), seed=2).abs().float()
     losses_BKT = -torch.einsum("bku,btu->bkt", kept_BKCU[:, :, 0][..., channels_U], activities_BTN.double())
     active.add(kept_BKCU, losses_BKT, torch.zeros(32, 4, 1).double(), activities_BTN)
-    together = [
-        Together(
+    means = [
+        GroupMean(
             members_N, torch.full((len(members_N),), 1 / len(members_N)).double(), mean, 1e-12 * torch.ones_like(mean)
         )
         for members_N, mean in zip(space.by_layer("channel"), torch.tensor([3.0, 5.0]).double(), strict=True)
     ]
     observed_U, noise_U, zeros_U = random.clone(), torch.ones_like(random), torch.zeros_like(random)
     halves = (random.clone(), random.clone())
-    given = {"contrast_U": torch.full_like(random, 0.25), "worth_U": zeros_U, "together": together}
+    given = {"contrast_U": torch.full_like(random, 0.25), "worth_U": zeros_U, "means": means}
     assert active.conclude_round(observed_U, noise_U, halves, **given)
-    for group in together:
+    for group in means:
         assert_close(observed_U[group.members_N].mean(), group.mean, 1e-3)
 
 
@@ -338,7 +338,7 @@ def test_a_line_through_means_is_that_of_least_squares() -> None:
     observed_N, noise_N = random_numbers(23, 1), 0.1 + random_numbers(23, 2)
     weights_N, mean, noise = random_numbers(23, 3) / random_numbers(23, 3).sum(), torch.tensor(2.5), torch.tensor(0.01)
     line.observe(observed_N, noise_N)
-    line.observe_together(weights_N, mean.double(), noise.double())
+    line.observe_mean(weights_N, mean.double(), noise.double())
     features_MF = torch.cat([line.features_NF, weights_N[None] @ line.features_NF])
     values_M = torch.cat([observed_N, mean.double()[None]])
     variances_M = torch.cat([noise_N + spread, (noise + spread * weights_N.square().sum()).double()[None]])
@@ -348,20 +348,20 @@ def test_a_line_through_means_is_that_of_least_squares() -> None:
 
 
 def test_what_sets_units_apart_is_no_part_of_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    space, means = TWO_LAYERS, []
-    monkeypatch.setattr(Line, "observe_together", lambda self, weights_N, mean, noise: means.append(mean))
+    space, told = TWO_LAYERS, []
+    monkeypatch.setattr(Line, "observe_mean", lambda self, weights_N, mean, noise: told.append(mean))
     beliefs = Beliefs(space, random_numbers(space.size, 0)[:, None], 0.1)
     observed_U, noise_U = random_numbers(space.size, 1), torch.full((space.size,), 1e-3, dtype=torch.float64)
     beliefs.learn(observed_U, noise_U)
     apart_U = beliefs.state_dict()["apart_U"]
     assert apart_U.abs().max() > 0.1
-    together = [
-        Together(members_N, random_numbers(len(members_N), 2), torch.tensor(1.5), torch.tensor(0.1))
+    means = [
+        GroupMean(members_N, random_numbers(len(members_N), 2), torch.tensor(1.5), torch.tensor(0.1))
         for members_N in space.by_layer("channel")
     ]
-    beliefs.learn(observed_U, noise_U, together)
-    expected = [group.mean.double() - group.weights_N @ apart_U[group.members_N] for group in together]
-    assert_close(torch.stack(means), torch.stack(expected), EXACT)
+    beliefs.learn(observed_U, noise_U, means)
+    expected = [group.mean.double() - group.weights_N @ apart_U[group.members_N] for group in means]
+    assert_close(torch.stack(told), torch.stack(expected), EXACT)
 
 
 def test_a_state_of_swing_is_a_snapshot() -> None:

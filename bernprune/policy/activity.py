@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from bernprune.policy.baselines import less_the_others
-from bernprune.policy.beliefs import Together
+from bernprune.policy.beliefs import GroupMean
 from bernprune.units import UnitSpace
 
 _FACTORS = 0.1, 10.0  # between which the multiple must lie: beyond, there is nothing but noise
@@ -150,7 +150,7 @@ class ActiveTokens:
         *,
         contrast_U: torch.Tensor,
         worth_U: torch.Tensor,
-        together: Sequence[Together] = (),
+        means: Sequence[GroupMean] = (),
     ) -> bool:
         """Put what active tokens told of channels in the place of what all tokens did; whether any were told of.
 
@@ -158,7 +158,7 @@ class ActiveTokens:
             observed_U, noise_U: of each unit's worth, and its variance; changed in place.
             halves: of the effects, that is of worths with the other sign; changed in place.
             worth_U: by which losses were predicted.
-            together: what all tokens told of the channels of each layer together.
+            means: what all tokens told of the channels of each layer together.
         """
         sums, self._sums = self._sums, ActivitySums(int(self._channels_U.sum()))
         if not sums.count:
@@ -171,7 +171,7 @@ class ActiveTokens:
         shape_U[at] = sums.evenness_N / contrast_N  # to which a layer's variances are taken to be in proportion
         for layer, members_N in enumerate(self._layers):
             self._calibration.learn(layer, observed_U[members_N], noise_U[members_N], active_U[members_N])
-        for layer, group in enumerate(together):
+        for layer, group in enumerate(means):
             active = group.weights_N @ active_U[group.members_N]
             self._calibration.learn(layer, group.mean[None], group.noise[None], active[None])
         factors_U = torch.ones_like(noise_U)

@@ -42,8 +42,13 @@ class Prior:
 
 
 @dataclass(frozen=True)
-class Together:
-    """Of units together: the mean of their worths by weights that add up to 1, as observed, and its variance."""
+class GroupMean:
+    """One more observation of a group's worths w: ``mean`` = sum of weights_u w_u + an error of variance ``noise``.
+
+    Attributes:
+        members_N, weights_N: which units, and weights that add up to 1.
+        mean, noise: of no dimension, nats per token and their square.
+    """
 
     members_N: torch.Tensor
     weights_N: torch.Tensor
@@ -76,7 +81,7 @@ class Line:
         self.information_FF = kept * self.information_FF + (self.features_NF.T * weights_N) @ self.features_NF
         self.response_F = kept * self.response_F + (self.features_NF.T * weights_N) @ observed_N
 
-    def observe_together(self, weights_N: torch.Tensor, mean: torch.Tensor, noise: torch.Tensor) -> None:
+    def observe_mean(self, weights_N: torch.Tensor, mean: torch.Tensor, noise: torch.Tensor) -> None:
         """Something else of the same round: the weighted mean of all units, with its variance."""
         weight = 1 / (noise + self.spread * weights_N.square().sum())
         features_F = weights_N @ self.features_NF
@@ -213,7 +218,7 @@ class Beliefs:
     def lines(self) -> list[Line]:
         return [line for family in self._families for line in family]
 
-    def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor, together: Sequence[Together] = ()) -> None:
+    def learn(self, observed_U: torch.Tensor, noise_U: torch.Tensor, means: Sequence[GroupMean] = ()) -> None:
         """One more round: what was observed of each unit's worth, and its variance, ``[U]``; and of groups together."""
         self._precision_U += 1 / noise_U
         variance_U = torch.empty_like(noise_U)
@@ -221,10 +226,10 @@ class Beliefs:
             for line in family:
                 at = line.members_N
                 line.observe(observed_U[at] - self._apart_U[at], noise_U[at])
-                for group in together:
+                for group in means:
                     if group.members_N.equal(at):
                         mean = group.mean - group.weights_N @ self._apart_U[at]
-                        line.observe_together(group.weights_N, mean, group.noise)
+                        line.observe_mean(group.weights_N, mean, group.noise)
             prior = common_prior(family)
             for line in family:
                 at = line.members_N

@@ -26,7 +26,7 @@ import torch
 from bernprune.errors import ConfigError
 from bernprune.policy.activity import ActiveTokens, copied
 from bernprune.policy.baselines import less_the_others
-from bernprune.policy.beliefs import Beliefs, Together
+from bernprune.policy.beliefs import Beliefs, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import Design, Masks, row_slices
@@ -228,7 +228,7 @@ class PosteriorSearch(MaskSearch):
             return kept_BKCU
         return kept_BKCU - levels_BKCG[..., self.budget.space.group_U] * self._amplitude_U
 
-    def _together(self) -> list[Together]:
+    def _group_means(self) -> list[GroupMean]:
         """What was observed of the channels of each layer by their swing: the mean of their worths, by amplitude.
 
         For a linear loss E[sum_k A_k z_k / K] = -(sum_k z_k^2 / (K - 1)) sum_u a_u w_u, as levels z add up to zero.
@@ -243,7 +243,7 @@ class PosteriorSearch(MaskSearch):
             amplitude_N = self._amplitude_U[members_N]
             scale, weights_N = strength * amplitude_N.sum(), amplitude_N / amplitude_N.sum()
             mean = weights_N @ self.worth_U[members_N] - sums.mean_U()[group] / scale
-            found.append(Together(members_N, weights_N, mean, sums.variance_U()[group] / scale.square()))
+            found.append(GroupMean(members_N, weights_N, mean, sums.variance_U()[group] / scale.square()))
         return found
 
     def _predicted(self, kept_BKCU: torch.Tensor) -> torch.Tensor:
@@ -257,13 +257,13 @@ class PosteriorSearch(MaskSearch):
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
         observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
-        self._sums, together = Sums.empty(len(observed_U)), self._together()
+        self._sums, means = Sums.empty(len(observed_U)), self._group_means()
         if not noise_U.any():
             return  # the losses did not differ: nothing was learned
         seen = self._active.conclude_round(
-            observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, together=together
+            observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, means=means
         )
-        self.beliefs.learn(observed_U, noise_U, [] if seen else together)
+        self.beliefs.learn(observed_U, noise_U, [] if seen else means)
         costs_U = self.budget.marginal_cost(self.probs_U)
         self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
         self._end_round(self.rounds + 1)
