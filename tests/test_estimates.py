@@ -22,7 +22,8 @@ from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Sampling, Scaling
 from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.policy.budget import Budget
-from bernprune.policy.masks import Design, contrast
+from bernprune.policy.contrast import contrast
+from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 

@@ -22,8 +22,9 @@ from bernprune.objective import masked_objective
 from bernprune.policy import masks as module
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
+from bernprune.policy.contrast import contrast
 from bernprune.policy.counters import WORDS, mask_words
-from bernprune.policy.masks import ORDERS, Design, Masks, contrast, orders, with_reference
+from bernprune.policy.masks import ORDERS, Design, Masks, orders, with_reference
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch

@@ -20,9 +20,10 @@ from bernprune.errors import ConfigError
 from bernprune.names import Sampling
 from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import make_baseline
-from bernprune.policy.beliefs import Beliefs, Line, GroupMean
+from bernprune.policy.beliefs import Beliefs, GroupMean, Line
 from bernprune.policy.budget import Budget
-from bernprune.policy.masks import Design, Masks, amplitude, contrast, orders, some_rows
+from bernprune.policy.contrast import contrast
+from bernprune.policy.masks import Design, Masks, amplitude, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch

@@ -14,8 +14,9 @@ import torch
 from bernprune.errors import BudgetError, ConfigError, RunError
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
+from bernprune.policy.contrast import contrast
 from bernprune.policy.diagnostics import entropy_by_layer, rank_correlation
-from bernprune.policy.masks import Design, Masks, amplitude, contrast
+from bernprune.policy.masks import Design, Masks, amplitude
 from bernprune.units import MaskRows
 
 
