@@ -11,11 +11,20 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
+import torch
 import typer
+from transformers.utils import logging as transformers_logging
 
+from bernprune.config import make_config
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
+from bernprune.evaluation import perplexity
+from bernprune.report import table
+from bernprune.run import pipeline
 from bernprune.run.folder import RunFolder
+from bernprune.run.forecast import forecast
+from bernprune.run.plans import select_plan
+from bernprune.settings import merge, parse_settings, read_yaml
 
 app = typer.Typer(
     help="Prune transformer language models structurally, with forward passes only.",
@@ -48,9 +57,9 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:  # a full disk behind stdout, a folder for temporary files that is gone
         _drop_stuck_output()
         return _fail(f"the system refused: {error}", debug)
+    except torch.OutOfMemoryError:
+        return _fail("the GPU's memory is full; another model.device, or a shorter model.dtype, may do", debug)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which a command may not even have imported
-            return _fail("the GPU's memory is full; another model.device, or a shorter model.dtype, may do", debug)
         if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
             raise
         return _fail(error.format_message(), debug)
@@ -114,8 +123,6 @@ def _set_up_logging(debug: bool) -> None:
 
 def _quiet_libraries() -> None:
     """Their progress bars and hints would bury ours."""
-    from transformers.utils import logging as transformers_logging
-
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -147,11 +154,6 @@ def prune(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Learn what to remove, remove it, save and verify. Without arguments: the embedded model."""
-    from bernprune.config import make_config
-    from bernprune.report import table
-    from bernprune.run.pipeline import prune as run
-    from bernprune.settings import merge, parse_settings, read_yaml
-
     flags = {
         "model": {"path": model},
         "data": {"text": text, "eval_text": eval_text},
@@ -167,7 +169,7 @@ def prune(
     folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
     _State.out = folder
     _quiet_libraries()
-    report = run(checked, folder, overwrite=overwrite)
+    report = pipeline.prune(checked, folder, overwrite=overwrite)
     _show(f"{table(report)}\n\nresult       {folder / 'model'}")
 
 
@@ -177,12 +179,9 @@ def resume(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Continue a run that was killed or interrupted."""
-    from bernprune.report import table
-    from bernprune.run.pipeline import resume as run
-
     _State.out = out
     _quiet_libraries()
-    report = run(out)
+    report = pipeline.resume(out)
     _show(f"{table(report)}\n\nresult       {out / 'model'}")
 
 
@@ -195,13 +194,9 @@ def apply(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Slice any copy of a model by a plan, save and verify."""
-    from bernprune.config import make_config
-    from bernprune.run.pipeline import apply_plan, read_plan
-    from bernprune.settings import merge, parse_settings
-
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
     _quiet_libraries()
-    done = apply_plan(checked, read_plan(plan), out)
+    done = pipeline.apply_plan(checked, pipeline.read_plan(plan), out)
     _show(
         f"parameters   {done['dense_parameters']:,} before, {done['pruned_parameters']:,} after\n"
         f"verified     reloaded in a clean process, largest logit difference {done['max_logit_difference']:.1e}\n"
@@ -217,8 +212,6 @@ def select(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """The plan for another sparsity from what a run has learned, without a new search."""
-    from bernprune.run.plans import select_plan
-
     path, kept = select_plan(out, sparsity, nested=nested)
     lines = [f"{'layer':<8}{'kv groups':>14}{'FFN channels':>18}"]
     lines += [
@@ -244,13 +237,9 @@ def evaluate(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Perplexity with its protocol."""
-    from bernprune.config import make_config
-    from bernprune.evaluation.perplexity import evaluate as measure
-    from bernprune.settings import merge, parse_settings
-
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
     _quiet_libraries()
-    result = measure(checked.model, text, window=window, max_tokens=tokens)
+    result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens)
     if as_json:
         _show(json.dumps(result, indent=2, allow_nan=False))
         return
@@ -273,10 +262,6 @@ def units(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """What can be removed from a model, what it costs, and what a run would take."""
-    from bernprune.config import make_config
-    from bernprune.run.forecast import forecast
-    from bernprune.settings import merge, parse_settings
-
     flags = _without_none({"model": {"path": model}, "granularity": granularity})
     checked = make_config(merge(flags, parse_settings(settings or [])))
     _quiet_libraries()

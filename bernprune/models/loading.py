@@ -5,11 +5,10 @@ import re
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from bernprune.embedded import EMBEDDED, MODEL_FOLDER
 from bernprune.errors import BernpruneError, ModelError
-
-# The public loading of transformers is imported where it is used: it takes seconds that a typo should not cost.
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -40,8 +39,6 @@ def stated_type(path: str, *, revision: str | None = None) -> str:
     Raises:
         ModelError: as ``load_config``, or there is no model type.
     """
-    from transformers import PreTrainedConfig
-
     with _explained(path, "configuration"):
         stated: Any = PreTrainedConfig.get_config_dict(resolve(path), revision=revision)[0]
     model_type = stated.get("model_type") if isinstance(stated, dict) else None
@@ -52,8 +49,6 @@ def stated_type(path: str, *, revision: str | None = None) -> str:
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's configuration. Raises ``ModelError``."""
-    from transformers import AutoConfig
-
     with _explained(path, "configuration"):
         return AutoConfig.from_pretrained(resolve(path), revision=revision, trust_remote_code=trust_remote_code)
 
@@ -71,8 +66,6 @@ def load_model(
     Raises:
         ModelError: missing, unreadable, corrupt, or weights that do not fit the configuration.
     """
-    from transformers import AutoModelForCausalLM
-
     with _explained(path, "model"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve(path),
@@ -102,8 +95,6 @@ def _check_complete(path: str, info: Any) -> None:
 
 def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer. Raises ``ModelError``."""
-    from transformers import AutoTokenizer
-
     folder = resolve(path)
     if os.path.isdir(folder) and not any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
         raise ModelError(f"model folder {path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
