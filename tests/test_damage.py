@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_run import (
     LOOK,
     METHODS,
@@ -31,7 +32,7 @@ from tiny_run import (
 
 from bernprune import storage
 from bernprune.config import make_config
-from bernprune.errors import ModelError
+from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading
@@ -168,6 +169,50 @@ def test_a_saved_model_that_differs_is_not_left(
         assert "not the one in memory" in in_one_sentence(run(*arguments))
     assert not (place.out / "model").exists() and not (place.out / "report.json").exists()
     assert not (place.folder / "applied").exists()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_how_far_logits_may_differ(
+    scale: float, place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a share of the largest of them; and never by what is no number."""
+    weights = place.copied() / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["lm_head.weight"] *= scale
+    save_file(tensors, weights, metadata={"format": "pt"})
+    plan, config = pipeline.read_plan(undisturbed / "plan.json"), make_config({"model": {"path": str(weights.parent)}})
+    largest, differences = list[float](), iter([0.0, 0.9e-5, 1.1e-5, math.inf])
+
+    def verify(folder: Path, tokens_BT: torch.Tensor, logits: torch.Tensor, **_: Any) -> float:
+        largest.append(logits.abs().max().item())
+        return next(differences) * largest[-1]
+
+    monkeypatch.setattr(pipeline, "verify_saved", verify)
+    for name in ("a", "b"):
+        assert pipeline.apply_plan(config, plan, name)["tolerance"] == pytest.approx(1e-5 * largest[-1])
+    for name in ("c", "d"):
+        with pytest.raises(RunError, match="not the one in memory"):
+            pipeline.apply_plan(config, plan, name)
+
+
+def test_a_saved_model_is_compared_in_full_precision(
+    place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller may have asked for products of less; a clean process knows nothing of it, and the caller keeps it."""
+
+    def clean(*given: Any, **named: Any) -> float:
+        asked.append(torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        return verify_here(*given, **named)
+
+    asked, before = list[str](), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(pipeline, "verify_saved", clean)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        done = succeed("apply", str(undisturbed / "plan.json"), str(place.model), "applied")
+        assert asked == ["medium"] and "difference 0.0e+00" in done.out
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- damaged checkpoints ---

@@ -89,7 +89,7 @@ def verify_saved(folder: str | Path, tokens_BT: torch.Tensor, logits: torch.Tens
     if loaded.shape != logits.shape:
         raise RunError(f"{folder} gives logits of shape {tuple(loaded.shape)}, the model {tuple(logits.shape)}")
     difference = (loaded.float() - logits.detach().cpu().float()).abs()
-    return float(difference.nan_to_num(nan=float("inf")).max())
+    return float(difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
 
 def _check_provenance(model: PreTrainedModel, plan: KeepPlan) -> None:

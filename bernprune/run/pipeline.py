@@ -5,6 +5,8 @@ import json
 import logging
 import math
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +40,9 @@ from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
-# Largest difference of a logit between the model in memory and the saved folder, by number format; for the short ones
-# as a share of the largest logit, two roundings or so.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-RELATIVE_TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Largest difference of a logit between the model in memory and the saved folder, as a share of the largest logit, by
+# number format; for the short ones two roundings or so.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 _VERIFIED_WINDOWS = 2
 _SCORED_TOKENS = 2048  # of one forward pass for the metric, which keeps float32 copies of activations
 
@@ -301,18 +302,34 @@ def _save_and_verify(
     """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
     save_pruned(model, tokenizer, target, plan=plan)
     device = next(model.parameters()).device
-    logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
-    tolerance = TOLERANCE.get(model.dtype) or RELATIVE_TOLERANCE[model.dtype] * logits.abs().max().item()
+    with _full_precision():
+        logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
+    tolerance = TOLERANCE[model.dtype] * logits.abs().max().item()
     if device.type == "cuda":  # the other process needs room for its own copy
         model.to("cpu")
         torch.cuda.empty_cache()
     difference = verify_saved(target, tokens_BT, logits, device=str(device))
-    if not difference <= tolerance:
+    if math.isinf(difference) or difference > tolerance:
         raise RunError(
             f"the model saved in {target} is not the one in memory: its logits differ by {difference:.3g}, more than "
             f"the {tolerance:g} allowed for {model.dtype}"
         )
     return {"max_logit_difference": difference, "tolerance": tolerance}
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, as in a clean process, whatever was set in this one for all devices."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each kind of device by itself
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def read_plan(path: str | Path) -> KeepPlan:
