@@ -21,7 +21,7 @@ from bernprune.errors import BernpruneError
 from bernprune.evaluation import perplexity
 from bernprune.report import table
 from bernprune.run import pipeline
-from bernprune.run.folder import RunFolder
+from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
 from bernprune.run.plans import select_plan
 from bernprune.settings import merge, parse_settings, read_yaml
@@ -131,6 +131,10 @@ def _quiet_libraries() -> None:
 Config = Annotated[Path | None, typer.Argument(help="YAML file with settings; see configs/.", show_default=False)]
 Model = Annotated[str | None, typer.Option(help="Local folder, Hugging Face name, or 'embedded'.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. search.masks=8.")]
+SetOfModel = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="MODEL.B=C", help="A setting of the model, and no other, e.g. model.dtype=float32."),
+]
 
 
 @app.command()
@@ -176,12 +180,17 @@ def prune(
 @app.command()
 def resume(
     out: Annotated[Path, typer.Argument(help="Run folder of an unfinished run.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help=f"What may change meanwhile: {', '.join(FREE_SETTINGS)}."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Continue a run that was killed or interrupted."""
+    changes = parse_settings(settings or [], only=FREE_SETTINGS)
     _State.out = out
     _quiet_libraries()
-    report = pipeline.resume(out)
+    report = pipeline.resume(out, changes=changes)
     _show(f"{table(report)}\n\nresult       {out / 'model'}")
 
 
@@ -190,11 +199,11 @@ def apply(
     plan: Annotated[Path, typer.Argument(help="plan.json of a run.")],
     model: Annotated[str, typer.Argument(help="Local folder, Hugging Face name, or 'embedded'.")],
     out: Annotated[Path, typer.Argument(help="New folder for the pruned model.")],
-    settings: Set = None,
+    settings: SetOfModel = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Slice any copy of a model by a plan, save and verify."""
-    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
+    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
     _quiet_libraries()
     done = pipeline.apply_plan(checked, pipeline.read_plan(plan), out)
     _show(
@@ -233,11 +242,11 @@ def evaluate(
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 128,
     tokens: Annotated[int | None, typer.Option(min=2, help="Cut the text to this many tokens; by default all.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    settings: Set = None,
+    settings: SetOfModel = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Perplexity with its protocol."""
-    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [])))
+    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
     _quiet_libraries()
     result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens)
     if as_json:

@@ -35,13 +35,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
-    """``["a.b=c", ...]`` to nested data; the values are read as YAML."""
+def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict[str, Any]:
+    """``["a.b=c", ...]`` to nested data; the values are read as YAML.
+
+    Args:
+        only: settings, or sections of them, beside which no others are allowed; by default all are.
+
+    Raises:
+        ConfigError: what is not of this form, or not allowed.
+    """
     nested: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"--set {setting!r} must have the form section.key=value")
+        if only and not any(f"{key}.".startswith(f"{allowed}.") for allowed in only):
+            raise ConfigError(f"--set {setting!r} is not possible here; what can be set is {', '.join(only)}")
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:

@@ -32,7 +32,7 @@ from bernprune.models.architecture import architecture_of
 from bernprune.models.families import FAMILIES
 from bernprune.names import BaselineName, MasksPer, MethodName, PresetName, ScoreName
 from bernprune.run import pipeline
-from bernprune.run.folder import RunFolder
+from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.plans import Learned
 from bernprune.settings import merge, parse_settings
 from bernprune.units import KeepPlan, LayerPlan
@@ -343,6 +343,17 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "out-finished": (lambda p: p.prune(out=_finished(p)), ("finished run", "--overwrite")),
     "resume-finished": (lambda p: ["resume", str(_finished(p))], ("is finished", "model")),
     "resume-nothing": (lambda p: ["resume", "temporary"], ("temporary", "no bernprune run")),
+    **{
+        f"resume-with-{setting}": (
+            lambda p, setting=setting: ["resume", str(_unfinished(p)), "--set", setting],
+            (f"--set '{setting}' is not possible here", *FREE_SETTINGS),
+        )
+        for setting in ("search.masks=4", "search.rows=4", "search={rows_per_forward: 4}", "reporting=1")
+    },
+    "resume-out-of-range": (
+        lambda p: ["resume", str(_unfinished(p)), "--set", "search.rows_per_forward=0"],
+        ("search.rows_per_forward", "1", "0"),
+    ),
     "resume-damaged-config": (lambda p: ["resume", str(_damaged_config(p))], ("config.yaml", "not YAML")),
     "overwrite-by-a-bad-run": (
         lambda p: [*p.prune(out=_finished(p), model=_weights_that_are_nan(p)), "--overwrite"],
@@ -360,6 +371,14 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "plan-into-something-else": (
         lambda p: [*_plan_of_another_model(p)[:3], str(_something_else(p))],
         ("exists already",),
+    ),
+    "apply-with-another-setting": (
+        lambda p: [*_plan_of_another_model(p), *settings("seed=3")],
+        ("--set 'seed=3' is not possible here", "model"),
+    ),
+    "evaluate-with-another-setting": (
+        lambda p: ["evaluate", str(p.model), "--text", str(p.text), *settings("data.window=16")],
+        ("--set 'data.window=16' is not possible here", "model"),
     ),
     # plans for other sparsities
     "plans-too-high": (

@@ -38,6 +38,7 @@ from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading
 from bernprune.run import loop, pipeline, stage
 from bernprune.run.checkpoint import write_state
+from bernprune.run.folder import RunFolder
 
 # 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
 WORKING = (
@@ -339,8 +340,22 @@ def test_a_loss_that_is_not_finite_stops_the_run(method: str, place: Place, monk
     _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK == 1)
     sentence = in_one_sentence(run(*place.prune(*METHODS[method])))
     groups, masks = LAYOUTS[method]
-    assert f"1 of {groups * masks} losses of step 3" in sentence and "search.non_finite=drop" in sentence
+    assert f"1 of {groups * masks} losses of step 3" in sentence
+    assert ("search.non_finite=drop" in sentence) == (method != "posterior-batch"), "antithetic, and on one text"
     assert not (place.out / "model").exists()
+
+
+@pytest.mark.parametrize("again", ["prune", "resume"])
+def test_the_way_out_can_be_taken(again: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run that a loss has stopped goes on without the masks that have such losses."""
+    drop = "search.non_finite=drop"
+    with pytest.MonkeyPatch.context() as patch:
+        _losses_with_nan(patch, step=3, bad=lambda numbers_BK: numbers_BK == 1)
+        in_one_sentence(run(*place.prune()))
+    _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK == 1)
+    succeed(*(place.prune(drop) if again == "prune" else ["resume", str(place.out), "--set", drop]))
+    lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["dropped"] for line in lines] == [0, 0, 0, MASKS, 0, 0, 0, 0]
 
 
 # Of antithetic masks on a whole batch none may be missing.
@@ -426,7 +441,7 @@ def test_a_loss_lost_in_every_window_stops_the_run(method: str, place: Place, mo
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("set_stage", "another model.device"), ("run_search", "lower search.rows_per_forward")]
+    ("name", "said"), [("set_stage", "another model.device"), ("run_search", "--set search.rows_per_forward=32")]
 )
 def test_a_full_gpu(name: str, said: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """While loading, before there is a run, and in the search, from where it can be continued."""
@@ -437,7 +452,26 @@ def test_a_full_gpu(name: str, said: str, place: Place, monkeypatch: pytest.Monk
     monkeypatch.setattr(pipeline, name, full)
     sentence = in_one_sentence(run(*place.prune()))
     assert "memory is full" in sentence and said in sentence
-    assert ("same command again" in sentence) == (name == "run_search") == place.out.exists()
+    assert ("bernprune resume" in sentence) == (name == "run_search") == place.out.exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "resume"])
+def test_what_a_full_gpu_advises_can_be_done(command: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that it gives goes on with half as much at once, whichever command met it."""
+    search = pipeline.run_search
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(pipeline, "run_search", full)
+    for attempt in (place.prune("search.rows_per_forward=12"), ["resume", str(place.out)]):
+        sentence = in_one_sentence(run(*attempt))
+        if attempt[0] == command:
+            break
+    monkeypatch.setattr(pipeline, "run_search", search)
+    succeed(*sentence.rpartition("bernprune ")[2].split())
+    config = RunFolder(place.out).read_config()
+    assert (config.search.rows_per_forward, config.report.latency_rows) == (6, 1)
 
 
 def test_a_gpu_too_small_for_the_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from tiny_run import (
     in_one_sentence,
     run,
     same_run,
+    settings,
     spawn,
     steps_of,
     succeed,
@@ -35,7 +36,7 @@ from bernprune.run import finals, loop, pipeline
 from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
 from bernprune.run.stage import set_stage
-from bernprune.settings import parse_settings, read_yaml
+from bernprune.settings import merge, parse_settings, read_yaml
 
 # 20 steps of a tenth of a second, so that a signal meets a search at work; a checkpoint in the middle of a round, or a
 # baseline with a memory; and what was learned is what is kept.
@@ -228,6 +229,23 @@ def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> N
         patch.setattr(loop._Loop, "step", None)
         succeed(*place.prune(*free), "--eval-text", str(finished.parent / "held-out.txt"))
     assert read_yaml(place.out / "config.yaml")["search"]["rows_per_forward"] == 1
+    assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+def test_resume_takes_what_may_change(place: Place, finished: Path) -> None:
+    """As the same command with other such settings does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", _interrupt)
+        run(*place.prune(), "--eval-text", str(finished.parent / "held-out.txt"))
+    before = RunFolder(place.out).read_config()
+    with pytest.raises(RunError, match=r"another configuration \(seed is 0 there and 7 here\)"):
+        pipeline.resume(place.out, changes={"seed": 7})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        free = ("search.rows_per_forward=1", "report.latency_repeats=3")
+        succeed("resume", str(place.out), *settings(*free))
+    wanted = merge(before.to_dict(), parse_settings(free))
+    assert RunFolder(place.out).read_config() == make_config(wanted) != before
     assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
 
 

@@ -35,8 +35,15 @@ LEARNED, FINALS, PLANS = "learned.safetensors", "finals.safetensors", "plans"
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS}
 
 
-# What may change while a run is under way: memory, checkpoints and what is measured beside the result.
-FREE_SETTINGS = ("search.rows_per_forward", "search.checkpoint_seconds", "search.checkpoint_steps", "report")
+# What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, and what is
+# measured beside the result.
+FREE_SETTINGS = (
+    "search.rows_per_forward",
+    "search.checkpoint_seconds",
+    "search.checkpoint_steps",
+    "search.non_finite",
+    "report",
+)
 
 
 class RunFolder:

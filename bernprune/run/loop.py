@@ -190,9 +190,11 @@ class _Loop:
         keep: tuple[Any, ...] = (slice(None), finite_BK[0]) if len(finite_BK) == 1 else (finite_BK.all(1), slice(None))
         dropped = losses_BKC[..., 0].numel() - losses_BKC[keep][..., 0].numel()
         if dropped and (settings.non_finite != "drop" or not losses_BKC[keep].numel()):
+            # Antithetic masks on one text are told all together.
+            possible = settings.non_finite == "error" and (len(finite_BK) > 1 or settings.sampling != "antithetic")
             raise LossError(
                 f"{int((~finite_BK).sum())} of {finite_BK.numel()} losses of step {step} are not finite"
-                + ("" if settings.non_finite == "drop" else "; search.non_finite=drop leaves such masks out")
+                + ("; continued with search.non_finite=drop, the run leaves such masks out" if possible else "")
             )
         return keep, dropped
 

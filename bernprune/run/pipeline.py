@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from bernprune.backends import find_device
-from bernprune.config import RunConfig
+from bernprune.config import RunConfig, make_config
 from bernprune.errors import BernpruneError, LossError, ModelError, RunError
 from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
@@ -35,6 +35,7 @@ from bernprune.run.plans import Learned, describe_plan, plans_table, removed_par
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
 from bernprune.run.workload import Work, make_search, scope_of, start_probs
 from bernprune.scores import SCORES, initial_scores
+from bernprune.settings import merge
 from bernprune.storage import write_bytes, write_json
 from bernprune.units import KeepPlan
 
@@ -65,10 +66,7 @@ def prune(
         try:
             return _run(stage, folder, continued=continued, progress=progress)
         except torch.OutOfMemoryError as error:
-            again = " and give the same command again, which continues the run" if folder.unfinished else ""
-            raise RunError(
-                f"the GPU's memory is full; lower search.rows_per_forward and report.latency_rows{again}"
-            ) from error
+            raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, config)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
             raise RunError(f"{out} cannot be written: {_reason(error)}{_how_to_continue(folder)}") from error
 
@@ -83,12 +81,30 @@ def _how_to_continue(folder: RunFolder) -> str:
     return f"; when that is mended, continue with: bernprune resume {shlex.quote(str(folder.path))}"
 
 
-def resume(out: str | Path, *, progress: bool | None = None) -> dict[str, Any]:
-    """Continue the unfinished run in ``out``. Raises ``RunError`` if there is none."""
+def _how_to_need_less(folder: RunFolder, config: RunConfig) -> str:
+    if not folder.unfinished:
+        return "lower search.rows_per_forward and report.latency_rows"
+    rows, latency_rows = max(1, config.search.rows_per_forward // 2), max(1, config.report.latency_rows // 2)
+    return (
+        f"continue with less at once: bernprune resume {shlex.quote(str(folder.path))} "
+        f"--set search.rows_per_forward={rows} --set report.latency_rows={latency_rows}"
+    )
+
+
+def resume(
+    out: str | Path, *, changes: Mapping[str, Any] | None = None, progress: bool | None = None
+) -> dict[str, Any]:
+    """Continue the unfinished run in ``out``, with ``changes`` to settings of ``FREE_SETTINGS``, as nested plain data.
+
+    Raises:
+        RunError: there is none, or another setting was changed.
+        ConfigError: a setting that is unknown, or out of range.
+    """
     folder = open_run(Path(out))
     if folder.finished:
         raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
-    return prune(folder.read_config(), out, progress=progress)
+    config = folder.read_config()
+    return prune(make_config(merge(config.to_dict(), changes)) if changes else config, out, progress=progress)
 
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
