@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bernprune.report import shown, titles
+
 _COLOURS = {"kv_groups": "#3b6ea5", "channels": "#d98032"}
 _TITLES = {"kv_groups": "kv groups", "channels": "FFN channels"}
 
@@ -18,11 +20,10 @@ def draw(report: dict[str, Any], records: Sequence[dict[str, Any]]) -> bytes:
     kept, learning = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_layers(kept, report["layers"])
     _draw_losses(learning, records)
-    perplexity = report["perplexity"]
+    perplexity = {name: shown(figure, 2) for name, figure in report["perplexity"].items()}
     figure.suptitle(
-        f"{report['sparsity']['block_parameters']:.1%} of block parameters removed: perplexity "
-        f"{perplexity['dense']:.2f} dense, {perplexity['initial']:.2f} initial metric, "
-        f"{perplexity['pruned']:.2f} {'learned' if report['search']['kept'] == 'learned' else 'kept'}"
+        f"{report['sparsity']['block_parameters']:.1%} of block parameters removed: perplexity {perplexity['dense']} "
+        f"dense, {perplexity['initial']} initial metric, {perplexity['pruned']} {titles(report)['pruned']}"
     )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)

@@ -8,21 +8,32 @@ ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metr
 def table(report: dict[str, Any]) -> str:
     """Dense, initial metric, learned: perplexity, parameters, latency; and the protocol they were taken by."""
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
-    titles = ROWS if report["search"]["kept"] in ("learned", "widths") else ROWS | {"pruned": "kept"}
     same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
-    for name, title in titles.items():
+    for name, title in titles(report).items():
         if name == "uniform" and same_start:
             continue
         figure = report["latency"].get(name)
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
         count = report["parameters"].get(name)
         size = "-" if count is None else f"{count:,}"
-        lines.append(f"{title:<16}{_short(report['perplexity'][name]):>12}{size:>16}{time:>12}")
+        lines.append(f"{title:<16}{shown(report['perplexity'][name]):>12}{size:>16}{time:>12}")
     return "\n".join([*lines, *_plans(report["plans"]), "", *_notes(report)])
 
 
+def titles(report: dict[str, Any]) -> dict[str, str]:
+    """What each model is called; what is kept, learned only if it was."""
+    return ROWS if report["search"]["kept"] in ("learned", "widths") else ROWS | {"pruned": "kept"}
+
+
+def shown(perplexity: float | None, digits: int = 3) -> str:
+    """In few characters, however large; or that there is none."""
+    if perplexity is None:
+        return "not finite"
+    return f"{perplexity:.{digits}f}" if perplexity < 1e7 else f"{perplexity:.3g}"
+
+
 def _plans(plans: list[dict[str, Any]]) -> list[str]:
-    return [f"{'plan ' + format(plan['sparsity'], 'g'):<16}{_short(plan['perplexity']):>12}" for plan in plans]
+    return [f"{'plan ' + format(plan['sparsity'], 'g'):<16}{shown(plan['perplexity']):>12}" for plan in plans]
 
 
 def _choice(search: dict[str, Any]) -> list[str]:
@@ -43,12 +54,6 @@ def _choice(search: dict[str, Any]) -> list[str]:
             f"kept         comes from the row '{row}': on text not learned from, what was learned did not beat it"
         )
     return lines
-
-
-def _short(perplexity: float | None) -> str:
-    if perplexity is None:
-        return "not finite"
-    return f"{perplexity:.3f}" if perplexity < 1e7 else f"{perplexity:.3g}"
 
 
 def _notes(report: dict[str, Any]) -> list[str]:

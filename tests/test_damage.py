@@ -22,6 +22,7 @@ from tiny_run import (
     Place,
     in_one_sentence,
     prune_arguments,
+    read_json,
     run,
     state_of,
     steps_of,
@@ -435,6 +436,28 @@ def test_a_loss_lost_in_every_window_stops_the_run(method: str, place: Place, mo
     """No window is left whose masks can be compared."""
     _losses_with_nan(monkeypatch, step=3, bad=lambda numbers_BK: numbers_BK % MASKS == 1)
     assert "2 of 6 losses of step 3" in in_one_sentence(run(*place.prune(*DROPPING, *METHODS[method])))
+
+
+@pytest.mark.parametrize("lost", [("uniform",), ("initial",), ("uniform", "initial")])
+def test_a_start_that_loses_beyond_measure_is_no_reason_to_fail(
+    lost: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no figure, in the report, the table and the picture; what was learned is kept."""
+    original, names = MaskedObjective.losses, iter(("uniform", "initial"))
+
+    def losses(self: MaskedObjective, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        found_K = original(self, masks_KU, tokens_BT)
+        return found_K * math.nan if next(names, None) in lost else found_K
+
+    monkeypatch.setattr(MaskedObjective, "losses", losses)
+    done = succeed(*place.prune("search.method=reinforce", "initial.map=sigmap", "initial.scope=global"))
+    assert done.err.count("on the evaluation text is nan") == len(lost)
+    report = read_json(place.out / "report.json")
+    for name in ("dense", "uniform", "initial", "pruned"):
+        assert (report["loss"][name] is None) == (report["perplexity"][name] is None) == (name in lost)
+    row = next(line for line in done.out.splitlines() if line.startswith("initial metric"))
+    assert ("not finite" in row) == ("initial" in lost)
+    assert (place.out / "report.png").is_file()
 
 
 # --- a full GPU ---

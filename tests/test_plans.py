@@ -16,14 +16,14 @@ from tiny_run import METHODS, WINDOW, Place, finish, read_json, run, succeed
 from tolerances import EXACT, assert_close
 
 from bernprune.config import RunConfig, make_config
-from bernprune.errors import BudgetError, LossError
+from bernprune.errors import BudgetError
+from bernprune.objective import MaskedObjective
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.report import table
-from bernprune.run import pipeline, plans
+from bernprune.run import plans
 from bernprune.run.pipeline import read_plan
-from bernprune.run.plans import Learned
-from bernprune.run.stage import Stage
+from bernprune.run.plans import Learned, removed_parameter_share
 from bernprune.units import UnitSpace
 
 # What may be selected
@@ -242,16 +242,15 @@ def test_a_nested_plan_has_a_file_of_its_own(planned: Path, place: Place) -> Non
 def test_a_plan_without_a_loss_is_no_reason_to_fail(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no figure, and the run, its own plan and the others have theirs."""
 
-    def broken(stage: Stage, mask_U: torch.Tensor) -> float:
-        loss = mask_loss(stage, mask_U)
-        if stage.budget.removed_share(mask_U) > 0.39:
-            raise LossError("the loss of a selection on the evaluation text is nan")
-        return loss
+    def broken(self: MaskedObjective, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+        losses_K = losses(self, masks_KU, tokens_BT)
+        share = removed_parameter_share(self._view.space, masks_KU[0]) if len(masks_KU) == 1 else 0
+        return losses_K * math.nan if share > 0.39 else losses_K
 
-    mask_loss = pipeline.mask_loss
-    monkeypatch.setattr(pipeline, "mask_loss", broken)
+    losses = MaskedObjective.losses
+    monkeypatch.setattr(MaskedObjective, "losses", broken)
     done = succeed(*place.prune(*RUN, "plans.sparsities=[0.4, 0.2]"))
-    assert "at sparsity 0.4, the loss of a selection" in done.err
+    assert "the loss at sparsity 0.4 on the evaluation text is nan" in done.err
     report = read_json(place.out / "report.json")
     assert [row["loss"] is None for row in report["plans"]] == [False, True]
     assert ["plan", "0.4", "not", "finite"] in [line.split() for line in done.out.splitlines()]

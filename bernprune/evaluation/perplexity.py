@@ -61,7 +61,8 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
         ).item()
     loss = total / (count * (window - 1))
     if not math.isfinite(loss):
-        raise LossError(f"the loss on the evaluation text is {loss}; the model's outputs are not finite")
+        advice = "; with model.dtype=bfloat16 or float32 they may be" if model.dtype == torch.float16 else ""
+        raise LossError(f"the loss on the evaluation text is {loss}; the model's outputs are not finite{advice}")
     return loss
 
 

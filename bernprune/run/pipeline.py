@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig, make_config
-from bernprune.errors import BernpruneError, LossError, ModelError, RunError
+from bernprune.errors import BernpruneError, ModelError, RunError
 from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.saving import save_pruned, verify_saved
@@ -109,7 +109,7 @@ def resume(
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
-    losses = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
+    losses: dict[str, float | None] = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
@@ -117,8 +117,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)
     uniform_U = select(even_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    losses["uniform"] = mask_loss(stage, uniform_U)
-    losses["initial"] = mask_loss(stage, initial_U)
+    losses["uniform"] = mask_loss(stage, uniform_U, "of the metric's uniform selection")
+    losses["initial"] = mask_loss(stage, initial_U, "of the initial selection")
     if continued:
         folder.write_config(stage.config)  # some settings may change
     else:
@@ -209,12 +209,8 @@ def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, 
     for sparsity in sorted(config.plans.sparsities):
         mask_U = learned.select(config, sparsity, nested=nested)
         path = write_plan(folder, sparsity, learned.space.plan(mask_U), nested=nested)
-        loss, figure = None, None
-        try:
-            loss = mask_loss(stage, mask_U)
-            figure = perplexity(loss)
-        except LossError as error:  # the run's own plan is not to blame
-            logger.warning("at sparsity %g, %s", sparsity, error)
+        loss = mask_loss(stage, mask_U, f"at sparsity {sparsity:g}")
+        figure = None if loss is None else perplexity(loss)
         removed = removed_parameter_share(learned.space, mask_U)
         found.append({"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": figure, "plan": path.name})
     if found:
@@ -228,12 +224,16 @@ def _last_round(folder: RunFolder) -> dict[str, Any]:
     return rounds[-1] if rounds else {}
 
 
-def mask_loss(stage: Stage, mask_U: torch.Tensor) -> float:
-    """Mean loss of one mask on the evaluation text, nats per token. Raises ``LossError`` if it is not finite."""
+def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
+    """Mean loss of one mask on the evaluation text, nats per token; None if that is not finite, which is logged.
+
+    That is the fault of this selection alone: the run may keep another.
+    """
     with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
         loss = objective.losses(mask_U[None], stage.eval_windows_WT).item()
     if not math.isfinite(loss):
-        raise LossError(f"the loss of a selection on the evaluation text is {loss}")
+        logger.warning("the loss %s on the evaluation text is %s", which, loss)
+        return None
     return loss
 
 
@@ -271,7 +271,7 @@ def _finish(
     plan: KeepPlan,
     initial_plan: KeepPlan,
     report: dict[str, Any],
-    losses: dict[str, float],
+    losses: dict[str, float | None],
 ) -> None:
     """Slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
     settings = stage.config.report
@@ -290,7 +290,7 @@ def _finish(
         _time_initial(stage, initial_plan, device, times, report)
     dense = report["parameters"]["dense"]
     report["sparsity"]["total_parameters"] = 1 - report["parameters"]["pruned"] / dense
-    report["perplexity"] = {name: perplexity(loss) for name, loss in losses.items()}
+    report["perplexity"] = {name: None if loss is None else perplexity(loss) for name, loss in losses.items()}
     report["loss"] = losses
     report["latency"] = {name: figure.to_dict() for name, figure in times.items()}
     report["verified"] = verified

@@ -12,6 +12,7 @@ from bernprune.config import RunConfig
 from bernprune.errors import BudgetError, RunError
 from bernprune.evaluation.perplexity import Protocol
 from bernprune.policy.selection import select
+from bernprune.report import shown
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder, open_run
 from bernprune.run.workload import make_budget, make_limits
@@ -102,7 +103,7 @@ def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
     """Markdown."""
     lines = ["| sparsity | removed | perplexity | plan |", "| --- | --- | --- | --- |"]
     for plan in plans:
-        figure = "not finite" if plan["perplexity"] is None else f"{plan['perplexity']:.3f}"
+        figure = shown(plan["perplexity"])
         lines.append(f"| {plan['sparsity']:g} | {plan['removed']:.2%} | {figure} | `{plan['plan']}` |")
     return "\n".join(
         [
