@@ -15,7 +15,7 @@ import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
-from bernprune.config import make_config
+from bernprune.config import RunConfig, make_config
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
 from bernprune.evaluation import perplexity
@@ -33,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-DEFAULT_OUT = "out"
+DEFAULT_OUT, DEFAULTS = "out", RunConfig()
 INTERRUPTED, READER_GONE = 130, 141  # as shells count SIGINT and SIGPIPE
 
 
@@ -239,16 +239,22 @@ def _of(counts: dict[str, int], what: str) -> str:
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a dense or pruned model, Hugging Face name, or 'embedded'.")],
     text: Annotated[str, typer.Option(help="Text to evaluate on.")] = "embedded",
-    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = 128,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Cut the text to this many tokens; by default all.")] = None,
+    window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = DEFAULTS.data.window,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="Cut the text to this many tokens, by default as a run does.")
+    ] = DEFAULTS.data.eval_tokens,
+    join: Annotated[
+        str | None,
+        typer.Option(help="Join the text's rows by this string, as data.eval_join does; otherwise each is a text."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     settings: SetOfModel = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Perplexity with its protocol."""
+    """Perplexity with its protocol: windows and length are by default those of a run."""
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
     _quiet_libraries()
-    result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens)
+    result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens, joined_by=join)
     if as_json:
         _show(json.dumps(result, indent=2, allow_nan=False))
         return

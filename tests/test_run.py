@@ -34,6 +34,7 @@ from tiny_run import (
     succeed,
     tiny_text,
     without_times,
+    words,
 )
 from tolerances import EXACT, assert_close
 from transformers import AutoModelForCausalLM
@@ -212,6 +213,31 @@ def test_evaluate_gives_the_figures_of_the_report(place: Place, finished: Path) 
         assert result["parameters"] == report["parameters"][name]
     printed = succeed("evaluate", str(finished / "model"), *same).out
     assert f"{report['perplexity']['pruned']:.4f}" in printed and f"{report['parameters']['pruned']:,}" in printed
+
+
+def test_evaluate_joins_rows_as_a_run_does(place: Place) -> None:
+    """Told so, or else each row is a text of its own, which other tokens come of."""
+    rows = "".join(json.dumps({"text": words(20, seed)}) + "\n" for seed in range(20))
+    held_out = str(place.file("rows.jsonl", rows))
+    report = report_of(place, "data.eval_join=' '", flags=("--eval-text", held_out))
+    given = ["evaluate", str(place.model), "--text", held_out, "--window", str(WINDOW), "--tokens", "320", "--json"]
+    joined, apart = (json.loads(succeed(*given, *more).out) for more in (("--join", " "), ()))
+    assert joined["protocol"] == report["protocol"] != apart["protocol"]
+    assert joined["perplexity"] == pytest.approx(report["perplexity"]["dense"], rel=1e-6)
+
+
+def test_evaluate_reads_as_much_as_a_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default."""
+    asked: list[dict[str, Any]] = []
+
+    def stop(*_: Any, **named: Any) -> None:
+        asked.append(named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bernprune.evaluation.perplexity.evaluate", stop)
+    run("evaluate", str(place.model))
+    data = make_config({}).data
+    assert asked == [{"window": data.window, "max_tokens": data.eval_tokens, "joined_by": data.eval_join}]
 
 
 def test_units_prints_what_there_is(place: Place) -> None:

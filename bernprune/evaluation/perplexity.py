@@ -78,8 +78,14 @@ def check_window(config: Any, window: int) -> None:
         raise ModelError(f"a window of {window} tokens is longer than the model's {positions} positions")
 
 
-def evaluate(model: ModelConfig, text: str, *, window: int, max_tokens: int | None = None) -> dict[str, Any]:
+def evaluate(
+    model: ModelConfig, text: str, *, window: int, max_tokens: int | None = None, joined_by: str | None = None
+) -> dict[str, Any]:
     """Load a dense or pruned model and measure its perplexity on a text.
+
+    Args:
+        max_tokens: the text is cut to so many, as by ``data.eval_tokens``; by default it is read to its end.
+        joined_by: makes one document of all rows of the text, as ``data.eval_join`` does.
 
     Returns ``perplexity``, ``loss`` (nats per token), ``parameters`` and ``protocol``.
     """
@@ -88,7 +94,7 @@ def evaluate(model: ModelConfig, text: str, *, window: int, max_tokens: int | No
     config, tokenizer = load_config(model.path, **options), load_tokenizer(model.path, **options)
     check_window(config, window)
     characters = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
-    documents = load_documents(text, split="held-out", max_characters=characters)
+    documents = load_documents(text, split="held-out", max_characters=characters, joined_by=joined_by)
     stream_N = tokenize(tokenizer, documents, vocab_size=config.vocab_size)
     windows_WT = evaluation_windows(
         stream_N, window, max_windows=None if max_tokens is None else max(1, max_tokens // window)
