@@ -185,7 +185,7 @@ class SearchConfig(_Section):
     rows_per_forward: Count = 64
     """Most windows in one forward pass."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """At most this much work is lost to a crash."""
+    """Seconds between checkpoints of the search, each after a whole step; the final choice is saved after each heat."""
     checkpoint_steps: Count | None = None
     """Also write a checkpoint every so many steps."""
 

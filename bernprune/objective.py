@@ -7,7 +7,7 @@ exist: what is live of them at once fits in two and a half times ``LOGIT_BYTES``
 Letters: K masks, U units, R rows, B windows, C chunks of a window, T tokens, P predictions, D hidden size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -65,10 +65,19 @@ class MaskedObjective:
     Args:
         kind: ``cross-entropy``, or ``kl`` to the dense model's predictions (one more forward of B windows a call).
         rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else.
+        before_pass: called before every forward pass with the number of its rows; what it raises ends the call.
     """
 
-    def __init__(self, view: ModelView, live: LiveMasks, kind: ObjectiveName, rows_per_forward: int) -> None:
+    def __init__(
+        self,
+        view: ModelView,
+        live: LiveMasks,
+        kind: ObjectiveName,
+        rows_per_forward: int,
+        before_pass: Callable[[int], object] | None = None,
+    ) -> None:
         self._view, self._live, self._kind, self._rows = view, live, kind, rows_per_forward
+        self._before_pass = before_pass
         self._head: nn.Linear = view.model.get_output_embeddings()
         self._device = next(view.model.parameters()).device
 
@@ -181,19 +190,27 @@ class MaskedObjective:
         return torch.cat([self._hidden(tokens) for tokens in tokens_BT.split(self._rows)])
 
     def _hidden(self, tokens_RT: torch.Tensor) -> torch.Tensor:
+        if self._before_pass is not None:
+            self._before_pass(len(tokens_RT))
         hidden: torch.Tensor = self._view.decoder(input_ids=tokens_RT, use_cache=False).last_hidden_state
         return hidden
 
 
 @contextmanager
 def masked_objective(
-    view: ModelView, ops: MaskedOps | None = None, *, kind: ObjectiveName = "cross-entropy", rows_per_forward: int = 64
+    view: ModelView,
+    ops: MaskedOps | None = None,
+    *,
+    kind: ObjectiveName = "cross-entropy",
+    rows_per_forward: int = 64,
+    before_pass: Callable[[int], object] | None = None,
 ) -> Iterator[MaskedObjective]:
     """The objective for the length of a ``with`` block; the model is restored on leaving it.
 
-    ``ops`` are by default the fastest that run on the model's device. Raises ``ConfigError`` for an unknown kind.
+    ``ops`` are by default those of plain torch; for the others see ``MaskedObjective``. Raises ``ConfigError`` for an
+    unknown kind.
     """
     check_name("objective", kind, ObjectiveName)
     ops = ops or load_backend("auto", next(view.model.parameters()).device)
     with masked(view, ops) as live:
-        yield MaskedObjective(view, live, kind, rows_per_forward)
+        yield MaskedObjective(view, live, kind, rows_per_forward, before_pass)

@@ -19,6 +19,7 @@ from spaces import random_numbers
 from tiny_run import (
     METHODS,
     SETTINGS,
+    STOPPING,
     Place,
     ended,
     finish,
@@ -31,7 +32,7 @@ from tiny_run import (
     tiny_text,
 )
 
-from bernprune import storage
+from bernprune import objective, storage
 from bernprune.config import make_config
 from bernprune.data import TokenWindows
 from bernprune.objective import MaskedObjective
@@ -395,17 +396,24 @@ def test_other_sparsities_go_by_where_steps_led(place: Place, monkeypatch: pytes
 
 @pytest.mark.parametrize(("heat", "number"), [(0, signal.SIGINT), (2, signal.SIGTERM)], ids=["first", "third"])
 def test_an_interrupted_choice_goes_on(heat: int, number: signal.Signals, place: Place, undisturbed: Path) -> None:
-    """Ctrl-C in the race of the finalists or later: that heat is finished and saved, and no heat is run twice."""
+    """Ctrl-C in the race of the finalists or later: not a pass more, and what was saved before is not run twice."""
+    passes = list[int]()
+
+    def stop(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(objective, "token_losses", lambda *_: passes.append(1))
+        os.kill(os.getpid(), number)
+
     with pytest.MonkeyPatch.context() as patch:
-        before_race(patch, lambda at: os.kill(os.getpid(), number) if at == heat else None)
+        before_race(patch, lambda at: stop(patch) if at == heat else None)
         done = run(*arguments(place))
-    assert done.code == 130 and done.err == f"interrupted; continue with: bernprune resume {place.out}\n"
-    assert heats_of(place.out) == heat and not (place.out / "plan.json").exists()
+    assert done.code == 130 and done.err == STOPPING + f"interrupted; continue with: bernprune resume {place.out}\n"
+    assert passes == [] and not (place.out / "plan.json").exists()
+    assert (place.out / "finals.safetensors").is_file() == (heat > 0) and (not heat or heats_of(place.out) == heat - 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop._Loop, "step", None)
         numbers = before_race(patch, lambda _: None)
         assert succeed("resume", str(place.out)).err == ""
-    assert len(numbers) == heats_of(undisturbed) - heat
+    assert len(numbers) == 1 + heats_of(undisturbed) - heat
     same_choice(place.out, undisturbed)
 
 

@@ -17,6 +17,7 @@ from tiny_run import (
     METHODS,
     PASSES_OF,
     STEPS,
+    STOPPING,
     Place,
     ended,
     finish,
@@ -35,6 +36,7 @@ from bernprune.errors import RunError
 from bernprune.run import finals, loop, pipeline
 from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
+from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import set_stage
 from bernprune.settings import merge, parse_settings, read_yaml
 
@@ -100,11 +102,28 @@ def test_an_interrupted_search_says_how_to_go_on(
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
     process.send_signal(number)
     done = ended(process)
-    assert done.code == 130 and done.err == f"interrupted; continue with: bernprune resume {place.out}\n"
+    assert done.code == 130 and done.err == STOPPING + f"interrupted; continue with: bernprune resume {place.out}\n"
     steps = len(steps_of(place.out))
     assert 2 <= steps < 20 and (place.out / "checkpoints" / f"step-{steps:08d}.safetensors").is_file()
     succeed(*done.err.strip().partition("bernprune ")[2].split())
     same_run(place.out, uninterrupted(method))
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    """The first is a flag, which is raised when the block ends."""
+    reached = list[bool]()
+
+    def work(*numbers: signal.Signals) -> None:
+        with signals() as stopping:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                reached.append(stopping.is_set())
+
+    with pytest.raises(Interrupted):
+        work(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        work(signal.SIGINT, signal.SIGTERM)
+    assert caught.type is KeyboardInterrupt and reached == [True, True]
 
 
 def _interrupt(*_: Any, **__: Any) -> None:

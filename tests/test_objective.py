@@ -220,6 +220,27 @@ def test_gates_are_taken_like_masks(kind: ObjectiveName) -> None:
     assert_close(found, alone.mean(0), EXACT)
 
 
+@all_objectives
+def test_passes_are_announced(kind: ObjectiveName) -> None:
+    """Each with its rows, those of the dense model too; what is raised then ends the call and restores the model."""
+    view, tokens_BT, announced = describe(tiny_model("llama")), random_tokens(3, 9), list[int]()
+    masks_KU, before = random_masks(view, 5), log_probs(view.model, tokens_BT)
+
+    def note(rows: int) -> None:
+        announced.append(rows)
+        if len(announced) > 7:
+            raise KeyboardInterrupt
+
+    with masked_objective(view, OPS, kind=kind, rows_per_forward=4, before_pass=note) as objective:
+        objective.losses(masks_KU, tokens_BT)
+        assert announced == ([3] if kind == "kl" else []) + [4, 4, 4, 3]
+        objective.activities(masks_KU[0], tokens_BT)
+        assert announced[-1] == 3
+        with pytest.raises(KeyboardInterrupt):
+            objective.losses(masks_KU, tokens_BT)
+    assert len(announced) == 8 and torch.equal(log_probs(view.model, tokens_BT), before)
+
+
 # Memory
 
 

@@ -67,6 +67,9 @@ METHODS: dict[str, tuple[str, ...]] = {
 PASSES_OF = {method: PASSES if "chunk" in method or "sequence" in method else UNREAD_PASSES for method in METHODS}
 
 
+STOPPING = "WARNING: stopping after the piece of work at hand; a second Ctrl-C or SIGTERM stops at once\n"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended and what it wrote."""

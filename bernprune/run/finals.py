@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from threading import Event
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
-from bernprune.run.signals import signals
+from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work
 from bernprune.seeding import generator
@@ -76,7 +77,7 @@ def run_finals(
     widths in the metric's order by a standard error.
 
     Raises:
-        Interrupted: Ctrl-C or SIGTERM; the heats run so far are saved.
+        Interrupted: Ctrl-C or SIGTERM, also in the middle of a heat; those before it are saved.
     """
     budget, settings = stage.workload.selection_sequences(work), stage.config.search
     names = list(finalists)
@@ -84,17 +85,20 @@ def run_finals(
     hidden = None if progress is None else not progress
     with (
         tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
-        masked_objective(
-            stage.view, stage.ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward
-        ) as objective,
         signals() as stopping,
+        masked_objective(
+            stage.view,
+            stage.ops,
+            kind=settings.objective,
+            rows_per_forward=settings.rows_per_forward,
+            before_pass=lambda rows: _go_on(stopping, bar, rows),
+        ) as objective,
     ):
         text = _Text.of(stage, objective, work, finals)
         started = time.monotonic() - finals.seconds
 
         def settle() -> None:
             finals.seconds = time.monotonic() - started
-            bar.update(finals.sequences - bar.n)
             _save(folder, work, finals)
 
         if not finals.sequences:
@@ -115,6 +119,13 @@ def run_finals(
             settle()
     logger.info("%s was kept, after %d heats; %s", finals.kept, len(finals.heats), finals.ended)
     return finals
+
+
+def _go_on(stopping: Event, bar: Any, rows: int) -> None:
+    """Before so many rows are run forward. A look at a large model takes long, and what it has found so far is lost."""
+    if stopping.is_set():
+        raise Interrupted
+    bar.update(rows)
 
 
 def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int) -> str:

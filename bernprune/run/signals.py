@@ -1,10 +1,13 @@
-"""Ctrl-C and SIGTERM, taken between two pieces of work."""
+"""Ctrl-C and SIGTERM, taken between two pieces of work: a step of the search, a forward pass of the final choice."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+logger = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -27,6 +30,7 @@ def signals() -> Iterator[threading.Event]:
         if stopping.is_set():
             raise KeyboardInterrupt
         stopping.set()
+        logger.warning("stopping after the piece of work at hand; a second Ctrl-C or SIGTERM stops at once")
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
