@@ -136,13 +136,19 @@ class MaskedObjective:
             ConfigError: a mask or windows of another shape.
         """
         self._check(mask_U, tokens_BT, "[{}]", mask_U.ndim == 1)
-        parts = []
-        with self._live.watching() as seen:
+        widths = [layer.shape.channels for layer in self._view.layers]
+        # Filled in place: of a large model it is gigabytes.
+        found_BTN = torch.empty(*tokens_BT.shape, sum(widths), dtype=torch.float32)
+
+        def note(layer: int, hidden_RTF: torch.Tensor) -> None:
+            by_layer[layer].copy_(hidden_RTF).abs_()
+
+        with self._live.watching(note):
             self._live.set(mask_U[None])
-            for tokens_RT in tokens_BT.to(self._device).split(self._rows):
-                self._hidden(tokens_RT)
-                parts.append(torch.cat([seen[layer] for layer in sorted(seen)], dim=-1))
-        return torch.cat(parts)
+            for found_RTN, tokens_RT in zip(found_BTN.split(self._rows), tokens_BT.split(self._rows), strict=True):
+                by_layer = found_RTN.split(widths, dim=-1)
+                self._hidden(tokens_RT.to(self._device))
+        return found_BTN
 
     def _check(self, masks: MaskRows, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size

@@ -36,6 +36,7 @@ from bernprune.config import make_config
 from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
 from bernprune.objective import MaskedObjective
+from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.search import Reading
 from bernprune.run import loop, pipeline, stage
 from bernprune.run.checkpoint import write_state
@@ -403,6 +404,25 @@ def test_activities_that_are_not_finite_are_like_losses(
         return
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
     assert done.code == 0 and [line["dropped"] for line in lines] == [0, 0, 0, MASKS, 0, 0, 0, 0]
+
+
+def test_what_is_all_finite_is_told_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large model a copy of the activities would be gigabytes."""
+    evaluate, tell, readings, told = loop.evaluate, PosteriorSearch.tell, list[Any](), list[Any]()
+
+    def noting(*given: Any) -> Any:
+        found = evaluate(*given)
+        readings.append(found[2])
+        return found
+
+    def tell_noting(*given: Any, **named: Any) -> Any:
+        told.append(named["reading"])
+        return tell(*given, **named)
+
+    monkeypatch.setattr(loop, "evaluate", noting)
+    monkeypatch.setattr(PosteriorSearch, "tell", tell_noting)
+    succeed(*place.prune())
+    assert len(told) == STEPS and all(given is found for given, found in zip(told, readings, strict=True))
 
 
 ENOUGH = {

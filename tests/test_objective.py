@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -244,11 +245,10 @@ def test_passes_are_announced(kind: ObjectiveName) -> None:
 # Memory
 
 
-def peak_bytes(view: ModelView, tokens_BT: torch.Tensor, kind: ObjectiveName) -> int:
+def peak_bytes(work: Callable[[], Any]) -> int:
     """Most bytes that were live at once, of all that was allocated meanwhile, counted by the allocator itself."""
-    masks_KU = random_masks(view, 2)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        losses_of(view, masks_KU, tokens_BT, kind)
+        work()
     results = profiler.profiler.kineto_results.events()
     changes = sorted((event for event in results if event.name() == "[memory]"), key=lambda event: event.start_ns())
     return max(itertools.accumulate(event.nbytes() for event in changes))
@@ -265,9 +265,21 @@ def test_logits_of_the_whole_batch_never_exist(
     tokens_BT = random_tokens(4, 33, vocabulary=LARGE_VOCABULARY)
     whole_batch = 2 * 4 * 32 * LARGE_VOCABULARY * FLOAT32_BYTES
     assert whole_batch > 6 * CHUNK_BYTES
-    assert 1.5 * CHUNK_BYTES < peak_bytes(view, tokens_BT, kind) < 2.5 * CHUNK_BYTES
+    masks_KU = random_masks(view, 2)
+    assert 1.5 * CHUNK_BYTES < peak_bytes(lambda: losses_of(view, masks_KU, tokens_BT, kind)) < 2.5 * CHUNK_BYTES
     monkeypatch.setitem(module.LOGIT_BYTES, "cpu", 2 * whole_batch + CHUNK_BYTES)
-    assert peak_bytes(view, tokens_BT, kind) >= 1.5 * whole_batch
+    assert peak_bytes(lambda: losses_of(view, masks_KU, tokens_BT, kind)) >= 1.5 * whole_batch
+
+
+@pytest.mark.parametrize("rows", [64, 2])
+def test_activities_exist_once(rows: int) -> None:
+    """Beside them, what one layer of one forward pass has of channels, and of that a few times."""
+    view, tokens_BT = describe(tiny_model("llama", torch.float32, intermediate_size=3000)), random_tokens(8, 64)
+    mask_U, size = random_masks(view, 1)[0], FLOAT32_BYTES * tokens_BT.numel() * 3000
+    with masked_objective(view, OPS, rows_per_forward=rows) as objective:
+        peak = peak_bytes(lambda: objective.activities(mask_U, tokens_BT))
+    layers, at_once = len(view.layers), min(rows, 8) / 8
+    assert layers * size < peak < (layers + 3.5 * at_once) * size
 
 
 @pytest.mark.parametrize("spoil", ["narrow", "wide", "flat", "none", "one_token"])

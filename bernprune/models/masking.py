@@ -159,21 +159,15 @@ class LiveMasks:
                 self._set_branch(branch, alive_PU, kind, layer, gather=gather)
 
     @contextmanager
-    def watching(self) -> Iterator[dict[int, torch.Tensor]]:
-        """How active the channels of each masked layer were in the last forward pass, by layer: the size of what they
-        hand on, ``[P, T, F]`` in float32 on the CPU.
+    def watching(self, told: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+        """For the length of the block, ``told`` gets each masked layer and what its channels hand on, ``[P, T, F]``.
 
         Removed channels are shown too, as they would be if they were kept: nothing may be gathered meanwhile.
         """
-        seen: dict[int, torch.Tensor] = {}
-
-        def note(layer: int, hidden_PTF: torch.Tensor) -> None:
-            seen[layer] = hidden_PTF.abs().float().cpu()
-
         try:
             for layer, branches in self._branches.items():
-                branches["channel"].watch = functools.partial(note, layer)
-            yield seen
+                branches["channel"].watch = functools.partial(told, layer)
+            yield
         finally:
             for branches in self._branches.values():
                 branches["channel"].watch = None

@@ -93,11 +93,13 @@ def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]
 
 def _activations(view: ModelView, config: RunConfig) -> int:
     """Bytes of gate, up and their product, and the residual stream a few times over, of the one layer at work; and, if
-    they are kept on the same device, of all channels' activities on the windows of a step."""
+    they are kept on the same device, of all channels' activities on the windows of a step, and of one window's squares.
+    """
     search, window, widths = config.search, config.data.window, [layer.channels for layer in view.architecture.layers]
     rows = min(search.rows_per_forward, search.masks * search.windows)
     entries = rows * window * (3 * max(widths) + 6 * view.architecture.hidden_size)
-    read = search.windows * window * sum(widths) if view.model.device.type == "cpu" and reads_activity(config) else 0
+    reads = view.model.device.type == "cpu" and reads_activity(config)
+    read = (search.windows + 1) * window * sum(widths) if reads else 0
     return entries * view.model.dtype.itemsize + 4 * read
 
 

@@ -145,12 +145,12 @@ class _Loop:
             beside_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
         losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, beside_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, reading, step)
+        if dropped:
+            masks_BKCU, losses_BKC = some_rows(masks_BKCU, finite), losses_BKC[finite]
+            reference_BC = None if reference_BC is None else reference_BC[finite[0]]
+            reading = reading and Reading(reading.losses_BKT[finite], reading.activities_BTN[finite[0]])
         stats = self.search.tell(
-            some_rows(masks_BKCU, finite) if dropped else masks_BKCU,
-            losses_BKC[finite],
-            learning_rate=learning_rate,
-            reference_BC=None if reference_BC is None else reference_BC[finite[0]],
-            reading=reading and Reading(reading.losses_BKT[finite], reading.activities_BTN[finite[0]]),
+            masks_BKCU, losses_BKC, learning_rate=learning_rate, reference_BC=reference_BC, reading=reading
         )
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
@@ -184,7 +184,7 @@ class _Loop:
         if reference_BC is not None:
             finite_BK = finite_BK & reference_BC.isfinite().all(-1)[:, None]
         if reading is not None:
-            finite_BK = finite_BK & reading.activities_BTN.isfinite().flatten(1).all(1)[:, None]
+            finite_BK = finite_BK & reading.activities_BTN.flatten(1).amax(1).isfinite()[:, None]  # without a copy
         settings = self.stage.config.search
         # Of one group of masks the others can stay; of several, the whole group goes, so that all have equally many.
         keep: tuple[Any, ...] = (slice(None), finite_BK[0]) if len(finite_BK) == 1 else (finite_BK.all(1), slice(None))
