@@ -137,6 +137,7 @@ def test_a_full_disk(where: str, place: Place, undisturbed: Path) -> None:
         FULL[where](patch)
         sentence = in_one_sentence(run(*place.prune(*WORKING)))
     assert "No space left" in sentence
+    assert ("cannot be written" in sentence) == (where not in ("model", "verifying"))
     left = {path.name for path in place.out.rglob("*")}
     assert not (place.out / "model").exists() and not (place.out / "report.json").exists()
     assert not [name for name in left if name.endswith(".part") or name.startswith(".model")]
@@ -144,6 +145,19 @@ def test_a_full_disk(where: str, place: Place, undisturbed: Path) -> None:
     succeed("resume", str(place.out))
     assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
     assert steps_of(place.out) == list(range(10))
+
+
+def test_a_picture_that_cannot_be_drawn(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is missing, which is said; the model, its report and the run are what they are with it."""
+
+    def fail(*_: Any) -> bytes:
+        raise LookupError("no fonts here")
+
+    monkeypatch.setattr(pipeline, "draw", fail)
+    done = succeed(*place.prune())
+    assert done.err == f"WARNING: {place.out / 'report.png'} could not be drawn: no fonts here\n"
+    assert (place.out / "model").is_dir() and read_json(place.out / "report.json")["perplexity"]
+    assert not (place.out / "report.png").exists()
 
 
 def test_a_disk_full_from_the_start(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +173,8 @@ def test_a_disk_full_while_applying(place: Place, undisturbed: Path, monkeypatch
     _full_for_verifying(monkeypatch)
     before = place.contents()
     done = run("apply", str(undisturbed / "plan.json"), str(place.model), str(place.folder / "deep" / "er"))
-    assert "No space left" in in_one_sentence(done)
+    sentence = in_one_sentence(done)
+    assert "could not be verified" in sentence and "No space left" in sentence and str(place.folder) in sentence
     assert place.contents() == before
 
 

@@ -1,5 +1,6 @@
 """A run that is killed, interrupted or started twice is continued to the same result, or refused in time."""
 
+import errno
 import functools
 import itertools
 import os
@@ -22,6 +23,7 @@ from tiny_run import (
     ended,
     finish,
     in_one_sentence,
+    read_json,
     run,
     same_run,
     settings,
@@ -31,6 +33,7 @@ from tiny_run import (
     tiny_text,
 )
 
+import bernprune
 from bernprune.config import make_config
 from bernprune.errors import RunError
 from bernprune.run import finals, loop, pipeline
@@ -295,7 +298,23 @@ def test_what_decides_the_result_may_not_change(setting: str, tmp_path: Path) ->
         folder.check(make_config(parse_settings([setting])), overwrite=False)
 
 
-@pytest.mark.parametrize("removed", [0, 1, 4, 7, 10])
+def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
+    """Those that it began with are kept, and told of where others go on; the report has those that ended it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "verify_saved", _interrupt)
+        run(*place.prune())
+        began = read_json(place.out / "versions.json")
+        patch.setattr(bernprune, "__version__", "9.9")
+        again = run(*place.prune())
+        assert f"the run began with bernprune {began['bernprune']} and not 9.9: it may not" in again.err
+        (place.out / "versions.json").unlink()  # as of a run of an older version
+        assert "the run began" not in run(*place.prune()).err
+    done = succeed("resume", str(place.out))
+    assert done.err == "" and began.keys() == {"bernprune", "torch", "transformers"}
+    assert read_json(place.out / "report.json")["versions"] == began
+
+
+@pytest.mark.parametrize("removed", [0, 1, 4, 7, 11])
 def test_overwriting_can_be_cut_short(removed: int, place: Place, finished: Path) -> None:
     """Wherever it is killed, the folder is still known for a run's, and the same command replaces it."""
     shutil.copytree(finished, place.out)
@@ -326,6 +345,20 @@ def test_a_second_process_is_refused(place: Place) -> None:
         before = place.contents()
         assert "another process" in in_one_sentence(run("resume", str(place.out)))
         assert place.contents() == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS], ids=errno.errorcode.get)
+def test_a_folder_that_cannot_be_locked(number: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on some network file systems: the reason is given, no other process is blamed, and nothing is left."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(folder_module.fcntl, "flock", refuse)
+    before = place.contents()
+    sentence = in_one_sentence(run(*place.prune()))
+    assert "cannot be locked" in sentence and os.strerror(number) in sentence and "another process" not in sentence
+    assert place.contents() == before
 
 
 def test_a_run_finished_meanwhile_is_not_replaced(

@@ -1,6 +1,7 @@
 """The folder of a run: what is in it, who may write it, and whether it is finished.
 
 config.yaml            the resolved configuration
+versions.json          of the libraries that the run began with
 initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
@@ -19,21 +20,22 @@ import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
+import bernprune
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import RunError
 from bernprune.settings import read_yaml
-from bernprune.storage import write_bytes
+from bernprune.storage import write_bytes, write_json
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
-LEARNED, FINALS, PLANS = "learned.safetensors", "finals.safetensors", "plans"
-_OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS}
-
+LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
+_OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
 
 # What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, and what is
 # measured beside the result.
@@ -55,6 +57,7 @@ class RunFolder:
         self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
         self.learned, self.finals, self.plans = path / LEARNED, path / FINALS, path / PLANS
+        self.versions = path / VERSIONS
 
     @property
     def finished(self) -> bool:
@@ -101,7 +104,7 @@ class RunFolder:
         """The folder for this process alone. It is made if need be, and gone again if no run began in it.
 
         Raises:
-            RunError: it cannot be made, or another process works in it.
+            RunError: it cannot be made or locked, or another process works in it.
         """
         existed = _nearest_parent(self.path)
         try:
@@ -113,14 +116,24 @@ class RunFolder:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise RunError(f"another process is working in {self.path}") from None
+            except OSError as error:
+                self._give_up(existed)
+                raise RunError(
+                    f"output {self.path} cannot be locked against other processes: {error.strerror or error}; give "
+                    "another --out, on a file system that can"
+                ) from None
             try:
                 yield
             finally:
-                if not self.config.is_file():
-                    (self.path / LOCK).unlink(missing_ok=True)
-                    _remove_empty(self.path, existed)
+                self._give_up(existed)
+
+    def _give_up(self, existed: Path) -> None:
+        """Leave nothing where no run began."""
+        if not self.config.is_file():
+            (self.path / LOCK).unlink(missing_ok=True)
+            _remove_empty(self.path, existed)
 
     def start(self, config: RunConfig) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
@@ -128,6 +141,17 @@ class RunFolder:
         for name in sorted(_OURS - {LOCK, CONFIG}):  # without its configuration the rest would not be known for a run
             _remove(self.path / name)
         self.write_config(config)
+        write_json(self.versions, versions())
+
+    def changed_versions(self) -> str:
+        """Of which libraries the run began with another version than is here, in words; empty if it is not known."""
+        try:
+            before, now = json.loads(self.versions.read_text(encoding="utf-8")), versions()
+        except (OSError, ValueError):  # a run of an older version of ours, or one that was killed as it began
+            return ""
+        return ", ".join(
+            f"{name} {before.get(name)} and not {now[name]}" for name in now if before.get(name) != now[name]
+        )
 
     def write_config(self, config: RunConfig) -> None:
         """Raises ``OSError``."""
@@ -148,6 +172,11 @@ class RunFolder:
         kept = [line for line in _lines(self.metrics) if _step_of(line) < step]
         write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
         return open(self.metrics, "a", encoding="utf-8", buffering=1)
+
+
+def versions() -> dict[str, str]:
+    """Of this package, and of the libraries that decide what it computes."""
+    return {"bernprune": bernprune.__version__} | {name: version(name) for name in ("torch", "transformers")}
 
 
 def check_writable(path: Path) -> None:

@@ -29,7 +29,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
-from bernprune.run.folder import RunFolder, check_writable, open_run, whole_or_gone
+from bernprune.run.folder import RunFolder, check_writable, open_run, versions, whole_or_gone
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
@@ -121,6 +121,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     losses["initial"] = mask_loss(stage, initial_U, "of the initial selection")
     if continued:
         folder.write_config(stage.config)  # some settings may change
+        if changed := folder.changed_versions():
+            logger.warning("the run began with %s: it may not go on to the bit", changed)
     else:
         folder.start(stage.config)
     if stored is None:
@@ -150,13 +152,21 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     report["plans"] = _plans(stage, folder, learned)
     try:
         _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
-        write_bytes(folder.picture, draw(report, folder.read_metrics()))
+        _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
         folder.report.unlink(missing_ok=True)  # the run is not finished,
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
+
+
+def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
+    """The picture; whatever is wrong with it, the model is good."""
+    try:
+        write_bytes(folder.picture, draw(report, folder.read_metrics()))
+    except Exception as error:  # matplotlib and what it calls raise nearly every kind
+        logger.warning("%s could not be drawn: %s", folder.picture, error)
 
 
 def _followed(
@@ -262,6 +272,7 @@ def _report_head(stage: Stage, work: Work, finals: Finals, initial_U: torch.Tens
             "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},
         },
         "machine": machine(device),
+        "versions": versions(),
     }
 
 
@@ -324,7 +335,13 @@ def _save_and_verify(
     if device.type == "cuda":  # the other process needs room for its own copy
         model.to("cpu")
         torch.cuda.empty_cache()
-    difference = verify_saved(target, tokens_BT, logits, device=str(device))
+    try:
+        difference = verify_saved(target, tokens_BT, logits, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the model saved in {target} could not be verified, which takes a process of its own and room for "
+            f"temporary files: {_reason(error)}"
+        ) from error
     if math.isinf(difference) or difference > tolerance:
         raise RunError(
             f"the model saved in {target} is not the one in memory: its logits differ by {difference:.3g}, more than "
