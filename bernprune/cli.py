@@ -296,11 +296,17 @@ def _absolute(data: dict[str, Any]) -> dict[str, Any]:
         local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
         return os.path.abspath(value) if local else value
 
+    def source(value: Any) -> Any:
+        if not isinstance(value, str) or os.path.exists(value):
+            return path(value)
+        folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
+        return os.path.abspath(folder) + colon + rest if os.path.isdir(folder) else value
+
     model, text = data.get("model"), data.get("data")
     if isinstance(model, dict) and "path" in model:
         data = {**data, "model": {**model, "path": path(model["path"])}}
     if isinstance(text, dict):
-        texts = {key: path(text[key]) for key in ("text", "eval_text") if key in text}
+        texts = {key: source(text[key]) for key in ("text", "eval_text") if key in text}
         data = {**data, "data": {**text, **texts}}
     return data
 

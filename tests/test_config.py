@@ -133,6 +133,32 @@ def test_the_order_of_what_is_given(prepared: Place, tmp_path: Path, monkeypatch
     assert (config.model.path, config.data.text) == (str(place.model), str(place.text)), "made absolute"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("rows", "{here}/rows"),
+        ("rows:en", "{here}/rows:en"),
+        ("rows::test", "{here}/rows::test"),
+        ("{here}/rows:en:test", "{here}/rows:en:test"),
+        ("co:lon", "{here}/co:lon"),
+        ("allenai/c4:en:train", "allenai/c4:en:train"),
+        ("embedded", "embedded"),
+    ],
+)
+def test_local_texts_are_made_absolute(
+    given: str, expected: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also folders of which a configuration and a split are named, so that a run can be resumed from anywhere."""
+    seen: list[RunConfig] = []
+    monkeypatch.setattr("bernprune.run.pipeline.prune", lambda config, *_, **__: seen.append(config) or 1 / 0)
+    for name in ("rows", "co:lon"):
+        (place.folder / name).mkdir()
+    given, expected = (text.format(here=place.folder) for text in (given, expected))
+    with pytest.raises(ZeroDivisionError):
+        run("prune", "--text", given, "--eval-text", given)
+    assert (seen[0].data.text, seen[0].data.eval_text) == (expected, expected)
+
+
 def test_merge_changes_neither_side() -> None:
     """Nested sections are merged, other values replaced, in a new mapping."""
     base, over = {"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2], "c": 4}
