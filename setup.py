@@ -23,7 +23,7 @@ TEST = ["pytest>=8"]
 setup(
     name="bernprune",
     version=VERSION[1],
-    description="Structured pruning of transformer language models by policy gradient, with forward passes only",
+    description="Structured pruning of language models that learns what to remove, with forward passes only",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -20,7 +20,7 @@ class MaskedOps:
 
 
 def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
-    """``auto`` takes the fastest that runs on the device; a name takes that one or fails.
+    """``auto`` takes plain torch, which runs everywhere; a name takes that one or fails.
 
     Raises:
         ConfigError: an unknown name.

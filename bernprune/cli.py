@@ -15,16 +15,20 @@ import torch
 import typer
 from transformers.utils import logging as transformers_logging
 
+from bernprune import __version__
 from bernprune.config import RunConfig, make_config
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
 from bernprune.evaluation import perplexity
+from bernprune.manual import manual
 from bernprune.report import table
 from bernprune.run import pipeline
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
 from bernprune.run.plans import select_plan
+from bernprune.scores import SCORES
 from bernprune.settings import merge, parse_settings, read_yaml
+from bernprune.units import KINDS
 
 app = typer.Typer(
     help="Prune transformer language models structurally, with forward passes only.",
@@ -104,6 +108,21 @@ def _how_to_resume() -> str:
     return f"; continue with: bernprune resume {shlex.quote(str(out))}"
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        _show(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 class _State:
     """The run folder at work, for the message after Ctrl-C."""
 
@@ -129,8 +148,16 @@ def _quiet_libraries() -> None:
 
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file with settings; see configs/.", show_default=False)]
-Model = Annotated[str | None, typer.Option(help="Local folder, Hugging Face name, or 'embedded'.")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. search.masks=8.")]
+Granularity = Annotated[
+    str | None,
+    typer.Option(
+        help=f"What may be removed, comma-separated: {', '.join(KINDS)}; by default {','.join(DEFAULTS.granularity)}."
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. search.masks=8; see bernprune settings."),
+]
 SetOfModel = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="MODEL.B=C", help="A setting of the model, and no other, e.g. model.dtype=float32."),
@@ -140,19 +167,39 @@ SetOfModel = Annotated[
 @app.command()
 def prune(
     config: Config = None,
-    model: Model = None,
-    text: Annotated[str | None, typer.Option(help="Calibration text: a file, dataset folder or name.")] = None,
-    eval_text: Annotated[str | None, typer.Option(help="Held-out text; by default the last tenth of --text.")] = None,
-    sparsity: Annotated[str | None, typer.Option(help="Share of the prunable block parameters to remove.")] = None,
-    granularity: Annotated[
-        str | None, typer.Option(help="Comma-separated: layer, attention, kv_group, ffn, channel.")
+    model: Annotated[
+        str | None, typer.Option(help="Local folder, Hugging Face name, or 'embedded', which is the default.")
     ] = None,
-    score: Annotated[str | None, typer.Option(help="Metric that starts the policy.")] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration text: a .txt or .jsonl file, a dataset folder, or a Hugging Face dataset as "
+            "name:config:split; by default the embedded text."
+        ),
+    ] = None,
+    eval_text: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out text; by default the last tenth of --text, or the held-out part of the embedded text."
+        ),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Share of the prunable block parameters to remove; by default {DEFAULTS.budget.sparsity:g}."
+        ),
+    ] = None,
+    granularity: Granularity = None,
+    score: Annotated[
+        str | None,
+        typer.Option(help=f"Metric that starts the policy: {', '.join(SCORES)}; by default {DEFAULTS.initial.score}."),
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="'default', 'reinforce' (plain policy gradients) or 'paper' (published).")
+        str | None,
+        typer.Option(help="Set of defaults: 'default', 'reinforce' (plain policy gradients) or 'paper' (published)."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; by default out/MODEL-SPARSITY.")] = None,
-    seed: Annotated[str | None, typer.Option(help="Seed of masks and windows.")] = None,
+    seed: Annotated[str | None, typer.Option(help=f"Seed of masks and windows; by default {DEFAULTS.seed}.")] = None,
     settings: Set = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -238,7 +285,9 @@ def _of(counts: dict[str, int], what: str) -> str:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder of a dense or pruned model, Hugging Face name, or 'embedded'.")],
-    text: Annotated[str, typer.Option(help="Text to evaluate on.")] = "embedded",
+    text: Annotated[
+        str, typer.Option(help="Text to evaluate on: a file, a dataset folder or name, or 'embedded'.")
+    ] = EMBEDDED,
     window: Annotated[int, typer.Option(min=2, help="Tokens a window.")] = DEFAULTS.data.window,
     tokens: Annotated[
         int, typer.Option(min=2, help="Cut the text to this many tokens, by default as a run does.")
@@ -251,7 +300,7 @@ def evaluate(
     settings: SetOfModel = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Perplexity with its protocol: windows and length are by default those of a run."""
+    """Perplexity with its protocol. Windows and length are by default those of a run."""
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
     _quiet_libraries()
     result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens, joined_by=join)
@@ -269,18 +318,25 @@ def evaluate(
 
 @app.command()
 def units(
-    model: Annotated[str, typer.Argument(help="Local folder, Hugging Face name, or 'embedded'.")] = "embedded",
-    granularity: Annotated[
-        str | None, typer.Option(help="Comma-separated: layer, attention, kv_group, ffn, channel.")
-    ] = None,
+    model: Annotated[
+        str, typer.Argument(help="Local folder, Hugging Face name, 'embedded', or a YAML file with settings.")
+    ] = EMBEDDED,
+    granularity: Granularity = None,
     settings: Set = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """What can be removed from a model, what it costs, and what a run would take."""
-    flags = _without_none({"model": {"path": model}, "granularity": granularity})
-    checked = make_config(merge(flags, parse_settings(settings or [])))
+    given = read_yaml(Path(model)) if Path(model).suffix in (".yaml", ".yml") else {"model": {"path": model}}
+    flags = _without_none({"granularity": granularity})
+    checked = make_config(merge(merge(given, flags), parse_settings(settings or [])))
     _quiet_libraries()
     _show(forecast(checked))
+
+
+@app.command()
+def settings() -> None:
+    """Every setting, its default, and what it means."""
+    _show(manual())
 
 
 def _without_none(data: dict[str, Any]) -> dict[str, Any]:

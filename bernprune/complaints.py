@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 
 def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
     """The first of the problems that pydantic found with ``settings``."""
     problem, *others = error.errors()
-    keys, given = list(_keys(settings)), problem.get("input")
+    keys, given = [key for key, _ in fields(settings)], problem.get("input")
     key = _key(problem, keys)
     if problem["type"] == "extra_forbidden":
         return f"setting {key!r} is unknown; did you mean {_nearest(key, keys)!r}?"
@@ -41,8 +42,9 @@ def _nearest(key: str, keys: list[str]) -> str:
     return (same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.0))[0]
 
 
-def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def fields(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every setting by its dotted key, and every section before its own settings."""
     for name, field in section.model_fields.items():
-        yield prefix + name
+        yield prefix + name, field
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+            yield from fields(field.annotation, f"{prefix}{name}.")

@@ -249,7 +249,7 @@ class RunConfig(_Section):
     report: ReportConfig = ReportConfig()
     """What is measured beside perplexity."""
     backend: BackendName = "auto"
-    """What runs the masked operations: 'torch', 'triton', or 'auto' for the fastest that runs on the device."""
+    """What runs the masked operations: 'torch', which 'auto' takes; 'triton' is refused until its kernels exist."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of masks, windows and random scores; equal seeds repeat a run."""
 

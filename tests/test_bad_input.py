@@ -297,6 +297,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "granularity-empty": (lambda p: p.prune("granularity=[]"), ("granularity", "channel")),
     "set-without-equals": (lambda p: p.prune("search.masks"), ("--set", "'search.masks'", "section.key=value")),
     "set-not-yaml": (lambda p: p.prune("granularity=["), ("--set", "YAML")),
+    "config-missing-for-units": (lambda p: ["units", "none.yaml"], ("none.yaml", "does not exist")),
     "config-missing": (lambda p: ["prune", "none.yaml"], ("none.yaml", "does not exist")),
     "config-not-yaml": (lambda p: ["prune", str(p.file("c.yaml", "a: ["))], ("c.yaml", "not YAML")),
     "config-a-list": (lambda p: ["prune", str(p.file("c.yaml", "- a"))], ("c.yaml", "keys and values", "['a']")),

@@ -1,16 +1,21 @@
 """Configuration: what may be said, what it means, and that names, presets and example files agree."""
 
+import re
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import BaseModel
 from tiny_run import REPOSITORY, Place, run, visit
 
+import bernprune
 from bernprune import names
 from bernprune.config import METHOD_SETTINGS, PRESETS, RunConfig, make_config
 from bernprune.errors import ConfigError
+from bernprune.manual import manual
 from bernprune.policy.baselines import BASELINES
+from bernprune.run import stage
 from bernprune.run.folder import RunFolder
 from bernprune.scores import SCORES
 from bernprune.settings import merge, parse_settings, read_yaml
@@ -164,6 +169,49 @@ def test_merge_changes_neither_side() -> None:
     base, over = {"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2], "c": 4}
     assert merge(base, over) == {"a": {"x": 1, "y": 3}, "b": [2], "c": 4}
     assert base == {"a": {"x": 1, "y": 2}, "b": [1]} and over == {"a": {"y": 3}, "b": [2], "c": 4}
+
+
+# --- what is said of settings ---
+
+
+def test_the_manual_tells_of_every_setting() -> None:
+    """Its default, as YAML takes it, and what its field says."""
+    told, config = " ".join(manual().split()), RunConfig()
+    for key, field in fields(RunConfig).items():
+        default = value_at(config, key)
+        if not isinstance(default, BaseModel):
+            (line,) = [line for line in manual().splitlines() if line.startswith(f"{key} = ")]
+            written = re.sub(r" \([^)]*\)$", "", line.partition(" = ")[2])
+            assert value_at(make_config(parse_settings([f"{key}={written}"])), key) == default
+            assert f"{line} {' '.join(field.description.split())}" in told
+    assert "initial.score = wanda-sp (wanda-sp, flap, magnitude, random)" in told
+
+
+def test_help_gives_defaults_and_choices() -> None:
+    """Of what many will set, as the models have it."""
+    told, config = " ".join(run("prune", "--help").out.split()), RunConfig()
+    assert f"{', '.join(SCORES)}; by default {config.initial.score}" in told
+    assert f"remove; by default {config.budget.sparsity:g}" in told and f"windows; by default {config.seed}" in told
+    assert run("settings").out == f"{manual()}\n" and run("--version").out == f"{bernprune.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"model": {"path": "other"}}, True),
+        ({"model": {"path": "other"}, "data": {"window": 64}}, True),
+        ({"model": {"path": "other"}, "data": {"text": "embedded"}}, False),
+        ({"model": {"path": "other"}, "data": {"text": "text.txt"}}, False),
+        ({}, False),
+    ],
+)
+def test_a_text_that_nobody_chose_is_said(
+    given: Any, said: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The embedded text is the embedded model's; of another it keeps what nobody may want."""
+    monkeypatch.setattr(stage, "_tokens", lambda *_, **__: torch.arange(100))
+    stage._text(make_config(given), None, 100)
+    assert ("no calibration text was given" in caplog.text) == said
 
 
 # --- single settings ---

@@ -249,6 +249,16 @@ def test_units_prints_what_there_is(place: Place) -> None:
     assert all(word in done.out for word in ("left out", "memory", "time", "640 sequences")) and done.err == ""
 
 
+def test_units_takes_what_prune_takes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A YAML file, which flags and --set win over."""
+    seen: list[Any] = []
+    monkeypatch.setattr("bernprune.cli.forecast", lambda config: seen.append(config) or "done")
+    file = place.file("run.yaml", "model: {path: model}\nsearch: {masks: 4}\ngranularity: [ffn]\nseed: 3\n")
+    succeed("units", str(file), "--granularity", "channel", "--set", "seed=5")
+    given = {"model": {"path": "model"}, "search": {"masks": 4}, "granularity": "channel", "seed": 5}
+    assert seen == [make_config(given)]
+
+
 def test_units_tells_the_time_of_whole_steps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of the dense model and of reading, beside each mask's, are counted too, as they are in the budget."""
     ticks = iter([100.0, 103.0])

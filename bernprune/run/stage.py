@@ -158,6 +158,12 @@ def _naming(source: str) -> Iterator[None]:
 def _text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The stream to learn from, the stream to evaluate on, and the name of the latter."""
     data = config.data
+    if config.model.path != EMBEDDED and "text" not in data.model_fields_set:
+        logger.warning(
+            "no calibration text was given: %s is pruned on the embedded one, documentation of Python packages; "
+            "data.text (--text) names another",
+            config.model.path,
+        )
     stream = _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
     eval_characters = CHARACTERS_PER_TOKEN * data.eval_tokens
     if data.eval_text is not None:
