@@ -50,11 +50,11 @@ def _draw_losses(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
     axes.plot(losses, color="#cccccc", linewidth=0.6)
     axes.plot(np.arange(len(smooth)) + width // 2, smooth, color="#222222", linewidth=1.2, label="sampled masks")
-    looked_at = {
+    probed = {
         step: record["round"]["selected_loss"]
         for step, record in enumerate(records)
         if "selected_loss" in record.get("round", {})
     }
-    if looked_at:
-        axes.plot(list(looked_at), list(looked_at.values()), ".", color="#d98032", label="selected")
+    if probed:
+        axes.plot(list(probed), list(probed.values()), ".", color="#d98032", label="selected")
         axes.legend(frameon=False)

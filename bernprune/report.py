@@ -39,14 +39,13 @@ def _plans(plans: list[dict[str, Any]]) -> list[str]:
 def _choice(search: dict[str, Any]) -> list[str]:
     finals, lines = search["finals"], []
     if finals["sequences"]:
-        lines.append(
-            f"choice       {finals['sequences']:,} of these sequences, heats after that of the finalists: "
-            f"{len(finals['heats'])}; ended by {finals['ended']}"
-        )
+        rounds, won = len(finals["heats"]), sum(heat["winner"] > 0 for heat in finals["heats"])
+        tried = f"changes tried in {rounds} round{'s' * (rounds > 1)}, kept in {won}" if rounds else "no changes tried"
+        lines.append(f"choice       {finals['sequences']:,} of these sequences: {tried}; {_stopped(finals['ended'])}")
     if search["kept"] == "widths":
         lines.append(
-            "kept         the learned number of channels in each layer, but in the metric's order: on text not learned "
-            "from, the learned order did not beat it"
+            "kept         in each layer as many channels as were learned, but the best by the metric: on text not "
+            "learned from, the learned ones did not beat them"
         )
     elif search["kept"] != "learned":
         row = ROWS[search["kept"]]
@@ -54,6 +53,11 @@ def _choice(search: dict[str, Any]) -> list[str]:
             f"kept         comes from the row '{row}': on text not learned from, what was learned did not beat it"
         )
     return lines
+
+
+def _stopped(ended: str) -> str:
+    """In words, from a word and a clause."""
+    return f"stopped because {ended.partition(': ')[2]}"
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
@@ -66,8 +70,8 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{protocol['tokens']:,} predictions",
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
-        f"search       {search['sequences']:,} sequences, {search['forward_tokens']:,} tokens forward, "
-        f"{search['seconds']:.0f} s; ended by {search['ended']}",
+        f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
+        f"{search['seconds']:.0f} s; {_stopped(search['ended'])}",
         *_choice(search),
         f"verified     reloaded in a clean process, largest logit difference "
         f"{report['verified']['max_logit_difference']:.1e}",

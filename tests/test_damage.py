@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import (
-    LOOK,
     METHODS,
     NO_CHUNKS,
     PASSES,
+    PROBE,
     STEPS,
     Place,
     in_one_sentence,
@@ -44,7 +44,7 @@ from bernprune.run.folder import RunFolder
 
 # 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
 WORKING = (
-    f"search.sequences={10 * PASSES + 2 * LOOK}",
+    f"search.sequences={10 * PASSES + 2 * PROBE}",
     "search.checkpoint_steps=4",
     "search.rounds=2",
     "search.selection=0",

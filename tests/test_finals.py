@@ -195,7 +195,7 @@ def test_it_ends_where_nothing_is_left_to_try(stage: Stage, tmp_path: Path, monk
     """What could still be spent is kept, and the reason is given."""
     monkeypatch.setattr(finals, "challengers", lambda search, mask_U, *_: mask_U.new_empty(0, len(mask_U)))
     found, _ = choose(stage, tmp_path, monkeypatch, level, budget=200)
-    assert (found.heats, found.ended) == ([], "challengers: none is left") and 0 < found.sequences < 20
+    assert (found.heats, found.ended) == ([], "changes: none was left to try") and 0 < found.sequences < 20
 
 
 def test_a_challenger_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +307,7 @@ def test_looks_end_where_nothing_can_change(stage: Stage, tmp_path: Path, monkey
     """What could still be spent is kept, and the reason is given."""
     monkeypatch.setattr(finals, "changes", lambda *_: [])
     found, _ = choose(stage, tmp_path, monkeypatch, level, budget=200, priced=True)
-    assert (found.heats, found.ended) == ([], "looks: nothing is left that could change")
+    assert (found.heats, found.ended) == ([], "changes: none was left to try")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -378,8 +378,9 @@ def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
     search = report["search"]
     ended = search["finals"].pop("ended")
     assert ended.startswith("sequences: ")
-    counts = f"{state['sequences']} of these sequences, heats after that of the finalists: {len(state['heats'])}"
-    assert line.split(maxsplit=1)[1] == f"{counts}; ended by {ended}"
+    won = sum(heat["winner"] > 0 for heat in state["heats"])
+    counts = f"{state['sequences']} of these sequences: changes tried in {len(state['heats'])} rounds, kept in {won}"
+    assert line.split(maxsplit=1)[1] == f"{counts}; stopped because {ended.removeprefix('sequences: ')}"
     assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
     assert search["kept"] == state["kept"] and len(state["heats"]) > 3
     assert all(heat.keys() == {"winner", "difference", "error", "changed_units"} for heat in state["heats"])
@@ -521,7 +522,7 @@ def test_the_learned_widths_may_win_without_the_learned_order(place: Place, monk
     finalists = choose_this("widths", monkeypatch)
     done = succeed(*arguments(place, "search.sequences=1500", "search.selection=0.1"))
     search, learned = read_json(place.out / "report.json")["search"], read_state(place.out / "learned.safetensors")
-    assert search["kept"] == "widths" and "but in the metric's order" in done.out
+    assert search["kept"] == "widths" and "the best by the metric" in done.out
     assert torch.equal(learned["mask_U"], finalists["widths"])
     space = UnitSpace.from_dict(json.loads(learned["space"]))
     counts = [

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 from tiny_run import (
-    LOOK,
     METHODS,
     PASSES_OF,
+    PROBE,
     STEPS,
     STOPPING,
     Place,
@@ -202,10 +202,10 @@ def test_the_advice_survives_a_space(place: Place) -> None:
 def test_the_same_command_continues(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over an unfinished run of its own, ``prune`` goes on from the last checkpoint, in the middle of a round or not,
     repeats no step, and ends as if nothing had happened."""
-    rounds, looks = ((), 0) if method == "reinforce" else (("search.rounds=2",), 2 * LOOK)
+    rounds, probes = ((), 0) if method == "reinforce" else (("search.rounds=2",), 2 * PROBE)
     more = (
         *METHODS[method],
-        f"search.sequences={10 * PASSES_OF[method] + looks}",
+        f"search.sequences={10 * PASSES_OF[method] + probes}",
         "search.checkpoint_steps=4",
         *rounds,
     )

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tiny_models import random_tokens, tiny_model
 from tiny_run import (
     CHANNELS,
-    LOOK,
     METHODS,
     NO_CHUNKS,
     PASSES,
     PASSES_OF,
+    PROBE,
     REPOSITORY,
     SETTINGS,
     STEPS,
@@ -80,7 +80,7 @@ def test_the_report(finished: Path) -> None:
     protocol = report["protocol"]
     assert (protocol["window"], protocol["windows"], protocol["tokens"]) == (WINDOW, 20, 20 * (WINDOW - 1))
     assert protocol["text"].endswith("held-out.txt")
-    sequences = STEPS * PASSES + LOOK
+    sequences = STEPS * PASSES + PROBE
     assert (search["sequences"], search["forward_tokens"], search["steps"]) == (sequences, sequences * WINDOW, STEPS)
     assert search["ended"].startswith("sequences") and search["kept"] == "learned"
     assert search["finals"].pop("ended").startswith("sequences: ")
@@ -108,7 +108,7 @@ def test_the_stored_config_is_the_config(finished: Path) -> None:
     config = make_config(stored)
     assert config.to_dict() == stored and make_config(config.to_dict()) == config
     assert (
-        config.search.sequences == STEPS * PASSES + LOOK
+        config.search.sequences == STEPS * PASSES + PROBE
         and config.data.window == WINDOW
         and config.budget.sparsity == 0.3
     )
@@ -148,12 +148,12 @@ def test_the_metrics_of_every_method(method: str, place: Place) -> None:
     succeed(*place.prune(*METHODS[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
     own = {"learning_rate"} if method == "reinforce" else {"rounds", "reliability"}
-    per_round, look = (STEPS, 0) if method == "reinforce" else (2, LOOK)
+    per_round, probe = (STEPS, 0) if method == "reinforce" else (2, PROBE)
     ends = [step % per_round == per_round - 1 for step in range(STEPS)]
     assert [line.keys() for line in lines] == [METRICS | own | ({"round"} if end else set()) for end in ends]
     rounds = [(step + 1) // per_round for step in range(STEPS)]
     assert [line["sequences"] for line in lines] == [
-        PASSES_OF[method] * (s + 1) + look * r for s, r in enumerate(rounds)
+        PASSES_OF[method] * (s + 1) + probe * r for s, r in enumerate(rounds)
     ]
     if method == "reinforce":
         rates = [0.05 * (1 + math.cos(math.pi * step / STEPS)) for step in range(STEPS)]
@@ -166,14 +166,14 @@ def test_the_metrics_of_every_method(method: str, place: Place) -> None:
 
 
 @pytest.mark.parametrize("objective", ["cross-entropy", "kl"])
-def test_what_a_round_would_select_is_looked_at(objective: str, place: Place) -> None:
+def test_what_a_round_would_select_is_probed(objective: str, place: Place) -> None:
     """Its loss on the windows of the round's last step, and how far from it the masks of that step were."""
     succeed(*place.prune(f"search.objective={objective}"))
     stage = set_stage(make_config(read_yaml(place.out / "config.yaml")))
     last = json.loads((place.out / "metrics.jsonl").read_text().splitlines()[-1])
-    with masked_objective(stage.view, kind=stage.config.search.objective) as looked:
+    with masked_objective(stage.view, kind=stage.config.search.objective) as probe:
         kept_U = Learned.read(place.out / "learned.safetensors").mask_U
-        loss = looked.losses(kept_U[None], stage.train.batch(last["step"], 2)).item()
+        loss = probe.losses(kept_U[None], stage.train.batch(last["step"], 2)).item()
     assert last["round"]["selected_loss"] == pytest.approx(loss, rel=1e-6)
     assert last["round"]["gap"] == last["loss"] - last["round"]["selected_loss"]
 
@@ -320,7 +320,7 @@ def test_the_table_has_a_row_for_each_selection(finished: Path) -> None:
     report["perplexity"] |= {"uniform": 20.5, "initial": 30.25}
     for kept, last in (("learned", "learned"), ("widths", "learned"), ("initial", "kept")):
         report["search"]["kept"] = kept
-        assert ("but in the metric's order" in table(report)) is (kept == "widths")
+        assert ("the best by the metric" in table(report)) is (kept == "widths")
         titles = [line[:16].strip() for line in table(report).splitlines()[1:5]]
         assert titles == ["dense", "metric, uniform", "initial metric", last]
     report["perplexity"]["initial"] = 20.5

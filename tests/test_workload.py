@@ -8,7 +8,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny_run import LOOK, METHODS, PASSES, STEPS, WINDOW, Place, read_json, run, same_run, steps_of, succeed, tiny_text
+from tiny_run import (
+    METHODS,
+    PASSES,
+    PROBE,
+    STEPS,
+    WINDOW,
+    Place,
+    read_json,
+    run,
+    same_run,
+    steps_of,
+    succeed,
+    tiny_text,
+)
 
 from bernprune.config import make_config
 from bernprune.run import finals, loop
@@ -82,7 +95,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @both
 @every_kind
 def test_all_that_is_run_fits(kind: str, objective: str) -> None:
-    """Steps, looks at the selection and the choice at the end; a step at least; and the choice gets its share."""
+    """Steps, probes of the selection and the choice at the end; a step at least; and the choice gets its share."""
     for search, workload, available in workloads(kind, objective, (42, 45, 97, 100, 1000, 8192, None)):
         work, rounds = walk(workload)
         choosing = workload.selection_sequences(work)
@@ -98,22 +111,22 @@ def test_all_that_is_run_fits(kind: str, objective: str) -> None:
 @both
 @every_kind
 def test_steps_and_rounds(kind: str, objective: str) -> None:
-    """What a step and a look take; no further step would have fitted; as many rounds as asked for or sensible."""
+    """What a step and a probe take; no further step would have fitted; as many rounds as asked for or sensible."""
     dense, reference = int(objective == "kl"), int(kind == "reinforce-matched")
     least = 2 if kind == "posterior-batch" else 1
     for search, workload, available in workloads(kind, objective, (200, 1000, 8192, None)):
         assert workload.steps is not None
         read = int(kind.startswith("posterior") and kind != "posterior-batch")
-        per_step, per_look = (5 + dense + reference + read) * 3, (1 + dense) * 3 if kind.startswith("posterior") else 0
+        per_step, per_probe = (5 + dense + reference + read) * 3, (1 + dense) * 3 if kind.startswith("posterior") else 0
         assert workload.step_sequences == per_step
         left = (1 - search["selection"]) * available
-        if left + 1e-6 < least * per_step + per_look:  # no room to look, nor to choose
+        if left + 1e-6 < least * per_step + per_probe:  # no room to probe, nor to choose
             assert workload.probe_sequences == 0
             continue
-        assert workload.probe_sequences == per_look
+        assert workload.probe_sequences == per_probe
         work, rounds = walk(workload)
         assert work.sequences <= left + 1e-6
-        assert left - work.sequences < per_step + (1 + ROUND_WINDOWS) * per_look
+        assert left - work.sequences < per_step + (1 + ROUND_WINDOWS) * per_probe
         if search["rounds"] in (None, 1) and workload.steps * 3 < ROUND_WINDOWS:
             assert left - work.sequences < per_step, "of one round, nothing is left over but less than a step"
         wanted = search["rounds"] or workload.steps * 3 // ROUND_WINDOWS
@@ -135,7 +148,7 @@ def test_a_step_more_would_not_fit() -> None:
 @both
 @every_kind
 def test_nothing_is_done_on_request(kind: str, objective: str) -> None:
-    """search.sequences=0: no step, no look, no choice."""
+    """search.sequences=0: no step, no probe, no choice."""
     for _, workload, _ in workloads(kind, objective, (0,), seconds=None):
         assert workload.sequences == 0
         assert workload.progress(Work()) >= 1 and workload.selection_sequences(Work()) == 0
@@ -253,11 +266,11 @@ def test_every_pass_is_counted(given: str, place: Place, monkeypatch: pytest.Mon
 def test_every_pass_of_the_posterior_is_counted(
     method: str, objective: str, dense: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever has masks of its own, and whether or not the rounds divide the steps: looks at the selection too."""
-    looks, passes = 2 * (1 + dense) * 2, 3 + (method != "posterior-batch") + dense
-    steps = (45 - looks) // (2 * passes)
+    """Whatever has masks of its own, and whether or not the rounds divide the steps: probes of the selection too."""
+    probes, passes = 2 * (1 + dense) * 2, 3 + (method != "posterior-batch") + dense
+    steps = (45 - probes) // (2 * passes)
     more = (*METHODS[method], "search.rounds=2", f"search.objective={objective}", "search.sequences=45")
-    check_passes(place, monkeypatch, more, steps, 2 * passes * steps + looks)
+    check_passes(place, monkeypatch, more, steps, 2 * passes * steps + probes)
 
 
 @pytest.mark.parametrize("inputs", ["dense", "pruned"])
@@ -362,7 +375,7 @@ def test_auto_otherwise_spends_all(place: Place, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("bernprune.run.workload.MOST_SEQUENCES", 80)
     given = ("search.sequences=auto", "search.regret=1e-300", "search.rounds=3", "search.checkpoint_steps=3")
     search = searched(place, *given)
-    assert search["ended"].startswith("sequences") and search["steps"] == (80 - 3 * LOOK) // PASSES == STEPS + 1
+    assert search["ended"].startswith("sequences") and search["steps"] == (80 - 3 * PROBE) // PASSES == STEPS + 1
     step = loop._Loop.step
 
     def interrupted(self: Any, *given: Any) -> Any:

@@ -36,9 +36,9 @@ SIZES: dict[str, Any] = {
     "intermediate_size": CHANNELS,
     "max_position_embeddings": POSITIONS,
 }
-# Small enough for a run of a second: 8 steps of 2 windows, each under 3 masks and once more to be read, and 2 to look
-# at the selection; a test adds what it is about.
-STEPS, PASSES, LOOK, CHUNK = 8, 8, 2, 4
+# Small enough for a run of a second: 8 steps of 2 windows, each under 3 masks and once more to be read, and 2 to probe
+# the selection; a test adds what it is about.
+STEPS, PASSES, PROBE, CHUNK = 8, 8, 2, 4
 UNREAD_PASSES = 6  # of a step without reading
 SETTINGS = (
     f"data.window={WINDOW}",
@@ -47,7 +47,7 @@ SETTINGS = (
     "search.masks=3",
     "search.windows=2",
     f"search.chunk={CHUNK}",
-    f"search.sequences={STEPS * PASSES + LOOK}",
+    f"search.sequences={STEPS * PASSES + PROBE}",
     "search.selection=0",
     "search.checkpoint_seconds=1000",
     "report.latency_rows=2",
@@ -57,12 +57,12 @@ SETTINGS = (
 # What makes a tiny run one of the other method, or of masks that last longer. A round has several observations.
 NO_CHUNKS = "search.chunk=null"
 ONE_MASK = ("search.masks_per=batch", NO_CHUNKS)
-FOUR_ROUNDS = ("search.rounds=4", f"search.sequences={STEPS * PASSES + 4 * LOOK}")
+FOUR_ROUNDS = ("search.rounds=4", f"search.sequences={STEPS * PASSES + 4 * PROBE}")
 METHODS: dict[str, tuple[str, ...]] = {
     "posterior-chunk": FOUR_ROUNDS,
     "posterior-sequence": (*FOUR_ROUNDS, "search.masks_per=sequence", NO_CHUNKS),
-    "posterior-batch": (f"search.sequences={STEPS * UNREAD_PASSES + 4 * LOOK}", "search.rounds=4", *ONE_MASK),
-    "reinforce": (f"search.sequences={STEPS * UNREAD_PASSES + LOOK}", "preset=reinforce", NO_CHUNKS),
+    "posterior-batch": (f"search.sequences={STEPS * UNREAD_PASSES + 4 * PROBE}", "search.rounds=4", *ONE_MASK),
+    "reinforce": (f"search.sequences={STEPS * UNREAD_PASSES + PROBE}", "preset=reinforce", NO_CHUNKS),
 }
 PASSES_OF = {method: PASSES if "chunk" in method or "sequence" in method else UNREAD_PASSES for method in METHODS}
 

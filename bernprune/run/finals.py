@@ -137,7 +137,7 @@ def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int
     random = generator(stage.config.seed, "challengers", len(finals.heats))
     found_NU = challengers(search, finals.mask_U, stage.limits, random, CHALLENGERS)
     if not len(found_NU):
-        return "challengers: none is left"
+        return "changes: none was left to try"
     masks_NU = torch.cat([finals.mask_U[None], found_NU])
     finals.take(list(masks_NU), race(masks_NU, windows, text.losses, margin=_MARGIN))
     return ""
@@ -153,7 +153,7 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.T
         priorities_U = agreeing(by_search_U, mask_U, search.budget)
     changed = changes(mask_U, priorities_U, search.budget)
     if not changed:
-        return "looks: nothing is left that could change"
+        return "changes: none was left to try"
     windows, raced = look_windows(stage.config.search.look_windows, text.heat_windows)
     refusal = text.refuses(look_sequences(len(changed), windows, raced), windows + raced, budget)
     if refusal:
@@ -215,9 +215,9 @@ class _Text:
         Passes of the dense model, one for each window, come on top.
         """
         if self.finals.sequences + sequences + self._dense * windows > budget:
-            return "sequences: what is left is less than another heat takes"
+            return "sequences: too few were left for more"
         if self.finals.windows_read + windows > self.most_read:
-            return f"text: what was kept back for it has been read {_READINGS} times"
+            return f"text: what was kept back for this had been read {_READINGS} times"
         return ""
 
     @property

@@ -79,19 +79,19 @@ def evaluate(
     search: MaskSearch,
     masks_BKCU: MaskRows,
     tokens_BT: torch.Tensor,
-    beside_U: torch.Tensor,
+    reference_U: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Reading | None]:
     """Losses ``[B, K, C]`` of the masks of a step, and what the search needs beside them.
 
-    That may be the losses ``[B, C]`` of a reference, ``beside_U``, or a reading of the text under it as a selection.
+    That may be the losses ``[B, C]`` of the reference, or a reading of the text under it, which is then a selection.
     """
     design = search.design
     if search.needs_reading:
         losses_BKT = objective.token_shares(masks_BKCU, tokens_BT)
-        reading = Reading(losses_BKT, objective.activities(beside_U, tokens_BT))
+        reading = Reading(losses_BKT, objective.activities(reference_U, tokens_BT))
         return losses_BKT.unflatten(2, (design.chunks, -1)).sum(-1), None, reading
     if search.needs_reference:
-        masks_BKCU = with_reference(masks_BKCU, beside_U)
+        masks_BKCU = with_reference(masks_BKCU, reference_U)
     if design.groups == design.chunks == 1:
         losses_BKC = objective.losses(masks_BKCU.flatten(0, 2), tokens_BT)[None, :, None]
     else:
@@ -140,10 +140,10 @@ class _Loop:
         masks_BKCU = self.search.ask(step)
         tokens_BT = self.stage.train.batch(step, settings.windows)
         if self.search.needs_reading:
-            beside_U = self._selected()
+            reference_U = self._selected()
         else:
-            beside_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
-        losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, beside_U)
+            reference_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
+        losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, reading, step)
         if dropped:
             masks_BKCU, losses_BKC = some_rows(masks_BKCU, finite), losses_BKC[finite]
@@ -154,14 +154,14 @@ class _Loop:
         )
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
-        ended = self._look(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
+        ended = self._probe(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
         self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.stage.workload.regret or 0)
         self.work.seconds += time.monotonic() - started
         self._log(metrics, step, learning_rate, stats, dropped, ended)
         return stats
 
-    def _look(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
-        """What is known at the end of a round; and what would be selected now, on the text of the step."""
+    def _probe(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
+        """What is known at the end of a round; and the loss of what would be selected now, on the text of the step."""
         found, self.selected_U = self.search.diagnose(self.scores_U), None
         if self.stage.workload.probe_sequences:
             loss = objective.losses(self._selected()[None], tokens_BT).item()

@@ -43,7 +43,7 @@ class Work:
 class Workload:
     """How much is to be done: steps of ``step_sequences`` windows, or as many as fit in ``seconds``; and a round's.
 
-    At the end of a round, what would be selected now is looked at on ``probe_sequences`` more. ``choosing`` is what
+    At the end of a round, what would be selected now is probed on ``probe_sequences`` more. ``choosing`` is what
     may be run to choose among finalists, as a share of what the search took; ``sequences`` is the limit of all.
     """
 
@@ -66,12 +66,12 @@ class Workload:
         return max(by_steps, by_time)
 
     def why_over(self, work: Work) -> str:
-        """What ended the search."""
+        """What ended the search: a word, and the reason as a clause."""
         if work.settled:
-            return f"settled: knowing every unit exactly would be expected to gain less than {self.regret:g} nats"
+            return f"settled: knowing every unit exactly was expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
-            return "sequences: all that it was given were spent"
-        return "seconds: all that it was given were spent"
+            return "sequences: all sequences that it was given were spent"
+        return "seconds: all the time that it was given was spent"
 
     def round_ends(self, step: int) -> bool:
         """Whether a round ends with this step."""
@@ -128,7 +128,7 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
     searching = 1 - choosing
     limit = int(searching * available + HAIR)
     steps, rounds = _fitting(config, limit, step_sequences, probe_sequences)
-    if not rounds:  # no room to look at the selection, or to choose
+    if not rounds:  # no room for probes, or to choose
         probe_sequences = 0
         steps, rounds = _fitting(config, limit, step_sequences, 0)
         steps = steps or (least_steps if sequences else 0)
