@@ -18,8 +18,9 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
             missing or has another size than the config says.
     """
     config = model.config
-    _check_dense(config)
     family = family_of(config.model_type)
+    if config.is_heterogeneous:
+        raise ModelError("this model's layers differ by per_layer_config; only models of equal layers can be pruned")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups:
@@ -44,13 +45,6 @@ def projections(family: Family) -> dict[str, tuple[str, str]]:
     """For each projection of a layer its block and its name within it, keyed by its role in ``Family``."""
     attention = {role: (family.attention, getattr(family, role)) for role in ("query", "key", "value", "output")}
     return attention | {role: (family.ffn, getattr(family, role)) for role in ("gate", "up", "down")}
-
-
-def _check_dense(config: Any) -> None:
-    if config.model_type.startswith("bernprune_"):
-        raise ModelError("this model is already pruned; start from the dense model it was made of")
-    if config.is_heterogeneous:
-        raise ModelError("this model's layers differ by per_layer_config; only models of equal layers can be pruned")
 
 
 def _check_modules(model: PreTrainedModel, architecture: Architecture, family: Family) -> None:
