@@ -45,7 +45,7 @@ def _choice(search: dict[str, Any]) -> list[str]:
     if search["kept"] == "widths":
         lines.append(
             "kept         in each layer as many channels as were learned, but the best by the metric: on text not "
-            "learned from, the learned ones did not beat them"
+            "learned from, the learned ones were not clearly better"
         )
     elif search["kept"] != "learned":
         row = ROWS[search["kept"]]
