@@ -497,5 +497,5 @@ def test_a_real_model_gets_better_by_learning(given: tuple[str, ...], share: flo
     report = read_json(place.out / "report.json")
     perplexities = report["perplexity"]
     assert perplexities["dense"] < perplexities["pruned"] < share * perplexities["initial"]
-    assert report["search"]["kept"] == "learned"
+    assert report["search"]["kept"] in ("learned", "widths")
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.001)
