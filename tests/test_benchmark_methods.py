@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_run import LAYERS, Place
 
 from benchmarks.learning.rivals import METHODS, RIVALS
 from benchmarks.learning.rivals.ablations import ABLATIONS
+from benchmarks.learning.rivals.blockpruner import blockpruner
 from benchmarks.learning.task import Meter, OverBudget, Source, Task
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits
@@ -159,6 +161,17 @@ def check_mask(name: str, task: Task, mask_U: torch.Tensor) -> None:
         check(mask_U, Budget(task.space, SPARSITY, pools="separate"), Limits(0, 0))
     else:
         check(mask_U, task.budget, task.limits)
+
+
+@pytest.mark.parametrize("sparsity", [0.15, 0.25, 0.4])
+def test_of_the_last_block_as_much_comes_back_as_fits(sparsity: float, source: Source) -> None:
+    """Its best units; at these sparsities whole blocks would miss the budget by more than one."""
+    task = Task(source, Path(source.text).parent, sparsity=sparsity, seed=0, limit=2000)
+    mask_U, scores_U = blockpruner(task, {"windows": 4}), task.scores()
+    unit = task.budget.costs_U.max().item() / task.budget.total
+    assert sparsity <= task.budget.removed_share(mask_U) < sparsity + unit
+    (last,) = [units for units in task.groups if 0 < mask_U[units].sum() < len(units)]
+    assert scores_U[last[mask_U[last]]].min() >= scores_U[last[~mask_U[last]]].max()
 
 
 SEARCHES = ["random", "bonsai", "evopress", "evopress-units", "ste", "l0", "default"]

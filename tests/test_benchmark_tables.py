@@ -91,6 +91,7 @@ def test_the_surrogate_is_on_its_scale() -> None:
     assert surrogate.excess(start_U) == pytest.approx(simulate.START_EXCESS)
     assert surrogate.recovered(start_U) == pytest.approx(0)
     assert surrogate.best < 0.8 * surrogate.start
+    assert surrogate.scores_U.std() / surrogate.scores_U.mean() == pytest.approx(simulate.SCORE_SPREAD, rel=0.2)
 
 
 @pytest.mark.parametrize(("chunks", "windows"), [(1, 1), (4, 1), (1, 8)])

@@ -3,6 +3,8 @@
 Letters: T all that may be drawn, B windows, K masks, C chunks, U units.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from enumeration import (
@@ -23,7 +25,7 @@ from bernprune.names import BaselineName, Sampling, Scaling
 from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.contrast import contrast
-from bernprune.policy.masks import Design
+from bernprune.policy.masks import Design, amplitude
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 
@@ -159,6 +161,16 @@ def test_a_unit_is_known_the_better_the_more_its_masks_differ(sampling: Sampling
     search.tell(search.ask(0), normal_numbers(6, 3, 2, seed=0), learning_rate=0.0)
     precision_U = search.beliefs.state_dict()["precision_U"]
     assert_close(precision_U / precision_U.mean(), contrast_U / contrast_U.mean(), EXACT)
+
+
+def test_contrasts_follow_policy_and_design() -> None:
+    """Though they are worked out once for each."""
+    search = posterior(PROBS_U, Design(1, 4, 1, "antithetic", 0.8))
+    for probs_U, swing in ((PROBS_U, 0.8), (SHARP_U, 0.8), (SHARP_U, 0.3), (PROBS_U, 0.3), (PROBS_U, 0.0)):
+        search.probs_U, search.design = probs_U, replace(search.design, swing=swing)
+        amplitude_U = amplitude(probs_U, search.design, search.budget.space)
+        for _ in range(2):
+            assert torch.equal(search._contrasts_U, contrast(probs_U, search.design, amplitude_U))
 
 
 # Steps of policy gradients

@@ -1,6 +1,7 @@
 """What is kept: finalists and challengers on text of their own, inside the budget, and to the bit after a crash."""
 
 import errno
+import io
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ from tiny_run import (
     succeed,
     tiny_text,
 )
+from tqdm import tqdm
 
 from bernprune import objective, storage
 from bernprune.config import make_config
@@ -384,6 +386,31 @@ def test_the_report_tells_of_the_choice(undisturbed: Path) -> None:
     assert search["finals"] == {"sequences": state["sequences"], "heats": state["heats"]}
     assert search["kept"] == state["kept"] and len(state["heats"]) > 3
     assert all(heat.keys() == {"winner", "difference", "error", "changed_units"} for heat in state["heats"])
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "kl"])
+def test_the_bar_moves_with_every_pass(
+    kind: str, prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By as many windows as are counted in the end, those of the dense model too."""
+    bars = []
+
+    class Bar(tqdm):  # type: ignore[type-arg]
+        moves = 0
+
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **{**named, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.moves += 1
+            return super().update(n)
+
+    monkeypatch.setattr(finals, "tqdm", Bar)
+    out = finish(prepared, tmp_path, *RUN, f"search.objective={kind}", "search.rows_per_forward=8")
+    (bar,) = bars
+    assert bar.n == state_of(out / "finals.safetensors")["sequences"]
+    assert bar.moves > 2 * len(state_of(out / "finals.safetensors")["heats"])
 
 
 def test_other_sparsities_go_by_where_steps_led(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
