@@ -316,11 +316,12 @@ class RunConfig(_Section):
 
     def _check_search(self) -> None:
         search = self.search
-        if search.chunk is not None and (search.masks_per != "chunk" or self.data.window % search.chunk):
+        if search.chunk is not None and search.masks_per != "chunk":
             raise ValueError(
-                f"search.chunk {search.chunk} must divide data.window {self.data.window}, and needs search.masks_per "
-                f"'chunk', not {search.masks_per!r}"
+                f"search.chunk {search.chunk} needs search.masks_per 'chunk', but that is {search.masks_per!r}"
             )
+        if search.chunk is not None and self.data.window % search.chunk:
+            raise ValueError(f"search.chunk {search.chunk} must divide data.window, which is {self.data.window}")
         if search.sequences == "auto" and search.method != "posterior":
             raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
         if search.pull > 0 and not 0 < self.policy.floor < self.policy.ceiling < 1:

@@ -262,14 +262,17 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     ),
     "chunk-does-not-divide": (
         lambda p: p.prune("search.chunk=5"),
-        ("search.chunk 5 must divide data.window 16", "search.masks_per 'chunk'"),
+        ("search.chunk 5 must divide data.window, which is 16",),
     ),
-    "chunk-longer-than-the-window": (lambda p: p.prune("search.chunk=32"), ("search.chunk 32", "data.window 16")),
+    "chunk-longer-than-the-window": (
+        lambda p: p.prune("search.chunk=32"),
+        ("search.chunk 32", "data.window, which is 16"),
+    ),
     "chunk-0": (lambda p: p.prune("search.chunk=0"), ("search.chunk", "1", "0")),
     **{
         f"chunk-of-a-{masks_per}": (
             lambda p, masks_per=masks_per: p.prune("search.chunk=4", f"search.masks_per={masks_per}"),
-            ("search.chunk 4", "needs search.masks_per 'chunk'", f"not '{masks_per}'"),
+            ("search.chunk 4 needs search.masks_per 'chunk'", f"but that is '{masks_per}'"),
         )
         for masks_per in ("batch", "sequence")
     },

@@ -350,7 +350,7 @@ UNFIT = {
     "pull-from-floor-0": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"floor": 0.0}},
     "pull-from-ceiling-1": {"preset": "reinforce", "search": {"pull": 0.1}, "policy": {"ceiling": 1.0}},
 }
-CHUNKS = "search.chunk {} must divide data.window 16, and needs search.masks_per 'chunk', not {!r}"
+CHUNK_OF = "search.chunk 4 needs search.masks_per 'chunk', but that is {!r}"
 BOUNDS = (
     "search.method 'posterior' needs policy.floor above 0, policy.ceiling below 1 and policy.projection 'cost-weighted'"
 )
@@ -359,9 +359,9 @@ DROPPED = (
     "search.masks_per 'batch' or search.windows 1; to drop single ones take 'independent' or 'exact'"
 )
 SAYING = {
-    "chunk-does-not-divide": CHUNKS.format(5, "chunk"),
-    "chunk-of-a-sequence": CHUNKS.format(4, "sequence"),
-    "chunk-of-a-batch": CHUNKS.format(4, "batch"),
+    "chunk-does-not-divide": "search.chunk 5 must divide data.window, which is 16",
+    "chunk-of-a-sequence": CHUNK_OF.format("sequence"),
+    "chunk-of-a-batch": CHUNK_OF.format("batch"),
     "one-mask": "search.method 'posterior' needs search.masks of 2 or more, but got 1",
     "floor-0": BOUNDS,
     "ceiling-1": BOUNDS,
