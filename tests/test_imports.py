@@ -98,7 +98,7 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.settings",
     ),
     "bernprune.backends": ("bernprune.names", "bernprune.errors", "bernprune.kernels"),
-    "bernprune.policy": (*VOCABULARY, "bernprune.policy"),
+    "bernprune.policy": (*VOCABULARY, "bernprune.policy", "bernprune.kernels.masks"),  # what a kernel draws them from
     "bernprune.models": (
         *VOCABULARY,
         "bernprune.backends",
