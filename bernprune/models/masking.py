@@ -7,8 +7,8 @@ swapped for masked twins that hold no parameters; leaving it puts the very same 
 Instead of being kept or cut, a unit may be scaled by a gate between: gates multiply those of all it lies in, and a
 branch is open as long as any of its gates is.
 
-Where all rows are under one mask, what it removes need not be computed: each layer gathers the weights of what it keeps
-for the length of its own pass. Of a branch that keeps nothing a single unit is computed, and switched off.
+What none of the rows keeps need not be computed: each layer gathers the weights of the *working set* for the length of
+its own pass. Of a branch in which nothing is at work a single unit is computed, and switched off.
 
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
 their own masks.
@@ -139,24 +139,42 @@ class LiveMasks:
     def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], dtype: torch.dtype) -> None:
         self.view, self._branches, self._dtype = view, branches, dtype
 
-    def set(self, masks: torch.Tensor, *, gather: bool = False) -> None:
+    def set(
+        self,
+        masks: torch.Tensor,
+        *,
+        working_U: torch.Tensor | None = None,
+        rows_of_layers: Sequence[torch.Tensor] | None = None,
+    ) -> None:
         """One mask a row, bool ``[R, U]``, one for all rows, ``[1, U]``, or one a chunk, ``[R, C, U]``; 1 keeps.
 
         Floating-point numbers are gates, from 0 to 1. The tokens of a row must divide into C equal chunks.
 
         Args:
-            gather: under one mask for all rows, compute only what it keeps. Keys and values of removed groups are then
-                missing too, so nothing may be read on from a cache under another mask.
+            working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
+                all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
+                from a cache under other masks. None: all units.
+            rows_of_layers: for each layer of the model which mask each of its rows is under, if layers have different
+                numbers of rows; see ``bernprune.models.sharing``.
         """
-        device = next(self.view.model.parameters()).device
+        device, space = next(self.view.model.parameters()).device, self.view.space
         chunks = masks.shape[1] if masks.ndim == 3 else 1
         gates = masks.to(device, masks.dtype if masks.is_floating_point() else torch.bool)
-        alive_PU = self.view.space.inherit(gates, torch.mul).flatten(0, -2)
-        gather = gather and len(alive_PU) == 1 and alive_PU.dtype == torch.bool
+        alive_MU = space.inherit(gates, torch.mul).flatten(0, -2)
+        if working_U is not None:
+            working_U = space.alive(working_U.cpu())
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
                 branch.chunks = chunks
-                self._set_branch(branch, alive_PU, kind, layer, gather=gather)
+                span, own = space.span(kind, layer), space.ancestor(kind, layer)
+                units = span or (None if own is None else slice(own, own + 1))
+                if units is None:
+                    continue
+                alive_PN, working_N = alive_MU[:, units], None if working_U is None else working_U[units]
+                masked = working_N is None or len(alive_PN) > 1 or not torch.equal(alive_PN[0].cpu(), working_N)
+                if rows_of_layers is not None:
+                    alive_PN = alive_PN[rows_of_layers[layer].to(device)]
+                self._set_branch(branch, alive_PN, working_N, whole=span is None, masked=masked)
 
     @contextmanager
     def watching(self, told: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
@@ -172,27 +190,25 @@ class LiveMasks:
             for branches in self._branches.values():
                 branches["channel"].watch = None
 
-    def _set_branch(self, branch: _Branch, alive_PU: torch.Tensor, kind: Kind, layer: int, *, gather: bool) -> None:
-        span = self.view.space.span(kind, layer)
+    def _set_branch(
+        self, branch: _Branch, alive_PN: torch.Tensor, working_N: torch.Tensor | None, *, whole: bool, masked: bool
+    ) -> None:
+        """By its units or, if it stays or goes as a ``whole``, by the one that it lies in."""
         branch.units_PN = branch.open_P11 = branch.kept_N = None
-        if span is not None:
-            alive_PN = alive_PU[:, span]
-            if not gather:
+        if working_N is not None and not working_N.any():
+            branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_PN.device)  # the least that modules can run
+            branch.open_P11 = self._opening(alive_PN[:, 0])
+            return
+        if not whole:
+            if working_N is not None and not working_N.all():
+                branch.kept_N = working_N.nonzero()[:, 0].to(alive_PN.device)
+                alive_PN = alive_PN[:, branch.kept_N]
+            if masked:
                 branch.units_PN = alive_PN.to(self._dtype)
-                if not branch.biased:
-                    return  # without a unit it is closed as it is
-            elif not alive_PN.all():
-                branch.kept_N = alive_PN[0].nonzero()[:, 0]
-            open_P = alive_PN.any(dim=1)
-        else:
-            own = self.view.space.ancestor(kind, layer)
-            if own is None:
-                return
-            open_P = alive_PU[:, own]
-        if gather and not open_P[0]:
-            branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_PU.device)  # the least that modules can run
-        if not gather or not open_P[0]:
-            branch.open_P11 = self._opening(open_P)
+        if whole:
+            branch.open_P11 = self._opening(alive_PN[:, 0])
+        elif masked and branch.biased:  # without a unit, one without a bias is closed as it is
+            branch.open_P11 = self._opening(alive_PN.any(dim=1))
 
     def _opening(self, open_P: torch.Tensor) -> torch.Tensor:
         return open_P.to(self._dtype)[:, None, None]

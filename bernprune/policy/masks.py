@@ -35,7 +35,7 @@ from typing import Any
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.kernels.masks import ORDERS, DrawnMasks
+from bernprune.kernels.masks import ORDERS, DrawnMasks  # type: ignore[import-not-found]
 from bernprune.names import Sampling, check_name
 from bernprune.policy.budget import Budget
 from bernprune.policy.counters import WORDS, mask_words, philox
@@ -112,6 +112,12 @@ class Masks:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def possible_U(self) -> torch.Tensor:
+        """Units that some mask of this policy may keep, bool on the CPU."""
+        possible_U = self.probs_U.cpu() > 0
+        return possible_U if self.reference_U is None else possible_U | (self.reference_U.cpu() > 0)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self.rows[index]

@@ -8,8 +8,9 @@ import torch
 from bernprune.backends import find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.evaluation.perplexity import check_window
+from bernprune.losses import LOGIT_BYTES
 from bernprune.models.view import ModelView, describe
-from bernprune.objective import LOGIT_BYTES, masked_objective
+from bernprune.objective import masked_objective
 from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model
 from bernprune.run.workload import (
