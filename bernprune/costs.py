@@ -8,13 +8,23 @@ Letters: K masks, L layers, U units, B windows, T tokens.
 """
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
+from bernprune.backends import MaskedOps
+from bernprune.losses import token_losses
+from bernprune.models.masking import masked
 from bernprune.models.sharing import Branching
+from bernprune.models.view import ModelView
 from bernprune.units import UnitSpace
+
+_NEVER = 2.0**40  # as costly as it need be
+_MEASURED_ROWS = 2, 16
+_MEASURED_PASSES = 3, 1  # of which the median is taken, and before which one warms up
 
 
 @dataclass(frozen=True)
@@ -48,20 +58,44 @@ class Costs:
     def measured(cls, seconds: Callable[[int, bool], float], few: int, many: int) -> "Costs":
         """From the time of passes of a few tokens and of many, dense and with half of each layer gathered.
 
-        Each is rounded to a power of 2, so that it is the same when it is measured again, or nearly always.
+        They are rounded, to powers of 2 and to eighths, so that they are the same when they are measured again, or
+        nearly always.
         """
         dense, halved = ([seconds(tokens, half) for tokens in (few, many)] for half in (False, True))
         token = (dense[1] - dense[0]) / (many - few)
         token_halved = (halved[1] - halved[0]) / (many - few)
         if not 0 < token_halved < token:  # too small a model, or too unquiet a machine: nothing is gained by gathering
-            return cls(_rounded(dense[0] / max(token, dense[1] / many)), math.inf, 0.5)
-        passing, blocks = max(0.0, dense[0] / token - few), min(0.95, 2 * (1 - token_halved / token))
+            return cls(_rounded(dense[0] / max(token, dense[1] / many)), _NEVER, 0.5)
+        passing, blocks = max(0.0, dense[0] / token - few), min(1.0, 2 * (1 - token_halved / token))
         copying = 2 * max(0.0, halved[0] / token - passing - few * (1 - blocks / 2))
-        return cls(_rounded(passing), _rounded(copying), blocks)
+        return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8)
 
 
 def _rounded(cost: float) -> float:
     return 2.0 ** round(math.log2(cost)) if cost >= 1 else 1.0
+
+
+@torch.inference_mode()
+def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
+    """What forward passes of this model cost here; it takes twelve passes and four that warm up, of 2 or 16 windows."""
+    space, device = view.space, next(view.model.parameters()).device
+    tokens_RT = (
+        torch.arange(max(_MEASURED_ROWS) * window, device=device).view(-1, window) % view.model.config.vocab_size
+    )
+    half_U = torch.cat([torch.arange(group.count) < max(1, group.count // 2) for group in space.groups])
+
+    def seconds(tokens: int, halved: bool) -> float:
+        live.set(half_U[None] if halved else torch.ones_like(half_U)[None], working_U=half_U if halved else None)
+        times, tokens_BT = [], tokens_RT[: tokens // window]
+        for _ in range(sum(_MEASURED_PASSES)):
+            started = time.perf_counter()
+            hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+            token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT).sum().item()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[-_MEASURED_PASSES[0] :])
+
+    with masked(view, ops) as live:
+        return Costs.measured(seconds, *(rows * window for rows in _MEASURED_ROWS))
 
 
 class Planner:

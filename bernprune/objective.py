@@ -37,8 +37,8 @@ class MaskedObjective:
         kind: ``cross-entropy``, or ``kl`` to the dense model's predictions (one more forward of B windows a call).
         rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else. Where
             a GPU's memory is too small for so many, it is halved.
-        before_pass: called before every forward pass with the number of sequences that it counts for; what it raises ends
-            the call.
+        before_pass: called before every forward pass with the number of sequences that it counts for; what it raises
+            ends the call.
         costs: by which the way of running masks is chosen.
     """
 

@@ -108,7 +108,15 @@ LIMITS = {  # of our own modules, what those of a room may import
     ),
     "bernprune.models.modeling_bernprune": (),  # copied into every saved folder
     "bernprune.scores": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.scores"),
-    "bernprune.objective": (*VOCABULARY, "bernprune.backends", "bernprune.models"),
+    "bernprune.losses": (),
+    "bernprune.costs": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.losses"),
+    "bernprune.objective": (
+        *VOCABULARY,
+        "bernprune.backends",
+        "bernprune.models",
+        "bernprune.losses",
+        "bernprune.costs",
+    ),
 }
 
 
