@@ -90,7 +90,7 @@ def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
         for _ in range(sum(_MEASURED_PASSES)):
             started = time.perf_counter()
             hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
-            token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT).sum().item()
+            token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT, ops).sum().item()
             times.append(time.perf_counter() - started)
         return statistics.median(times[-_MEASURED_PASSES[0] :])
 

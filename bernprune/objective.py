@@ -186,8 +186,7 @@ class MaskedObjective:
         windows = len(tokens_BT)
         classes_L = [len(masks) for masks in branching.masks_of_layers]
         working_U = self._planner.working(alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L])
-        single = len(alive_KU) == 1
-        self._live.set(alive_KU, working_U=working_U, rows_of_layers=None if single else branching.rows(windows))
+        self._live.set(alive_KU, working_U=working_U, masks_of_layers=branching.masks_of_layers)
         with branching.growing([layer.layer for layer in self._view.layers], windows):
             return self._hidden(tokens_BT, len(alive_KU) * windows)
 
@@ -217,8 +216,8 @@ class MaskedObjective:
     ) -> torch.Tensor:
         """Of the P predictions of each row, ``[R, P]``."""
         if dense_RTD is None:
-            return token_losses(self._head, hidden_RTD, tokens_RT)
-        return token_divergences(self._head, hidden_RTD, dense_RTD)
+            return token_losses(self._head, hidden_RTD, tokens_RT, self._live.ops)
+        return token_divergences(self._head, hidden_RTD, dense_RTD, self._live.ops)
 
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))

@@ -1,18 +1,14 @@
-"""Triton: losses of tokens from a few rows of logits at a time, each read once.
+"""Triton: losses of tokens from a few rows of logits at a time, each read once, in float32 from whatever dtype it has.
 
 The product with the output embedding is left to the library that knows the card; its result for a few hundred tokens
-stays in the cache until it is read here, in float32 from whatever dtype it has. The logits of a batch never exist.
+stays in the cache until it is read here.
 
-Letters: P predictions, V vocabulary, D hidden size. For prefixes see ``draw.py``.
+Letters: P predictions, V vocabulary. For prefixes see ``draw.py``.
 """
 
 import torch
 import triton
 import triton.language as tl
-from torch import nn
-
-LOGIT_BYTES = 32 * 2**20  # of logits at once: less than the last cache of a large GPU
-
 
 _LEAST = tl.constexpr(-3e38)  # below any logit, and finite: from -inf itself it could not be subtracted
 
@@ -85,22 +81,3 @@ def divergence(ours_PV: torch.Tensor, theirs_PV: torch.Tensor) -> torch.Tensor:
     size = ours_PV.shape[1]
     _divergence_kernel[(len(ours_PV),)](ours_PV, theirs_PV, losses_P, V=size, BV=_block(size))
     return losses_P
-
-
-def _tokens_at_once(head: nn.Linear, arrays: int) -> int:
-    weight = head.weight
-    return max(1, LOGIT_BYTES // (arrays * weight.element_size() * len(weight)))
-
-
-def token_losses(head: nn.Linear, hidden_PD: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of next tokens in nats, float32 ``[P]``, from last hidden states; a few tokens at a time."""
-    size = _tokens_at_once(head, 1)
-    parts = zip(hidden_PD.split(size), targets_P.split(size), strict=True)
-    return torch.cat([cross_entropy(head(hidden), targets) for hidden, targets in parts])
-
-
-def token_divergences(head: nn.Linear, hidden_PD: torch.Tensor, dense_PD: torch.Tensor) -> torch.Tensor:
-    """KL(dense || masked) of next tokens in nats, float32 ``[P]``, from last hidden states; a few tokens at a time."""
-    size = _tokens_at_once(head, 2)
-    parts = zip(hidden_PD.split(size), dense_PD.split(size), strict=True)
-    return torch.cat([divergence(head(hidden), head(dense)) for hidden, dense in parts])

@@ -68,6 +68,18 @@ def masked_mlp(
     return masked_linear(hidden_RTF, masks_RF, down_DF, down_bias_D)
 
 
+def linear_to_kept(
+    x_RTD: torch.Tensor,
+    masks_RU: torch.Tensor | None,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor | None = None,
+    *,
+    unit_width: int = 1,
+) -> torch.Tensor:
+    """A linear layer of whose output units the masked ones do not matter: here, they are computed all the same."""
+    return F.linear(x_RTD, weight_ED, bias_E)
+
+
 def attention_of_kept(
     q_RHTC: torch.Tensor,
     k_RGTC: torch.Tensor,

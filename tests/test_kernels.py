@@ -23,8 +23,7 @@ from kernel_cases import (
     listed,
     packed,
 )
-from tolerances import LOGITS, assert_close
-from torch import nn
+from tolerances import LOGITS
 
 from bernprune.kernels import attention, linear, losses, mlp, reference
 
@@ -164,20 +163,6 @@ def test_losses_of_logits(predictions: int, vocabulary: int, dtype: torch.dtype,
     assert_matches(losses.cross_entropy(ours_PV, targets_P), reference.cross_entropy, ours_PV, targets_P)
     assert_matches(losses.divergence(ours_PV, theirs_PV), reference.divergence, ours_PV, theirs_PV)
     assert losses.divergence(ours_PV, ours_PV).abs().max() <= LOGITS[torch.float32]
-
-
-def test_losses_do_not_depend_on_how_many_tokens_go_together(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    """The output embedding is applied to a few at a time."""
-    numbers = Numbers(torch.float32, device)
-    head = nn.Linear(12, 97, bias=False).to(device).requires_grad_(False)
-    hidden_PD, dense_PD, targets_P = numbers(23, 12), numbers(23, 12), torch.arange(23, device=device)
-    monkeypatch.setattr(losses, "LOGIT_BYTES", 4 * 97 * 5)
-    found = losses.token_losses(head, hidden_PD, targets_P)
-    assert_close(found, reference.cross_entropy(head(hidden_PD), targets_P), LOGITS[torch.float32])
-    found = losses.token_divergences(head, hidden_PD, dense_PD)
-    assert_close(found, reference.divergence(head(hidden_PD), head(dense_PD)), LOGITS[torch.float32])
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -148,7 +148,7 @@ def test_what_is_at_work(granularity: tuple[Kind, ...]) -> None:
 
 
 def test_masks_go_together_where_that_is_cheaper() -> None:
-    """Equal ones, or where a pass is dear; masks that have little in common by themselves, if gathering costs little."""
+    """Equal ones, or where a pass is dear; those with little in common by themselves, if gathering costs little."""
     space = describe(tiny_model("llama")).space
     apart_KU, equal_KU = random_masks(space, 4, keep=0.3), random_masks(space, 1).expand(4, -1)
     for costs, masks_KU, expected in [

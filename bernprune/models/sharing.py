@@ -48,10 +48,6 @@ class Branching:
             class_K = torch.tensor([classes.index(first[key]) for key in keys])
         return cls(masks_of_layers, parents_of_layers, class_K)
 
-    def rows(self, windows: int) -> list[torch.Tensor]:
-        """Of each layer, which mask each of its rows is under; the windows of a class lie side by side."""
-        return [masks.repeat_interleave(windows) for masks in self.masks_of_layers]
-
     @contextmanager
     def growing(self, layers: Sequence[nn.Module], windows: int) -> Iterator[None]:
         """For the length of the block, let the batch of a forward pass of so many windows grow where masks part."""
