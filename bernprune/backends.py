@@ -1,5 +1,6 @@
 """Which implementation of the masked operations runs, and on which device."""
 
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ import torch
 from bernprune.errors import BackendError
 from bernprune.kernels import reference  # type: ignore[attr-defined]
 from bernprune.names import BackendName, check_name
+
+# Parameters of glibc's mallopt: from which size on a tensor has pages of its own, and how much free memory is kept.
+_GLIBC = {-3: 2**25, -1: 2**30}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,19 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
         activation=fused.activation_of,
         attention_of_kept=fused.attention_of_kept,
     )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 1 GiB of memory that it frees, instead of giving it back and asking for it again.
+
+    Every operation on a processor makes a tensor of megabytes, and fresh pages for each cost about as much as the
+    operation. Tensors of 32 MiB and more, such as weights, are given back as ever. For whoever owns the process; where
+    the C library is not glibc, nothing happens.
+    """
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None)
+    if allocator is not None:
+        for parameter, value in _GLIBC.items():
+            allocator(parameter, value)
 
 
 def find_device(name: str) -> torch.device:

@@ -102,6 +102,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.models": (
         *VOCABULARY,
         "bernprune.backends",
+        "bernprune.kernels.masks",
         "bernprune.embedded",
         "bernprune.models",
         "bernprune.storage",

@@ -34,7 +34,11 @@ from bernprune.names import Kind
 
 
 class _Branch:
-    """What one residual branch of one layer sees of the current masks."""
+    """What one residual branch of one layer sees of the current masks.
+
+    Args:
+        last: the projection that its units are the input of.
+    """
 
     masks: torch.Tensor | PackedMasks | None = None  # each for as many pieces in turn; None: every unit is kept in all
     open_M11: torch.Tensor | None = None  # of the same masks; None: the branch is open in every piece
@@ -42,16 +46,29 @@ class _Branch:
     chunks = 1
     watch: Callable[[torch.Tensor], None] | None = None  # told what the last projection takes in, before it is masked
 
-    def __init__(self, num_units: int, *, biased: bool) -> None:
-        self.num_units = num_units
-        self.biased = biased  # so that something comes out even if nothing goes into its product
+    def __init__(self, num_units: int, last: nn.Linear) -> None:
+        self.num_units, self._last = num_units, last
+        self.biased = last.bias is not None  # so that something comes out even if nothing goes into its product
 
-    def gather(self, weights: torch.Tensor, *, dim: int = 0) -> torch.Tensor:
-        """Of a weight or bias whose ``dim`` holds all units in turn, what belongs to the kept ones."""
+    def gather(self, weights: torch.Tensor) -> torch.Tensor:
+        """Of a weight or bias that holds all units in turn, what belongs to the kept ones."""
         if self.kept_N is None:
             return weights
-        by_unit: torch.Tensor = weights.unflatten(dim, (self.num_units, -1))
-        return by_unit.index_select(dim, self.kept_N).flatten(dim, dim + 1)
+        by_unit: torch.Tensor = weights.unflatten(0, (self.num_units, -1))
+        return by_unit.index_select(0, self.kept_N).flatten(0, 1)
+
+    def gather_last(self) -> torch.Tensor:
+        """Of the last projection's weight, the columns that belong to the kept units."""
+        if self.kept_N is None:
+            return self._last.weight
+        if self._last.weight.stride(0) != 1:  # a column must lie together to be copied fast
+            self._last.weight.data = self._last.weight.data.T.contiguous().T
+        return self.gather(self._last.weight.T).T
+
+    def restore(self) -> None:
+        """Let the last projection's weight lie in memory as it did."""
+        if not self._last.weight.is_contiguous():
+            self._last.weight.data = self._last.weight.data.contiguous()
 
     def run(self, operation: Callable[[torch.Tensor, Any], torch.Tensor], x_RTE: torch.Tensor) -> torch.Tensor:
         """``operation`` on the input and the units' masks, piece by piece, and closed where the branch is."""
@@ -109,7 +126,7 @@ class _MaskedOutput(nn.Module):
         return self._branch.run(self._piece, x_RTE)
 
     def _piece(self, x_PTE: torch.Tensor, masks: Any) -> torch.Tensor:
-        weight_DE = self._branch.gather(self.weight, dim=1)
+        weight_DE = self._branch.gather_last()
         return self._ops.masked_linear(x_PTE, masks, weight_DE, self._dense[0].bias, unit_width=self._unit_width)
 
 
@@ -126,17 +143,17 @@ class _MaskedFFN(nn.Module):
 
     def _piece(self, x_PTD: torch.Tensor, masks: Any) -> torch.Tensor:
         gate, up, down, activation = (self._parts[0][name] for name in ("gate", "up", "down", "activation"))
-        gather = self._branch.gather
         if self._branch.watch is not None:
             hidden_PTF = activation(F.linear(x_PTD, gate.weight, gate.bias)) * F.linear(x_PTD, up.weight, up.bias)
             self._branch.watch(hidden_PTF)
             return self._ops.masked_linear(hidden_PTF, masks, down.weight, down.bias)
+        gather = self._branch.gather
         return self._ops.masked_mlp(
             x_PTD,
             masks,
             gather(gate.weight),
             gather(up.weight),
-            gather(down.weight, dim=1),
+            self._branch.gather_last(),
             activation=self._activation,
             gate_bias_F=None if gate.bias is None else gather(gate.bias),
             up_bias_F=None if up.bias is None else gather(up.bias),
@@ -177,8 +194,8 @@ class LiveMasks:
             working_U = space.alive(working_U.cpu())
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
-                branch.chunks = chunks
                 span, own = space.span(kind, layer), space.ancestor(kind, layer)
+                branch.chunks = chunks
                 units = span or (None if own is None else slice(own, own + 1))
                 if units is None:
                     continue
@@ -243,8 +260,9 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
     with ExitStack() as swapped:
         for index in chosen:
             layer = view.layers[index]
-            attention = _Branch(layer.shape.kv_groups, biased=layer.output.bias is not None)
-            ffn = _Branch(layer.shape.channels, biased=layer.down.bias is not None)
+            attention, ffn = _Branch(layer.shape.kv_groups, layer.output), _Branch(layer.shape.channels, layer.down)
+            for branch in (attention, ffn):
+                swapped.callback(branch.restore)
             branches[index] = {"kv_group": attention, "channel": ffn}
             for name in (family.query, family.key, family.value):
                 _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention, ops))
@@ -262,8 +280,8 @@ def _check(view: ModelView, ops: MaskedOps) -> None:
     dtype, layer = view.model.dtype, view.layers[0]
     if ops.dtypes and dtype not in ops.dtypes:
         raise BackendError(
-            f"backend {ops.name!r} runs in {', '.join(map(str, ops.dtypes))}, but the model is in {dtype}; give another "
-            "model.dtype, or use backend 'torch'"
+            f"backend {ops.name!r} runs in {', '.join(map(str, ops.dtypes))}, but the model is in {dtype}; give "
+            "another model.dtype, or use backend 'torch'"
         )
     try:
         ops.activation(getattr(layer.ffn, view.family.activation))
