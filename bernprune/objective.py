@@ -194,20 +194,21 @@ class MaskedObjective:
         """Results of ``run`` on slices of so many, as large as the memory allows, one after the other."""
         parts, start = list[torch.Tensor](), 0
         while start < total:
-            chosen = slice(start, min(start + most(), total))
+            chosen, refusal = slice(start, min(start + most(), total)), ""
             try:
                 parts.append(run(chosen))
-            except torch.OutOfMemoryError as error:
-                self._need_less(error)
-            else:
                 start = chosen.stop
+            except torch.OutOfMemoryError as error:
+                refusal = str(error).splitlines()[0]
+            if refusal:  # by now the error has let go of what the pass held
+                self._need_less(refusal)
         return torch.cat(parts)
 
-    def _need_less(self, error: torch.OutOfMemoryError) -> None:
+    def _need_less(self, refusal: str) -> None:
         """Half as many rows in a pass from now on. Raises ``BackendError`` if there is one already."""
         torch.cuda.empty_cache()
         if self._rows == 1:
-            raise BackendError(f"not one row fits in the GPU's memory: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"not one row fits in the GPU's memory: {refusal}")
         self._rows = max(1, self._rows // 2)
         logger.warning("the GPU's memory is full: going on with %d rows in a forward pass", self._rows)
 
@@ -221,7 +222,7 @@ class MaskedObjective:
 
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))
-        return torch.cat([self._hidden(tokens) for tokens in tokens_BT.split(self._rows)])
+        return self._in_passes(lambda windows: self._hidden(tokens_BT[windows]), len(tokens_BT), lambda: self._rows)
 
     def _hidden(self, tokens_RT: torch.Tensor, sequences: int | None = None) -> torch.Tensor:
         if self._before_pass is not None:

@@ -4,7 +4,7 @@ Masks that differ in few units, like the challengers of a final choice, agree on
 units, and there give the same hidden states for the same text. A batch begins with one row for each window; before a
 layer in which masks part, the rows of those that agreed until then are copied.
 
-Letters: K masks, L layers, U units, B windows, P rows of one layer.
+Letters: K masks, U units, N units of one layer, B windows, P rows of one layer.
 """
 
 from collections.abc import Iterator, Sequence
