@@ -73,10 +73,11 @@ class MaskedObjective:
             window_R = rows % len(tokens_BT)
             losses_RP = self._losses_of_rows(masks, rows // len(tokens_BT), tokens_BT, window_R)
             return losses_RP.mean(1).view(len(masks), -1)
-        alive_KU = self._view.space.alive(masks.bool())
+        alive_KU, tokens_BT = self._view.space.alive(masks.bool()), tokens_BT.to(self._device)
+        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
         together = self._planner.together(alive_KU, *tokens_BT.shape, rows=self._rows)
         parts = alive_KU.split(len(alive_KU) if together else 1)
-        return torch.cat([self._losses_of_windows(part_KU, tokens_BT) for part_KU in parts])
+        return torch.cat([self._losses_of_windows(part_KU, tokens_BT, dense_BTD) for part_KU in parts]).cpu()
 
     def token_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Losses of K masks of each window's own, one for each of its C chunks, float64 ``[B, K, T]`` on the CPU.
@@ -160,10 +161,10 @@ class MaskedObjective:
         return self._in_passes(run, len(mask_R), lambda: self._rows).double().cpu()
 
     @torch.inference_mode()
-    def _losses_of_windows(self, alive_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def _losses_of_windows(
+        self, alive_KU: torch.Tensor, tokens_BT: torch.Tensor, dense_BTD: torch.Tensor | None
+    ) -> torch.Tensor:
         """Float64 ``[K, B]``, means over predictions; of masks on the CPU, by what they leave alive."""
-        tokens_BT = tokens_BT.to(self._device)
-        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
         def run_masks(masks: slice) -> torch.Tensor:
             branching = Branching.of(self._view.space, alive_KU[masks])
@@ -179,7 +180,7 @@ class MaskedObjective:
             losses_BK = self._in_passes(run, len(tokens_BT), lambda: max(1, self._rows // len(branching.class_K)))
             return losses_BK.T
 
-        return self._in_passes(run_masks, len(alive_KU), lambda: self._rows).cpu()
+        return self._in_passes(run_masks, len(alive_KU), lambda: self._rows)
 
     def _hidden_branching(self, alive_KU: torch.Tensor, branching: Branching, tokens_BT: torch.Tensor) -> torch.Tensor:
         """The last hidden states of each class of masks on each window, ``[classes * B, T, D]``."""
@@ -220,6 +221,7 @@ class MaskedObjective:
             return token_losses(self._head, hidden_RTD, tokens_RT, self._live.ops)
         return token_divergences(self._head, hidden_RTD, dense_RTD, self._live.ops)
 
+    @torch.inference_mode()
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))
         return self._in_passes(lambda windows: self._hidden(tokens_BT[windows]), len(tokens_BT), lambda: self._rows)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from tiny_run import Place, finish, prepare, visit
 
+from bernprune.costs import Planner
+
 
 @pytest.fixture
 def device() -> torch.device:
@@ -32,6 +34,12 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks on the same windows go through one after the other: each sequence that is counted is a row that is run."""
+    monkeypatch.setattr(Planner, "together", lambda *_, **__: False)
 
 
 @pytest.fixture(scope="session")
