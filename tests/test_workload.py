@@ -203,7 +203,7 @@ def test_seconds_are_shared_like_sequences() -> None:
 
 
 def count_rows(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
-    """Where the rows of every forward pass are noted: those of the search, and of the choice, which alone is watched."""
+    """Where the rows of forward passes are noted: those of the search, and those of the choice."""
     original, searching, choosing = Stage.objective, list[int](), list[int]()
 
     @contextmanager
