@@ -1,7 +1,10 @@
 """Which implementation of the masked operations runs, and on which device."""
 
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,14 +12,41 @@ from bernprune.errors import BackendError
 from bernprune.kernels import reference  # type: ignore[attr-defined]
 from bernprune.names import BackendName, check_name
 
+# Parameters of glibc's mallopt: from which size on a tensor has pages of its own, and how much free memory is kept.
+_GLIBC = {-3: 2**25, -1: 2**30}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
 
 @dataclass(frozen=True)
 class MaskedOps:
-    """The operations that masking needs; signatures as in ``kernels/reference.py``."""
+    """The operations that masking needs; signatures as in ``kernels/reference.py``.
+
+    Attributes:
+        packs: whether masks that only keep or cut are given as bits, each for as many rows in turn; otherwise they are
+            given as numbers, one for each row.
+        activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
+        attention_of_kept: None leaves attention to the model.
+    """
 
     name: str
     masked_linear: Callable[..., torch.Tensor]
     masked_mlp: Callable[..., torch.Tensor]
+    linear_to_kept: Callable[..., torch.Tensor]
+    cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    packs: bool = False
+    dtypes: tuple[torch.dtype, ...] = ()  # of models; empty: any
+    activation: Callable[[Any], Any] = lambda module: module
+    attention_of_kept: Callable[..., torch.Tensor] | None = None
+
+
+TORCH = MaskedOps(
+    "torch",
+    reference.masked_linear,
+    reference.masked_mlp,
+    reference.linear_to_kept,
+    reference.cross_entropy,
+    reference.divergence,
+)
 
 
 def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
@@ -27,11 +57,44 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
         BackendError: it cannot run here.
     """
     check_name("backend", name, BackendName)
-    if name == "triton":
+    if name != "triton":
+        return TORCH
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BackendError(
-            f"backend 'triton' cannot run on {device}: this version has no Triton kernels yet; use 'torch' or 'auto'"
+            f"backend 'triton' cannot run on {device}: it needs a GPU, or TRITON_INTERPRET=1 in the environment to be "
+            "tried slowly without one; use 'torch' or 'auto'"
         )
-    return MaskedOps("torch", reference.masked_linear, reference.masked_mlp)
+    try:
+        from bernprune.kernels import fused  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise BackendError(
+            f"backend 'triton' cannot run here, as Triton cannot be imported ({error}); use 'torch' or 'auto'"
+        ) from None
+    return MaskedOps(
+        "triton",
+        fused.masked_linear,
+        fused.masked_mlp,
+        fused.linear_to_kept,
+        fused.cross_entropy,
+        fused.divergence,
+        packs=True,
+        dtypes=fused.DTYPES,
+        activation=fused.activation_of,
+        attention_of_kept=fused.attention_of_kept,
+    )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep up to 1 GiB of memory that it frees, instead of giving it back and asking for it again.
+
+    Every operation on a processor makes a tensor of megabytes, and fresh pages for each cost about as much as the
+    operation. Tensors of 32 MiB and more, such as weights, are given back as ever. For whoever owns the process; where
+    the C library is not glibc, nothing happens.
+    """
+    allocator = getattr(ctypes.CDLL(None), "mallopt", None)
+    if allocator is not None:
+        for parameter, value in _GLIBC.items():
+            allocator(parameter, value)
 
 
 def find_device(name: str) -> torch.device:

@@ -16,6 +16,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 from bernprune import __version__
+from bernprune.backends import keep_freed_memory
 from bernprune.config import RunConfig, make_config
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
@@ -43,6 +44,7 @@ INTERRUPTED, READER_GONE = 130, 141  # as shells count SIGINT and SIGPIPE
 
 def main() -> None:
     """Run a command. Exit codes: 0 done, 2 a mistake that the user can mend, 130 interrupted, 141 nobody reads on."""
+    keep_freed_memory()
     sys.exit(_run(sys.argv[1:]))
 
 

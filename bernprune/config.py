@@ -182,8 +182,10 @@ class SearchConfig(_Section):
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
     """What a loss that is not finite does: stop the run, or drop its mask from the step; such a finalist just loses."""
-    rows_per_forward: Count = 64
-    """Most windows in one forward pass."""
+    rows_per_forward: Count | Literal["auto"] = "auto"
+    """Most windows in one forward pass; 'auto': 64, on a GPU fewer or more as its memory allows."""
+    costs: Literal["measured", "fixed"] = "measured"
+    """By which the way of running masks is chosen; of models under ten million prunable parameters always 'fixed'."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints of the search, each after a whole step; the final choice is saved after each heat."""
     checkpoint_steps: Count | None = None

@@ -1,12 +1,13 @@
 """Masks and text to losses: the only place where the search meets a model.
 
-Many rows go through in one forward pass, each under its own mask, or under one for each of its chunks of tokens.
-Cross-entropy is taken from the last hidden states a few tokens at a time, so the logits of the whole batch never
-exist: what is live of them at once fits in two and a half times ``LOGIT_BYTES``.
+Many rows go through in one forward pass, each under its own mask, or under one for each of its chunks of tokens. What
+no mask of a pass keeps is not computed where that pays, and of masks on the same windows what they agree on is computed
+once (``bernprune.costs``).
 
 Letters: K masks, U units, R rows, B windows, C chunks of a window, T tokens, P predictions, D hidden size.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,46 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from bernprune.backends import MaskedOps, load_backend
-from bernprune.errors import ConfigError
+from bernprune.costs import Costs, Planner
+from bernprune.errors import BackendError, ConfigError
+from bernprune.losses import token_divergences, token_losses
 from bernprune.models.masking import LiveMasks, masked
+from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName, check_name
 from bernprune.units import MaskRows
 
-# Of the logits in float32 at once, by type of device. A GPU must not read the output embedding for too few tokens; a
-# processor does best with about the size of its caches.
-LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-GATHER_TOKENS = 1024  # of one mask, from which on gathering its weights costs less than it saves, or as much
-
-
-def _tokens_at_once(head: nn.Linear) -> int:
-    return max(1, LOGIT_BYTES[head.weight.device.type] // (4 * head.weight.shape[0]))
-
-
-def _logits(head: nn.Linear, hidden_ND: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = head(hidden_ND)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def token_losses(head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy in nats, at least float32, ``[R, T - 1]``; a few tokens at a time."""
-    hidden_ND, targets_N = hidden_RTD[:, :-1].flatten(0, 1), tokens_RT[:, 1:].flatten()
-    size = _tokens_at_once(head)
-    parts = [
-        F.cross_entropy(_logits(head, hidden), targets, reduction="none")
-        for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True)
-    ]
-    return torch.cat(parts).view(tokens_RT.shape[0], -1)
-
-
-def token_divergences(head: nn.Linear, hidden_RTD: torch.Tensor, dense_RTD: torch.Tensor) -> torch.Tensor:
-    """KL(dense || masked) of the next-token distributions in nats, ``[R, T]``; a few tokens at a time."""
-    size = max(1, _tokens_at_once(head) // 2)
-    parts = []
-    for hidden, dense in zip(hidden_RTD.flatten(0, 1).split(size), dense_RTD.flatten(0, 1).split(size), strict=True):
-        ours, theirs = _logits(head, hidden).log_softmax(-1), _logits(head, dense).log_softmax(-1)
-        parts.append(F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1))
-    return torch.cat(parts).view(hidden_RTD.shape[:2])
+logger = logging.getLogger(__name__)
 
 
 class MaskedObjective:
@@ -64,8 +35,11 @@ class MaskedObjective:
 
     Args:
         kind: ``cross-entropy``, or ``kl`` to the dense model's predictions (one more forward of B windows a call).
-        rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else.
-        before_pass: called before every forward pass with the number of its rows; what it raises ends the call.
+        rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else. Where
+            a GPU's memory is too small for so many, it is halved.
+        before_pass: called before every forward pass with the number of sequences that it counts for; what it raises
+            ends the call.
+        costs: by which the way of running masks is chosen.
     """
 
     def __init__(
@@ -75,9 +49,10 @@ class MaskedObjective:
         kind: ObjectiveName,
         rows_per_forward: int,
         before_pass: Callable[[int], object] | None = None,
+        costs: Costs | None = None,
     ) -> None:
         self._view, self._live, self._kind, self._rows = view, live, kind, rows_per_forward
-        self._before_pass = before_pass
+        self._before_pass, self._planner = before_pass, Planner(view.space, costs or Costs())
         self._head: nn.Linear = view.model.get_output_embeddings()
         self._device = next(view.model.parameters()).device
 
@@ -92,10 +67,17 @@ class MaskedObjective:
     def window_losses(self, masks_KU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """As ``losses``, on each window: ``[K, B]``."""
         self._check(masks_KU, tokens_BT, "[K, {}]", len(masks_KU.shape) == 2)
-        num_masks, num_windows = len(masks_KU), len(tokens_BT)
-        rows = torch.arange(num_masks * num_windows)
-        losses_RP = self._token_losses(masks_KU, rows // num_windows, tokens_BT, rows % num_windows)
-        return losses_RP.mean(1).view(num_masks, num_windows)
+        masks = masks_KU[:].cpu()
+        if masks.is_floating_point():
+            rows = torch.arange(len(masks) * len(tokens_BT))
+            window_R = rows % len(tokens_BT)
+            losses_RP = self._losses_of_rows(masks, rows // len(tokens_BT), tokens_BT, window_R)
+            return losses_RP.mean(1).view(len(masks), -1)
+        alive_KU, tokens_BT = self._view.space.alive(masks.bool()), tokens_BT.to(self._device)
+        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
+        together = self._planner.together(alive_KU, *tokens_BT.shape, rows=self._rows)
+        parts = alive_KU.split(len(alive_KU) if together else 1)
+        return torch.cat([self._losses_of_windows(part_KU, tokens_BT, dense_BTD) for part_KU in parts]).cpu()
 
     def token_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Losses of K masks of each window's own, one for each of its C chunks, float64 ``[B, K, T]`` on the CPU.
@@ -112,7 +94,7 @@ class MaskedObjective:
         if window % max(chunks, 1):
             raise ConfigError(f"{chunks} chunks do not divide a window of {window} tokens")
         rows = torch.arange(num_windows * num_masks)
-        losses_RP = self._token_losses(masks_BKCU.flatten(0, 1), rows, tokens_BT, rows // num_masks)
+        losses_RP = self._losses_of_rows(masks_BKCU.flatten(0, 1), rows, tokens_BT, rows // num_masks)
         return F.pad(losses_RP, (0, window - losses_RP.shape[1])).view(num_windows, num_masks, window)
 
     def chunk_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -140,14 +122,18 @@ class MaskedObjective:
         # Filled in place: of a large model it is gigabytes.
         found_BTN = torch.empty(*tokens_BT.shape, sum(widths), dtype=torch.float32)
 
-        def note(layer: int, hidden_RTF: torch.Tensor) -> None:
-            by_layer[layer].copy_(hidden_RTF).abs_()
+        def run(rows: slice) -> torch.Tensor:
+            by_layer = found_BTN[rows].split(widths, dim=-1)
 
-        with self._live.watching(note):
-            self._live.set(mask_U[None])
-            for found_RTN, tokens_RT in zip(found_BTN.split(self._rows), tokens_BT.split(self._rows), strict=True):
-                by_layer = found_RTN.split(widths, dim=-1)
-                self._hidden(tokens_RT.to(self._device))
+            def note(layer: int, hidden_RTF: torch.Tensor) -> None:
+                by_layer[layer].copy_(hidden_RTF).abs_()
+
+            with self._live.watching(note):
+                self._hidden(tokens_BT[rows].to(self._device))
+            return found_BTN[:0]
+
+        self._live.set(mask_U[None])
+        self._in_passes(run, len(tokens_BT), lambda: self._rows)
         return found_BTN
 
     def _check(self, masks: MaskRows, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
@@ -158,46 +144,91 @@ class MaskedObjective:
             raise ConfigError(f"windows must be [B, T] of at least 2 tokens, but are {list(tokens_BT.shape)}")
 
     @torch.inference_mode()
-    def _token_losses(
+    def _losses_of_rows(
         self, masks: MaskRows, mask_R: torch.Tensor, tokens_BT: torch.Tensor, window_R: torch.Tensor
     ) -> torch.Tensor:
         """Float64 ``[R, P]`` of the P predictions of each row, whose mask and window are given by their indices."""
+        possible_U = _possible(masks)
         masks, tokens_BT, window_R = masks.to(self._device), tokens_BT.to(self._device), window_R.to(self._device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
-        parts = []
-        for rows, masks_of_rows in self._passes(masks, mask_R, tokens_BT.shape[1]):
-            self._live.set(masks_of_rows, gather=True)
+
+        def run(rows: slice) -> torch.Tensor:
             tokens_RT = tokens_BT[window_R[rows]]
+            self._live.set(masks[mask_R[rows]], working_U=self._planner.working(possible_U, tokens_RT.numel()))
             hidden_RTD = self._hidden(tokens_RT)
-            if dense_BTD is None:
-                losses_RP = token_losses(self._head, hidden_RTD, tokens_RT)
-            else:
-                losses_RP = token_divergences(self._head, hidden_RTD, dense_BTD[window_R[rows]])
-            parts.append(losses_RP.double().cpu())
+            return self._losses(hidden_RTD, tokens_RT, None if dense_BTD is None else dense_BTD[window_R[rows]])
+
+        return self._in_passes(run, len(mask_R), lambda: self._rows).double().cpu()
+
+    @torch.inference_mode()
+    def _losses_of_windows(
+        self, alive_KU: torch.Tensor, tokens_BT: torch.Tensor, dense_BTD: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Float64 ``[K, B]``, means over predictions; of masks on the CPU, by what they leave alive."""
+
+        def run_masks(masks: slice) -> torch.Tensor:
+            branching = Branching.of(self._view.space, alive_KU[masks])
+
+            def run(windows: slice) -> torch.Tensor:
+                tokens = tokens_BT[windows]
+                hidden = self._hidden_branching(alive_KU[masks], branching, tokens)
+                repeats = len(branching.masks_of_layers[-1])
+                dense = None if dense_BTD is None else dense_BTD[windows].repeat(repeats, 1, 1)
+                losses = self._losses(hidden, tokens.repeat(repeats, 1), dense).double().mean(1)
+                return losses.view(repeats, -1)[branching.class_K].T
+
+            losses_BK = self._in_passes(run, len(tokens_BT), lambda: max(1, self._rows // len(branching.class_K)))
+            return losses_BK.T
+
+        return self._in_passes(run_masks, len(alive_KU), lambda: self._rows)
+
+    def _hidden_branching(self, alive_KU: torch.Tensor, branching: Branching, tokens_BT: torch.Tensor) -> torch.Tensor:
+        """The last hidden states of each class of masks on each window, ``[classes * B, T, D]``."""
+        windows = len(tokens_BT)
+        classes_L = [len(masks) for masks in branching.masks_of_layers]
+        working_U = self._planner.working(alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L])
+        self._live.set(alive_KU, working_U=working_U, masks_of_layers=branching.masks_of_layers)
+        with branching.growing([layer.layer for layer in self._view.layers], windows):
+            return self._hidden(tokens_BT, len(alive_KU) * windows)
+
+    def _in_passes(self, run: Callable[[slice], torch.Tensor], total: int, most: Callable[[], int]) -> torch.Tensor:
+        """Results of ``run`` on slices of so many, as large as the memory allows, one after the other."""
+        parts, start = list[torch.Tensor](), 0
+        while start < total:
+            chosen, refusal = slice(start, min(start + most(), total)), ""
+            try:
+                parts.append(run(chosen))
+                start = chosen.stop
+            except torch.OutOfMemoryError as error:
+                refusal = str(error).splitlines()[0]
+            if refusal:  # by now the error has let go of what the pass held
+                self._need_less(refusal)
         return torch.cat(parts)
 
-    def _passes(self, masks: MaskRows, mask_R: torch.Tensor, tokens: int) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Rows that go through together, and their masks.
+    def _need_less(self, refusal: str) -> None:
+        """Half as many rows in a pass from now on. Raises ``BackendError`` if there is one already."""
+        torch.cuda.empty_cache()
+        if self._rows == 1:
+            raise BackendError(f"not one row fits in the GPU's memory: {refusal}")
+        self._rows = max(1, self._rows // 2)
+        logger.warning("the GPU's memory is full: going on with %d rows in a forward pass", self._rows)
 
-        Rows of the same mask go by themselves if they hold enough tokens, so that what it removes is not computed.
-        """
-        together = len(mask_R)
-        shared = len(mask_R) // len(masks) if len(masks.shape) == 2 else 1  # one for each chunk cannot be gathered
-        if len(masks.shape) == 2 and shared * tokens >= GATHER_TOKENS and not masks[:1].is_floating_point():
-            together, masks = shared, masks[:]
-        for start in range(0, len(mask_R), together):
-            for first in range(start, start + together, self._rows):
-                rows = slice(first, min(first + self._rows, start + together))
-                which = mask_R[rows] if together > shared else mask_R[first : first + 1]
-                yield rows, masks[which]
+    def _losses(
+        self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of the P predictions of each row, ``[R, P]``."""
+        if dense_RTD is None:
+            return token_losses(self._head, hidden_RTD, tokens_RT, self._live.ops)
+        return token_divergences(self._head, hidden_RTD, dense_RTD, self._live.ops)
 
+    @torch.inference_mode()
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))
-        return torch.cat([self._hidden(tokens) for tokens in tokens_BT.split(self._rows)])
+        return self._in_passes(lambda windows: self._hidden(tokens_BT[windows]), len(tokens_BT), lambda: self._rows)
 
-    def _hidden(self, tokens_RT: torch.Tensor) -> torch.Tensor:
+    def _hidden(self, tokens_RT: torch.Tensor, sequences: int | None = None) -> torch.Tensor:
         if self._before_pass is not None:
-            self._before_pass(len(tokens_RT))
+            self._before_pass(sequences or len(tokens_RT))
         hidden: torch.Tensor = self._view.decoder(input_ids=tokens_RT, use_cache=False).last_hidden_state
         return hidden
 
@@ -210,6 +241,7 @@ def masked_objective(
     kind: ObjectiveName = "cross-entropy",
     rows_per_forward: int = 64,
     before_pass: Callable[[int], object] | None = None,
+    costs: Costs | None = None,
 ) -> Iterator[MaskedObjective]:
     """The objective for the length of a ``with`` block; the model is restored on leaving it.
 
@@ -219,4 +251,12 @@ def masked_objective(
     check_name("objective", kind, ObjectiveName)
     ops = ops or load_backend("auto", next(view.model.parameters()).device)
     with masked(view, ops) as live:
-        yield MaskedObjective(view, live, kind, rows_per_forward, before_pass)
+        yield MaskedObjective(view, live, kind, rows_per_forward, before_pass, costs)
+
+
+def _possible(masks: MaskRows) -> torch.Tensor | None:
+    """Units that some of the masks may keep, bool on the CPU; None where that is not known without looking at them."""
+    if isinstance(masks, torch.Tensor):
+        return (masks.flatten(0, -2) != 0).any(0).cpu()
+    possible_U: torch.Tensor | None = getattr(masks, "possible_U", None)
+    return possible_U

@@ -1,7 +1,8 @@
 """The masked operations in plain torch: what every kernel must compute, and the torch backend itself.
 
 Letters: R rows of a batch, each with its own mask; T tokens a row; D, E widths of a linear layer; F channels; U units
-that own ``unit_width`` adjacent entries each.
+that own ``unit_width`` adjacent entries each; H query heads, G kv groups, C entries of a head; P predictions, V
+vocabulary; B windows of text, K masks and chunks S of each.
 """
 
 from collections.abc import Callable
@@ -44,7 +45,7 @@ def masked_mlp(
     x_RTD: torch.Tensor,
     masks_RF: torch.Tensor | None,
     gate_FD: torch.Tensor,
-    up_FD: torch.Tensor,
+    up_FD: torch.Tensor | None,
     down_DF: torch.Tensor,
     *,
     activation: Callable[[torch.Tensor], torch.Tensor] = F.silu,
@@ -56,9 +57,74 @@ def masked_mlp(
 
     Args:
         masks_RF: 1 keeps; None keeps everything.
+        up_FD: None for an MLP without gate: ``(act(x G') * mask) D'``.
 
     Raises:
         ValueError: sizes that do not fit each other.
     """
-    hidden_RTF = activation(F.linear(x_RTD, gate_FD, gate_bias_F)) * F.linear(x_RTD, up_FD, up_bias_F)
+    hidden_RTF = activation(F.linear(x_RTD, gate_FD, gate_bias_F))
+    if up_FD is not None:
+        hidden_RTF = hidden_RTF * F.linear(x_RTD, up_FD, up_bias_F)
     return masked_linear(hidden_RTF, masks_RF, down_DF, down_bias_D)
+
+
+def linear_to_kept(
+    x_RTD: torch.Tensor,
+    masks_RU: torch.Tensor | None,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor | None = None,
+    *,
+    unit_width: int = 1,
+) -> torch.Tensor:
+    """A linear layer of whose output units the masked ones do not matter: here, they are computed all the same."""
+    return F.linear(x_RTD, weight_ED, bias_E)
+
+
+def attention_of_kept(
+    q_RHTC: torch.Tensor,
+    k_RGTC: torch.Tensor,
+    v_RGTC: torch.Tensor,
+    masks_RG: torch.Tensor,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention, ``[R, T, H, C]``, zero for the query heads of removed kv groups."""
+    y_RHTC = F.scaled_dot_product_attention(q_RHTC, k_RGTC, v_RGTC, is_causal=True, scale=scale, enable_gqa=True)
+    kept_RH = masks_RG.bool().repeat_interleave(q_RHTC.shape[1] // k_RGTC.shape[1], dim=1)
+    return y_RHTC.where(kept_RH[..., None, None], 0.0).transpose(1, 2)
+
+
+def cross_entropy(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
+    """In nats, at least float32, ``[P]``."""
+    return F.cross_entropy(_wide(logits_PV), targets_P, reduction="none")
+
+
+def divergence(ours_PV: torch.Tensor, theirs_PV: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) of the distributions of two sets of logits in nats, at least float32, ``[P]``."""
+    ours_PV, theirs_PV = _wide(ours_PV).log_softmax(-1), _wide(theirs_PV).log_softmax(-1)
+    return F.kl_div(ours_PV, theirs_PV, log_target=True, reduction="none").sum(-1)
+
+
+def _wide(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def score_sums(weights_BR: torch.Tensor, masks_BRU: torch.Tensor, probs_U: torch.Tensor) -> torch.Tensor:
+    """Sum over the R masks of each window of weight times (mask - probability), ``[B, U]``."""
+    return torch.einsum("br,bru->bu", weights_BR, masks_BRU.to(weights_BR.dtype) - probs_U)
+
+
+def kept_sums(values_U: torch.Tensor, masks_MU: torch.Tensor) -> torch.Tensor:
+    """Sum of the values of what each mask keeps, ``[M]``."""
+    return masks_MU.to(values_U.dtype) @ values_U
+
+
+def activity_sums(
+    active_BTF: torch.Tensor, advantages_BKT: torch.Tensor, masks_BKSF: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of r = ``|active_BTF|``, over the tokens of each window: sums, ``[B, F]``, of advantage times mask times r, over
+    masks too; of r^2; and of r."""
+    r_BTF = active_BTF.abs()
+    r_BSTF = r_BTF.unflatten(1, (masks_BKSF.shape[2], -1))
+    told_BKSF = torch.einsum("bkst,bstf->bksf", advantages_BKT.unflatten(2, r_BSTF.shape[1:3]), r_BSTF)
+    return (told_BKSF * masks_BKSF).sum((1, 2)), r_BTF.square().sum(1), r_BTF.sum(1)

@@ -1,9 +1,45 @@
 """What tests of whole runs start from: a tiny model with a text, a copy of it to work in, and a finished run."""
 
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import interpreting  # noqa: F401
 import pytest
+import torch
 from tiny_run import Place, finish, prepare, visit
+
+from bernprune.costs import Planner
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where kernels run."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, the largest integers or true: what a kernel forgot to write shows."""
+
+    def poison(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def made(*args: Any, **options: Any) -> torch.Tensor:
+            fresh = make(*args, **options)
+            if fresh.is_floating_point():
+                return fresh.fill_(math.nan)
+            return fresh.fill_(True if fresh.dtype == torch.bool else torch.iinfo(fresh.dtype).max)
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(torch.empty))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks on the same windows go through one after the other: each sequence that is counted is a row that is run."""
+    monkeypatch.setattr(Planner, "together", lambda *_, **__: False)
 
 
 @pytest.fixture(scope="session")

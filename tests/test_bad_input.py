@@ -477,11 +477,12 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, place: Place) -> None:
+def test_bad_input(case: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence that names what is wrong, exit code 2, and not a byte changed."""
     attempt, said = BAD[case]
     if case.startswith("cuda") and torch.cuda.device_count() > 0:
         pytest.skip("there are GPUs here")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which other tests need
     arguments = attempt(place)
     before = place.contents()
     sentence = in_one_sentence(run(*arguments))

@@ -83,6 +83,7 @@ def rows_run(task: Task) -> Iterator[list[int]]:
     hook.remove()
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize(("name", "index"), TRIED)
 def test_every_method(name: str, index: int, source: Source) -> None:
     """Within budget and limits; all windows that the model sees are counted; the model is left as it was."""
@@ -104,6 +105,7 @@ def test_every_method(name: str, index: int, source: Source) -> None:
     check_mask(name, task, mask_U)
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("name", ["default", "reinforce", "paper"])
 def test_presets_pay_for_all_that_they_run(name: str, source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their run takes its own count to the meter: that is as many windows as its model saw in scoring and searching."""

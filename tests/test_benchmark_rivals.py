@@ -19,9 +19,10 @@ from benchmarks.learning.rivals.taylor import unit_importance
 from benchmarks.learning.task import Source
 from bernprune.data import tokenize
 from bernprune.errors import ConfigError
+from bernprune.losses import token_losses
 from bernprune.models.loading import load_tokenizer
 from bernprune.models.view import describe
-from bernprune.objective import masked_objective, token_losses
+from bernprune.objective import masked_objective
 from bernprune.seeding import generator
 from bernprune.text import load_documents
 

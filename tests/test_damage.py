@@ -38,7 +38,7 @@ from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.search import Reading
-from bernprune.run import loop, pipeline, stage
+from bernprune.run import loop, pipeline, stage, verification
 from bernprune.run.checkpoint import write_state
 from bernprune.run.folder import RunFolder
 
@@ -93,7 +93,7 @@ def _full_for_verifying(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> float:
         raise _full()
 
-    monkeypatch.setattr(pipeline, "verify_saved", fail)
+    monkeypatch.setattr(verification, "verify_saved", fail)
 
 
 def _failing_after_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def undisturbed(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A run of the disks' setting with nothing in its way."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", verify_here)
+        patch.setattr(verification, "verify_saved", verify_here)
         succeed(*prune_arguments(prepared.model, prepared.text, out, *WORKING))
     return out
 
@@ -182,7 +182,7 @@ def test_a_saved_model_that_differs_is_not_left(
     place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A saved folder whose logits are not the model's fails the run loudly, and nobody can mistake it for a result."""
-    monkeypatch.setattr(pipeline, "verify_saved", lambda *_, **__: 0.5)
+    monkeypatch.setattr(verification, "verify_saved", lambda *_, **__: 0.5)
     for arguments in (place.prune(), ["apply", str(undisturbed / "plan.json"), str(place.model), "applied"]):
         assert "not the one in memory" in in_one_sentence(run(*arguments))
     assert not (place.out / "model").exists() and not (place.out / "report.json").exists()
@@ -205,7 +205,7 @@ def test_how_far_logits_may_differ(
         largest.append(logits.abs().max().item())
         return next(differences) * largest[-1]
 
-    monkeypatch.setattr(pipeline, "verify_saved", verify)
+    monkeypatch.setattr(verification, "verify_saved", verify)
     for name in ("a", "b"):
         assert pipeline.apply_plan(config, plan, name)["tolerance"] == pytest.approx(1e-5 * largest[-1])
     for name in ("c", "d"):
@@ -224,7 +224,7 @@ def test_a_saved_model_is_compared_in_full_precision(
         return verify_here(*given, **named)
 
     asked, before = list[str](), torch.get_float32_matmul_precision()
-    monkeypatch.setattr(pipeline, "verify_saved", clean)
+    monkeypatch.setattr(verification, "verify_saved", clean)
     torch.set_float32_matmul_precision("medium")
     try:
         done = succeed("apply", str(undisturbed / "plan.json"), str(place.model), "applied")

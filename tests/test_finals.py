@@ -85,9 +85,7 @@ def choose(
             text.append(tokens_BT)
         return torch.stack([loss(masks_KU) for _ in tokens_BT], dim=1)
 
-    monkeypatch.setattr(
-        finals, "masked_objective", lambda *_, **__: nullcontext(SimpleNamespace(window_losses=window_losses))
-    )
+    monkeypatch.setattr(Stage, "objective", lambda *_, **__: nullcontext(SimpleNamespace(window_losses=window_losses)))
     folder.mkdir(exist_ok=True)
     stage = replace(stage, workload=replace(stage.workload, choosing=budget / 1000, sequences=None))
     scores_U = random_numbers(stage.budget.space.size, 7)

@@ -98,17 +98,26 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.settings",
     ),
     "bernprune.backends": ("bernprune.names", "bernprune.errors", "bernprune.kernels"),
-    "bernprune.policy": (*VOCABULARY, "bernprune.policy"),
+    "bernprune.policy": (*VOCABULARY, "bernprune.policy", "bernprune.kernels.masks"),  # what a kernel draws them from
     "bernprune.models": (
         *VOCABULARY,
         "bernprune.backends",
+        "bernprune.kernels.masks",
         "bernprune.embedded",
         "bernprune.models",
         "bernprune.storage",
     ),
     "bernprune.models.modeling_bernprune": (),  # copied into every saved folder
     "bernprune.scores": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.scores"),
-    "bernprune.objective": (*VOCABULARY, "bernprune.backends", "bernprune.models"),
+    "bernprune.losses": ("bernprune.backends",),
+    "bernprune.costs": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.losses"),
+    "bernprune.objective": (
+        *VOCABULARY,
+        "bernprune.backends",
+        "bernprune.models",
+        "bernprune.losses",
+        "bernprune.costs",
+    ),
 }
 
 

@@ -36,7 +36,7 @@ from tiny_run import (
 import bernprune
 from bernprune.config import make_config
 from bernprune.errors import RunError
-from bernprune.run import finals, loop, pipeline
+from bernprune.run import finals, loop, pipeline, verification
 from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
 from bernprune.run.signals import Interrupted, signals
@@ -160,7 +160,7 @@ def test_terminated_before_the_search(place: Place, monkeypatch: pytest.MonkeyPa
 def test_interrupted_after_the_search(place: Place, finished: Path) -> None:
     """Ctrl-C while the model is verified leaves no model, and the search need not be repeated."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", _interrupt)
+        patch.setattr(verification, "verify_saved", _interrupt)
         done = run(*place.prune(), "--eval-text", str(finished.parent / "held-out.txt"))
     assert done.code == 130 and "bernprune resume" in done.err
     assert not (place.out / "model").exists() and (place.out / "plan.json").is_file()
@@ -193,7 +193,7 @@ def test_a_signal_at_the_very_end_counts(module: Any, last: str, place: Place, m
 def test_the_advice_survives_a_space(place: Place) -> None:
     """The command to resume can be pasted into a shell whatever the folder is called."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", _interrupt)
+        patch.setattr(verification, "verify_saved", _interrupt)
         done = run(*place.prune(out=Path("my run")))
     assert done.err == "interrupted; continue with: bernprune resume 'my run'\n"
 
@@ -244,7 +244,7 @@ def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None
 def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> None:
     """The same command with other such settings continues an unfinished run, and they are what is stored."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", _interrupt)
+        patch.setattr(verification, "verify_saved", _interrupt)
         run(*place.prune(), "--eval-text", str(finished.parent / "held-out.txt"))
     free = ("search.rows_per_forward=1", "search.checkpoint_steps=3", "report.latency_repeats=3")
     with pytest.MonkeyPatch.context() as patch:
@@ -257,7 +257,7 @@ def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> N
 def test_resume_takes_what_may_change(place: Place, finished: Path) -> None:
     """As the same command with other such settings does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", _interrupt)
+        patch.setattr(verification, "verify_saved", _interrupt)
         run(*place.prune(), "--eval-text", str(finished.parent / "held-out.txt"))
     before = RunFolder(place.out).read_config()
     with pytest.raises(RunError, match=r"another configuration \(seed is 0 there and 7 here\)"):
@@ -301,7 +301,7 @@ def test_what_decides_the_result_may_not_change(setting: str, tmp_path: Path) ->
 def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
     """Those that it began with are kept, and told of where others go on; the report has those that ended it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", _interrupt)
+        patch.setattr(verification, "verify_saved", _interrupt)
         run(*place.prune())
         began = read_json(place.out / "versions.json")
         patch.setattr(bernprune, "__version__", "9.9")
@@ -381,7 +381,7 @@ def test_scraps_of_a_killed_process_are_no_obstacle(place: Place) -> None:
     (place.out / ".lock").touch()
     (place.out / ".config.yaml.part").write_text("seed:")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", _interrupt)
+        patch.setattr(verification, "verify_saved", _interrupt)
         assert run(*place.prune()).code == 130
     (place.out / ".model.0123abcd").mkdir()
     succeed("resume", str(place.out))

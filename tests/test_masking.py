@@ -102,22 +102,26 @@ def test_gathered_equals_sliced(variant: Variant, granularity: tuple[Kind, ...])
     for mask_1U in emptying_masks(view.space).split(1):
         expected = sliced_logits(view, mask_1U.expand(3, -1), tokens)
         with masked(view, OPS) as live:
-            live.set(mask_1U, gather=True)
+            live.set(mask_1U, working_U=mask_1U[0])
             assert_close(logits_of(view.model, tokens), torch.stack(expected), EXACT_FLOAT64)
-            live.set(torch.ones_like(mask_1U), gather=True)
+            live.set(torch.ones_like(mask_1U), working_U=torch.ones_like(mask_1U[0]))
             assert torch.equal(logits_of(view.model, tokens), logits_of(copy.deepcopy(view.model), tokens))
 
 
+@all_granularities
 @pytest.mark.parametrize("masks", ["several", "gates", "chunks"])
-def test_only_a_single_mask_is_gathered(masks: str) -> None:
-    """Others are masked, whether or not gathering was asked for."""
-    view, tokens = describe(tiny_model("llama")), random_tokens(3, 8)
-    given = random_masks(view.space, 3)
-    given = {"several": given, "gates": 0.5 * given[:1].double(), "chunks": given[:, None].expand(-1, 2, -1)}[masks]
-    expected = masked_logits(view, given, tokens)
+def test_what_no_mask_keeps_need_not_be_computed(granularity: tuple[Kind, ...], masks: str) -> None:
+    """Of several masks, masks of chunks and gates: with what any of them keeps at work, or more, the same logits."""
+    view, tokens = describe(tiny_model("llama", attention_bias=True), granularity), random_tokens(3, 8)
+    kept = emptying_masks(view.space) & (torch.arange(view.space.size) % 3 > 0)
+    given = {"several": kept, "gates": 0.5 * kept.double(), "chunks": kept[:, None].expand(-1, 2, -1)}[masks]
+    expected, any_U = masked_logits(view, given, tokens), kept.any(0)
+    more_U = any_U | (torch.arange(view.space.size) % 6 == 0)
+    assert (any_U < more_U).any()
     with masked(view, OPS) as live:
-        live.set(given, gather=True)
-        assert torch.equal(logits_of(view.model, tokens), expected)
+        for working_U in (any_U, more_U):
+            live.set(given, working_U=working_U)
+            assert_close(logits_of(view.model, tokens), expected, EXACT_FLOAT64)
 
 
 def flops_of(model: Any, tokens: torch.Tensor) -> int:
@@ -136,8 +140,8 @@ def test_what_is_gathered_away_is_not_computed(family: str) -> None:
     dense = flops_of(view.model, tokens)
     sliced = flops_of(slice_model(copy.deepcopy(view.model), view.space.plan(mask_1U[0])), tokens)
     with masked(view, OPS) as live:
-        for gather, expected in ((True, sliced), (False, dense)):
-            live.set(mask_1U, gather=gather)
+        for working_U, expected in ((mask_1U[0], sliced), (None, dense)):
+            live.set(mask_1U, working_U=working_U)
             assert flops_of(view.model, tokens) == expected
     assert sliced < 0.8 * dense
 
@@ -149,7 +153,7 @@ def test_of_a_branch_that_is_gathered_away_little_is_computed(granularity: tuple
     mask_1U = torch.zeros(1, view.space.size, dtype=torch.bool)
     dense, expected = flops_of(view.model, tokens), masked_logits(view, mask_1U, tokens)
     with masked(view, OPS) as live:
-        live.set(mask_1U, gather=True)
+        live.set(mask_1U, working_U=mask_1U[0])
         assert torch.equal(logits_of(view.model, tokens), expected)
         assert flops_of(view.model, tokens) < 0.7 * dense
 

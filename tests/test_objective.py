@@ -13,17 +13,21 @@ from tolerances import EXACT, LOGITS, assert_close
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from bernprune import objective as module
+from bernprune import losses as module
 from bernprune.backends import load_backend
+from bernprune.costs import Costs
 from bernprune.errors import ConfigError
+from bernprune.losses import token_losses
 from bernprune.models.masking import LiveMasks
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import ObjectiveName
-from bernprune.objective import masked_objective, token_losses
+from bernprune.objective import masked_objective
 
 OPS = load_backend("torch", torch.device("cpu"))
 OBJECTIVES: tuple[ObjectiveName, ...] = ("cross-entropy", "kl")
+FREE = Costs(passing=0.0, copying=0.0, blocks=1.0)  # to gather weights
+NEVER = Costs(passing=1e9, copying=math.inf, blocks=0.5)
 LARGE_VOCABULARY = 50_021
 FLOAT32_BYTES, CHUNK_BYTES = 4, 8 * 2**20
 
@@ -90,30 +94,28 @@ def test_gathering_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: Object
     view, tokens_BT = describe(tiny_model("qwen3")), random_tokens(3, 9)
     masks_KU, set_masks, asked, found = random_masks(view, 4), LiveMasks.set, list[int](), []
 
-    def watched(self: LiveMasks, masks: torch.Tensor, **given: bool) -> None:
+    def watched(self: LiveMasks, masks: torch.Tensor, **given: Any) -> None:
         asked.append(len(masks))
         set_masks(self, masks, **given)
 
     monkeypatch.setattr(LiveMasks, "set", watched)
-    for enough in (27, 28):  # tokens of one mask, and one more
-        monkeypatch.setattr(module, "GATHER_TOKENS", enough)
+    for costs in (FREE, NEVER):
         asked.clear()
-        with masked_objective(view, OPS, kind=kind, rows_per_forward=rows) as objective:
+        with masked_objective(view, OPS, kind=kind, rows_per_forward=rows, costs=costs) as objective:
             found.append(objective.window_losses(masks_KU, tokens_BT))
             assert torch.equal(objective.losses(masks_KU, tokens_BT), found[-1].mean(1))
-        assert (max(asked) == 1) == (enough == 27)
+        assert (max(asked) == 1) == (costs == FREE)
     assert_close(found[0], found[1], EXACT)
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 1.0])
-def test_what_one_mask_removes_is_not_computed(monkeypatch: pytest.MonkeyPatch, density: float) -> None:
+def test_what_one_mask_removes_is_not_computed(density: float) -> None:
     """The matrix products of its blocks take as much as their kept parameters; those of the output head stay."""
-    monkeypatch.setattr(module, "GATHER_TOKENS", 24)
     view, tokens_BT = describe(tiny_model("llama"), ("kv_group", "channel")), random_tokens(2, 12)
     mask_U = torch.zeros(view.space.size, dtype=torch.bool)
     for group, start in zip(view.space.groups, view.space.starts, strict=False):
         mask_U[start : start + math.ceil(density * group.count)] = True
-    with FlopCounterMode(display=False) as counter, masked_objective(view, OPS) as objective:
+    with FlopCounterMode(display=False) as counter, masked_objective(view, OPS, costs=FREE) as objective:
         objective.losses(mask_U[None], tokens_BT)
     counts = counter.get_flop_counts()["Global"]
     kept = int(view.space.costs_U()[mask_U].sum())
@@ -127,13 +129,12 @@ def test_what_cannot_be_gathered_goes_together(monkeypatch: pytest.MonkeyPatch, 
     view, tokens_BT = describe(tiny_model("qwen3")), random_tokens(3, 8)
     masks_KU, set_masks, asked = random_masks(view, 12), LiveMasks.set, list[int]()
 
-    def watched(self: LiveMasks, masks: torch.Tensor, **given: bool) -> None:
+    def watched(self: LiveMasks, masks: torch.Tensor, **given: Any) -> None:
         asked.append(len(masks))
         set_masks(self, masks, **given)
 
     monkeypatch.setattr(LiveMasks, "set", watched)
-    monkeypatch.setattr(module, "GATHER_TOKENS", 1)
-    with masked_objective(view, OPS, rows_per_forward=4) as objective:
+    with masked_objective(view, OPS, rows_per_forward=4, costs=FREE) as objective:
         if given == "chunks":
             objective.chunk_losses(masks_KU.view(3, 2, 2, -1), tokens_BT)
         else:

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from tolerances import BUDGET, EXACT, LOGITS, STEP, assert_close
+from tolerances import BUDGET, CHAIN, EXACT, LOGITS, STEP, assert_close
 
 TOLERANCES = {"exact": EXACT, "budget": BUDGET, "step": STEP} | {
-    str(dtype).removeprefix("torch."): tolerance for dtype, tolerance in LOGITS.items()
+    f"{name}-{str(dtype).removeprefix('torch.')}": tolerance
+    for name, table in (("logits", LOGITS), ("chain", CHAIN))
+    for dtype, tolerance in table.items()
 }
 
 

@@ -24,7 +24,8 @@ from tiny_run import (
 )
 
 from bernprune.config import make_config
-from bernprune.run import finals, loop
+from bernprune.run import loop
+from bernprune.run.stage import Stage
 from bernprune.run.workload import (
     AUTO_REGRET,
     AUTO_TIMES,
@@ -201,21 +202,24 @@ def test_seconds_are_shared_like_sequences() -> None:
 # Run
 
 
-def _counting(original: Any, rows: list[int]) -> Any:
-    """``masked_objective`` that notes the rows of every forward pass."""
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[int]]:
+    """Where the rows of forward passes are noted: those of the search, and those of the choice."""
+    original, searching, choosing = Stage.objective, list[int](), list[int]()
 
     @contextmanager
-    def counted(view: Any, *given: Any, **more: Any) -> Any:
-        with original(view, *given, **more) as objective:
-            hook = view.decoder.register_forward_pre_hook(
-                lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    def counted(self: Stage, *given: Any) -> Any:
+        noted: list[int] = [[], searching, choosing][len(given)]
+        with original(self, *given) as objective:
+            hook = self.view.decoder.register_forward_pre_hook(
+                lambda _, args, kwargs: noted.append(len(kwargs["input_ids"])), with_kwargs=True
             )
             try:
                 yield objective
             finally:
                 hook.remove()
 
-    return counted
+    monkeypatch.setattr(Stage, "objective", counted)
+    return searching, choosing
 
 
 def searched(place: Place, *given: str) -> dict[str, Any]:
@@ -228,12 +232,10 @@ def searched(place: Place, *given: str) -> dict[str, Any]:
 
 def check_passes(place: Place, monkeypatch: pytest.MonkeyPatch, given: tuple[str, ...], steps: int, spent: int) -> None:
     """So many steps, with what is reported and was run besides."""
-    rows: list[int] = []
-    for module in (loop, finals):
-        monkeypatch.setattr(module, "masked_objective", _counting(module.masked_objective, rows))
+    searching, choosing = count_rows(monkeypatch)
     search = searched(place, *given)
     assert (search["steps"], search["sequences"]) == (steps, spent)
-    assert sum(rows) == search["sequences"] and search["forward_tokens"] == search["sequences"] * WINDOW
+    assert sum(searching + choosing) == search["sequences"] and search["forward_tokens"] == search["sequences"] * WINDOW
 
 
 MASKS_AND_REFERENCES = {
@@ -253,6 +255,7 @@ MASKS_AND_REFERENCES = {
 }
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("given", MASKS_AND_REFERENCES)
 def test_every_pass_is_counted(given: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """search.sequences holds reference and dense passes too, and what is reported is what was run."""
@@ -261,6 +264,7 @@ def test_every_pass_is_counted(given: str, place: Place, monkeypatch: pytest.Mon
     check_passes(place, monkeypatch, more, 45 // per_step, 45 // per_step * per_step)
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize(("objective", "dense"), [("cross-entropy", 0), ("kl", 1)])
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "reinforce"])
 def test_every_pass_of_the_posterior_is_counted(
@@ -292,6 +296,7 @@ CHOICE = ("search.selection=0.6", "search.final_windows=3", "search.sequences=40
 LOOKS = ("search.look_windows=2",)
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize(
     ("method", "objective", "more", "heat"),
     [
@@ -304,9 +309,7 @@ def test_every_pass_of_the_choice_is_counted(
     method: str, objective: str, more: tuple[str, ...], heat: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Inside search.sequences, and as much of it as there are whole heats."""
-    searching, choosing = list[int](), list[int]()
-    for module, rows in ((loop, searching), (finals, choosing)):
-        monkeypatch.setattr(module, "masked_objective", _counting(module.masked_objective, rows))
+    searching, choosing = count_rows(monkeypatch)
     search = searched(place, *METHODS[method], *CHOICE, *more, f"search.objective={objective}")
     spent = search["finals"]["sequences"]
     before = search["sequences"] - spent
@@ -315,12 +318,14 @@ def test_every_pass_of_the_choice_is_counted(
     assert available - heat < spent <= available
 
 
+@pytest.mark.usefixtures("one_by_one")
 @pytest.mark.parametrize("method", ["posterior-chunk", "reinforce"])
 def test_no_sequences_make_no_pass(method: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The metric alone is taken as it is."""
     check_passes(place, monkeypatch, (*METHODS[method], "search.sequences=0", "search.selection=0.5"), 0, 0)
 
 
+@pytest.mark.usefixtures("one_by_one")
 def test_a_smallest_run_makes_a_step(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a step takes all there is, nothing is looked at and nothing chosen."""
     check_passes(place, monkeypatch, (f"search.sequences={PASSES}", "search.selection=0.5"), 1, PASSES)

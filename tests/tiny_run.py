@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bernprune import cli
-from bernprune.run import pipeline
+from bernprune.run import verification
 from bernprune.run.checkpoint import read_state
 
 REPOSITORY = Path(__file__).parent.parent
@@ -258,7 +258,7 @@ def visit(prepared: Place, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pla
     (folder / "temporary").mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
-    monkeypatch.setattr(pipeline, "verify_saved", verify_here)
+    monkeypatch.setattr(verification, "verify_saved", verify_here)
     return Place(folder)
 
 
@@ -276,7 +276,7 @@ def finish(prepared: Place, folder: Path, *more: str) -> Path:
     """An undisturbed run with a held-out text of its own; returns its folder."""
     held_out = tiny_text(folder / "held-out.txt", 400, seed=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "verify_saved", verify_here)
+        patch.setattr(verification, "verify_saved", verify_here)
         arguments = prepared.prune(*more, out=folder / "out")
         assert succeed(*arguments, "--eval-text", str(held_out)).err == ""
     return folder / "out"

@@ -16,6 +16,12 @@ LOGITS: dict[torch.dtype, float] = {
     torch.float16: 2e-3,
     torch.bfloat16: 1e-2,
 }
+CHAIN: dict[torch.dtype, float] = {  # of a few products in turn, each rounded, with little to average over
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.float16: 4e-3,
+    torch.bfloat16: 2e-2,
+}
 
 Numbers = torch.Tensor | Sequence[float] | float
 

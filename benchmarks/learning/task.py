@@ -22,9 +22,10 @@ from bernprune.data import evaluation_windows, tokenize
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol
+from bernprune.losses import token_losses
 from bernprune.models.loading import load_config, load_tokenizer
 from bernprune.names import Scope
-from bernprune.objective import masked_objective, token_losses
+from bernprune.objective import masked_objective
 from bernprune.policy.bernoulli import even_probs
 from bernprune.policy.selection import select
 from bernprune.run.stage import set_stage

@@ -7,13 +7,13 @@ swapped for masked twins that hold no parameters; leaving it puts the very same 
 Instead of being kept or cut, a unit may be scaled by a gate between: gates multiply those of all it lies in, and a
 branch is open as long as any of its gates is.
 
-Where all rows are under one mask, what it removes need not be computed: each layer gathers the weights of what it keeps
-for the length of its own pass. Of a branch that keeps nothing a single unit is computed, and switched off.
+What none of the rows keeps need not be computed: each layer gathers the weights of the *working set* for the length of
+its own pass. Of a branch in which nothing is at work a single unit is computed, and switched off.
 
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
 their own masks.
 
-Letters: R rows of the batch, C chunks of a row, U units, N units of one branch, T tokens, P pieces = R * C.
+Letters: R rows of the batch, C chunks of a row, M masks, U units, N units of one branch, T tokens, P pieces = R * C.
 """
 
 import functools
@@ -26,61 +26,88 @@ import torch.nn.functional as F
 from torch import nn
 
 from bernprune.backends import MaskedOps
+from bernprune.errors import BackendError
+from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
+from bernprune.models.attending import attending
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
 
 
 class _Branch:
-    """What one residual branch of one layer sees of the current masks."""
+    """What one residual branch of one layer sees of the current masks.
 
-    units_PN: torch.Tensor | None = None  # None: every unit is kept in every piece
-    open_P11: torch.Tensor | None = None  # None: the branch is open in every piece
+    Args:
+        last: the projection that its units are the input of.
+    """
+
+    masks: torch.Tensor | PackedMasks | None = None  # each for as many pieces in turn; None: every unit is kept in all
+    open_M11: torch.Tensor | None = None  # of the same masks; None: the branch is open in every piece
     kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
     chunks = 1
     watch: Callable[[torch.Tensor], None] | None = None  # told what the last projection takes in, before it is masked
 
-    def __init__(self, num_units: int, *, biased: bool) -> None:
-        self.num_units = num_units
-        self.biased = biased  # so that something comes out even if nothing goes into its product
+    def __init__(self, num_units: int, last: nn.Linear) -> None:
+        self.num_units, self._last = num_units, last
+        self.biased = last.bias is not None  # so that something comes out even if nothing goes into its product
 
-    def gather(self, weights: torch.Tensor, *, dim: int = 0) -> torch.Tensor:
-        """Of a weight or bias whose ``dim`` holds all units in turn, what belongs to the kept ones."""
+    def gather(self, weights: torch.Tensor) -> torch.Tensor:
+        """Of a weight or bias that holds all units in turn, what belongs to the kept ones."""
         if self.kept_N is None:
             return weights
-        by_unit: torch.Tensor = weights.unflatten(dim, (self.num_units, -1))
-        return by_unit.index_select(dim, self.kept_N).flatten(dim, dim + 1)
+        by_unit: torch.Tensor = weights.unflatten(0, (self.num_units, -1))
+        return by_unit.index_select(0, self.kept_N).flatten(0, 1)
 
-    def run(
-        self, operation: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], x_RTE: torch.Tensor
-    ) -> torch.Tensor:
-        """``operation`` on the input and the units' mask, piece by piece, and closed where the branch is."""
+    def gather_last(self) -> torch.Tensor:
+        """Of the last projection's weight, the columns that belong to the kept units."""
+        if self.kept_N is None:
+            return self._last.weight
+        if self._last.weight.stride(0) != 1:  # a column must lie together to be copied fast
+            self._last.weight.data = self._last.weight.data.T.contiguous().T
+        return self.gather(self._last.weight.T).T
+
+    def restore(self) -> None:
+        """Let the last projection's weight lie in memory as it did."""
+        if not self._last.weight.is_contiguous():
+            self._last.weight.data = self._last.weight.data.contiguous()
+
+    def run(self, operation: Callable[[torch.Tensor, Any], torch.Tensor], x_RTE: torch.Tensor) -> torch.Tensor:
+        """``operation`` on the input and the units' masks, piece by piece, and closed where the branch is."""
         rows, tokens = x_RTE.shape[:2]
         x_PTE = x_RTE.reshape(rows * self.chunks, tokens // self.chunks, -1)
-        masks_PN = self.units_PN
-        if masks_PN is not None and len(masks_PN) == 1:  # a single one serves them all
-            masks_PN = masks_PN.expand(len(x_PTE), -1)
-        output_PTD = operation(x_PTE, masks_PN)
-        if self.open_P11 is not None:
-            output_PTD = output_PTD * self.open_P11
+        masks, open_M11 = self.masks, self.open_M11
+        output_PTD = operation(x_PTE, self._spread(masks, len(x_PTE)) if isinstance(masks, torch.Tensor) else masks)
+        if open_M11 is not None:
+            output_PTD = output_PTD * self._spread(open_M11, len(x_PTE))
         return output_PTD.view(rows, tokens, -1)
+
+    def _spread(self, values_M: torch.Tensor, pieces: int) -> torch.Tensor:
+        """Of masks to their pieces; what does not come out even is left for the operation to refuse."""
+        count = len(values_M)
+        if count == 1:
+            return values_M.expand(pieces, *values_M.shape[1:])
+        return values_M.repeat_interleave(pieces // count, dim=0) if self.chunks == 1 else values_M
 
 
 class _Gathered(nn.Module):
     """A query, key or value projection, of the kept kv groups alone."""
 
-    def __init__(self, projection: "nn.Linear | _Gathered", branch: _Branch) -> None:
+    def __init__(self, projection: "nn.Linear | _Gathered", branch: _Branch, ops: MaskedOps) -> None:
         super().__init__()
         dense = projection._dense[0] if isinstance(projection, _Gathered) else projection  # of a block around this one
         self._dense: tuple[nn.Linear] = (dense,)
-        self._branch = branch
+        self._branch, self._ops = branch, ops
 
     @property
     def weight(self) -> torch.Tensor:
         return self._dense[0].weight
 
     def forward(self, x_RTD: torch.Tensor) -> torch.Tensor:
-        bias = self._dense[0].bias
-        return F.linear(x_RTD, self._branch.gather(self.weight), None if bias is None else self._branch.gather(bias))
+        dense, branch = self._dense[0], self._branch
+        bias_E = None if dense.bias is None else branch.gather(dense.bias)
+        # A chunk's keys and values are read by later ones, which may keep what it removes.
+        masks = branch.masks if isinstance(branch.masks, PackedMasks) and branch.chunks == 1 else None
+        width = dense.out_features // branch.num_units
+        return self._ops.linear_to_kept(x_RTD, masks, branch.gather(self.weight), bias_E, unit_width=width)
 
 
 class _MaskedOutput(nn.Module):
@@ -98,9 +125,9 @@ class _MaskedOutput(nn.Module):
     def forward(self, x_RTE: torch.Tensor) -> torch.Tensor:
         return self._branch.run(self._piece, x_RTE)
 
-    def _piece(self, x_PTE: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
-        weight_DE = self._branch.gather(self.weight, dim=1)
-        return self._ops.masked_linear(x_PTE, masks_PN, weight_DE, self._dense[0].bias, unit_width=self._unit_width)
+    def _piece(self, x_PTE: torch.Tensor, masks: Any) -> torch.Tensor:
+        weight_DE = self._branch.gather_last()
+        return self._ops.masked_linear(x_PTE, masks, weight_DE, self._dense[0].bias, unit_width=self._unit_width)
 
 
 class _MaskedFFN(nn.Module):
@@ -109,24 +136,25 @@ class _MaskedFFN(nn.Module):
     def __init__(self, dense: nn.Module, parts: dict[str, Any], branch: _Branch, ops: MaskedOps) -> None:
         super().__init__()
         self._dense, self._parts, self._branch, self._ops = (dense,), (parts,), branch, ops
+        self._activation = ops.activation(parts["activation"])
 
     def forward(self, x_RTD: torch.Tensor) -> torch.Tensor:
         return self._branch.run(self._piece, x_RTD)
 
-    def _piece(self, x_PTD: torch.Tensor, masks_PN: torch.Tensor | None) -> torch.Tensor:
+    def _piece(self, x_PTD: torch.Tensor, masks: Any) -> torch.Tensor:
         gate, up, down, activation = (self._parts[0][name] for name in ("gate", "up", "down", "activation"))
-        gather = self._branch.gather
         if self._branch.watch is not None:
             hidden_PTF = activation(F.linear(x_PTD, gate.weight, gate.bias)) * F.linear(x_PTD, up.weight, up.bias)
             self._branch.watch(hidden_PTF)
-            return self._ops.masked_linear(hidden_PTF, masks_PN, down.weight, down.bias)
+            return self._ops.masked_linear(hidden_PTF, masks, down.weight, down.bias)
+        gather = self._branch.gather
         return self._ops.masked_mlp(
             x_PTD,
-            masks_PN,
+            masks,
             gather(gate.weight),
             gather(up.weight),
-            gather(down.weight, dim=1),
-            activation=activation,
+            self._branch.gather_last(),
+            activation=self._activation,
             gate_bias_F=None if gate.bias is None else gather(gate.bias),
             up_bias_F=None if up.bias is None else gather(up.bias),
             down_bias_D=down.bias,
@@ -136,27 +164,46 @@ class _MaskedFFN(nn.Module):
 class LiveMasks:
     """Sets the masks of the next forward passes; made by ``masked``."""
 
-    def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], dtype: torch.dtype) -> None:
-        self.view, self._branches, self._dtype = view, branches, dtype
+    def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], ops: MaskedOps) -> None:
+        self.view, self.ops, self._branches = view, ops, branches
+        self._dtype = view.layers[0].down.weight.dtype
 
-    def set(self, masks: torch.Tensor, *, gather: bool = False) -> None:
-        """One mask a row, bool ``[R, U]``, one for all rows, ``[1, U]``, or one a chunk, ``[R, C, U]``; 1 keeps.
+    def set(
+        self,
+        masks: torch.Tensor,
+        *,
+        working_U: torch.Tensor | None = None,
+        masks_of_layers: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """One mask a row, bool ``[R, U]``, or each for as many rows in turn, or one a chunk, ``[R, C, U]``; 1 keeps.
 
         Floating-point numbers are gates, from 0 to 1. The tokens of a row must divide into C equal chunks.
 
         Args:
-            gather: under one mask for all rows, compute only what it keeps. Keys and values of removed groups are then
-                missing too, so nothing may be read on from a cache under another mask.
+            working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
+                all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
+                from a cache under other masks. None: all units.
+            masks_of_layers: for each layer of the model which of the masks its rows are under, if layers have different
+                numbers of rows; see ``bernprune.models.sharing``.
         """
-        device = next(self.view.model.parameters()).device
+        device, space = next(self.view.model.parameters()).device, self.view.space
         chunks = masks.shape[1] if masks.ndim == 3 else 1
         gates = masks.to(device, masks.dtype if masks.is_floating_point() else torch.bool)
-        alive_PU = self.view.space.inherit(gates, torch.mul).flatten(0, -2)
-        gather = gather and len(alive_PU) == 1 and alive_PU.dtype == torch.bool
+        alive_MU = space.inherit(gates, torch.mul).flatten(0, -2)
+        if working_U is not None:
+            working_U = space.alive(working_U.cpu())
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
+                span, own = space.span(kind, layer), space.ancestor(kind, layer)
                 branch.chunks = chunks
-                self._set_branch(branch, alive_PU, kind, layer, gather=gather)
+                units = span or (None if own is None else slice(own, own + 1))
+                if units is None:
+                    continue
+                alive_MN, working_N = alive_MU[:, units], None if working_U is None else working_U[units]
+                masked = working_N is None or len(alive_MN) > 1 or not torch.equal(alive_MN[0].cpu(), working_N)
+                if masks_of_layers is not None:
+                    alive_MN = alive_MN[masks_of_layers[layer].to(device)]
+                self._set_branch(branch, alive_MN, working_N, whole=span is None, masked=masked)
 
     @contextmanager
     def watching(self, told: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
@@ -172,55 +219,74 @@ class LiveMasks:
             for branches in self._branches.values():
                 branches["channel"].watch = None
 
-    def _set_branch(self, branch: _Branch, alive_PU: torch.Tensor, kind: Kind, layer: int, *, gather: bool) -> None:
-        span = self.view.space.span(kind, layer)
-        branch.units_PN = branch.open_P11 = branch.kept_N = None
-        if span is not None:
-            alive_PN = alive_PU[:, span]
-            if not gather:
-                branch.units_PN = alive_PN.to(self._dtype)
-                if not branch.biased:
-                    return  # without a unit it is closed as it is
-            elif not alive_PN.all():
-                branch.kept_N = alive_PN[0].nonzero()[:, 0]
-            open_P = alive_PN.any(dim=1)
-        else:
-            own = self.view.space.ancestor(kind, layer)
-            if own is None:
-                return
-            open_P = alive_PU[:, own]
-        if gather and not open_P[0]:
-            branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_PU.device)  # the least that modules can run
-        if not gather or not open_P[0]:
-            branch.open_P11 = self._opening(open_P)
+    def _set_branch(
+        self, branch: _Branch, alive_MN: torch.Tensor, working_N: torch.Tensor | None, *, whole: bool, masked: bool
+    ) -> None:
+        """By its units or, if it stays or goes as a ``whole``, by the one that it lies in."""
+        branch.masks = branch.open_M11 = branch.kept_N = None
+        if working_N is not None and not working_N.any():
+            branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_MN.device)  # the least that modules can run
+            branch.open_M11 = self._opening(alive_MN[:, 0])
+            return
+        if not whole:
+            if working_N is not None and not working_N.all():
+                branch.kept_N = working_N.nonzero()[:, 0].to(alive_MN.device)
+                alive_MN = alive_MN[:, branch.kept_N]
+            if masked:
+                packs = self.ops.packs and not alive_MN.is_floating_point()
+                branch.masks = PackedMasks.of(alive_MN) if packs else alive_MN.to(self._dtype)
+        if whole:
+            branch.open_M11 = self._opening(alive_MN[:, 0])
+        elif masked and branch.biased:  # without a unit, one without a bias is closed as it is
+            branch.open_M11 = self._opening(alive_MN.any(dim=1))
 
-    def _opening(self, open_P: torch.Tensor) -> torch.Tensor:
-        return open_P.to(self._dtype)[:, None, None]
+    def _opening(self, open_M: torch.Tensor) -> torch.Tensor:
+        return open_M.to(self._dtype)[:, None, None]
 
 
 @contextmanager
 def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = None) -> Iterator[LiveMasks]:
     """Let the model obey masks inside the block; afterwards, also after an exception, it is what it was.
 
-    The batches run inside have as many rows as the masks last set, or those have one row. Nothing is masked before
-    the first ``set``.
+    Of the batches run inside each of the masks last set has as many rows. Nothing is masked before the first ``set``.
     ``layers`` limits masking to some layers; the others stay what they were: dense, or masked by a block around this.
+
+    Raises:
+        BackendError: ``ops`` cannot run this model.
     """
     family, branches = view.family, dict[int, dict[Kind, _Branch]]()
     chosen = range(len(view.layers)) if layers is None else layers
-    dtype = view.layers[0].down.weight.dtype
+    _check(view, ops)
     with ExitStack() as swapped:
         for index in chosen:
             layer = view.layers[index]
-            attention = _Branch(layer.shape.kv_groups, biased=layer.output.bias is not None)
-            ffn = _Branch(layer.shape.channels, biased=layer.down.bias is not None)
+            attention, ffn = _Branch(layer.shape.kv_groups, layer.output), _Branch(layer.shape.channels, layer.down)
+            for branch in (attention, ffn):
+                swapped.callback(branch.restore)
             branches[index] = {"kv_group": attention, "channel": ffn}
             for name in (family.query, family.key, family.value):
-                _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention))
+                _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention, ops))
             _swap(swapped, layer.attention, family.output, _masked_output(layer, attention, ops))
             parts = {name: getattr(layer.ffn, getattr(family, name)) for name in ("gate", "up", "down", "activation")}
             _swap(swapped, layer.layer, family.ffn, _MaskedFFN(layer.ffn, parts, ffn, ops))
-        yield LiveMasks(view, branches, dtype)
+        if ops.attention_of_kept is not None:
+            attentions = {view.layers[index].attention: of_layer["kv_group"] for index, of_layer in branches.items()}
+            swapped.enter_context(attending(view.model, attentions, ops.attention_of_kept))
+        yield LiveMasks(view, branches, ops)
+
+
+def _check(view: ModelView, ops: MaskedOps) -> None:
+    """Raises ``BackendError`` unless the operations run on this model."""
+    dtype, layer = view.model.dtype, view.layers[0]
+    if ops.dtypes and dtype not in ops.dtypes:
+        raise BackendError(
+            f"backend {ops.name!r} runs in {', '.join(map(str, ops.dtypes))}, but the model is in {dtype}; give "
+            "another model.dtype, or use backend 'torch'"
+        )
+    try:
+        ops.activation(getattr(layer.ffn, view.family.activation))
+    except ValueError as error:
+        raise BackendError(f"backend {ops.name!r} cannot run this model: activation {error}; use 'torch'") from None
 
 
 def _swap(swapped: ExitStack, owner: nn.Module, name: str, module: nn.Module) -> None:

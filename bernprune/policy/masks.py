@@ -35,13 +35,12 @@ from typing import Any
 import torch
 
 from bernprune.errors import ConfigError
+from bernprune.kernels.masks import ORDERS, DrawnMasks  # type: ignore[import-not-found]
 from bernprune.names import Sampling, check_name
 from bernprune.policy.budget import Budget
 from bernprune.policy.counters import WORDS, mask_words, philox
 from bernprune.seeding import counter_key
 from bernprune.units import MaskRows, UnitSpace
-
-ORDERS = 64  # in which antithetic masks are shifted
 
 _BLOCK = 2**18  # random words at once, which stay in the caches; a multiple of ORDERS
 _ENTRIES = 2**23  # of masks that are numbers at once, 64 MiB in float64
@@ -114,6 +113,12 @@ class Masks:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def possible_U(self) -> torch.Tensor:
+        """Units that some mask of this policy may keep, bool on the CPU."""
+        possible_U = self.probs_U.cpu() > 0
+        return possible_U if self.reference_U is None else possible_U | (self.reference_U.cpu() > 0)
+
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self.rows[index]
         rows_N = rows.flatten()
@@ -136,6 +141,29 @@ class Masks:
         index into all but U. Only of channels that means something."""
         rows = self.rows[index]
         return self._levels(rows.flatten()).view(*rows.shape, -1)
+
+    def drawn(self, index: Any = slice(None)) -> DrawnMasks:
+        """What a kernel needs to make the masks of an index into all but U for itself, on the device of ``probs_U``.
+
+        Raises:
+            ConfigError: masks that are not made bit by bit: exact ones, and a reference among them.
+        """
+        rows_N = self.rows[index].flatten()
+        if self.design.sampling == "exact" or (rows_N < 0).any():
+            raise ConfigError("exact masks, and references, cannot be drawn bit by bit")
+        device, groups = self.probs_U.device, self.budget.space.group_U
+        levels_NG = self._levels(rows_N) if self.design.swing else torch.zeros(len(rows_N), int(groups.max()) + 1)
+        shifts_KO = self._shifts_KO if self.design.sampling == "antithetic" else torch.zeros(1, ORDERS).long()
+        key, low_high = counter_key(self.seed, "masks"), (self.step % WORDS, self.step // WORDS)
+        return DrawnMasks(
+            torch.tensor([_signed(key[0] | key[1] << 32), *low_high]).to(device),
+            torch.stack(self._coupled(rows_N), dim=1).to(device),
+            (levels_NG + 1).to(torch.int8).to(device),
+            groups.int().to(device),
+            self._thresholds_LU,
+            shifts_KO.to(device).contiguous(),
+            len(self.probs_U),
+        )
 
     def _levels(self, rows_N: torch.Tensor) -> torch.Tensor:
         """``[N, G]``: by lot, from random words that lie behind those of the units."""
@@ -210,6 +238,11 @@ class Masks:
         levels_NU = levels_NG[:, self.budget.space.group_U[units.start : units.stop]].to(words_NU.device)
         kept_NU: torch.Tensor = words_NU < thresholds_LU.gather(0, levels_NU + 1)
         return kept_NU
+
+
+def _signed(bits: int) -> int:
+    """The number that 64 bits are if the highest is a sign."""
+    return bits - (bits >> 63 << 64)
 
 
 def orders(num_masks: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from bernprune.data import TokenWindows
 from bernprune.errors import RunError
-from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.objective import MaskedObjective
 from bernprune.policy.bernoulli import reordered
 from bernprune.policy.looks import STEPS, changed_masks, changes, look_sequences, look_windows, moves
 from bernprune.policy.race import CHALLENGERS, Heat, agreeing, challengers, heat_sequences, race
@@ -79,20 +79,14 @@ def run_finals(
     Raises:
         Interrupted: Ctrl-C or SIGTERM, also in the middle of a heat; those before it are saved.
     """
-    budget, settings = stage.workload.selection_sequences(work), stage.config.search
+    budget = stage.workload.selection_sequences(work)
     names = list(finalists)
     finals = _restore(folder, work) or Finals(names[0], finalists[names[0]])
     hidden = None if progress is None else not progress
     with (
         tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
         signals() as stopping,
-        masked_objective(
-            stage.view,
-            stage.ops,
-            kind=settings.objective,
-            rows_per_forward=settings.rows_per_forward,
-            before_pass=lambda rows: _go_on(stopping, bar, rows),
-        ) as objective,
+        stage.objective(stage.config.search.objective, lambda rows: _go_on(stopping, bar, rows)) as objective,
     ):
         text = _Text.of(stage, objective, work, finals)
         started = time.monotonic() - finals.seconds

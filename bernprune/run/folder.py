@@ -6,6 +6,7 @@ initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
 learned.safetensors    what was learned of every unit
+costs.json             of forward passes on the machine that the run began on
 finals.safetensors     heats of the final choice, so far
 plan.json              what is kept
 plans/                 what would be kept at other sparsities
@@ -35,7 +36,9 @@ from bernprune.storage import write_bytes, write_json
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
+COSTS = "costs.json"
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
+_OURS |= {COSTS}
 
 # What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, and what is
 # measured beside the result.
@@ -57,7 +60,7 @@ class RunFolder:
         self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
         self.learned, self.finals, self.plans = path / LEARNED, path / FINALS, path / PLANS
-        self.versions = path / VERSIONS
+        self.versions, self.costs = path / VERSIONS, path / COSTS
 
     @property
     def finished(self) -> bool:

@@ -8,10 +8,11 @@ import torch
 from bernprune.backends import find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.evaluation.perplexity import check_window
+from bernprune.losses import LOGIT_BYTES
 from bernprune.models.view import ModelView, describe
-from bernprune.objective import LOGIT_BYTES, masked_objective
+from bernprune.objective import masked_objective
 from bernprune.run.loop import evaluate
-from bernprune.run.stage import check_family, open_model
+from bernprune.run.stage import check_family, open_model, row_bytes, rows_per_forward
 from bernprune.run.workload import (
     default_sequences,
     make_budget,
@@ -92,15 +93,13 @@ def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]
 
 
 def _activations(view: ModelView, config: RunConfig) -> int:
-    """Bytes of gate, up and their product, and the residual stream a few times over, of the one layer at work; and, if
-    they are kept on the same device, of all channels' activities on the windows of a step, and of one window's squares.
-    """
+    """Bytes of what rows that go together hold; and, if they are kept on the same device, of all channels' activities
+    on the windows of a step, and of one window's squares."""
     search, window, widths = config.search, config.data.window, [layer.channels for layer in view.architecture.layers]
-    rows = min(search.rows_per_forward, search.masks * search.windows)
-    entries = rows * window * (3 * max(widths) + 6 * view.architecture.hidden_size)
+    rows = min(rows_per_forward(config, view), search.masks * search.windows)
     reads = view.model.device.type == "cpu" and reads_activity(config)
     read = (search.windows + 1) * window * sum(widths) if reads else 0
-    return entries * view.model.dtype.itemsize + 4 * read
+    return rows * row_bytes(config, view) + 4 * read
 
 
 def _second_copy(device: torch.device, weights: int) -> int:
@@ -116,7 +115,8 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U})
     vocab: Any = view.model.config.vocab_size
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
-    with masked_objective(view, ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward) as objective:
+    rows = rows_per_forward(config, view)
+    with masked_objective(view, ops, kind=settings.objective, rows_per_forward=rows) as objective:
         for step in range(_TIMED_STEPS + 1):
             if step == 1:  # the first one warms up
                 started = time.perf_counter()

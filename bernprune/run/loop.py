@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from bernprune.errors import LossError, RunError
 from bernprune.names import ReferenceName
-from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.objective import MaskedObjective
 from bernprune.policy.masks import some_rows, with_reference
 from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
@@ -54,14 +54,11 @@ def run_search(
     """
     work = _restore(folder, search, stage.text_sha256)
     loop, workload = _Loop(stage, folder, search, scores_U, initial_U, work), stage.workload
-    settings = stage.config.search
     hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
     with (
         tqdm(total=workload.steps, initial=work.step, unit="step", desc="search", disable=hidden) as bar,
         folder.open_metrics(work.step) as metrics,
-        masked_objective(
-            stage.view, stage.ops, kind=settings.objective, rows_per_forward=settings.rows_per_forward
-        ) as objective,
+        stage.objective(stage.config.search.objective) as objective,
         signals() as stopping,
     ):
         while workload.progress(work) < 1 and not stopping.is_set():

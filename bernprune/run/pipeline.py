@@ -5,8 +5,8 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig, make_config
+from bernprune.costs import Costs
 from bernprune.errors import BernpruneError, ModelError, RunError
 from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
-from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
 from bernprune.names import ScoreName
-from bernprune.objective import masked_objective
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import even_probs, graded, reordered
 from bernprune.policy.search import MaskSearch
@@ -33,6 +32,7 @@ from bernprune.run.folder import RunFolder, check_writable, open_run, versions, 
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
+from bernprune.run.verification import reason, save_and_verify
 from bernprune.run.workload import Work, make_search, scope_of, start_probs
 from bernprune.scores import SCORES, initial_scores
 from bernprune.settings import merge
@@ -41,9 +41,6 @@ from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
-# Largest difference of a logit between the model in memory and the saved folder, as a share of the largest logit, by
-# number format; for the short ones two roundings or so.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 _VERIFIED_WINDOWS = 2
 _SCORED_TOKENS = 2048  # of one forward pass for the metric, which keeps float32 copies of activations
 
@@ -68,11 +65,7 @@ def prune(
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, config)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
-            raise RunError(f"{out} cannot be written: {_reason(error)}{_how_to_continue(folder)}") from error
-
-
-def _reason(error: OSError | SafetensorError) -> str:
-    return getattr(error, "strerror", None) or str(error)
+            raise RunError(f"{out} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
 
 
 def _how_to_continue(folder: RunFolder) -> str:
@@ -84,7 +77,8 @@ def _how_to_continue(folder: RunFolder) -> str:
 def _how_to_need_less(folder: RunFolder, config: RunConfig) -> str:
     if not folder.unfinished:
         return "lower search.rows_per_forward and report.latency_rows"
-    rows, latency_rows = max(1, config.search.rows_per_forward // 2), max(1, config.report.latency_rows // 2)
+    at_once = 64 if config.search.rows_per_forward == "auto" else config.search.rows_per_forward
+    rows, latency_rows = max(1, at_once // 2), max(1, config.report.latency_rows // 2)
     return (
         f"continue with less at once: bernprune resume {shlex.quote(str(folder.path))} "
         f"--set search.rows_per_forward={rows} --set report.latency_rows={latency_rows}"
@@ -110,6 +104,7 @@ def resume(
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
     losses: dict[str, float | None] = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
+    stage = replace(stage, costs=(_stored_costs(folder) if continued else None) or stage.measured_costs())
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
@@ -125,6 +120,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
             logger.warning("the run began with %s: it may not go on to the bit", changed)
     else:
         folder.start(stage.config)
+        write_json(folder.costs, stage.costs.to_dict())
     if stored is None:
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
@@ -179,6 +175,14 @@ def _followed(
     learned_U = initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
     widths_U = reordered(space, learned_U, scores_U)
     return {"learned": learned_U, "widths": widths_U, "initial": initial_U, "uniform": graded(space, scores_U)}
+
+
+def _stored_costs(folder: RunFolder) -> Costs | None:
+    """By which the run that is continued has chosen its ways; None if it was killed before it knew them."""
+    try:
+        return Costs(**json.loads(folder.costs.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
@@ -239,7 +243,7 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
 
     That is the fault of this selection alone: the run may keep another.
     """
-    with masked_objective(stage.view, stage.ops, rows_per_forward=stage.config.search.rows_per_forward) as objective:
+    with stage.objective() as objective:
         loss = objective.losses(mask_U[None], stage.eval_windows_WT).item()
     if not math.isfinite(loss):
         logger.warning("the loss %s on the evaluation text is %s", which, loss)
@@ -294,7 +298,7 @@ def _finish(
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
     report["parameters"]["pruned"] = count_parameters(sliced)
     folder.remove_model()  # of an earlier try that did not reach its report
-    verified = _save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
+    verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
     del sliced
     gc.collect()
     if settings.initial_latency:
@@ -320,49 +324,6 @@ def _time_initial(
         report["parameters"]["initial"] = count_parameters(initial)
     except (BernpruneError, OSError, RuntimeError) as error:
         logger.warning("the initial metric's model could not be timed: %s", error)
-
-
-@torch.inference_mode()
-def _save_and_verify(
-    model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor
-) -> dict[str, float]:
-    """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
-    save_pruned(model, tokenizer, target, plan=plan)
-    device = next(model.parameters()).device
-    with _full_precision():
-        logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
-    tolerance = TOLERANCE[model.dtype] * logits.abs().max().item()
-    if device.type == "cuda":  # the other process needs room for its own copy
-        model.to("cpu")
-        torch.cuda.empty_cache()
-    try:
-        difference = verify_saved(target, tokens_BT, logits, device=str(device))
-    except (OSError, SafetensorError) as error:
-        raise RunError(
-            f"the model saved in {target} could not be verified, which takes a process of its own and room for "
-            f"temporary files: {_reason(error)}"
-        ) from error
-    if math.isinf(difference) or difference > tolerance:
-        raise RunError(
-            f"the model saved in {target} is not the one in memory: its logits differ by {difference:.3g}, more than "
-            f"the {tolerance:g} allowed for {model.dtype}"
-        )
-    return {"max_logit_difference": difference, "tolerance": tolerance}
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, as in a clean process, whatever was set in this one for all devices."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set for each kind of device by itself
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def read_plan(path: str | Path) -> KeepPlan:
@@ -394,7 +355,7 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
     try:
         with whole_or_gone(out):
-            verified = _save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
+            verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written: {_reason(error)}") from error
+        raise RunError(f"{out} cannot be written: {reason(error)}") from error
     return {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced), **verified}

@@ -2,15 +2,16 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from bernprune.backends import MaskedOps, find_device, load_backend
 from bernprune.config import RunConfig
+from bernprune.costs import Costs, measure
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import DataError, ModelError
@@ -18,6 +19,8 @@ from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, chec
 from bernprune.models.families import family_of
 from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
 from bernprune.models.view import ModelView, describe
+from bernprune.names import ObjectiveName
+from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
@@ -29,6 +32,9 @@ logger = logging.getLogger(__name__)
 # With one source for both, the last tenth of its tokens is for evaluation alone.
 _HELD_OUT_TENTHS = 1
 _KEPT_BACK = 10  # of so many windows to learn from, one at most is for the final choice
+_ROWS = 64  # in one pass on a processor: with more, it is no faster
+_ACTIVATION_BYTES, _MOST_ROWS_LOG2 = 1.5 * 2**30, 8  # on a GPU, however much memory it has
+_MEASURED_FROM = 10_000_000  # prunable parameters
 _LEAST_KEPT_BACK = 32  # windows; a choice on fewer would be worse than one on text that was learned from
 
 
@@ -53,6 +59,48 @@ class Stage:
     eval_windows_WT: torch.Tensor
     protocol: Protocol
     text_sha256: str
+    costs: Costs = field(default_factory=Costs)
+
+    @contextmanager
+    def objective(
+        self, kind: ObjectiveName = "cross-entropy", before_pass: Callable[[int], object] | None = None
+    ) -> Iterator[MaskedObjective]:
+        """The losses of masks, for the length of the block; see ``bernprune.objective``."""
+        with masked_objective(
+            self.view,
+            self.ops,
+            kind=kind,
+            rows_per_forward=rows_per_forward(self.config, self.view),
+            before_pass=before_pass,
+            costs=self.costs,
+        ) as objective:
+            yield objective
+
+    def measured_costs(self) -> Costs:
+        """What forward passes cost here, unless the model is so small that it does not matter."""
+        small = self.view.space.costs_U().sum().item() < _MEASURED_FROM
+        if small or self.config.search.costs == "fixed":
+            return Costs()
+        return measure(self.view, self.ops, self.config.data.window)
+
+
+def rows_per_forward(config: RunConfig, view: ModelView) -> int:
+    """Most windows in one forward pass."""
+    given, device = config.search.rows_per_forward, next(view.model.parameters()).device
+    if given != "auto":
+        return given
+    if device.type != "cuda":
+        return _ROWS
+    free = min(torch.cuda.mem_get_info(device)[0] / 2, _ACTIVATION_BYTES)
+    fitting: int = 2 ** min(_MOST_ROWS_LOG2, int(math.log2(max(1.0, free / row_bytes(config, view)))))
+    return fitting
+
+
+def row_bytes(config: RunConfig, view: ModelView) -> int:
+    """Of gate, up and their product, and the residual stream a few times over, of the one layer at work."""
+    widest = max(layer.channels for layer in view.architecture.layers)
+    entries = config.data.window * (3 * widest + 6 * view.architecture.hidden_size)
+    return entries * view.model.dtype.itemsize
 
 
 def set_stage(config: RunConfig) -> Stage:

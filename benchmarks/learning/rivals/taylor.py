@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from benchmarks.learning.task import Settings, Task
+from bernprune.losses import token_losses
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
-from bernprune.objective import token_losses
 
 _ROWS = 16  # windows of one backward pass
 

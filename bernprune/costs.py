@@ -1,0 +1,148 @@
+"""What forward passes cost on a machine, and which way of running masks is the cheapest.
+
+Masks may go through one after the other, each with weights gathered for what it keeps; or together, with weights
+gathered for what any of them keeps, and a prefix of layers run once for those that agree on it. The unit of cost is the
+time of one token in a large batch of the dense model.
+
+Letters: K masks, L layers, U units, B windows, T tokens.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from bernprune.backends import MaskedOps
+from bernprune.losses import token_losses
+from bernprune.models.masking import masked
+from bernprune.models.sharing import Branching
+from bernprune.models.view import ModelView
+from bernprune.units import UnitSpace
+
+_NEVER = 2.0**40  # as costly as it need be
+_MEASURED_ROWS = 4, 16
+_MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one warms up
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one model on one machine.
+
+    Attributes:
+        passing: of a pass, however small.
+        copying: of gathering the weights of all units.
+        blocks: share of a token's time that products with the weights of units take.
+    """
+
+    passing: float = 256.0
+    copying: float = 64.0
+    blocks: float = 0.75
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    def gathers(self, tokens: int, share: float) -> bool:
+        """Whether gathering a share of a layer's weights pays for so many tokens."""
+        return self.copying * share < self.blocks * tokens * (1 - share)
+
+    def of_weights(self, tokens: int, share: float) -> float:
+        """Of so many tokens with all layers, of each of which a share is at work; gathered if that pays."""
+        if self.gathers(tokens, share):
+            return self.blocks * tokens * share + self.copying * share
+        return self.blocks * tokens
+
+    @classmethod
+    def measured(cls, seconds: Callable[[int, bool], float], few: int, many: int) -> "Costs":
+        """From the time of passes of a few tokens and of many, dense and with half of each layer gathered.
+
+        They are rounded, to powers of 2 and to eighths, so that they are the same when they are measured again, or
+        nearly always.
+        """
+        dense, halved = ([seconds(tokens, half) for tokens in (few, many)] for half in (False, True))
+        token = (dense[1] - dense[0]) / (many - few)
+        token_halved = (halved[1] - halved[0]) / (many - few)
+        if not 0 < token_halved < token:  # too small a model, or too unquiet a machine: nothing is gained by gathering
+            return cls(_rounded(dense[0] / max(token, dense[1] / many)), _NEVER, 0.5)
+        passing, blocks = max(0.0, dense[0] / token - few), min(1.0, 2 * (1 - token_halved / token))
+        copying = 2 * max(0.0, halved[0] / token - passing - few * (1 - blocks / 2))
+        return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8)
+
+
+def _rounded(cost: float) -> float:
+    return 2.0 ** round(math.log2(cost)) if cost >= 1 else 1.0
+
+
+@torch.inference_mode()
+def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
+    """What forward passes of this model cost here; it takes 24 passes, of 4 or 16 windows."""
+    space, device = view.space, next(view.model.parameters()).device
+    tokens_RT = (
+        torch.arange(max(_MEASURED_ROWS) * window, device=device).view(-1, window) % view.model.config.vocab_size
+    )
+    half_U = torch.cat([torch.arange(group.count) < max(1, group.count // 2) for group in space.groups])
+
+    def seconds(tokens: int, halved: bool) -> float:
+        live.set(half_U[None] if halved else torch.ones_like(half_U)[None], working_U=half_U if halved else None)
+        times, tokens_BT = [], tokens_RT[: tokens // window]
+        for _ in range(sum(_MEASURED_PASSES)):
+            started = time.perf_counter()
+            hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+            token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT, ops).sum().item()
+            times.append(time.perf_counter() - started)
+        return statistics.median(times[-_MEASURED_PASSES[0] :])
+
+    with masked(view, ops) as live:
+        return Costs.measured(seconds, *(rows * window for rows in _MEASURED_ROWS))
+
+
+class Planner:
+    """Chooses how masks are run."""
+
+    def __init__(self, space: UnitSpace, costs: Costs) -> None:
+        self._space, self._costs = space, costs
+        self._weights_U = space.costs_U() / space.costs_U().sum()
+        self._weights_L = self._by_layer(self._weights_U)
+
+    def _by_layer(self, values_U: torch.Tensor) -> torch.Tensor:
+        layers = len(self._space.architecture.layers)
+        return torch.zeros(layers, dtype=values_U.dtype).index_add(0, self._space.layer_U, values_U)
+
+    def _shares(self, kept_U: torch.Tensor) -> list[float]:
+        """Of each layer's weights, how much belongs to these units."""
+        shares: list[float] = (self._by_layer(self._weights_U * kept_U) / self._weights_L).nan_to_num(1.0).tolist()
+        return shares
+
+    def working(self, possible_U: torch.Tensor | None, tokens: int | Sequence[int]) -> torch.Tensor | None:
+        """Of units that masks may keep, bool, those to compute for so many tokens, or so many in each layer.
+
+        That is all units of the layers in which gathering does not pay; None stands for all units.
+        """
+        if possible_U is None or possible_U.all():
+            return None
+        tokens_L = [tokens] * len(self._weights_L) if isinstance(tokens, int) else tokens
+        shares_L = self._shares(possible_U)
+        pays_L = [self._costs.gathers(number, share) for number, share in zip(tokens_L, shares_L, strict=True)]
+        return possible_U | ~torch.tensor(pays_L)[self._space.layer_U] if any(pays_L) else None
+
+    def together(self, alive_KU: torch.Tensor, windows: int, tokens: int, *, rows: int) -> bool:
+        """Whether masks on the same windows had better go through together than one after the other."""
+        if len(alive_KU) == 1:
+            return True
+        together = sum(self._cost(part_KU, windows, tokens, rows) for part_KU in alive_KU.split(rows))
+        return together <= sum(self._cost(mask_1U, windows, tokens, rows) for mask_1U in alive_KU.split(1))
+
+    def _cost(self, alive_KU: torch.Tensor, windows: int, tokens: int, rows: int) -> float:
+        """Of all passes of masks that go through together."""
+        costs, at_once = self._costs, min(windows, max(1, rows // len(alive_KU)))
+        passes, classes_L = windows / at_once, Branching.of(self._space, alive_KU).masks_of_layers
+        shares_L = self._shares(alive_KU.any(0))
+        weights = sum(
+            layer * costs.of_weights(len(classes) * at_once * tokens, share)
+            for layer, classes, share in zip(self._weights_L.tolist(), classes_L, shares_L, strict=True)
+        )
+        others = (1 - costs.blocks) * len(classes_L[-1]) * at_once * tokens
+        cost: float = passes * (costs.passing + weights + others)
+        return cost

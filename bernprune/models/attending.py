@@ -1,0 +1,54 @@
+"""Attention that leaves out what masks remove, in the place of a model's own for the length of a block."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
+
+_NAME = "bernprune"
+_Kept = Callable[..., torch.Tensor]
+_at_work: list[tuple[Mapping[nn.Module, Any], _Kept]] = []  # of blocks within blocks, the innermost counts
+
+
+@contextmanager
+def attending(model: Any, branches: Mapping[nn.Module, Any], attention_of_kept: _Kept) -> Iterator[None]:
+    """Let attention go through ``attention_of_kept`` where a branch's masks are bits and each holds for whole rows.
+
+    Otherwise, and where attention is not plainly causal, it is torch's.
+    """
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    _at_work.append((branches, attention_of_kept))
+    model.config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        _at_work.pop()
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **given: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers calls it; see ``attending``."""
+    branches, attention_of_kept = _at_work[-1]
+    branch = branches.get(module)
+    masks = branch.masks if branch is not None and branch.chunks == 1 else None
+    if isinstance(masks, PackedMasks) and attention_mask is None and key.shape[2] == query.shape[2]:
+        return attention_of_kept(query, key, value, masks, scale=scaling), None
+    found: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **given)[0]
+    return found, None

@@ -1,0 +1,66 @@
+"""A saved model is the one in memory: it is loaded in a clean process, and their logits are compared."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from bernprune.errors import RunError
+from bernprune.models.saving import save_pruned, verify_saved
+from bernprune.units import KeepPlan
+
+# Largest difference of a logit between the model in memory and the saved folder, as a share of the largest logit, by
+# number format; for the short ones two roundings or so.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def reason(error: OSError | SafetensorError) -> str:
+    """Of a failure to write, in a few words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+@torch.inference_mode()
+def save_and_verify(
+    model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor
+) -> dict[str, float]:
+    """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
+    save_pruned(model, tokenizer, target, plan=plan)
+    device = next(model.parameters()).device
+    with _full_precision():
+        logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
+    tolerance = TOLERANCE[model.dtype] * logits.abs().max().item()
+    if device.type == "cuda":  # the other process needs room for its own copy
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    try:
+        difference = verify_saved(target, tokens_BT, logits, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            f"the model saved in {target} could not be verified, which takes a process of its own and room for "
+            f"temporary files: {reason(error)}"
+        ) from error
+    if math.isinf(difference) or difference > tolerance:
+        raise RunError(
+            f"the model saved in {target} is not the one in memory: its logits differ by {difference:.3g}, more than "
+            f"the {tolerance:g} allowed for {model.dtype}"
+        )
+    return {"max_logit_difference": difference, "tolerance": tolerance}
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Matrix products of float32 in float32, as in a clean process, whatever was set in this one for all devices."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # it was set for each kind of device by itself
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

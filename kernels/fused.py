@@ -1,0 +1,93 @@
+"""The operations that masking needs, by kernels: which of them runs depends on how many tokens are under each mask.
+
+Gates, and no masks at all, are left to plain torch. Letters as in ``reference.py``.
+"""
+
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from bernprune.kernels.attention import attention_of_kept
+from bernprune.kernels.draw import list_kept
+from bernprune.kernels.linear import DTYPES
+from bernprune.kernels.losses import cross_entropy, divergence
+from bernprune.kernels.masks import PackedMasks
+
+from bernprune.kernels import linear, mlp, reference
+
+__all__ = [
+    "DTYPES", "activation_of", "attention_of_kept", "cross_entropy", "divergence", "linear_to_kept", "masked_linear",
+    "masked_mlp",
+]  # fmt: skip
+
+LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty, and all is computed
+_WIDE = 16  # entries of a unit, from which on it fills tiles of its own
+_TORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+assert _TORCH.keys() == set(get_args(mlp.Activation))
+
+
+def activation_of(module: Callable[[torch.Tensor], torch.Tensor]) -> str:
+    """The kernels' activation that computes what the module does. Raises ``ValueError`` if none does."""
+    x = torch.linspace(-6, 6, 97)
+    for name, function in _TORCH.items():
+        if torch.allclose(module(x), function(x), atol=1e-6):
+            return name
+    raise ValueError(f"{module} has no kernel; those of {', '.join(_TORCH)} have one")
+
+
+def _many_tokens(x_RTE: torch.Tensor, masks: PackedMasks) -> bool:
+    return x_RTE.shape[0] * x_RTE.shape[1] >= LISTED_TOKENS * len(masks)
+
+
+def masked_linear(
+    x_RTE: torch.Tensor,
+    masks: PackedMasks | torch.Tensor | None,
+    weight_DE: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    unit_width: int = 1,
+) -> torch.Tensor:
+    """As ``reference.masked_linear``; of packed masks each serves as many rows in turn."""
+    if not isinstance(masks, PackedMasks):
+        return reference.masked_linear(x_RTE, masks, weight_DE, bias_D, unit_width=unit_width)
+    if unit_width >= _WIDE and _many_tokens(x_RTE, masks):
+        return linear.linear_from_kept(x_RTE, list_kept(masks), weight_DE, bias_D, unit_width=unit_width)
+    return linear.masked_linear(x_RTE, masks, weight_DE, bias_D, unit_width=unit_width)
+
+
+def linear_to_kept(
+    x_RTD: torch.Tensor,
+    masks: PackedMasks | torch.Tensor | None,
+    weight_ED: torch.Tensor,
+    bias_E: torch.Tensor | None = None,
+    *,
+    unit_width: int,
+) -> torch.Tensor:
+    """A linear layer; what its masks remove of the output is zero, or computed all the same."""
+    if isinstance(masks, PackedMasks) and unit_width >= _WIDE and _many_tokens(x_RTD, masks):
+        return linear.linear_to_kept(x_RTD, masks, weight_ED, bias_E, unit_width=unit_width)
+    return F.linear(x_RTD, weight_ED, bias_E)
+
+
+def masked_mlp(
+    x_RTD: torch.Tensor,
+    masks: PackedMasks | torch.Tensor | None,
+    gate_FD: torch.Tensor,
+    up_FD: torch.Tensor | None,
+    down_DF: torch.Tensor,
+    *,
+    activation: mlp.Activation,
+    **biases: torch.Tensor | None,
+) -> torch.Tensor:
+    """As ``reference.masked_mlp``; of packed masks each serves as many rows in turn."""
+    if not isinstance(masks, PackedMasks):
+        function = _TORCH[activation]
+        return reference.masked_mlp(x_RTD, masks, gate_FD, up_FD, down_DF, activation=function, **biases)
+    kept = list_kept(masks) if _many_tokens(x_RTD, masks) else masks
+    return mlp.masked_mlp(x_RTD, kept, gate_FD, up_FD, down_DF, activation=activation, **biases)

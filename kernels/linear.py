@@ -1,0 +1,282 @@
+"""Triton: linear layers whose input or output units are masked, every row of the batch by its own mask.
+
+Three of them, for units of any width (a channel has 1 entry, a kv group the entries of its heads):
+
+- ``masked_linear`` computes all, and masks the input while it loads it;
+- ``linear_from_kept`` reads only what each mask keeps of its input, and the weights that belong to that;
+- ``linear_to_kept`` computes only the outputs that each mask keeps, and writes zeros for the others.
+
+All sum in float32. Letters: R rows, T tokens a row, E input width, D output width, M masks, N units. For prefixes see
+``draw.py``; offsets that are multiplied by strides have 64 bits.
+"""
+
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+from bernprune.kernels.draw import arguments, kept
+from bernprune.kernels.masks import DrawnMasks, KeptUnits, PackedMasks, rows_per_mask
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raises ``ValueError`` for sizes that do not fit each other, and a dtype that no kernel takes, or several."""
+    dtypes = {tensor.dtype for tensor in (x, weight, bias) if tensor is not None}
+    if len(dtypes) > 1 or not dtypes <= set(DTYPES):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"one dtype of {', '.join(map(str, DTYPES))} is needed, but got {names}")
+    if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2]:
+        raise ValueError(f"a weight {tuple(weight.shape)} does not fit an input {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a bias {tuple(bias.shape)} does not fit a weight {tuple(weight.shape)}")
+
+
+def precision(x: torch.Tensor) -> str:
+    """Of products: float32 ones are not rounded to fewer bits, unless torch was told that they may be."""
+    rounded = x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if rounded else "ieee"
+
+
+def block_of(size: int, most: int) -> int:
+    """A power of two, at least what a matrix product takes."""
+    return max(16, min(most, triton.next_power_of_2(size)))
+
+
+def inner_block(x: torch.Tensor, size: int) -> int:
+    """Of the dimension that a matrix product sums over: 128 bytes of it."""
+    return block_of(size, 128 // x.element_size())
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have on the device; of an interpreted kernel it does not matter."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def launch_options(x: torch.Tensor) -> dict[str, int]:
+    """For kernels of matrix products: as many tiles are on their way at once as there is room for."""
+    return {"num_warps": 8, "num_stages": 3 if shared_memory(x.device) >= 160_000 else 2}
+
+
+@triton.jit
+def tile_of(i_tile, tiles_M, tiles_N, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows go together, so that what they share stays in the cache."""
+    in_group = GROUP * tiles_N
+    first = i_tile // in_group * GROUP
+    rows = min(tiles_M - first, GROUP)
+    return first + i_tile % in_group % rows, i_tile % in_group // rows
+
+
+@triton.jit
+def add_product(b_sum, b_a, b_b, PRECISION: tl.constexpr):
+    """``b_sum + b_a @ b_b`` in float32."""
+    if INTERPRETED:  # Triton's interpreter would multiply the bits of bfloat16 numbers
+        b_a, b_b = b_a.to(tl.float32), b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_sum, input_precision=PRECISION)
+
+
+@triton.jit
+def _masked_kernel(
+    p_x, p_w, p_bias, p_y, p_bits, p_rows, p_levels, p_groups, p_thresholds, p_shifts,
+    tokens, D, E, per_mask, s_x, s_wd, s_we, W, U, G, first,
+    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BIASED: tl.constexpr, DRAWN: tl.constexpr, ORDERS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(tokens, BM), tl.cdiv(D, BN), GROUP)
+    o_m, o_n = i_m.to(tl.int64) * BM + tl.arange(0, BM), i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    m_m, m_n = o_m < tokens, o_n < D
+    b_mask = tl.where(m_m, o_m // per_mask, 0)
+    b_sum = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, E, BK):
+        o_k = start + tl.arange(0, BK)
+        m_k = o_k < E
+        b_kept = kept(
+            p_bits, p_rows, p_levels, p_groups, p_thresholds, p_shifts,
+            b_mask[:, None], first + o_k[None, :] // UNIT, m_k[None, :], W, U, G, DRAWN, ORDERS,
+        )  # fmt: skip
+        b_x = tl.load(p_x + o_m[:, None] * s_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        b_x = tl.where(b_kept, b_x, 0.0)  # and not a mask of the load, which would then go entry by entry
+        b_w = tl.load(p_w + o_n[None, :] * s_wd + o_k[:, None] * s_we, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_sum = add_product(b_sum, b_x, b_w, PRECISION)
+    if BIASED:
+        b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    o_y = o_m[:, None] * D + o_n[None, :]
+    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+def masked_linear(
+    x_RTE: torch.Tensor,
+    masks: PackedMasks | DrawnMasks,
+    weight_DE: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    unit_width: int = 1,
+) -> torch.Tensor:
+    """``(x * mask) W' + b``, ``[R, T, D]``; what is masked may be NaN.
+
+    Args:
+        masks: of ``E / unit_width`` units; R is a multiple of their number.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
+    """
+    check(x_RTE, weight_DE, bias_D)
+    (rows, tokens, width), outputs = x_RTE.shape, len(weight_DE)
+    check_units(masks.size, unit_width, width)
+    per_mask = rows_per_mask(rows, masks) * tokens
+    x_RTE = x_RTE.contiguous()
+    y_RTD = x_RTE.new_empty(rows, tokens, outputs)
+    blocks = {"BM": block_of(rows * tokens, 128), "BN": block_of(outputs, 128), "BK": inner_block(x_RTE, width)}
+    grid = (triton.cdiv(rows * tokens, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]),)
+    _masked_kernel[grid](
+        x_RTE, weight_DE, bias_D, y_RTD, **arguments(masks), tokens=rows * tokens, D=outputs, E=width,
+        per_mask=per_mask, s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width, **blocks,
+        GROUP=8, BIASED=bias_D is not None, PRECISION=precision(x_RTE), **launch_options(x_RTE),
+    )  # fmt: skip
+    return y_RTD
+
+
+@triton.jit
+def _from_kept_kernel(
+    p_x, p_w, p_bias, p_y, p_index, p_count,
+    per_mask, D, N, s_x, s_wd, s_we,
+    UNIT: tl.constexpr, COMPACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    GROUP: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_mask = tl.program_id(1).to(tl.int64)
+    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(per_mask, BM), tl.cdiv(D, BN), GROUP)
+    o_t, o_n = i_m * BM + tl.arange(0, BM), i_n.to(tl.int64) * BN + tl.arange(0, BN)
+    m_m, m_n = o_t < per_mask, o_n < D
+    o_m = i_mask * per_mask + o_t
+    p_index += i_mask * N
+    entries = tl.load(p_count + i_mask) * UNIT
+    b_sum = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, entries, BK):
+        o_j = start + tl.arange(0, BK)  # place among what is kept
+        m_k = o_j < entries
+        if UNIT % BK == 0:  # one unit, so its entries lie side by side
+            o_k = tl.load(p_index + start // UNIT) * UNIT + start % UNIT + tl.arange(0, BK)
+        else:
+            o_k = tl.load(p_index + o_j // UNIT, mask=m_k, other=0) * UNIT + o_j % UNIT
+        o_x = o_j if COMPACT else o_k
+        b_x = tl.load(p_x + o_m[:, None] * s_x + o_x[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        o_w = o_n[None, :] * s_wd + o_k.to(tl.int64)[:, None] * s_we
+        b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
+        b_sum = add_product(b_sum, b_x, b_w, PRECISION)
+    if BIASED:
+        b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    o_y = o_m[:, None] * D + o_n[None, :]
+    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+def linear_from_kept(
+    x_RTE: torch.Tensor,
+    kept: KeptUnits,
+    weight_DE: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    unit_width: int = 1,
+    compact: bool = False,
+) -> torch.Tensor:
+    """``masked_linear`` in work proportional to what is kept.
+
+    A column of the weight should lie side by side in memory (``weight_DE.stride(0) == 1``) where units are narrow.
+
+    Args:
+        kept: of ``E / unit_width`` units; R is a multiple of the number of masks.
+        compact: entry j of an x holds its mask's j-th kept entry, and not entry j.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
+    """
+    check(x_RTE, weight_DE, bias_D)
+    (rows, tokens, width), outputs = x_RTE.shape, len(weight_DE)
+    check_units(kept.size, unit_width, width)
+    per_mask = rows_per_mask(rows, kept) * tokens
+    x_RTE = x_RTE.contiguous()
+    y_RTD = x_RTE.new_empty(rows, tokens, outputs)
+    inner = inner_block(x_RTE, width)
+    blocks = {"BM": block_of(per_mask, 128), "BN": block_of(outputs, 128), "BK": inner}
+    grid = triton.cdiv(per_mask, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]), len(kept)
+    _from_kept_kernel[grid](
+        x_RTE, weight_DE, bias_D, y_RTD, kept.index_MN, kept.count_M, per_mask=per_mask, D=outputs, N=kept.size,
+        s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width, COMPACT=compact, **blocks,
+        GROUP=8, BIASED=bias_D is not None, PRECISION=precision(x_RTE), **launch_options(x_RTE),
+    )  # fmt: skip
+    return y_RTD
+
+
+@triton.jit
+def _to_kept_kernel(
+    p_x, p_w, p_bias, p_y, p_words,
+    per_mask, D, E, W, first, s_wd, s_we,
+    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # A tile of columns lies within one unit, which is computed or not. Tiles of the same columns follow each other.
+    i_m, i_mask = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    TILES: tl.constexpr = (UNIT + BN - 1) // BN
+    i_unit, i_part = tl.program_id(2) // TILES, tl.program_id(2) % TILES
+    o_part = i_part * BN + tl.arange(0, BN)
+    m_n = o_part < UNIT
+    o_n = (i_unit * UNIT + o_part).to(tl.int64)
+    o_t = i_m * BM + tl.arange(0, BM)
+    m_m = o_t < per_mask
+    o_m = i_mask * per_mask + o_t
+    unit = first + i_unit
+    b_sum = tl.zeros((BM, BN), dtype=tl.float32)
+    if ((tl.load(p_words + i_mask * W + unit // 32) >> (unit % 32)) & 1) != 0:
+        for start in range(0, E, BK):
+            o_k = start + tl.arange(0, BK)
+            m_k = o_k < E
+            b_x = tl.load(p_x + o_m[:, None] * E + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+            b_w = tl.load(p_w + o_n[None, :] * s_wd + o_k[:, None] * s_we, mask=m_k[:, None] & m_n[None, :], other=0.0)
+            b_sum = add_product(b_sum, b_x, b_w, PRECISION)
+        if BIASED:
+            b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    o_y = o_m[:, None] * D + o_n[None, :]
+    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+def linear_to_kept(
+    x_RTD: torch.Tensor,
+    masks: PackedMasks,
+    weight_DE: torch.Tensor,
+    bias_D: torch.Tensor | None = None,
+    *,
+    unit_width: int,
+) -> torch.Tensor:
+    """``(x W' + b) * mask``, ``[R, T, D]``, in work proportional to what is kept; for units of many entries.
+
+    Args:
+        masks: of ``D / unit_width`` units; R is a multiple of their number.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
+    """
+    check(x_RTD, weight_DE, bias_D)
+    (rows, tokens, width), outputs = x_RTD.shape, len(weight_DE)
+    check_units(masks.size, unit_width, outputs)
+    per_mask = rows_per_mask(rows, masks) * tokens
+    x_RTD = x_RTD.contiguous()
+    y_RTD = x_RTD.new_empty(rows, tokens, outputs)
+    blocks = {"BM": block_of(per_mask, 128), "BN": block_of(unit_width, 128), "BK": inner_block(x_RTD, width)}
+    grid = triton.cdiv(per_mask, blocks["BM"]), len(masks), masks.size * triton.cdiv(unit_width, blocks["BN"])
+    _to_kept_kernel[grid](
+        x_RTD, weight_DE, bias_D, y_RTD, masks.words_MW, per_mask=per_mask, D=outputs, E=width,
+        W=masks.words_MW.shape[1], first=masks.first, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1),
+        UNIT=unit_width, **blocks, BIASED=bias_D is not None, PRECISION=precision(x_RTD), **launch_options(x_RTD),
+    )  # fmt: skip
+    return y_RTD
+
+
+def check_units(units: int, unit_width: int, width: int) -> None:
+    """Raises ``ValueError`` if units do not fill a width."""
+    if units * unit_width != width:
+        raise ValueError(f"{units} units of width {unit_width} do not fill a width of {width}")

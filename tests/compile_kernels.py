@@ -1,0 +1,96 @@
+"""Run by itself: compiles every kernel for GPUs that need not be there, and prints what it found as JSON lines.
+
+The interpreter is lenient where the compiler is not. All is as for a launch, but for the launch.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from kernel_cases import MASKS, listed, packed
+from spaces import FLAT
+from test_masks import make_masks
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from bernprune.kernels import attention, draw, linear, losses, mlp, sums
+from bernprune.policy.masks import Design
+
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block of threads may have, by capability
+CPU = torch.device("cpu")
+
+
+class Absent:
+    """A GPU of a capability that can be compiled for."""
+
+    def __init__(self, capability: int) -> None:
+        self._target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(capability: int) -> None:
+    """Call all operations, with every kernel's launch replaced."""
+    driver.set_active(Absent(capability))
+    linear.shared_memory = lambda device: SHARED[capability]  # type: ignore[assignment]
+    launch = triton.JITFunction.run
+
+    def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        found = launch(kernel, *args, grid=grid, warmup=True, **options)
+        matrix_units = any(name in found.asm["ptx"] for name in ("wgmma", "mma.sync"))
+        report = {"kernel": kernel.__name__, "shared": found.metadata.shared, "matrix_units": matrix_units}
+        sys.stdout.write(json.dumps({**report, "room": SHARED[capability]}) + "\n")
+        return found
+
+    triton.JITFunction.run = compiled
+    try:
+        for operation in operations():
+            operation()
+    finally:
+        triton.JITFunction.run = launch
+
+
+def operations() -> list[Callable[[], Any]]:
+    """Calls with all kernels, in bfloat16, and wide enough for full tiles."""
+    masks_MN = MASKS["random"](2, 128)
+    bits, kept = packed(masks_MN, CPU), listed(masks_MN, CPU)
+    probs_U = torch.full((FLAT.size,), 0.5, dtype=torch.float64)
+    draws = make_masks(probs_U, Design(1, 2, 1, "antithetic", swing=0.5)).drawn()
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16)
+
+    small, narrow, wide = zeros(2, 8, FLAT.size), zeros(4, 128, 128), zeros(4, 128, 128 * 128)
+    weight, heads = zeros(256, 128), zeros(4, 128, 128, 128)
+    return [
+        lambda: draw.draw(draws),
+        lambda: draw.list_kept(bits),
+        lambda: linear.masked_linear(narrow, bits, weight),
+        lambda: linear.masked_linear(small, draws, zeros(256, FLAT.size)),
+        lambda: linear.linear_from_kept(narrow, kept, weight, compact=True),
+        lambda: linear.linear_from_kept(wide, kept, zeros(256, 128 * 128), unit_width=128),
+        lambda: linear.linear_to_kept(narrow, bits, zeros(128 * 128, 128), unit_width=128),
+        *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("silu", "gelu", "gelu_tanh")),
+        lambda: mlp.hidden_of_kept(narrow, kept, weight[:128], weight[128:], activation="silu"),
+        lambda: attention.attention_of_kept(heads, heads, heads, bits),
+        lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),
+        lambda: losses.divergence(zeros(2, 32000), zeros(2, 32000)),
+        lambda: sums.score_sums(torch.zeros(1, 2), draws, probs_U),
+        lambda: sums.kept_sums(probs_U, draws),
+        lambda: sums.activity_sums(small[:1], torch.zeros(1, 2, 8), draws),
+    ]
+
+
+if __name__ == "__main__":
+    for given in sys.argv[1:]:
+        compile_all(int(given))

@@ -1,0 +1,30 @@
+"""Kernels compile for GPUs that need not be there: with room for their tiles, and products on matrix units."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+PRODUCTS = {"_masked_kernel", "_from_kept_kernel", "_to_kept_kernel", "_hidden_kernel", "_attention_kernel"}
+OTHERS = {
+    "_draw_kernel", "_list_kernel", "_activation_kernel", "_cross_entropy_kernel", "_divergence_kernel",
+    "_score_kernel", "_dot_kernel", "_activity_kernel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90], ids=["A100", "RTX", "H100"])
+def test_every_kernel_compiles(capability: int) -> None:
+    """In a process that does not interpret them."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    command = [sys.executable, str(TESTS / "compile_kernels.py"), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {report["kernel"] for report in found} == PRODUCTS | OTHERS
+    assert {report["kernel"] for report in found if report["matrix_units"]} == PRODUCTS
+    assert all(report["shared"] <= report["room"] for report in found), found

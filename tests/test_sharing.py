@@ -1,0 +1,226 @@
+"""Masks on the same text share what they agree on, and how masks are run is chosen by what it costs.
+
+Letters: K masks, U units, B windows, L layers.
+"""
+
+import itertools
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from test_masking import GRANULARITIES, Stop, all_granularities, random_masks, trace
+from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
+from tolerances import EXACT, assert_close
+from torch.utils.flop_counter import FlopCounterMode
+
+from bernprune.backends import load_backend
+from bernprune.costs import Costs, Planner
+from bernprune.errors import BackendError
+from bernprune.models.sharing import Branching
+from bernprune.models.view import ModelView, describe
+from bernprune.names import Kind, ObjectiveName
+from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.units import UnitSpace
+
+OPS = load_backend("torch", torch.device("cpu"))
+APART, TOGETHER = Costs(passing=0.0, copying=0.0, blocks=1.0), Costs(passing=1e9, copying=math.inf, blocks=0.5)
+
+
+def neighbours(space: UnitSpace, *, seed: int = 0) -> torch.Tensor:
+    """A mask, masks that differ from it in one unit of one layer each, the first again, and one of its own."""
+    base_U, other_U = random_masks(space, 2, seed=seed)
+    units = [int((space.layer_U == layer).nonzero()[-1]) for layer in (3, 1, 3, 2)]
+    masks_KU = torch.stack([base_U, *(base_U.clone() for _ in units), base_U, other_U])
+    for mask_U, unit in zip(masks_KU[1:], units, strict=False):
+        mask_U[unit] = ~mask_U[unit]
+    return masks_KU
+
+
+@all_granularities
+def test_masks_part_where_they_first_differ(granularity: tuple[Kind, ...]) -> None:
+    """By brute force: two are of one class of a layer if they agree on it and on all before."""
+    space = describe(tiny_model("llama"), granularity).space
+    alive_KU = space.alive(neighbours(space))
+    branching, before_K = Branching.of(space, alive_KU), torch.zeros(len(alive_KU), dtype=torch.int64)
+    for layer, (masks, parents) in enumerate(zip(branching.masks_of_layers, branching.parents_of_layers, strict=True)):
+        upto_KU = alive_KU[:, space.layer_U <= layer]
+        class_K = torch.tensor([[mask_U.equal(upto_KU[first]) for first in masks].index(True) for mask_U in upto_KU])
+        assert class_K.unique().tolist() == list(range(len(masks)))
+        for first, parent, found in zip(masks, parents, class_K.unique(), strict=True):
+            assert class_K[first] == found and before_K[first] == parent
+        before_K = class_K
+    assert branching.class_K.equal(before_K)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("kind", ["cross-entropy", "kl"])
+def test_sharing_changes_nothing(variant: Variant, kind: ObjectiveName) -> None:
+    """Whatever the family, and however few rows go together: the losses of each mask by itself."""
+    view, tokens_BT = describe(variant.model(), ("kv_group", "channel", "ffn")), random_tokens(3, 9)
+    masks_KU = neighbours(view.space)
+    with masked_objective(view, OPS, kind=kind) as objective:
+        expected = torch.cat([objective.window_losses(mask_1U, tokens_BT) for mask_1U in masks_KU.split(1)])
+    for rows, costs in ((2, APART), (5, TOGETHER), (64, TOGETHER)):
+        with masked_objective(view, OPS, kind=kind, rows_per_forward=rows, costs=costs) as objective:
+            assert_close(objective.window_losses(masks_KU, tokens_BT), expected, EXACT)
+            assert_close(objective.window_losses(masks_KU, tokens_BT[:1]), expected[:, :1], EXACT)
+
+
+def block_flops(view: ModelView, masks_KU: torch.Tensor, costs: Costs) -> int:
+    """Of all matrix products but those of the head."""
+    tokens_BT = random_tokens(2, 9)
+    with FlopCounterMode(display=False) as counter, masked_objective(view, OPS, costs=costs) as objective:
+        objective.window_losses(masks_KU, tokens_BT)
+    counts = counter.get_flop_counts()["Global"]
+    head = 2 * 2 * 8 * view.model.lm_head.weight.numel() * len(masks_KU.unique(dim=0))
+    return sum(counts[name] for name in counts if name.__name__ in ("mm", "addmm")) - head
+
+
+def test_what_masks_agree_on_is_computed_once() -> None:
+    """A layer runs each class of masks once; equal masks cost as much as one."""
+    view = describe(tiny_model("llama"))
+    masks_KU = neighbours(view.space)[:5]  # these part in the layers 1, 2 and 3; two are equal
+    dense = block_flops(view, masks_KU[:1], TOGETHER)
+    assert block_flops(view, masks_KU[:1].expand(7, -1), TOGETHER) == dense
+    assert block_flops(view, masks_KU, TOGETHER) == dense * (1 + 2 + 3 + 4) / 4
+
+
+def test_what_none_of_several_masks_keeps_is_not_computed() -> None:
+    """Together, they take the weights that any of them keeps."""
+    view = describe(tiny_model("llama"))
+    masks_KU = neighbours(view.space)[[0, 2]]
+    costs = Costs(passing=1e9, copying=0.0, blocks=1.0)
+    weights = view.space.costs_U() * masks_KU.any(0)
+    rows_U = torch.tensor([1, 2, 2, 2])[view.space.layer_U]  # one unit of layer 1 differs
+    assert block_flops(view, masks_KU, costs) == 2 * 2 * 9 * int((rows_U * weights).sum())
+
+
+@pytest.mark.parametrize("leave", ["normally", "by an error"])
+def test_sharing_leaves_no_trace(leave: str) -> None:
+    """No hook, whatever happens in the middle of a pass."""
+    view, tokens_BT = describe(tiny_model("qwen3")), random_tokens(2, 9)
+    before = trace(view.model, tokens_BT)
+
+    def stop(rows: int) -> None:
+        if leave != "normally":
+            raise Stop
+
+    masks_KU = neighbours(view.space)
+    with masked_objective(view, OPS, before_pass=stop, costs=TOGETHER) as objective:
+        if leave == "normally":
+            objective.window_losses(masks_KU, tokens_BT)
+        else:
+            with pytest.raises(Stop):
+                objective.window_losses(masks_KU, tokens_BT)
+    assert trace(view.model, tokens_BT) == before
+
+
+# Costs
+
+
+def test_gathering_pays_for_many_tokens_and_few_units() -> None:
+    """More tokens and a smaller share can only make it pay, and the cheaper way is taken."""
+    costs = Costs(passing=8.0, copying=64.0, blocks=0.5)
+    shares, numbers = [0.0, 0.1, 0.5, 0.9, 1.0], [1, 32, 128, 1024, 10**6]
+    pays = [[costs.gathers(tokens, share) for share in shares] for tokens in numbers]
+    assert all(row == sorted(row, reverse=True) for row in pays)
+    assert all(list(column) == sorted(column) for column in zip(*pays, strict=True))
+    assert not any(row[-1] for row in pays) and all(row[0] for row in pays)
+    for tokens, share in itertools.product(numbers, shares):
+        dense, gathered = 0.5 * tokens, 0.5 * tokens * share + 64 * share
+        assert costs.of_weights(tokens, share) == min(dense, gathered)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=GRANULARITIES)
+def test_what_is_at_work(granularity: tuple[Kind, ...]) -> None:
+    """All that masks may keep, and of a layer in which gathering does not pay everything."""
+    space = describe(tiny_model("llama"), granularity).space
+    possible_U = space.alive(random_masks(space, 1)[0]) & (space.layer_U != 2) | (space.layer_U == 3)
+    planner = Planner(space, Costs(passing=0.0, copying=10.0, blocks=1.0))
+    assert planner.working(None, 100) is None
+    assert planner.working(torch.ones_like(possible_U), 100) is None
+    assert planner.working(possible_U, 0) is None
+    assert planner.working(possible_U, 10**9).equal(possible_U)
+    found = planner.working(possible_U, [0, 10**9, 10**9, 0])
+    assert found.equal(possible_U | (space.layer_U == 0))
+
+
+def test_masks_go_together_where_that_is_cheaper() -> None:
+    """Equal ones, or where a pass is dear; those with little in common by themselves, if gathering costs little."""
+    space = describe(tiny_model("llama")).space
+    apart_KU, equal_KU = random_masks(space, 4, keep=0.3), random_masks(space, 1).expand(4, -1)
+    for costs, masks_KU, expected in [
+        (APART, apart_KU, False),
+        (APART, equal_KU, True),
+        (TOGETHER, apart_KU, True),
+        (APART, apart_KU[:1], True),
+    ]:
+        planner = Planner(space, costs)
+        assert planner.together(masks_KU, 4, 16, rows=64) == expected
+
+
+def test_costs_are_found_from_the_time_of_passes() -> None:
+    """Those of a machine that works as they say, to the nearest power of 2; and none where time tells nothing."""
+    for costs in (Costs(64.0, 512.0, 0.75), Costs(1.0, 4096.0, 0.5)):
+
+        def seconds(tokens: int, halved: bool, costs: Costs = costs) -> float:
+            gathered = costs.copying / 2 + tokens * (1 - costs.blocks / 2)
+            return 1e-6 * (costs.passing + (gathered if halved else tokens))
+
+        assert Costs.measured(seconds, 256, 4096) == costs
+    flat = Costs.measured(lambda tokens, halved: 1e-3, 256, 4096)
+    assert not flat.gathers(10**9, 0.5)
+
+
+# Memory
+
+
+class Small:
+    """A decoder for which the memory of a GPU is too small if there are more than so many rows."""
+
+    def __init__(self, objective: MaskedObjective, most: int) -> None:
+        self.rows, self._most, self._run = list[int](), most, objective._hidden
+
+    def __call__(self, tokens_RT: torch.Tensor, *given: Any) -> torch.Tensor:
+        if len(tokens_RT) > self._most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        self.rows.append(len(tokens_RT))
+        return self._run(tokens_RT, *given)
+
+
+@pytest.mark.parametrize("call", ["window_losses", "token_losses", "activities"])
+def test_less_goes_together_where_memory_is_small(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    """Half as much, until it fits, for good; said each time it halves."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(8, 8)
+    masks_KU = random_masks(view.space, 8)
+    given = {
+        "window_losses": masks_KU[:1],
+        "token_losses": masks_KU.view(8, 1, 1, -1),
+        "activities": masks_KU[0],
+    }[call]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with masked_objective(view, OPS) as objective:
+        expected = getattr(objective, call)(given, tokens_BT)
+    with caplog.at_level(logging.WARNING), masked_objective(view, OPS, rows_per_forward=8) as objective:
+        small = Small(objective, 3)
+        monkeypatch.setattr(objective, "_hidden", small)
+        for _ in range(2):
+            assert_close(getattr(objective, call)(given, tokens_BT), expected, EXACT)
+    assert small.rows == [2] * 8
+    assert [record.getMessage() for record in caplog.records] == [
+        f"the GPU's memory is full: going on with {rows} rows in a forward pass" for rows in (4, 2)
+    ]
+
+
+def test_one_row_that_does_not_fit_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence with the figures."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 8)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with masked_objective(view, OPS) as objective:
+        monkeypatch.setattr(objective, "_hidden", Small(objective, 0))
+        with pytest.raises(BackendError, match=r"not one row fits in the GPU's memory: CUDA out of memory\. Tried"):
+            objective.losses(random_masks(view.space, 1), tokens_BT)

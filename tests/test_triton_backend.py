@@ -1,0 +1,125 @@
+"""The Triton backend computes on a live model what plain torch does, whatever masks it is given.
+
+Letters: B windows, K masks, C chunks, U units.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_masking import random_masks, trace
+from test_sharing import neighbours
+from tiny_models import random_tokens, tiny_model
+from tolerances import CHAIN, assert_close
+from torch import nn
+
+from bernprune.backends import load_backend
+from bernprune.errors import BackendError
+from bernprune.kernels import fused
+from bernprune.models.masking import masked
+from bernprune.models.view import ModelView, describe
+from bernprune.names import Kind
+from bernprune.objective import MaskedObjective, masked_objective
+
+pytestmark = pytest.mark.gpu
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {},
+}
+GRANULARITIES: dict[str, tuple[Kind, ...]] = {
+    "parts": ("kv_group", "channel"),
+    "nested": ("kv_group", "channel", "ffn"),
+}
+CALLS: dict[str, Callable[[MaskedObjective, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "shared": lambda objective, masks_KU, tokens_BT: objective.window_losses(masks_KU, tokens_BT),
+    "single": lambda objective, masks_KU, tokens_BT: objective.window_losses(masks_KU[:1], tokens_BT),
+    "sequences": lambda objective, masks_KU, tokens_BT: objective.token_losses(masks_KU.view(3, 2, 1, -1), tokens_BT),
+    "chunks": lambda objective, masks_KU, tokens_BT: objective.token_losses(masks_KU.view(3, 1, 2, -1), tokens_BT),
+    "gates": lambda objective, masks_KU, tokens_BT: objective.losses(0.7 * masks_KU.float(), tokens_BT),
+    "activities": lambda objective, masks_KU, tokens_BT: objective.activities(masks_KU[0], tokens_BT),
+}
+
+
+@pytest.fixture
+def ops(device: torch.device) -> Any:
+    return load_backend("triton", device)
+
+
+def a_view(family: str, granularity: tuple[Kind, ...], device: torch.device) -> ModelView:
+    return describe(tiny_model(family, **FAMILIES[family]).float().to(device), granularity)
+
+
+@pytest.mark.parametrize("listed", [1, 10**9], ids=["listed", "dense"])
+@pytest.mark.parametrize(
+    ("family", "way"), [*(("llama", way) for way in CALLS), *((family, "sequences") for family in list(FAMILIES)[1:])]
+)
+def test_the_losses_are_those_of_plain_torch(
+    monkeypatch: pytest.MonkeyPatch, family: str, way: str, listed: int, ops: Any, device: torch.device
+) -> None:
+    """For all ways in which masks can lie over text, by lists of what they keep and by bits."""
+    monkeypatch.setattr(fused, "LISTED_TOKENS", listed)
+    view, tokens_BT = a_view(family, GRANULARITIES["parts"], device), random_tokens(3, 8)
+    masks_KU = neighbours(view.space)[:6]
+    found = []
+    for each in (load_backend("torch", device), ops):
+        with masked_objective(view, each, rows_per_forward=5) as objective:
+            found.append(CALLS[way](objective, masks_KU, tokens_BT))
+    assert_close(found[1], found[0], CHAIN[torch.float32])
+
+
+def test_divergences_and_nested_units(ops: Any, device: torch.device) -> None:
+    """The losses of the other objective, of units that lie in one another."""
+    view, tokens_BT = a_view("qwen3", GRANULARITIES["nested"], device), random_tokens(2, 8)
+    masks_KU = neighbours(view.space)
+    found = []
+    for each in (load_backend("torch", device), ops):
+        with masked_objective(view, each, kind="kl") as objective:
+            found.append(objective.window_losses(masks_KU, tokens_BT))
+    assert_close(found[1], found[0], CHAIN[torch.float32])
+
+
+def test_the_model_is_restored(ops: Any, device: torch.device) -> None:
+    """Attention too; and blocks within blocks give back each other's masks."""
+    view, tokens = a_view("llama", GRANULARITIES["parts"], device), random_tokens(3, 8).to(device)
+    outer_KU, inner_KU = random_masks(view.space, 6).split(3)
+    before, implementation = trace(view.model, tokens), view.model.config._attn_implementation
+
+    def logits() -> torch.Tensor:
+        return view.model(input_ids=tokens, use_cache=False).logits
+
+    with torch.no_grad(), masked(view, ops) as live:
+        live.set(outer_KU)
+        under_outer = logits()
+        with masked(view, ops) as inner:
+            inner.set(inner_KU)
+            assert not torch.equal(logits(), under_outer)
+        assert torch.equal(logits(), under_outer)
+    assert view.model.config._attn_implementation == implementation
+    assert trace(view.model, tokens) == before
+
+
+def test_a_model_that_kernels_cannot_run_is_refused(ops: Any, device: torch.device) -> None:
+    """By its dtype or its activation, in one sentence; plain torch takes it."""
+    double = describe(tiny_model("llama").to(device))
+    strange = a_view("llama", GRANULARITIES["parts"], device)
+    for layer in strange.layers:
+        layer.ffn.act_fn = nn.Tanh()
+    for view, reason in ((double, "the model is in torch.float64"), (strange, r"activation Tanh\(\) has no kernel")):
+        with pytest.raises(BackendError, match=reason), masked(view, ops):
+            raise AssertionError("the block was entered")
+        with masked(view, load_backend("torch", device)) as live:
+            assert live.ops.name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(nn.SiLU(), "silu"), (nn.GELU(), "gelu"), (nn.GELU(approximate="tanh"), "gelu_tanh"), (nn.ReLU(), "relu")],
+)
+def test_activations_are_known_by_what_they_compute(module: nn.Module, name: str) -> None:
+    """And not by their class; what is only near is another one."""
+    assert fused.activation_of(module) == name
+    with pytest.raises(ValueError, match="has no kernel"):
+        fused.activation_of(lambda x: 1.01 * module(x))
