@@ -93,9 +93,18 @@ def text(view: ModelView, windows: int, window: int) -> torch.Tensor:
 
 
 def masks(view: ModelView, density: float, shape: tuple[int, ...]) -> torch.Tensor:
-    """Random masks, bool ``[*shape, U]``, that each keep a share of the units of every kind in every layer."""
+    """Random masks, bool ``[*shape, U]``, that each keep a share of the units of every kind in every layer.
+
+    Those that keep all lack a channel of the first layer each, a different one: what is the same is computed once.
+    """
     generator, parts = torch.Generator().manual_seed(2), []
     for group in view.space.groups:
         places = torch.rand(*shape, group.count, generator=generator).argsort(-1).argsort(-1)
         parts.append(places < max(1, round(density * group.count)))
-    return torch.cat(parts, dim=-1)
+    found = torch.cat(parts, dim=-1)
+    if density == 1:
+        masks_KU = found.view(-1, view.space.size)
+        channels = view.space.span("channel", 0)
+        numbers = torch.arange(len(masks_KU))
+        masks_KU[numbers, channels.start + numbers % (channels.stop - channels.start)] = False
+    return found
