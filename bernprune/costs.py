@@ -131,18 +131,20 @@ class Planner:
         """Whether masks on the same windows had better go through together than one after the other."""
         if len(alive_KU) == 1:
             return True
-        together = sum(self._cost(part_KU, windows, tokens, rows) for part_KU in alive_KU.split(rows))
-        return together <= sum(self._cost(mask_1U, windows, tokens, rows) for mask_1U in alive_KU.split(1))
+        together, alone_L = 0.0, [1] * len(self._weights_L)
+        for part_KU in alive_KU.split(rows):
+            classes_L = [len(masks) for masks in Branching.of(self._space, part_KU).masks_of_layers]
+            at_once = min(windows, max(1, rows // len(part_KU)))
+            together += windows / at_once * self._of_pass(part_KU.any(0), classes_L, at_once * tokens)
+        at_once = min(windows, rows)
+        apart = sum(self._of_pass(mask_U, alone_L, at_once * tokens) for mask_U in alive_KU)
+        return together <= windows / at_once * apart
 
-    def _cost(self, alive_KU: torch.Tensor, windows: int, tokens: int, rows: int) -> float:
-        """Of all passes of masks that go through together."""
-        costs, at_once = self._costs, min(windows, max(1, rows // len(alive_KU)))
-        passes, classes_L = windows / at_once, Branching.of(self._space, alive_KU).masks_of_layers
-        shares_L = self._shares(alive_KU.any(0))
-        weights = sum(
-            layer * costs.of_weights(len(classes) * at_once * tokens, share)
-            for layer, classes, share in zip(self._weights_L.tolist(), classes_L, shares_L, strict=True)
+    def _of_pass(self, working_U: torch.Tensor, classes_L: Sequence[int], tokens: int) -> float:
+        """With these units at work, and so many classes of masks in each layer, each of which has so many tokens."""
+        costs = self._costs
+        weights: float = sum(
+            layer * costs.of_weights(classes * tokens, share)
+            for layer, classes, share in zip(self._weights_L.tolist(), classes_L, self._shares(working_U), strict=True)
         )
-        others = (1 - costs.blocks) * len(classes_L[-1]) * at_once * tokens
-        cost: float = passes * (costs.passing + weights + others)
-        return cost
+        return costs.passing + weights + (1 - costs.blocks) * classes_L[-1] * tokens

@@ -17,10 +17,23 @@ import torch
 import triton
 import triton.language as tl
 from bernprune.kernels.draw import arguments, kept
-from bernprune.kernels.masks import DrawnMasks, KeptUnits, PackedMasks, rows_per_mask
+from bernprune.kernels.masks import DrawnMasks, KeptUnits, Masks, PackedMasks, rows_per_mask
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+def prepare(
+    x_RTE: torch.Tensor, masks: Masks, weight_DE: torch.Tensor, bias_D: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The input as a kernel reads it, the output that it is to fill, ``[R, T, D]``, and tokens under each mask.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
+    """
+    check(x_RTE, weight_DE, bias_D)
+    rows, tokens, _ = x_RTE.shape
+    return x_RTE.contiguous(), x_RTE.new_empty(rows, tokens, len(weight_DE)), rows_per_mask(rows, masks) * tokens
 
 
 def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -82,6 +95,21 @@ def add_product(b_sum, b_a, b_b, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def biased(p_bias, b_sum, o_n, m_n, BIASED: tl.constexpr):
+    """A block of sums, with the bias of its columns if there is one."""
+    if BIASED:
+        b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
+    return b_sum
+
+
+@triton.jit
+def store(p_y, b_sum, o_m, o_n, m_m, m_n, D):
+    """A block of sums to rows and columns of an output of width D, in its dtype."""
+    o_y = o_m[:, None] * D + o_n[None, :]
+    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+
+
+@triton.jit
 def _masked_kernel(
     p_x, p_w, p_bias, p_y, p_bits, p_rows, p_levels, p_groups, p_thresholds, p_shifts,
     tokens, D, E, per_mask, s_x, s_wd, s_we, W, U, G, first,
@@ -104,10 +132,8 @@ def _masked_kernel(
         b_x = tl.where(b_kept, b_x, 0.0)  # and not a mask of the load, which would then go entry by entry
         b_w = tl.load(p_w + o_n[None, :] * s_wd + o_k[:, None] * s_we, mask=m_k[:, None] & m_n[None, :], other=0.0)
         b_sum = add_product(b_sum, b_x, b_w, PRECISION)
-    if BIASED:
-        b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_y = o_m[:, None] * D + o_n[None, :]
-    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    b_sum = biased(p_bias, b_sum, o_n, m_n, BIASED)
+    store(p_y, b_sum, o_m, o_n, m_m, m_n, D)
 
 
 def masked_linear(
@@ -126,16 +152,14 @@ def masked_linear(
     Raises:
         ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
     """
-    check(x_RTE, weight_DE, bias_D)
-    (rows, tokens, width), outputs = x_RTE.shape, len(weight_DE)
+    outputs, width = weight_DE.shape
+    x_RTE, y_RTD, per_mask = prepare(x_RTE, masks, weight_DE, bias_D)
     check_units(masks.size, unit_width, width)
-    per_mask = rows_per_mask(rows, masks) * tokens
-    x_RTE = x_RTE.contiguous()
-    y_RTD = x_RTE.new_empty(rows, tokens, outputs)
-    blocks = {"BM": block_of(rows * tokens, 128), "BN": block_of(outputs, 128), "BK": inner_block(x_RTE, width)}
-    grid = (triton.cdiv(rows * tokens, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]),)
+    tokens = per_mask * len(masks)
+    blocks = {"BM": block_of(tokens, 128), "BN": block_of(outputs, 128), "BK": inner_block(x_RTE, width)}
+    grid = (triton.cdiv(tokens, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]),)
     _masked_kernel[grid](
-        x_RTE, weight_DE, bias_D, y_RTD, **arguments(masks), tokens=rows * tokens, D=outputs, E=width,
+        x_RTE, weight_DE, bias_D, y_RTD, **arguments(masks), tokens=tokens, D=outputs, E=width,
         per_mask=per_mask, s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width, **blocks,
         GROUP=8, BIASED=bias_D is not None, PRECISION=precision(x_RTE), **launch_options(x_RTE),
     )  # fmt: skip
@@ -169,10 +193,8 @@ def _from_kept_kernel(
         o_w = o_n[None, :] * s_wd + o_k.to(tl.int64)[:, None] * s_we
         b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
         b_sum = add_product(b_sum, b_x, b_w, PRECISION)
-    if BIASED:
-        b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_y = o_m[:, None] * D + o_n[None, :]
-    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    b_sum = biased(p_bias, b_sum, o_n, m_n, BIASED)
+    store(p_y, b_sum, o_m, o_n, m_m, m_n, D)
 
 
 def linear_from_kept(
@@ -195,12 +217,9 @@ def linear_from_kept(
     Raises:
         ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
     """
-    check(x_RTE, weight_DE, bias_D)
-    (rows, tokens, width), outputs = x_RTE.shape, len(weight_DE)
+    outputs, width = weight_DE.shape
+    x_RTE, y_RTD, per_mask = prepare(x_RTE, kept, weight_DE, bias_D)
     check_units(kept.size, unit_width, width)
-    per_mask = rows_per_mask(rows, kept) * tokens
-    x_RTE = x_RTE.contiguous()
-    y_RTD = x_RTE.new_empty(rows, tokens, outputs)
     inner = inner_block(x_RTE, width)
     blocks = {"BM": block_of(per_mask, 128), "BN": block_of(outputs, 128), "BK": inner}
     grid = triton.cdiv(per_mask, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]), len(kept)
@@ -238,10 +257,8 @@ def _to_kept_kernel(
             b_x = tl.load(p_x + o_m[:, None] * E + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
             b_w = tl.load(p_w + o_n[None, :] * s_wd + o_k[:, None] * s_we, mask=m_k[:, None] & m_n[None, :], other=0.0)
             b_sum = add_product(b_sum, b_x, b_w, PRECISION)
-        if BIASED:
-            b_sum += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    o_y = o_m[:, None] * D + o_n[None, :]
-    tl.store(p_y + o_y, b_sum.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+        b_sum = biased(p_bias, b_sum, o_n, m_n, BIASED)
+    store(p_y, b_sum, o_m, o_n, m_m, m_n, D)
 
 
 def linear_to_kept(
@@ -260,12 +277,9 @@ def linear_to_kept(
     Raises:
         ValueError: sizes that do not fit each other, or a dtype that kernels do not take.
     """
-    check(x_RTD, weight_DE, bias_D)
-    (rows, tokens, width), outputs = x_RTD.shape, len(weight_DE)
+    outputs, width = weight_DE.shape
+    x_RTD, y_RTD, per_mask = prepare(x_RTD, masks, weight_DE, bias_D)
     check_units(masks.size, unit_width, outputs)
-    per_mask = rows_per_mask(rows, masks) * tokens
-    x_RTD = x_RTD.contiguous()
-    y_RTD = x_RTD.new_empty(rows, tokens, outputs)
     blocks = {"BM": block_of(per_mask, 128), "BN": block_of(unit_width, 128), "BK": inner_block(x_RTD, width)}
     grid = triton.cdiv(per_mask, blocks["BM"]), len(masks), masks.size * triton.cdiv(unit_width, blocks["BN"])
     _to_kept_kernel[grid](

@@ -16,12 +16,14 @@ import triton.language as tl
 from bernprune.kernels.draw import arguments, kept
 from bernprune.kernels.linear import (
     add_product,
+    biased,
     block_of,
     check,
     inner_block,
     launch_options,
     linear_from_kept,
     precision,
+    store,
     tile_of,
 )
 from bernprune.kernels.masks import DrawnMasks, KeptUnits, PackedMasks, rows_per_mask
@@ -126,15 +128,10 @@ def _hidden_kernel(
             if GATED:
                 b_w = tl.load(p_up + o_f[None, :] * s_uf + o_k[:, None] * s_ud, mask=m_w, other=0.0)
                 b_up = add_product(b_up, b_x, b_w, PRECISION)
-        if GATE_BIASED:
-            b_gate += tl.load(p_gate_bias + o_f, mask=m_n, other=0.0).to(tl.float32)[None, :]
-        b_hidden = activated(b_gate, ACTIVATION)
+        b_hidden = activated(biased(p_gate_bias, b_gate, o_f, m_n, GATE_BIASED), ACTIVATION)
         if GATED:
-            if UP_BIASED:
-                b_up += tl.load(p_up_bias + o_f, mask=m_n, other=0.0).to(tl.float32)[None, :]
-            b_hidden *= b_up
-        o_h = o_m[:, None] * F + o_j[None, :]
-        tl.store(p_hidden + o_h, b_hidden.to(p_hidden.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+            b_hidden *= biased(p_up_bias, b_up, o_f, m_n, UP_BIASED)
+        store(p_hidden, b_hidden, o_m, o_j, m_m, m_n, F)
 
 
 def hidden_of_kept(

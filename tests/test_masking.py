@@ -374,6 +374,29 @@ def test_the_model_is_restored(family: str, leave: Any) -> None:
     assert trace(model, tokens) == before
 
 
+@pytest.mark.parametrize("outer", [False, True], ids=["alone", "within inference mode"])
+@pytest.mark.parametrize("lying", ["by rows", "by columns", "with gaps"])
+def test_weights_lie_as_they_did(outer: bool, lying: str) -> None:
+    """After what is kept was gathered; and the model can still be trained."""
+    view, tokens = describe(tiny_model("llama")), random_tokens(2)
+    mask_1U = random_masks(view.space, 1)
+    for layer in view.layers:
+        for weight in (layer.output.weight, layer.down.weight):
+            gaps = torch.zeros(len(weight), 2 * weight.shape[1], dtype=weight.dtype)[:, ::2].copy_(weight.data)
+            weight.data = {"by rows": weight.data, "by columns": weight.data.T.contiguous().T, "with gaps": gaps}[lying]
+    weights = list(view.model.parameters())
+    before = [(weight.stride(), weight.data.clone()) for weight in weights]
+    with torch.inference_mode(outer), masked(view, OPS) as live:
+        live.set(mask_1U, working_U=mask_1U[0])
+        logits_of(view.model, tokens)
+        assert view.layers[0].down.weight.stride(0) == 1
+    for weight, (strides, values) in zip(weights, before, strict=True):
+        assert weight.stride() == strides and weight.equal(values)
+    view.model.requires_grad_(True)
+    view.model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(weight.grad.isfinite().all() for weight in weights)
+
+
 # Some layers, and blocks within blocks
 
 

@@ -44,6 +44,7 @@ class _Branch:
     open_M11: torch.Tensor | None = None  # of the same masks; None: the branch is open in every piece
     kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
     chunks = 1
+    _strides: tuple[int, ...] | None = None  # how the last projection's weight lay in memory, if that was changed
     watch: Callable[[torch.Tensor], None] | None = None  # told what the last projection takes in, before it is masked
 
     def __init__(self, num_units: int, last: nn.Linear) -> None:
@@ -62,13 +63,19 @@ class _Branch:
         if self.kept_N is None:
             return self._last.weight
         if self._last.weight.stride(0) != 1:  # a column must lie together to be copied fast
-            self._last.weight.data = self._last.weight.data.T.contiguous().T
+            self._strides = self._last.weight.stride()
+            self._lay((1, self._last.out_features))
         return self.gather(self._last.weight.T).T
 
     def restore(self) -> None:
         """Let the last projection's weight lie in memory as it did."""
-        if not self._last.weight.is_contiguous():
-            self._last.weight.data = self._last.weight.data.contiguous()
+        if self._strides is not None:
+            self._lay(self._strides)
+
+    @torch.inference_mode(False)  # or nothing that asks for a gradient could use the weight afterwards
+    def _lay(self, strides: tuple[int, ...]) -> None:
+        weight = self._last.weight.data
+        self._last.weight.data = weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
     def run(self, operation: Callable[[torch.Tensor, Any], torch.Tensor], x_RTE: torch.Tensor) -> torch.Tensor:
         """``operation`` on the input and the units' masks, piece by piece, and closed where the branch is."""
