@@ -15,7 +15,9 @@ from spaces import BLOCKS, FLAT, NESTED, make_space, random_numbers
 from tiny_models import random_tokens, tiny_model
 from tolerances import EXACT, assert_close
 
+from bernprune.costs import Costs
 from bernprune.errors import ConfigError
+from bernprune.models.masking import LiveMasks
 from bernprune.models.view import describe
 from bernprune.names import Sampling
 from bernprune.objective import masked_objective
@@ -377,6 +379,30 @@ def test_the_masks_of_a_step_never_exist_together(
             assert_close(found[name], wanted[name], EXACT)
         assert any((found[name] - before[name]).abs().max() > 1e-3 for name in tensors)
         asked.clear()
+
+
+def test_what_masks_may_keep_is_known_without_them() -> None:
+    """Units with a chance and, where there is a reference, its own; what none may keep is not computed."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 8)
+    probs_U = random_numbers(view.space.size, 0)
+    probs_U[torch.arange(len(probs_U)) % 3 == 1] = 0.0
+    probs_U[torch.arange(len(probs_U)) % 7 == 1] = 1e-3  # seldom kept, and possible all the same
+    masks, reference_U = make_masks(probs_U, Design(2, 3), space=view.space), torch.zeros(len(probs_U))
+    reference_U[1] = 0.5
+    assert masks.possible_U.equal(probs_U > 0) and not masks.possible_U[1 + 3]
+    assert with_reference(masks, reference_U).possible_U.equal((probs_U > 0) | (reference_U > 0))
+    asked, set_masks = [], LiveMasks.set
+
+    def watched(self: LiveMasks, *given: Any, **more: Any) -> None:
+        asked.append(more["working_U"])
+        set_masks(self, *given, **more)
+
+    with pytest.MonkeyPatch.context() as patch, masked_objective(view, costs=Costs(0.0, 0.0, 1.0)) as objective:
+        patch.setattr(LiveMasks, "set", watched)
+        found = objective.token_losses(masks, tokens_BT)
+        assert len(asked) == 1 and asked[0].equal(masks.possible_U)
+    with masked_objective(view, costs=Costs(0.0, 2.0**40, 1.0)) as objective:
+        assert_close(found, objective.token_losses(masks[:], tokens_BT), EXACT)
 
 
 @pytest.mark.parametrize("gates", [False, True], ids=["mask", "gates"])

@@ -6,7 +6,7 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ def resume(
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
     losses: dict[str, float | None] = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
-    stage = replace(stage, costs=(_stored_costs(folder) if continued else None) or stage.measured_costs())
+    stored_costs = _stored_costs(folder) if continued else None
+    stage = replace(stage, costs=stored_costs or stage.measured_costs())
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
@@ -120,6 +121,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
             logger.warning("the run began with %s: it may not go on to the bit", changed)
     else:
         folder.start(stage.config)
+    if stored_costs is None:
         write_json(folder.costs, stage.costs.to_dict())
     if stored is None:
         write_state(folder.initial, start)
@@ -180,8 +182,9 @@ def _followed(
 def _stored_costs(folder: RunFolder) -> Costs | None:
     """By which the run that is continued has chosen its ways; None if it was killed before it knew them."""
     try:
-        return Costs(**json.loads(folder.costs.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        stored = json.loads(folder.costs.read_text(encoding="utf-8"))
+        return Costs(*(float(stored[field.name]) for field in fields(Costs)))
+    except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
