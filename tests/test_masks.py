@@ -388,8 +388,8 @@ def test_what_masks_may_keep_is_known_without_them() -> None:
     probs_U[torch.arange(len(probs_U)) % 3 == 1] = 0.0
     probs_U[torch.arange(len(probs_U)) % 7 == 1] = 1e-3  # seldom kept, and possible all the same
     masks, reference_U = make_masks(probs_U, Design(2, 3), space=view.space), torch.zeros(len(probs_U))
-    reference_U[1] = 0.5
-    assert masks.possible_U.equal(probs_U > 0) and not masks.possible_U[1 + 3]
+    reference_U[4] = 0.5
+    assert masks.possible_U.equal(probs_U > 0) and not masks.possible_U[4]
     assert with_reference(masks, reference_U).possible_U.equal((probs_U > 0) | (reference_U > 0))
     asked, set_masks = [], LiveMasks.set
 
