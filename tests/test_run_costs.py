@@ -3,15 +3,18 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_run import Place, succeed
 
+from bernprune.config import make_config
 from bernprune.costs import Costs
 from bernprune.run import pipeline
 from bernprune.run import stage as module
-from bernprune.run.stage import Stage
+from bernprune.run.stage import Stage, row_bytes, rows_per_forward
 
 MEASURED = Costs(passing=32.0, copying=8.0, blocks=0.5)
 
@@ -29,16 +32,17 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return windows
 
 
-def searched_with(monkeypatch: pytest.MonkeyPatch) -> list[Costs]:
-    """The costs of every search that begins from now on."""
-    found, search = list[Costs](), pipeline.run_search
+def searched_with(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Costs], list[int]]:
+    """The costs and rows of every search that begins from now on."""
+    found, rows, search = list[Costs](), list[int](), pipeline.run_search
 
     def watched(stage: Stage, *given: Any, **more: Any) -> Any:
         found.append(stage.costs)
+        rows.append(stage.rows)
         return search(stage, *given, **more)
 
     monkeypatch.setattr(pipeline, "run_search", watched)
-    return found
+    return found, rows
 
 
 @pytest.mark.parametrize(
@@ -51,10 +55,10 @@ def test_costs_of_large_models_are_measured(
 ) -> None:
     """Once, unless it is not wanted; they are kept in the run folder."""
     monkeypatch.setattr(module, "_MEASURED_FROM", least)
-    found = searched_with(monkeypatch)
+    found, _ = searched_with(monkeypatch)
     succeed(*place.prune(f"search.costs={setting}"))
     assert found == [expected] and len(measurements) == (expected == MEASURED)
-    assert json.loads((place.out / "costs.json").read_text()) == expected.to_dict()
+    assert json.loads((place.out / "costs.json").read_text()) == {"rows": 64, **expected.to_dict()}
 
 
 @pytest.mark.parametrize("stored", ["{}", "[1]", "{", '{"passing": "much"}', '{"speed": 3}', None])
@@ -64,9 +68,10 @@ def test_a_run_goes_on_with_what_it_measured(
     """And measures once more if that is lost or damaged."""
     monkeypatch.setattr(module, "_MEASURED_FROM", 0)
     succeed(*place.prune())
-    path, kept, found = place.out / "costs.json", Costs(1.0, 2.0, 0.25), searched_with(monkeypatch)
+    path, kept = place.out / "costs.json", Costs(1.0, 2.0, 0.25)
+    found, found_rows = searched_with(monkeypatch)
     resumes: list[tuple[Callable[[], Any], Costs]] = [
-        (lambda: path.write_text(json.dumps(kept.to_dict())), kept),
+        (lambda: path.write_text(json.dumps({"rows": 5, **kept.to_dict()})), kept),
         (lambda: path.unlink() if stored is None else path.write_text(stored), MEASURED),
     ]
     for spoil, expected in resumes:
@@ -75,4 +80,28 @@ def test_a_run_goes_on_with_what_it_measured(
         measurements.clear()
         succeed("resume", str(place.out))
         assert found[-1] == expected and len(measurements) == (expected == MEASURED)
-        assert json.loads(path.read_text()) == expected.to_dict()
+        rows = 5 if expected == kept else 64
+        assert found_rows[-1] == rows and json.loads(path.read_text()) == {"rows": rows, **expected.to_dict()}
+    (place.out / "report.json").unlink()
+    path.write_text(json.dumps({"rows": 5, **kept.to_dict()}))
+    succeed("resume", str(place.out), "--set", "search.rows_per_forward=3")
+    assert found[-1] == kept and found_rows[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ("free", "expected"),
+    [(10**15, 256), (8 * 2**30, 16), (2**30, 8), (10**7, 1), (0, 1)],
+    ids=lambda number: f"{number}",
+)
+def test_rows_follow_from_the_memory_of_a_gpu(free: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what is free, up to a limit; a power of 2, one at least. A number that is given is taken."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**15))
+    monkeypatch.setattr(module, "_ACTIVATION_BYTES", 2**30 if free < 10**15 else 10**15)
+    parameter = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(parameters=lambda: iter([parameter]), dtype=torch.bfloat16)
+    shape = SimpleNamespace(layers=[SimpleNamespace(channels=100_000)], hidden_size=20_000)
+    view = SimpleNamespace(model=model, architecture=shape)
+    config = make_config({"data": {"window": 70}})
+    assert row_bytes(config, view) == 2 * 70 * 420_000
+    assert rows_per_forward(config, view) == expected
+    assert rows_per_forward(make_config({"search": {"rows_per_forward": 7}}), view) == 7

@@ -104,8 +104,8 @@ def resume(
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
     losses: dict[str, float | None] = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
-    stored_costs = _stored_costs(folder) if continued else None
-    stage = replace(stage, costs=stored_costs or stage.measured_costs())
+    known = _known_stage(stage, folder) if continued else None
+    stage = known or replace(stage, costs=stage.measured_costs())
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
@@ -121,8 +121,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
             logger.warning("the run began with %s: it may not go on to the bit", changed)
     else:
         folder.start(stage.config)
-    if stored_costs is None:
-        write_json(folder.costs, stage.costs.to_dict())
+    if known is None:
+        write_json(folder.costs, {"rows": stage.rows, **stage.costs.to_dict()})
     if stored is None:
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
@@ -179,13 +179,15 @@ def _followed(
     return {"learned": learned_U, "widths": widths_U, "initial": initial_U, "uniform": graded(space, scores_U)}
 
 
-def _stored_costs(folder: RunFolder) -> Costs | None:
-    """By which the run that is continued has chosen its ways; None if it was killed before it knew them."""
+def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
+    """With the costs and rows that the run began with; None if it was killed before it knew them."""
     try:
         stored = json.loads(folder.costs.read_text(encoding="utf-8"))
-        return Costs(*(float(stored[field.name]) for field in fields(Costs)))
+        costs, rows = Costs(*(float(stored[field.name]) for field in fields(Costs))), int(stored["rows"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
+    given = stage.config.search.rows_per_forward
+    return replace(stage, costs=costs, rows=rows if given == "auto" else given)
 
 
 def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:

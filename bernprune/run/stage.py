@@ -59,6 +59,7 @@ class Stage:
     eval_windows_WT: torch.Tensor
     protocol: Protocol
     text_sha256: str
+    rows: int  # in one forward pass, at most
     costs: Costs = field(default_factory=Costs)
 
     @contextmanager
@@ -70,7 +71,7 @@ class Stage:
             self.view,
             self.ops,
             kind=kind,
-            rows_per_forward=rows_per_forward(self.config, self.view),
+            rows_per_forward=self.rows,
             before_pass=before_pass,
             costs=self.costs,
         ) as objective:
@@ -85,7 +86,7 @@ class Stage:
 
 
 def rows_per_forward(config: RunConfig, view: ModelView) -> int:
-    """Most windows in one forward pass."""
+    """Most windows in one forward pass; of a GPU as its memory is now."""
     given, device = config.search.rows_per_forward, next(view.model.parameters()).device
     if given != "auto":
         return given
@@ -149,6 +150,7 @@ def set_stage(config: RunConfig) -> Stage:
         eval_windows_WT=windows_WT,
         protocol=protocol,
         text_sha256=fingerprint(stream),
+        rows=rows_per_forward(config, view),
     )
 
 
