@@ -5,192 +5,30 @@ dotted key, the value and what is allowed.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bernprune.complaints import sentence
-from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
-from bernprune.names import (
-    BackendName,
-    BaselineName,
-    Kind,
-    MapName,
-    MasksPer,
-    Measure,
-    MethodName,
-    ObjectiveName,
-    Pools,
-    PresetName,
-    Projection,
-    ReferenceName,
-    Sampling,
-    Scaling,
-    Scope,
-    ScoreName,
-)
+from bernprune.names import BackendName, Kind, MethodName, PresetName
 from bernprune.presets import PRESETS
+from bernprune.sections import (
+    BudgetConfig,
+    DataConfig,
+    InitialConfig,
+    ModelConfig,
+    PlansConfig,
+    PolicyConfig,
+    ReportConfig,
+    SearchConfig,
+    Section,
+)
 from bernprune.settings import merge
 from bernprune.units import ANCESTORS, KINDS
 
-Count = Annotated[int, Field(ge=1)]
 EXPLORED = (0.5, 1.5)  # times its own sparsity
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
-Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, use_attribute_docstrings=True)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """`masks: yes` is 1 to pydantic, and a slip to us."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("input should not be true or false")
-        return value
-
-
-class ModelConfig(_Section):
-    path: str = EMBEDDED
-    """Local folder, Hugging Face name, or 'embedded'."""
-    revision: str | None = None
-    """Revision of a Hugging Face name."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Number format of the weights; 'auto' keeps the checkpoint's."""
-    device: str = "auto"
-    """'auto' (GPU if there is one), 'cpu', 'cuda' or 'cuda:N'."""
-    trust_remote_code: bool = False
-    """Run code that comes with the tokenizer or configuration."""
-
-
-class DataConfig(_Section):
-    text: str = EMBEDDED
-    """Calibration text: .txt, .jsonl (field 'text'), .xz of either, dataset folder, Hugging Face dataset name."""
-    eval_text: str | None = None
-    """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not used."""
-    eval_join: str | None = None
-    """Join the rows of the held-out text by this string, e.g. a blank line for WikiText-2; otherwise each is a text."""
-    window: Annotated[int, Field(ge=2)] = 128
-    """Tokens a window, in search and evaluation."""
-    max_characters: Count = 64_000_000
-    """Calibration text is read up to here."""
-    eval_tokens: Count = 131_072
-    """Evaluation text is cut to this many tokens."""
-
-
-class BudgetConfig(_Section):
-    sparsity: Share = 0.3
-    """Share of the prunable cost to remove."""
-    measure: Measure = "parameters"
-    """What the cost is: parameters, or forward FLOPs per token at `flops_window`."""
-    flops_window: Count = 2048
-    """Sequence length at which attention FLOPs are counted."""
-    pools: Pools = "joint"
-    """'joint': one budget over all units; 'separate': each kind loses the same share (published)."""
-    min_kv_groups: Annotated[int, Field(ge=0)] = 1
-    """Kept in each layer unless a coarser unit removes the block; the first layer always keeps one."""
-    min_channels: Annotated[int, Field(ge=0)] = 1
-    """Kept in each layer unless a coarser unit removes the block."""
-    channel_multiple: Count = 1
-    """Kept channels of each layer are a multiple of this, e.g. 64 or 128 for tensor cores."""
-
-
-class InitialConfig(_Section):
-    score: ScoreName = "wanda-sp"
-    """Metric that starts the policy."""
-    also: tuple[ScoreName, ...] = ()
-    """posterior: other metrics, which the regression of worths on scores looks at beside the first."""
-    map: MapName = "const"
-    """How scores become probabilities."""
-    scope: Scope | None = None
-    """Map the scores of each layer and kind by themselves ('layer'), each kind over all layers ('global'), or all at
-    once ('pooled'); by default 'pooled' for flap and 'layer' for others."""
-    sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
-    """High probability of the map 'const'."""
-    windows: Count = 128
-    """Calibration windows the metric sees."""
-    window: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of such a window; by default data.window."""
-    inputs: Literal["dense", "pruned"] = "dense"
-    """Score each layer on the dense model's activations, or on those of the already pruned earlier layers."""
-
-
-class PolicyConfig(_Section):
-    floor: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
-    """Least keep probability."""
-    ceiling: Annotated[float, Field(gt=0.5, le=1)] = 0.98
-    """Greatest keep probability."""
-    projection: Projection = "cost-weighted"
-    """'cost-weighted': equal shift, budget met exactly; 'published': at most the budget."""
-
-
-class SearchConfig(_Section):
-    sequences: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
-    """Windows run forward to learn and to choose, reference passes included, but not those of the initial metric; by
-    default by the model's size. 0: the metric alone. 'auto': until search.regret is reached, or eight times the
-    default is spent."""
-    regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """posterior: stop once knowing all units exactly would gain less, in nats per token; by default 0.1 for 'auto'."""
-    seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Stop after this much search time; a run limited so is not repeatable to the bit."""
-    method: MethodName = "posterior"
-    """'posterior': estimate what each unit is worth, in rounds; 'reinforce': follow the gradient (published)."""
-    masks: Count = 8
-    """Masks that compete on the same text, a step."""
-    windows: Count = 8
-    """Windows of text a step."""
-    masks_per: MasksPer = "chunk"
-    """What has masks of its own: a whole 'batch' of windows (published), each 'sequence', or each 'chunk' of one."""
-    sampling: Sampling = "antithetic"
-    """Masks on one text: 'independent' (published), 'antithetic' (opposed), or 'exact' (on the budget; biased)."""
-    chunk: Count | None = None
-    """Tokens of a chunk; by default the largest divisor of data.window from 8 to 32, or else the whole window."""
-    discount: Annotated[float, Field(ge=0, le=1)] = 0.4
-    """How much a chunk's mask answers for the loss of each chunk behind it; 1 is unbiased, and noisy."""
-    rounds: Count | None = None
-    """posterior: how often the policy is renewed; by default for every 128 windows of text."""
-    forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """posterior: share of what was known of whole layers that a round forgets."""
-    swing: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """posterior: how far masks of the first round keep more or fewer channels of a layer; of round r an r-th of it."""
-    by_activity: bool = True
-    """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
-    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    """reinforce: first step size; falls to zero along a cosine."""
-    baseline: BaselineName = "leave-one-out"
-    """reinforce: what is subtracted from the losses."""
-    reference: ReferenceName = "initial"
-    """reinforce: what 'matched' compares with: 'initial' or 'current' selection, 'dense' model, 'mean-field' gates."""
-    baseline_window: Count = 5
-    """reinforce: memory of a running baseline, in steps."""
-    scaling: Scaling = "natural"
-    """reinforce: preconditioning of the gradient."""
-    epsilon: Annotated[float, Field(ge=0, lt=0.1)] = 0.0
-    """reinforce: guard under the root of 'sqrt-fisher'."""
-    pull: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
-    selection: Annotated[float, Field(ge=0, le=0.9)] | None = None
-    """Share of the sequences (or seconds) for choosing what is kept, on text not learned from; 0: no choice. By default
-    what six looks take, at most three tenths; for reinforce a tenth."""
-    final_windows: Annotated[int, Field(ge=2)] = 128
-    """Windows on which the last two of a race of selections are compared."""
-    look_windows: Annotated[int, Field(ge=2)] = 8
-    """posterior: windows on which it is looked at what single changes to the selection do."""
-    objective: ObjectiveName = "cross-entropy"
-    """'cross-entropy', or 'kl' to the dense model's predictions."""
-    non_finite: Literal["error", "drop"] = "error"
-    """What a loss that is not finite does: stop the run, or drop its mask from the step; such a finalist just loses."""
-    rows_per_forward: Count | Literal["auto"] = "auto"
-    """Most windows in one forward pass; 'auto': 64, on a GPU fewer or more as its memory allows."""
-    costs: Literal["measured", "fixed"] = "measured"
-    """By which the way of running masks is chosen; of models under ten million prunable parameters always 'fixed'."""
-    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds between checkpoints of the search, each after a whole step; the final choice is saved after each heat."""
-    checkpoint_steps: Count | None = None
-    """Also write a checkpoint every so many steps."""
-
 
 # What only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
@@ -210,23 +48,7 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class PlansConfig(_Section):
-    sparsities: tuple[Share, ...] = ()
-    """Other sparsities for which a plan is written and evaluated, from half the run's own to one and a half of it."""
-    nested: bool = False
-    """Whether each keeps, or is kept by, what the run keeps."""
-
-
-class ReportConfig(_Section):
-    latency_rows: Count = 8
-    """Windows in the batch that latency is measured on."""
-    latency_repeats: Annotated[int, Field(ge=2)] = 20
-    """Timed passes."""
-    initial_latency: bool = True
-    """Also time the initial metric's model, for which the dense one is loaded once more."""
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything a run is determined by, beside the versions of its libraries."""
 
     preset: PresetName = "default"

@@ -27,13 +27,14 @@ from tiny_run import (
     words,
 )
 
-from bernprune.config import PolicyConfig, RunConfig, make_config
+from bernprune.config import RunConfig, make_config
 from bernprune.models.architecture import architecture_of
 from bernprune.models.families import FAMILIES
 from bernprune.names import BaselineName, MasksPer, MethodName, PresetName, ScoreName
 from bernprune.run import pipeline
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.plans import Learned
+from bernprune.sections import PolicyConfig
 from bernprune.settings import merge, parse_settings
 from bernprune.units import KeepPlan, LayerPlan
 

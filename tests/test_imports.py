@@ -93,10 +93,11 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.names",
         "bernprune.errors",
         "bernprune.units",
-        "bernprune.embedded",
         "bernprune.presets",
+        "bernprune.sections",
         "bernprune.settings",
     ),
+    "bernprune.sections": ("bernprune.names", "bernprune.embedded"),
     "bernprune.backends": ("bernprune.names", "bernprune.errors", "bernprune.kernels"),
     "bernprune.policy": (*VOCABULARY, "bernprune.policy", "bernprune.kernels.masks"),  # what a kernel draws them from
     "bernprune.models": (

@@ -12,7 +12,6 @@ from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_mode
 from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.backends import load_backend
-from bernprune.config import ModelConfig
 from bernprune.data import fingerprint
 from bernprune.errors import BernpruneError, DataError, LossError, ModelError
 from bernprune.evaluation import perplexity as module
@@ -23,6 +22,7 @@ from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
+from bernprune.sections import ModelConfig
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES_MODEL, STORIES = SHARED / "models/stories260K", SHARED / "data/tinystories/valid.jsonl"

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from bernprune.backends import find_device
-from bernprune.config import ModelConfig
 from bernprune.data import evaluation_windows, fingerprint, tokenize
 from bernprune.errors import LossError, ModelError
 from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.view import count_parameters
+from bernprune.sections import ModelConfig
 from bernprune.text import load_documents
 
 _LARGEST_LOSS = math.log(sys.float_info.max) * (1 - 1e-15)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bernprune.config import RunConfig, SearchConfig
+from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.names import Scope
 from bernprune.policy.baselines import make_baseline
@@ -19,6 +19,7 @@ from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits
+from bernprune.sections import SearchConfig
 from bernprune.units import UnitSpace
 
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
