@@ -1,0 +1,82 @@
+"""A model run layer by layer over many windows: what is gathered of a layer can be used, and dropped, before the next.
+
+Whatever is done to a layer before the stream moves on, masking it or changing its weights, the layers behind it see.
+
+Letters: W windows, T tokens, R rows of one forward pass, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bernprune.models.view import LayerView, ModelView
+
+
+class LayerStream:
+    """All windows, on their way through a model; they rest on the CPU.
+
+    Args:
+        windows_WT: int64.
+        rows_per_forward: windows that are run at once.
+
+    Attributes:
+        index: number of the layer that comes next.
+    """
+
+    def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
+        self._view, self.index = view, 0
+        self._device = next(view.model.parameters()).device
+        self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told beside hidden states, by rows
+        self._hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
+
+    @property
+    def layer(self) -> LayerView:
+        """The layer that comes next."""
+        return self._view.layers[self.index]
+
+    def run(self) -> None:
+        """Run the next layer for the sake of hooks, and stay before it."""
+        for hidden_RTD in self._hidden_RTD:
+            self._through(hidden_RTD)
+
+    def advance(self) -> None:
+        """Go through the next layer, as it is now."""
+        for at, hidden_RTD in enumerate(self._hidden_RTD):
+            self._hidden_RTD[at] = self._through(hidden_RTD).cpu()
+        self.index += 1
+
+    @torch.inference_mode()
+    def _through(self, hidden_RTD: torch.Tensor) -> torch.Tensor:
+        told = self._calls[len(hidden_RTD)][self.index]
+        output_RTD: torch.Tensor = self.layer.layer(hidden_RTD.to(self._device), **told)
+        return output_RTD
+
+    @torch.inference_mode()
+    def _embed(self, tokens_RT: torch.Tensor) -> torch.Tensor:
+        """What the first layer takes in. Windows have no padding, so rows of one number are told the same."""
+        calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+        with _passed_over(self._view, lambda hidden_RTD, told: calls.append((hidden_RTD, told))):
+            self._view.decoder(input_ids=tokens_RT.to(self._device), use_cache=False)
+        self._calls.setdefault(len(tokens_RT), [told for _, told in calls])
+        return calls[0][0].cpu()
+
+
+@contextmanager
+def _passed_over(view: ModelView, note: Callable[[torch.Tensor, dict[str, Any]], None]) -> Iterator[None]:
+    """Let every layer hand on what it is given, once that is noted."""
+
+    def hand_on(hidden_RTD: torch.Tensor, **told: Any) -> torch.Tensor:
+        note(hidden_RTD, told)
+        return hidden_RTD
+
+    def back(layer: nn.Module) -> None:
+        del layer.__dict__["forward"]
+
+    with ExitStack() as passed:
+        for layer in view.layers:
+            layer.layer.__dict__["forward"] = hand_on
+            passed.callback(back, layer.layer)
+        yield
