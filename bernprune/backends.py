@@ -10,6 +10,7 @@ import torch
 
 from bernprune.errors import BackendError
 from bernprune.kernels import reference  # type: ignore[attr-defined]
+from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
 from bernprune.names import BackendName, check_name
 
 # Parameters of glibc's mallopt: from which size on a tensor has pages of its own, and how much free memory is kept.
@@ -25,6 +26,7 @@ class MaskedOps:
             given as numbers, one for each row.
         activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
         attention_of_kept: None leaves attention to the model.
+        sums: None sums over masks in plain torch.
     """
 
     name: str
@@ -37,6 +39,7 @@ class MaskedOps:
     dtypes: tuple[torch.dtype, ...] = ()  # of models; empty: any
     activation: Callable[[Any], Any] = lambda module: module
     attention_of_kept: Callable[..., torch.Tensor] | None = None
+    sums: SumKernels | None = None
 
 
 TORCH = MaskedOps(
@@ -65,7 +68,7 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
             "tried slowly without one; use 'torch' or 'auto'"
         )
     try:
-        from bernprune.kernels import fused  # type: ignore[attr-defined]
+        from bernprune.kernels import fused, sums  # type: ignore[attr-defined]
     except ImportError as error:
         raise BackendError(
             f"backend 'triton' cannot run here, as Triton cannot be imported ({error}); use 'torch' or 'auto'"
@@ -81,6 +84,7 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
         dtypes=fused.DTYPES,
         activation=fused.activation_of,
         attention_of_kept=fused.attention_of_kept,
+        sums=SumKernels(sums.kept_sums, sums.score_sums, sums.activity_sums),
     )
 
 

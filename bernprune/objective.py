@@ -54,7 +54,7 @@ class MaskedObjective:
         self._view, self._live, self._kind, self._rows = view, live, kind, rows_per_forward
         self._before_pass, self._planner = before_pass, Planner(view.space, costs or Costs())
         self._head: nn.Linear = view.model.get_output_embeddings()
-        self._device = next(view.model.parameters()).device
+        self.device = next(view.model.parameters()).device
 
     def losses(self, masks_KU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token.
@@ -73,7 +73,7 @@ class MaskedObjective:
             window_R = rows % len(tokens_BT)
             losses_RP = self._losses_of_rows(masks, rows // len(tokens_BT), tokens_BT, window_R)
             return losses_RP.mean(1).view(len(masks), -1)
-        alive_KU, tokens_BT = self._view.space.alive(masks.bool()), tokens_BT.to(self._device)
+        alive_KU, tokens_BT = self._view.space.alive(masks.bool()), tokens_BT.to(self.device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
         together = self._planner.together(alive_KU, *tokens_BT.shape, rows=self._rows)
         parts = alive_KU.split(len(alive_KU) if together else 1)
@@ -108,33 +108,27 @@ class MaskedObjective:
         return losses_BKT / (losses_BKT.shape[-1] - (self._kind == "cross-entropy"))
 
     @torch.inference_mode()
-    def activities(self, mask_U: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """How active each of the model's N channels is at each token, float32 ``[B, T, N]`` on the CPU.
+    def look(
+        self, mask_U: torch.Tensor, tokens_BT: torch.Tensor, see: Callable[[int, slice, torch.Tensor], None]
+    ) -> None:
+        """Show how active each layer's F channels are at each token, under one mask; nothing is kept.
 
-        That is the size of its entry in the input of the down projection, under one mask; removed ones too, as they
-        would be. Channels are those of all layers in turn.
+        ``see`` is called for each layer and some of the windows in turn, again where a GPU's memory was too small for
+        so many, with the layer, the windows, and ``[R, T, F]`` of what enters the down projection, on the model's
+        device; removed channels are shown too, as they would be.
 
         Raises:
             ConfigError: a mask or windows of another shape.
         """
         self._check(mask_U, tokens_BT, "[{}]", mask_U.ndim == 1)
-        widths = [layer.shape.channels for layer in self._view.layers]
-        # Filled in place: of a large model it is gigabytes.
-        found_BTN = torch.empty(*tokens_BT.shape, sum(widths), dtype=torch.float32)
 
-        def run(rows: slice) -> torch.Tensor:
-            by_layer = found_BTN[rows].split(widths, dim=-1)
-
-            def note(layer: int, hidden_RTF: torch.Tensor) -> None:
-                by_layer[layer].copy_(hidden_RTF).abs_()
-
-            with self._live.watching(note):
-                self._hidden(tokens_BT[rows].to(self._device))
-            return found_BTN[:0]
+        def run(windows: slice) -> torch.Tensor:
+            with self._live.watching(lambda layer, hidden_RTF: see(layer, windows, hidden_RTF)):
+                self._hidden(tokens_BT[windows].to(self.device))
+            return torch.empty(0)
 
         self._live.set(mask_U[None])
         self._in_passes(run, len(tokens_BT), lambda: self._rows)
-        return found_BTN
 
     def _check(self, masks: MaskRows, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size
@@ -149,7 +143,7 @@ class MaskedObjective:
     ) -> torch.Tensor:
         """Float64 ``[R, P]`` of the P predictions of each row, whose mask and window are given by their indices."""
         possible_U = _possible(masks)
-        masks, tokens_BT, window_R = masks.to(self._device), tokens_BT.to(self._device), window_R.to(self._device)
+        masks, tokens_BT, window_R = masks.to(self.device), tokens_BT.to(self.device), window_R.to(self.device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
         def run(rows: slice) -> torch.Tensor:

@@ -41,6 +41,10 @@ class PackedMasks:
     def __len__(self) -> int:
         return len(self.words_MW)
 
+    def masks(self, start: int, stop: int) -> "PackedMasks":
+        """Some of the masks."""
+        return replace(self, words_MW=self.words_MW[start:stop])
+
     def units(self, start: int, stop: int) -> "PackedMasks":
         """The same masks of some of the units."""
         return replace(self, first=self.first + start, size=stop - start)
@@ -81,6 +85,10 @@ class DrawnMasks:
 
     def __len__(self) -> int:
         return len(self.rows_M2)
+
+    def masks(self, start: int, stop: int) -> "DrawnMasks":
+        """Some of the masks."""
+        return replace(self, rows_M2=self.rows_M2[start:stop], levels_MG=self.levels_MG[start:stop])
 
     def units(self, start: int, stop: int) -> "DrawnMasks":
         """The same masks of some of the units."""

@@ -6,6 +6,7 @@ vocabulary; B windows of text, K masks and chunks S of each.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,14 @@ def divergence(ours_PV: torch.Tensor, theirs_PV: torch.Tensor) -> torch.Tensor:
 
 def _wide(values: torch.Tensor) -> torch.Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+class SumKernels(NamedTuple):
+    """What sums over masks in every step of a search; signatures as in ``sums.py``."""
+
+    kept_sums: Callable[..., torch.Tensor]
+    score_sums: Callable[..., torch.Tensor]
+    activity_sums: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 def score_sums(weights_BR: torch.Tensor, masks_BRU: torch.Tensor, probs_U: torch.Tensor) -> torch.Tensor:

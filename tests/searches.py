@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from spaces import make_space, normal_numbers, random_numbers
 
+from bernprune.objective import MaskedObjective
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
-from bernprune.policy.search import MaskSearch, Reading
+from bernprune.policy.search import MaskSearch, Reading, Seen
 from bernprune.policy.selection import Limits
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.units import MaskRows
+from bernprune.units import MaskRows, UnitSpace
 
 FREE = Limits(min_kv_groups=0, min_channels=0)
 
@@ -84,7 +85,19 @@ def reading_of(search: MaskSearch, masks_BKCU: MaskRows, step: int, *, even: boo
     kept_BKTU = masks_BKCU[:].repeat_interleave(WINDOW // masks_BKCU.shape[2], dim=2)
     lost_BKT = -(kept_BKTU * activities_BTU[:, None]).double() @ random_numbers(len(channels_U), 8)
     losses_BKT = lost_BKT + 10 * normal_numbers(*lost_BKT.shape, seed=step + 50)
-    return Reading(losses_BKT / WINDOW, activities_BTU[..., channels_U])
+    return Reading(losses_BKT / WINDOW, showing(activities_BTU, search.budget.space))
+
+
+def showing(activities_BTU: torch.Tensor, space: UnitSpace) -> Callable[[Seen], None]:
+    """A look at the activities of the channels among the units; of some windows after the other, and of some twice."""
+
+    def look(see: Seen) -> None:
+        cut = len(activities_BTU) // 3
+        for windows in (slice(0, cut + 1), slice(cut, len(activities_BTU))):
+            for layer, members_F in enumerate(space.by_layer("channel")):
+                see(layer, windows, activities_BTU[windows][..., members_F])
+
+    return look
 
 
 def read(search: MaskSearch, steps: range, *, told: bool = True, even: bool = False) -> None:
@@ -101,3 +114,15 @@ def miss(search: PosteriorSearch) -> float:
     channels_U = search.budget.space.of_kind("channel")
     worth_U = random_numbers(search.budget.space.size, 8)
     return (search.worth_U - worth_U)[channels_U].square().mean().item()
+
+
+def activities(objective: MaskedObjective, mask_U: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
+    """All that a look shows, ``[B, T, N]``; channels of all layers in turn."""
+    parts: dict[tuple[int, int], torch.Tensor] = {}
+
+    def see(layer: int, windows: slice, active_RTF: torch.Tensor) -> None:
+        parts[windows.start, layer] = active_RTF.abs().clone()
+
+    objective.look(mask_U, tokens_BT, see)
+    starts = sorted({start for start, _ in parts})
+    return torch.cat([torch.cat([parts[at] for at in sorted(parts) if at[0] == start], dim=-1) for start in starts])

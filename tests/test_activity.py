@@ -13,6 +13,7 @@ from searches import (
     CHUNKS,
     SPACE,
     WINDOW,
+    activities,
     assert_resumes,
     heavy_tailed,
     miss,
@@ -29,6 +30,7 @@ from bernprune.objective import masked_objective
 from bernprune.policy.activity import ActiveTokens, ActivitySums, Calibration
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.masks import Design
+from bernprune.policy.search import Reading, Seen
 
 
 def others(losses_BKT: torch.Tensor) -> torch.Tensor:
@@ -45,6 +47,13 @@ def uniform(*shape: int, seed: int) -> torch.Tensor:
 # One round's sums
 
 
+def add(sums: ActivitySums, masks_BKCN: torch.Tensor, advantages_BKT: torch.Tensor, active_BTN: torch.Tensor) -> None:
+    """Some windows, token by token."""
+    by_token_BKTN = masks_BKCN.repeat_interleave(advantages_BKT.shape[2] // masks_BKCN.shape[2], dim=2)
+    products_BN = (advantages_BKT[..., None] * by_token_BKTN * active_BTN[:, None]).sum((1, 2)) / masks_BKCN.shape[1]
+    sums.add(products_BN, active_BTN.square().sum(1), active_BTN.sum(1), tokens=active_BTN.shape[1])
+
+
 def test_slopes_are_right_on_average() -> None:
     """Over all masks, whatever the losses: the regression of what a channel does to single tokens on its activity."""
     channels, masks, chunks, tokens = 2, 2, 2, 6
@@ -54,7 +63,7 @@ def test_slopes_are_right_on_average() -> None:
     losses_DKT = torch.stack([tables_TM[t][codes_DKC[..., t // (tokens // chunks)]] for t in range(tokens)], dim=-1)
     activities_TN = heavy_tailed(tokens, channels, seed=2).double()
     sums = ActivitySums(channels)
-    sums.add(draws_DKCN, others(losses_DKT), activities_TN.expand(len(draws_DKCN), -1, -1))
+    add(sums, draws_DKCN, others(losses_DKT), activities_TN.expand(len(draws_DKCN), -1, -1))
     done_TN = torch.stack(
         [tables_TM[:, [1, 3]] - tables_TM[:, [0, 2]], tables_TM[:, [2, 3]] - tables_TM[:, [0, 1]]], -1
     )
@@ -73,8 +82,8 @@ def random_round(seed: int, num_windows: int = 97) -> tuple[ActivitySums, Activi
     losses_BKT = -(by_token_BKTN * activities_BTN[:, None]).double() @ worth_N
     losses_BKT += 20 * normal_numbers(*losses_BKT.shape, seed=seed + 1)
     active, plain = ActivitySums(40), ActivitySums(40)
-    active.add(masks_BKCN, others(losses_BKT), activities_BTN.double())
-    plain.add(masks_BKCN, others(losses_BKT), torch.ones_like(activities_BTN).double())
+    add(active, masks_BKCN, others(losses_BKT), activities_BTN.double())
+    add(plain, masks_BKCN, others(losses_BKT), torch.ones_like(activities_BTN).double())
     return active, plain, probs_N * (1 - probs_N), worth_N * activities_BTN.double().sum(1).mean(0)
 
 
@@ -98,13 +107,13 @@ def test_sums_are_those_of_all_windows(cuts: list[int]) -> None:
     masks_BKCN = uniform(97, 2, CHUNKS, 5, seed=1) < 0.6
     losses_BKT, activities_BTN = normal_numbers(97, 2, WINDOW, seed=2), heavy_tailed(97, WINDOW, 5, seed=3).double()
     whole, parts = ActivitySums(5), ActivitySums(5)
-    whole.add(masks_BKCN, losses_BKT, activities_BTN)
+    add(whole, masks_BKCN, losses_BKT, activities_BTN)
     for part in zip(*(values.split(cuts) for values in (masks_BKCN, losses_BKT, activities_BTN)), strict=True):
-        parts.add(*part)
+        add(parts, *part)
     contrast_N = torch.full((5,), 0.24, dtype=torch.float64)
     even, odd = ActivitySums(5), ActivitySums(5)
-    even.add(masks_BKCN[::2], losses_BKT[::2], activities_BTN[::2])
-    odd.add(masks_BKCN[1::2], losses_BKT[1::2], activities_BTN[1::2])
+    add(even, masks_BKCN[::2], losses_BKT[::2], activities_BTN[::2])
+    add(odd, masks_BKCN[1::2], losses_BKT[1::2], activities_BTN[1::2])
     assert parts.count == whole.count == 97
     for name in ("effects", "variance", "halves"):
         assert_close(getattr(parts, name)(contrast_N), getattr(whole, name)(contrast_N), EXACT)
@@ -117,8 +126,8 @@ def test_the_scale_of_activity_changes_nothing() -> None:
     masks_BKCN, losses_BKT = uniform(9, 2, CHUNKS, 5, seed=1) < 0.6, normal_numbers(9, 2, WINDOW, seed=2)
     activities_BTN, scales_N = heavy_tailed(9, WINDOW, 5, seed=3).double(), 10.0 ** torch.arange(-5, 5, 2).double()
     one, other = ActivitySums(5), ActivitySums(5)
-    one.add(masks_BKCN, losses_BKT, activities_BTN)
-    other.add(masks_BKCN, losses_BKT, activities_BTN * scales_N)
+    add(one, masks_BKCN, losses_BKT, activities_BTN)
+    add(other, masks_BKCN, losses_BKT, activities_BTN * scales_N)
     contrast_N = torch.full((5,), 0.24, dtype=torch.float64)
     for name in ("effects", "variance"):
         assert_close(getattr(one, name)(contrast_N), getattr(other, name)(contrast_N), EXACT)
@@ -194,6 +203,19 @@ def test_even_activity_tells_what_all_tokens_tell(design: Design, monkeypatch: p
             assert_close(other_U, one_U, 1e-5)  # activities are in float32
 
 
+def scaled(reading: Reading, scale: float) -> Reading:
+    """With another activity of the first three channels of the first layer."""
+
+    def look(see: Seen) -> None:
+        def see_scaled(layer: int, windows: slice, active_RTF: torch.Tensor) -> None:
+            scales_F = torch.where((torch.arange(active_RTF.shape[-1]) < 3) & (layer == 0), scale, 1.0)
+            see(layer, windows, active_RTF * scales_F)
+
+        reading.look(see_scaled)
+
+    return Reading(reading.losses_BKT, look)
+
+
 def test_a_channel_that_is_never_active_is_survived() -> None:
     """Whatever its probability; and the others of its layer are still learned of from where they are active."""
     for keep in (0.2, 0.4, 0.6):
@@ -201,15 +223,14 @@ def test_a_channel_that_is_never_active_is_survived() -> None:
         masks_BKCN = (random_numbers(4 * 6 * 3, 1) < keep).float().view(4, 6, 1, 3)
         activities_BTN = random_numbers(4 * 8 * 3, 2).float().view(4, 8, 3)
         activities_BTN[..., 1] = 0
-        sums.add(masks_BKCN, less_the_others(normal_numbers(4, 6, 8, seed=3)), activities_BTN)
+        add(sums, masks_BKCN, less_the_others(normal_numbers(4, 6, 8, seed=3)), activities_BTN)
         for found in (sums.effects(torch.full((3,), keep * (1 - keep))), sums.variance(torch.full((3,), keep))):
             assert found.isfinite().all() and (found != 0).tolist() == [True, False, True]
     told, dead = reading_search(), reading_search()
     for step in range(4):
         for search, scale in ((told, 1.0), (dead, 0.0)):
             masks_BKCU = search.ask(step)
-            reading = reading_of(search, masks_BKCU, step)
-            reading.activities_BTN[..., :3] *= scale
+            reading = scaled(reading_of(search, masks_BKCU, step), scale)
             losses_BKC = reading.losses_BKT.unflatten(2, (CHUNKS, -1)).sum(-1)
             search.tell(masks_BKCU, losses_BKC, learning_rate=0, reading=reading)
     assert dead.rounds == 2
@@ -253,10 +274,10 @@ def test_activities_are_what_enters_the_down_projections(variant: Variant) -> No
     view, tokens_BT = describe(model), random_tokens(3, 11)
     mask_U = (random_numbers(view.space.size, 4) < 0.6) | view.space.of_kind("kv_group")  # no branch is closed
     with masked_objective(view) as objective:
-        found_BTN = objective.activities(mask_U, tokens_BT)
-        again_BTN = objective.activities(mask_U.float(), tokens_BT)  # gates
+        found_BTN = activities(objective, mask_U, tokens_BT)
+        again_BTN = activities(objective, mask_U.float(), tokens_BT)  # gates
     with masked_objective(view, rows_per_forward=2) as objective:
-        assert_close(objective.activities(mask_U, tokens_BT), found_BTN, LOGITS[torch.float32])
+        assert_close(activities(objective, mask_U, tokens_BT), found_BTN, LOGITS[torch.float64])
     taken: list[torch.Tensor] = []
     kept = [mask_U[view.space.span("channel", index)] for index in range(len(view.layers))]
 
@@ -270,9 +291,8 @@ def test_activities_are_what_enters_the_down_projections(variant: Variant) -> No
     for hook in hooks:
         hook.remove()
     assert found_BTN.shape == (3, 11, int(view.space.of_kind("channel").sum()))
-    assert found_BTN.dtype == torch.float32
     assert torch.equal(found_BTN, again_BTN)
-    assert_close(found_BTN, torch.cat(taken, dim=-1), LOGITS[torch.float32])
+    assert_close(found_BTN, torch.cat(taken, dim=-1), LOGITS[torch.float64])
 
 
 def test_watching_ends_with_its_block() -> None:
@@ -281,7 +301,7 @@ def test_watching_ends_with_its_block() -> None:
     mask_U = random_numbers(view.space.size, 4) < 0.6
     with masked_objective(view) as objective:
         before = objective.losses(mask_U[None], tokens_BT)
-        objective.activities(mask_U, tokens_BT)
+        activities(objective, mask_U, tokens_BT)
         branches = list(itertools.chain(*(both.values() for both in objective._live._branches.values())))
         assert all(branch.watch is None for branch in branches)
         assert torch.equal(objective.losses(mask_U[None], tokens_BT), before)

@@ -36,8 +36,7 @@ from bernprune.config import make_config
 from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
 from bernprune.objective import MaskedObjective
-from bernprune.policy.posterior import PosteriorSearch
-from bernprune.policy.search import Reading
+from bernprune.policy.search import Reading, Seen
 from bernprune.run import loop, pipeline, stage, verification
 from bernprune.run.checkpoint import write_state
 from bernprune.run.folder import RunFolder
@@ -402,42 +401,29 @@ def test_losses_that_are_not_finite_can_be_dropped(method: str, place: Place, mo
 def test_activities_that_are_not_finite_are_like_losses(
     drop: bool, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They stop the run, or the window is left out: beliefs would take them in."""
-    original, calls = MaskedObjective.activities, list[int]()
+    """They stop the run, or the window is not read: beliefs would take them in."""
+    original, calls = MaskedObjective.look, list[int]()
 
-    def activities(*arguments: Any) -> torch.Tensor:
-        found_BTN = original(*arguments).clone()
-        calls.append(len(found_BTN))
-        if len(calls) == 4:
-            found_BTN[1, 3, 2] = float("inf")
-        return found_BTN
+    def look(self: MaskedObjective, mask_U: torch.Tensor, tokens_BT: torch.Tensor, see: Seen) -> None:
+        def spoil(layer: int, windows: slice, active_RTF: torch.Tensor) -> None:
+            if len(calls) == 4 and layer == 1:
+                active_RTF = active_RTF.clone()
+                active_RTF[1, 3, 2] = float("inf")
+            see(layer, windows, active_RTF)
 
-    monkeypatch.setattr(MaskedObjective, "activities", activities)
+        calls.append(len(tokens_BT))
+        original(self, mask_U, tokens_BT, spoil)
+
+    monkeypatch.setattr(MaskedObjective, "look", look)
     done = run(*place.prune(*METHODS["posterior-chunk"], *(DROPPING if drop else ())))
     if not drop:
-        assert f"{MASKS} of {WINDOWS * MASKS} losses of step 3" in in_one_sentence(done)
+        sentence = in_one_sentence(done)
+        assert f"activities in 1 of {WINDOWS} windows of step 3" in sentence and "search.non_finite=drop" in sentence
         return
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
-    assert done.code == 0 and [line["dropped"] for line in lines] == [0, 0, 0, MASKS, 0, 0, 0, 0]
-
-
-def test_what_is_all_finite_is_told_as_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large model a copy of the activities would be gigabytes."""
-    evaluate, tell, readings, told = loop.evaluate, PosteriorSearch.tell, list[Any](), list[Any]()
-
-    def noting(*given: Any) -> Any:
-        found = evaluate(*given)
-        readings.append(found[2])
-        return found
-
-    def tell_noting(*given: Any, **named: Any) -> Any:
-        told.append(named["reading"])
-        return tell(*given, **named)
-
-    monkeypatch.setattr(loop, "evaluate", noting)
-    monkeypatch.setattr(PosteriorSearch, "tell", tell_noting)
-    succeed(*place.prune())
-    assert len(told) == STEPS and all(given is found for given, found in zip(told, readings, strict=True))
+    assert done.code == 0 and [line["unread"] for line in lines] == [0, 0, 0, 1, 0, 0, 0, 0]
+    assert not any(line["dropped"] for line in lines)
+    assert json.dumps([line.get("round") for line in lines], allow_nan=False)
 
 
 ENOUGH = {

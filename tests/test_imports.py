@@ -99,7 +99,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     ),
     "bernprune.sections": ("bernprune.names", "bernprune.embedded"),
     "bernprune.backends": ("bernprune.names", "bernprune.errors", "bernprune.kernels"),
-    "bernprune.policy": (*VOCABULARY, "bernprune.policy", "bernprune.kernels.masks"),  # what a kernel draws them from
+    "bernprune.policy": (*VOCABULARY, "bernprune.policy", "bernprune.kernels.masks", "bernprune.kernels.reference"),
     "bernprune.models": (
         *VOCABULARY,
         "bernprune.backends",

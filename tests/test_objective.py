@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import activities
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import EXACT, LOGITS, assert_close
 from torch.profiler import ProfilerActivity, profile
@@ -236,7 +237,7 @@ def test_passes_are_announced(kind: ObjectiveName) -> None:
     with masked_objective(view, OPS, kind=kind, rows_per_forward=4, before_pass=note) as objective:
         objective.losses(masks_KU, tokens_BT)
         assert announced == ([3] if kind == "kl" else []) + [4, 4, 4, 3]
-        objective.activities(masks_KU[0], tokens_BT)
+        activities(objective, masks_KU[0], tokens_BT)
         assert announced[-1] == 3
         with pytest.raises(KeyboardInterrupt):
             objective.losses(masks_KU, tokens_BT)
@@ -273,14 +274,13 @@ def test_logits_of_the_whole_batch_never_exist(
 
 
 @pytest.mark.parametrize("rows", [64, 2])
-def test_activities_exist_once(rows: int) -> None:
-    """Beside them, what one layer of one forward pass has of channels, and of that a few times."""
+def test_activities_of_one_layer_exist_at_once(rows: int) -> None:
+    """Of one forward pass, a few times."""
     view, tokens_BT = describe(tiny_model("llama", torch.float32, intermediate_size=3000)), random_tokens(8, 64)
-    mask_U, size = random_masks(view, 1)[0], FLOAT32_BYTES * tokens_BT.numel() * 3000
+    mask_U, size = random_masks(view, 1)[0], FLOAT32_BYTES * tokens_BT[:rows].numel() * 3000
     with masked_objective(view, OPS, rows_per_forward=rows) as objective:
-        peak = peak_bytes(lambda: objective.activities(mask_U, tokens_BT))
-    layers, at_once = len(view.layers), min(rows, 8) / 8
-    assert layers * size < peak < (layers + 3.5 * at_once) * size
+        peak = peak_bytes(lambda: objective.look(mask_U, tokens_BT, lambda *_: None))
+    assert size < peak < 3.5 * size
 
 
 @pytest.mark.parametrize("spoil", ["narrow", "wide", "flat", "none", "one_token"])

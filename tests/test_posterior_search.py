@@ -329,6 +329,7 @@ def test_statistics_say_what_happened(step: int) -> None:
         "entropy": entropy(search.probs_U),
         "rounds": (step + 1) // 2,
         "reliability": search.beliefs.reliability,
+        "unread": 0,
     }
     assert stats.to_dict().keys() == expected.keys()
     for name, value in stats.to_dict().items():

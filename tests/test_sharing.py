@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import activities
 from test_masking import GRANULARITIES, Stop, all_granularities, random_masks, trace
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import EXACT, assert_close
@@ -190,7 +191,14 @@ class Small:
         return self._run(tokens_RT, *given)
 
 
-@pytest.mark.parametrize("call", ["window_losses", "token_losses", "activities"])
+CALLS = {
+    "window_losses": MaskedObjective.window_losses,
+    "token_losses": MaskedObjective.token_losses,
+    "look": activities,
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
 def test_less_goes_together_where_memory_is_small(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
@@ -200,16 +208,16 @@ def test_less_goes_together_where_memory_is_small(
     given = {
         "window_losses": masks_KU[:1],
         "token_losses": masks_KU.view(8, 1, 1, -1),
-        "activities": masks_KU[0],
+        "look": masks_KU[0],
     }[call]
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     with masked_objective(view, OPS) as objective:
-        expected = getattr(objective, call)(given, tokens_BT)
+        expected = CALLS[call](objective, given, tokens_BT)
     with caplog.at_level(logging.WARNING), masked_objective(view, OPS, rows_per_forward=8) as objective:
         small = Small(objective, 3)
         monkeypatch.setattr(objective, "_hidden", small)
         for _ in range(2):
-            assert_close(getattr(objective, call)(given, tokens_BT), expected, EXACT)
+            assert_close(CALLS[call](objective, given, tokens_BT), expected, EXACT)
     assert small.rows == [2] * 8
     assert [record.getMessage() for record in caplog.records] == [
         f"the GPU's memory is full: going on with {rows} rows in a forward pass" for rows in (4, 2)

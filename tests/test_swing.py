@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from enumeration import Draws, pieces
-from searches import CHUNKS, SPACE, assert_resumes, miss, read, reading_search
+from searches import CHUNKS, SPACE, assert_resumes, miss, read, reading_search, showing
 from spaces import FLAT, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import EXACT, SAMPLED, assert_close
 
@@ -26,7 +26,8 @@ from bernprune.policy.contrast import contrast
 from bernprune.policy.masks import Design, Masks, amplitude, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.search import MaskSearch
+from bernprune.policy.search import MaskSearch, Reading
+from bernprune.policy.sums import MaskSums
 from bernprune.run.workload import make_search as make_run_search
 from bernprune.units import UnitSpace
 
@@ -313,7 +314,10 @@ def test_the_scale_of_active_tokens_follows_a_sure_layer() -> None:
     kept_BKCU = (normal_numbers(32, 4, 1, space.size, seed=1) > 0).double()
     activities_BTN = normal_numbers(32, 6, int(channels_U.sum()), seed=2).abs().float()
     losses_BKT = -torch.einsum("bku,btu->bkt", kept_BKCU[:, :, 0][..., channels_U], activities_BTN.double())
-    active.add(kept_BKCU, losses_BKT, torch.zeros(32, 4, 1).double(), activities_BTN)
+    activities_BTU = torch.zeros(32, 6, space.size)
+    activities_BTU[..., channels_U] = activities_BTN
+    nothing_BKC, reading = torch.zeros(32, 4, 1).double(), Reading(losses_BKT, showing(activities_BTU, space))
+    active.add(MaskSums(kept_BKCU.bool()), reading, nothing_BKC, levels_BKCG=None, amplitude_U=torch.zeros(space.size))
     means = [
         GroupMean(
             members_N, torch.full((len(members_N),), 1 / len(members_N)).double(), mean, 1e-12 * torch.ones_like(mean)

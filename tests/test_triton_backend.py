@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from searches import activities
 from test_masking import random_masks, trace
 from test_sharing import neighbours
 from tiny_models import random_tokens, tiny_model
@@ -39,7 +40,7 @@ CALLS: dict[str, Callable[[MaskedObjective, torch.Tensor, torch.Tensor], torch.T
     "sequences": lambda objective, masks_KU, tokens_BT: objective.token_losses(masks_KU.view(3, 2, 1, -1), tokens_BT),
     "chunks": lambda objective, masks_KU, tokens_BT: objective.token_losses(masks_KU.view(3, 1, 2, -1), tokens_BT),
     "gates": lambda objective, masks_KU, tokens_BT: objective.losses(0.7 * masks_KU.float(), tokens_BT),
-    "activities": lambda objective, masks_KU, tokens_BT: objective.activities(masks_KU[0], tokens_BT),
+    "activities": lambda objective, masks_KU, tokens_BT: activities(objective, masks_KU[0], tokens_BT),
 }
 
 

@@ -16,6 +16,7 @@ on average. The activity is taken from one pass over the text under the current 
 Letters: B windows, K masks, C chunks, T tokens, N channels, L layers.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ import torch
 
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import GroupMean
+from bernprune.policy.masks import CPU
+from bernprune.policy.search import Reading
+from bernprune.policy.sums import MaskSums
 from bernprune.units import UnitSpace
 
 _FACTORS = 0.1, 10.0  # between which the multiple must lie: beyond, there is nothing but noise
@@ -44,20 +48,23 @@ class ActivitySums:
         self._active_N = torch.zeros(num_channels, dtype=torch.float64)
         self._noise_N = torch.zeros(num_channels, dtype=torch.float64)
 
-    def add(self, masks_BKCN: torch.Tensor, advantages_BKT: torch.Tensor, activities_BTN: torch.Tensor) -> None:
-        """Some windows: masks, what each token lost more under each than under the others, and how active it was."""
-        num_windows, num_masks, chunks, _ = masks_BKCN.shape
-        advantages_BCKT = advantages_BKT.unflatten(2, (chunks, -1)).transpose(1, 2)
-        told_BCKN = advantages_BCKT.to(activities_BTN) @ activities_BTN.unflatten(1, (chunks, -1))
-        products_BN = (told_BCKN * masks_BKCN.transpose(1, 2)).sum((1, 2)).double() / num_masks
-        squares_BN = activities_BTN.square().sum(1).double()
+    def add(self, products_BN: torch.Tensor, squares_BN: torch.Tensor, active_BN: torch.Tensor, *, tokens: int) -> None:
+        """Some windows of so many tokens: of each the sums of A m r, over masks their mean; of r^2; and of r."""
+        self.to(products_BN.device)
         for windows, number in ((slice(0, None, 2), self.count % 2), (slice(1, None, 2), 1 - self.count % 2)):
             self._products_2N[number] += products_BN[windows].sum(0)
             self._squares_2N[number] += squares_BN[windows].sum(0)
         self._noise_N += products_BN.square().sum(0)
-        self._active_N += activities_BTN.sum(1).double().sum(0)
-        self.count += num_windows
-        self._tokens += num_windows * activities_BTN.shape[1]
+        self._active_N += active_BN.sum(0)
+        self.count += len(products_BN)
+        self._tokens += len(products_BN) * tokens
+
+    def to(self, device: torch.device) -> "ActivitySums":
+        """Move them, in place."""
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(device))
+        return self
 
     @property
     def evenness_N(self) -> torch.Tensor:
@@ -126,21 +133,49 @@ class ActiveTokens:
 
     def __init__(self, space: UnitSpace) -> None:
         self._channels_U, self._layers = space.of_kind("channel"), space.by_layer("channel")
+        self._groups = space.of_groups("channel")
         self._sums = ActivitySums(int(self._channels_U.sum()))
         self._calibration = Calibration(len(self._layers))
 
     def add(
         self,
-        centred_BKCU: torch.Tensor,
-        losses_BKT: torch.Tensor,
+        sums: MaskSums,
+        reading: Reading,
         predicted_BKC: torch.Tensor,
-        activities_BTN: torch.Tensor,
-    ) -> None:
-        """Some windows: masks, less what swings of them; what was predicted of losses counts for all tokens alike."""
-        chunks, window = centred_BKCU.shape[2], losses_BKT.shape[2]
-        predicted_BKT = predicted_BKC.repeat_interleave(window // chunks, dim=2) / window
-        masks_BKCN = centred_BKCU[..., self._channels_U].to(activities_BTN)
-        self._sums.add(masks_BKCN, less_the_others(losses_BKT - predicted_BKT), activities_BTN)
+        *,
+        levels_BKCG: torch.Tensor | None,
+        amplitude_U: torch.Tensor,
+    ) -> int:
+        """The windows of a step, read now; how many were left out, as some activity in them is not finite.
+
+        Args:
+            sums: over the masks that had the losses.
+            predicted_BKC: of the losses; it counts for all tokens alike.
+            levels_BKCG: of masks that swing; what swings of them tells of layers, and is taken out.
+        """
+        windows, num_masks, window = reading.losses_BKT.shape
+        size = window // predicted_BKC.shape[2]
+        predicted_BKT = predicted_BKC.repeat_interleave(size, dim=2) / window
+        advantages_BKT = less_the_others(reading.losses_BKT.double().cpu() - predicted_BKT) / num_masks
+        found_3BN = torch.zeros(3, windows, int(self._channels_U.sum()), dtype=torch.float64, device=sums.device)
+        starts = [0, *itertools.accumulate(len(members_N) for members_N in self._layers)]
+
+        def see(layer: int, some: slice, active_RTF: torch.Tensor) -> None:
+            members_F, at = self._layers[layer], slice(starts[layer], starts[layer + 1])
+            weights_RKT = advantages_BKT[some]
+            units = slice(int(members_F[0]), int(members_F[-1]) + 1)
+            summed_3RF = sums.active(units, some, active_RTF, weights_RKT).double()
+            if levels_BKCG is not None:
+                levels_RKT = levels_BKCG[some, ..., self._groups[layer]].repeat_interleave(size, dim=2)
+                swung_RT = (weights_RKT * levels_RKT).sum(1).to(active_RTF.device, torch.float32)
+                swung_RF = (swung_RT[:, None] @ active_RTF.abs().float())[:, 0]
+                summed_3RF[0] -= swung_RF.double() * amplitude_U[members_F].to(sums.device)
+            found_3BN[:, some, at] = summed_3RF
+
+        reading.look(see)
+        fine_B = found_3BN.isfinite().all(2).all(0)
+        self._sums.add(*found_3BN[:, fine_B], tokens=window)
+        return windows - int(fine_B.sum())
 
     def conclude_round(
         self,
@@ -160,7 +195,7 @@ class ActiveTokens:
             worth_U: by which losses were predicted.
             means: what all tokens told of the channels of each layer together.
         """
-        sums, self._sums = self._sums, ActivitySums(int(self._channels_U.sum()))
+        sums, self._sums = self._sums.to(CPU), ActivitySums(int(self._channels_U.sum()))
         if not sums.count:
             return False
         at, contrast_N = self._channels_U, contrast_U[self._channels_U]
@@ -194,5 +229,7 @@ class ActiveTokens:
 
 
 def copied(values: dict[str, Any]) -> dict[str, Any]:
-    """With tensors of their own, for a snapshot."""
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in values.items()}
+    """With tensors of their own on the CPU, for a snapshot."""
+    return {
+        name: value.to(CPU, copy=True) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+    }

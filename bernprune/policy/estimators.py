@@ -34,7 +34,7 @@ def reinforce(
     """
     weights_K = advantages_K.to(probs_U.dtype) / len(masks_KU)
     deviations_U = torch.zeros_like(probs_U)
-    for rows in row_slices(masks_KU):
+    for rows in row_slices(masks_KU.shape):
         deviations_U = deviations_U + weights_K[rows] @ (masks_KU[rows].to(probs_U.dtype) - probs_U)
     if scaling == "natural":
         return deviations_U

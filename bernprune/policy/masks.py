@@ -28,8 +28,7 @@ L levels, N rows asked for, D rows of random numbers, V units filled up to a mul
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,6 +41,7 @@ from bernprune.policy.counters import WORDS, mask_words, philox
 from bernprune.seeding import counter_key
 from bernprune.units import MaskRows, UnitSpace
 
+CPU = torch.device("cpu")
 _BLOCK = 2**18  # random words at once, which stay in the caches; a multiple of ORDERS
 _ENTRIES = 2**23  # of masks that are numbers at once, 64 MiB in float64
 
@@ -96,6 +96,7 @@ class Masks:
         rows: which masks of the step, of any shape, int64 on the CPU; -1 is the reference.
         probs_U: keep probabilities, which are rounded to multiples of 2^-32; 0 and 1 are exact.
         reference_U: a fixed mask, or gates from 0 to 1, in which case all that is asked for with it is in float.
+        device: where masks are made; all that they are made of stays on the CPU.
     """
 
     rows: torch.Tensor
@@ -105,6 +106,8 @@ class Masks:
     seed: int
     step: int
     reference_U: torch.Tensor | None = None
+    device: torch.device = CPU
+    _known: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # what all masks of the policy share
 
     @property
     def shape(self) -> torch.Size:
@@ -116,15 +119,16 @@ class Masks:
     @property
     def possible_U(self) -> torch.Tensor:
         """Units that some mask of this policy may keep, bool on the CPU."""
-        possible_U = self.probs_U.cpu() > 0
-        return possible_U if self.reference_U is None else possible_U | (self.reference_U.cpu() > 0)
+        possible_U = self.probs_U > 0
+        return possible_U if self.reference_U is None else possible_U | (self.reference_U > 0)
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         rows = self.rows[index]
         rows_N = rows.flatten()
         masks_NU = self._draw(rows_N.clamp(min=0))
         if self.reference_U is not None:
-            masks_NU = torch.where((rows_N < 0)[:, None].to(masks_NU.device), self.reference_U, masks_NU)
+            reference_U = self.reference_U.to(self.device)
+            masks_NU = torch.where((rows_N < 0)[:, None].to(self.device), reference_U, masks_NU)
         return masks_NU.view(*rows.shape, len(self.probs_U))
 
     def flatten(self, start_dim: int, end_dim: int) -> "Masks":
@@ -133,8 +137,7 @@ class Masks:
 
     def to(self, device: torch.device) -> "Masks":
         """The same masks, made on another device."""
-        reference_U = None if self.reference_U is None else self.reference_U.to(device)
-        return replace(self, probs_U=self.probs_U.to(device), reference_U=reference_U)
+        return self if device == self.device else replace(self, device=device, _known={})
 
     def levels(self, index: Any = slice(None)) -> torch.Tensor:
         """Whether masks keep more of each group (1), less (-1) or neither (0), int64 ``[B, K, C, G]``, or those of an
@@ -142,16 +145,21 @@ class Masks:
         rows = self.rows[index]
         return self._levels(rows.flatten()).view(*rows.shape, -1)
 
+    @property
+    def drawable(self) -> bool:
+        """Whether they are made bit by bit, so that a kernel can."""
+        return self.design.sampling != "exact" and self.reference_U is None
+
     def drawn(self, index: Any = slice(None)) -> DrawnMasks:
-        """What a kernel needs to make the masks of an index into all but U for itself, on the device of ``probs_U``.
+        """What a kernel needs to make the masks of an index into all but U for itself.
 
         Raises:
             ConfigError: masks that are not made bit by bit: exact ones, and a reference among them.
         """
         rows_N = self.rows[index].flatten()
-        if self.design.sampling == "exact" or (rows_N < 0).any():
+        if not self.drawable:
             raise ConfigError("exact masks, and references, cannot be drawn bit by bit")
-        device, groups = self.probs_U.device, self.budget.space.group_U
+        device, groups = self.device, self.budget.space.group_U
         levels_NG = self._levels(rows_N) if self.design.swing else torch.zeros(len(rows_N), int(groups.max()) + 1)
         shifts_KO = self._shifts_KO if self.design.sampling == "antithetic" else torch.zeros(1, ORDERS).long()
         key, low_high = counter_key(self.seed, "masks"), (self.step % WORDS, self.step // WORDS)
@@ -177,23 +185,27 @@ class Masks:
         levels_NG: torch.Tensor = (2 * places_DKG - (masks - 1)).sign()[which_N, rows_N // chunks % masks]
         return levels_NG
 
-    @cached_property
+    @property
     def _thresholds_LU(self) -> torch.Tensor:
         """Of levels -1, 0 and 1; without swing, they are alike."""
-        amplitude_U = amplitude(self.probs_U.cpu(), self.design, self.budget.space)
-        probs_LU = self.probs_U.cpu() + amplitude_U * torch.tensor([[-1], [0], [1]])
-        return (probs_LU * WORDS).round().long().to(self.probs_U.device)
+        if "thresholds" not in self._known:
+            amplitude_U = amplitude(self.probs_U, self.design, self.budget.space)
+            probs_LU = self.probs_U + amplitude_U * torch.tensor([[-1], [0], [1]])
+            self._known["thresholds"] = (probs_LU * WORDS).round().long().to(self.device)
+        return self._known["thresholds"]
 
-    @cached_property
+    @property
     def _shifts_KO(self) -> torch.Tensor:
-        return (orders(self.design.masks).T * (WORDS // self.design.masks)).to(self.probs_U.device)
+        if "shifts" not in self._known:
+            self._known["shifts"] = (orders(self.design.masks).T * (WORDS // self.design.masks)).to(self.device)
+        return self._known["shifts"]
 
     def _draw(self, rows_N: torch.Tensor) -> torch.Tensor:
         """Bool ``[N, U]``, made from one block of random numbers after the other."""
         draws_N, masks_N = self._coupled(rows_N)
         draws_D, which_N = draws_N.unique(return_inverse=True)
         levels_NG = self._levels(rows_N) if self.design.swing else None
-        kept_NU = torch.empty(len(rows_N), len(self.probs_U), dtype=torch.bool, device=self.probs_U.device)
+        kept_NU = torch.empty(len(rows_N), len(self.probs_U), dtype=torch.bool, device=self.device)
         for draws, units in self._tiles(len(draws_D)):
             whole = range(units.start, units.stop + -units.stop % ORDERS)
             words_DV = mask_words(self.seed, self.step, draws_D[draws].to(kept_NU.device), whole)
@@ -235,7 +247,8 @@ class Masks:
         thresholds_LU = self._thresholds_LU[:, units.start : units.stop]
         if levels_NG is None:
             return words_NU < thresholds_LU[1]
-        levels_NU = levels_NG[:, self.budget.space.group_U[units.start : units.stop]].to(words_NU.device)
+        groups_U = self.budget.space.group_U[units.start : units.stop]
+        levels_NU = levels_NG.to(self.device)[:, groups_U.to(self.device)]
         kept_NU: torch.Tensor = words_NU < thresholds_LU.gather(0, levels_NU + 1)
         return kept_NU
 
@@ -273,11 +286,11 @@ def amplitude(probs_U: torch.Tensor, design: Design, space: UnitSpace) -> torch.
     return design.swing * probs_U * (1 - probs_U) * space.of_kind("channel")
 
 
-def row_slices(masks: MaskRows) -> Iterator[slice]:
+def row_slices(shape: torch.Size) -> Iterator[slice]:
     """Slices of the first dimension, for who turns masks into numbers; each of few entries, or of one of its masks."""
-    size = max(1, _ENTRIES // math.prod(masks.shape[1:]))
-    for first in range(0, len(masks), size):
-        yield slice(first, first + size)
+    size = max(1, _ENTRIES // math.prod(shape[1:]))
+    for first in range(0, shape[0], size):
+        yield slice(first, min(first + size, shape[0]))
 
 
 def _within_budget(words_NU: torch.Tensor, probs_U: torch.Tensor, budget: Budget) -> torch.Tensor:

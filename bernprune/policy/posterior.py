@@ -24,13 +24,15 @@ from typing import Any
 import torch
 
 from bernprune.errors import ConfigError
+from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
 from bernprune.policy.activity import ActiveTokens, copied
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import Beliefs, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
-from bernprune.policy.masks import Design, Masks, row_slices
+from bernprune.policy.masks import CPU, Design, Masks
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
+from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
@@ -52,10 +54,18 @@ class Sums:
         return cls(0, *(torch.zeros(size, dtype=torch.float64) for _ in range(3)))
 
     def add(self, effects_BU: torch.Tensor) -> None:
+        self.to(effects_BU.device)
         self.half_U += effects_BU[self.count % 2 :: 2].sum(0)
         self.count += len(effects_BU)
         self.sum_U += effects_BU.sum(0)
         self.squares_U += effects_BU.square().sum(0)
+
+    def to(self, device: torch.device) -> "Sums":
+        """Move them, in place."""
+        self.sum_U, self.squares_U, self.half_U = (
+            sums_U.to(device) for sums_U in (self.sum_U, self.squares_U, self.half_U)
+        )
+        return self
 
     def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Means of the estimates of even and of odd number."""
@@ -73,10 +83,12 @@ class Sums:
 
 @dataclass(frozen=True)
 class PosteriorStats(StepStats):
-    """``rounds`` concluded so far; ``reliability``: mean share of a unit's observed difference that is signal."""
+    """``rounds`` concluded so far; ``reliability``: mean share of a unit's observed difference that is signal;
+    ``unread``: windows of the step in which activities are not finite, so that only their losses were learned from."""
 
     rounds: int
     reliability: float
+    unread: int
 
 
 class PosteriorSearch(MaskSearch):
@@ -93,6 +105,7 @@ class PosteriorSearch(MaskSearch):
         design: ``swing`` is that of the first round, of round r an r-th of it. Masks that swing must be told as they
             were asked for, not as a tensor.
         by_activity: learn of channels from where they are active (``bernprune.policy.activity``), if told of it.
+        kernels: what sums over masks; None: plain torch, on the masks' device.
 
     Raises:
         ConfigError: fewer than two masks on the same text, or bounds that leave a unit without chance.
@@ -113,6 +126,7 @@ class PosteriorSearch(MaskSearch):
         ceiling: float = 0.98,
         discount: float = 0.4,
         by_activity: bool = True,
+        kernels: SumKernels | None = None,
     ) -> None:
         super().__init__(budget, probs_U, seed=seed, design=design)
         if design.masks < 2:
@@ -120,6 +134,7 @@ class PosteriorSearch(MaskSearch):
         if not 0 < floor < ceiling < 1:
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
         self.discount, self.round_steps, self._first_swing = discount, round_steps, design.swing
+        self._kernels = kernels
         self._bounds = {"floor": floor, "ceiling": ceiling}
         size = budget.space.size
         self.beliefs = Beliefs(budget.space, scores_US.view(size, -1), forgetting)
@@ -172,27 +187,25 @@ class PosteriorSearch(MaskSearch):
         reading: Reading | None = None,
     ) -> StepStats:
         """As every search's, but without a step size: how far the policy moves follows from what is known."""
-        losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
-        advantages = []
-        for windows in row_slices(masks_BKCU):
-            kept_BKCU, levels_BKCG = masks_BKCU[windows].cpu().double(), self._levels(masks_BKCU, windows)
-            effects_BU, advantages_BKC = self.effects(kept_BKCU, losses_BKC[windows], levels_BKCG)
-            advantages.append(advantages_BKC)
-            if masks_BKCU.shape[1] == 1:  # a mask without others says nothing
-                continue
-            self._sums.add(effects_BU)
-            if levels_BKCG is not None:
-                self._swung.add(torch.einsum("bkc,bkcg->bg", advantages_BKC, levels_BKCG) / kept_BKCU.shape[1])
+        self._check_told(masks_BKCU)
+        losses_BKC, before_U, unread = losses_BKC.double().cpu(), self.probs_U, 0
+        sums, levels_BKCG = MaskSums(masks_BKCU, self._kernels), self._levels(masks_BKCU)
+        predicted_BKC = self._predicted(sums)
+        advantages_BKC = self._advantages(losses_BKC, predicted_BKC)
+        if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
+            swung_BG = self._swings(advantages_BKC, levels_BKCG)
+            self._sums.add(self._effects(sums, advantages_BKC, swung_BG))
+            if swung_BG is not None:
+                self._swung.add(swung_BG)
             if reading is not None:
-                losses_BKT, activities_BTN = reading.losses_BKT[windows], reading.activities_BTN[windows]
-                centred_BKCU = self._centred(kept_BKCU, levels_BKCG)
-                self._active.add(centred_BKCU, losses_BKT, self._predicted(kept_BKCU), activities_BTN)
-        advantages_BKC = torch.cat(advantages)
+                unread = self._active.add(
+                    sums, reading, predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=self._amplitude_U
+                )
         self.steps += 1
         if self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
             self._conclude_round()
         stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
-        return PosteriorStats(**stats, rounds=self.rounds, reliability=self.beliefs.reliability)
+        return PosteriorStats(**stats, rounds=self.rounds, reliability=self.beliefs.reliability, unread=unread)
 
     def effects(
         self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None = None
@@ -207,26 +220,37 @@ class PosteriorSearch(MaskSearch):
         What the current worths predict of the losses is taken out of the advantages and put back exactly, a linear
         control variate, so that only what they do not explain makes noise.
         """
-        kept_BKCU, contrast_U = masks_BKCU[:].double(), self._contrast_U(masks_BKCU)
-        unexplained_BKC = losses_BKC - self._predicted(kept_BKCU) / losses_BKC.shape[-1]
-        advantages_BKC = less_the_others(rewards_to_go(unexplained_BKC, self.discount))
-        centred_BKCU = self._centred(kept_BKCU, levels_BKCG)
-        effects_BU = torch.einsum("bkc,bkcu->bu", advantages_BKC, centred_BKCU) / losses_BKC.shape[1]
-        return effects_BU / contrast_U - self.worth_U, advantages_BKC
+        self._check_told(masks_BKCU)
+        sums = MaskSums(masks_BKCU, self._kernels)
+        advantages_BKC = self._advantages(losses_BKC, self._predicted(sums))
+        effects_BU = self._effects(sums, advantages_BKC, self._swings(advantages_BKC, levels_BKCG))
+        return effects_BU, advantages_BKC
 
-    def _levels(self, masks_BKCU: MaskRows, windows: slice) -> torch.Tensor | None:
-        """Of the groups of some windows' masks, float64 ``[B, K, C, G]``; None without swing."""
+    def _advantages(self, losses_BKC: torch.Tensor, predicted_BKC: torch.Tensor) -> torch.Tensor:
+        unexplained_BKC = losses_BKC - predicted_BKC / losses_BKC.shape[-1]
+        return less_the_others(rewards_to_go(unexplained_BKC, self.discount))
+
+    def _effects(self, sums: MaskSums, advantages_BKC: torch.Tensor, swung_BG: torch.Tensor | None) -> torch.Tensor:
+        """Masks count less their probabilities, up to what those on the same text share: advantages sum to zero."""
+        effects_BU = sums.scores(advantages_BKC) / advantages_BKC.shape[1]
+        if swung_BG is not None:
+            swung_BU = swung_BG.to(sums.device)[:, self.budget.space.group_U.to(sums.device)]
+            effects_BU = effects_BU - swung_BU * self._amplitude_U.to(sums.device)
+        return effects_BU / self._contrasts_U.to(sums.device) - self.worth_U.to(sums.device)
+
+    def _levels(self, masks_BKCU: MaskRows) -> torch.Tensor | None:
+        """Of the groups of masks, float64 ``[B, K, C, G]``; None without swing."""
         if not self.design.swing:
             return None
         if not isinstance(masks_BKCU, Masks):
             raise ConfigError("masks that swing are told as they were asked for, but got a tensor")
-        return masks_BKCU.levels(windows).double()
+        return masks_BKCU.levels().double()
 
-    def _centred(self, kept_BKCU: torch.Tensor, levels_BKCG: torch.Tensor | None) -> torch.Tensor:
-        """Masks less their probabilities, up to what those on the same text share: their advantages sum to zero."""
+    def _swings(self, advantages_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None) -> torch.Tensor | None:
+        """What the levels of masks had to do with their losses, ``[B, G]``."""
         if levels_BKCG is None:
-            return kept_BKCU
-        return kept_BKCU - levels_BKCG[..., self.budget.space.group_U] * self._amplitude_U
+            return None
+        return torch.einsum("bkc,bkcg->bg", advantages_BKC, levels_BKCG) / advantages_BKC.shape[1]
 
     def _group_means(self) -> list[GroupMean]:
         """What was observed of the channels of each layer by their swing: the mean of their worths, by amplitude.
@@ -246,9 +270,9 @@ class PosteriorSearch(MaskSearch):
             found.append(GroupMean(members_N, weights_N, mean, sums.variance_U()[group] / scale.square()))
         return found
 
-    def _predicted(self, kept_BKCU: torch.Tensor) -> torch.Tensor:
+    def _predicted(self, sums: MaskSums) -> torch.Tensor:
         """What the current worths say of a window's loss under each mask, up to a constant: ``[B, K, C]``."""
-        return -(kept_BKCU @ self.worth_U)
+        return -sums.kept(self.worth_U)
 
     def _round_ends(self) -> bool:
         """Whether the boundary of a round was reached with the last step."""
@@ -256,6 +280,7 @@ class PosteriorSearch(MaskSearch):
 
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
+        self._sums.to(CPU)
         observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
         self._sums, means = Sums.empty(len(observed_U)), self._group_means()
         if not noise_U.any():
@@ -300,10 +325,7 @@ class PosteriorSearch(MaskSearch):
             **self._belonging(),
             "steps": self.steps,
             "rounds": self.rounds,
-            "count": self._sums.count,
-            "sum_U": self._sums.sum_U.clone(),
-            "squares_U": self._sums.squares_U.clone(),
-            "half_U": self._sums.half_U.clone(),
+            **copied(vars(self._sums)),
             "swung": copied(vars(self._swung)),
             "probs_U": self.probs_U,
             "order_U": self._order_U,
@@ -318,8 +340,7 @@ class PosteriorSearch(MaskSearch):
         self._active.load_state_dict(state["active"])
         self.steps = state["steps"]
         self._end_round(state["rounds"])
-        sums = (state[name].clone() for name in ("sum_U", "squares_U", "half_U"))
-        self._sums = Sums(state["count"], *sums)
+        self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))
         self._swung = Sums(**copied(state["swung"]))
         self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
         self._last_round = state["last_round"]

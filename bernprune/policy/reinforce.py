@@ -88,6 +88,7 @@ class ReinforceSearch(MaskSearch):
         reference_BC: torch.Tensor | None = None,
         reading: Reading | None = None,
     ) -> StepStats:
+        self._check_told(masks_BKCU)
         losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
         returns_BKC = rewards_to_go(losses_BKC, self.discount)
         if reference_BC is not None:
@@ -99,7 +100,7 @@ class ReinforceSearch(MaskSearch):
             before_U, masks_BKCU.flatten(0, 2), advantages_BKC.flatten(), scaling=self.scaling, epsilon=self.epsilon
         )
         # What the advantages of coupled masks lack: the others, which they leave out, tell of a unit too.
-        variance_U, contrast_U = before_U * (1 - before_U), self._contrast_U(masks_BKCU)
+        variance_U, contrast_U = before_U * (1 - before_U), self._contrasts_U
         gradient_U = torch.where(contrast_U > 0, gradient_U * (variance_U / contrast_U), gradient_U)
         after_U = before_U - learning_rate * gradient_U / self._metric_U
         if self.pull > 0:

@@ -6,6 +6,7 @@ Letters: B windows of text, K masks a window, C chunks of a window, U units.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,17 +36,22 @@ class StepStats:
         return asdict(self)
 
 
+Seen = Callable[[int, slice, torch.Tensor], None]
+
+
 @dataclass(frozen=True)
 class Reading:
     """A step's text token by token.
 
     Attributes:
         losses_BKT: of each mask, so that the sum over T is the window's loss; float64.
-        activities_BTN: how active each of the N channels is under the current selection, of any scale; float32.
+        look: shows how active channels are under the current selection: for each layer and some of the windows in turn
+            calls what it is given with the layer, the windows, and ``[R, T, F]`` of the layer's F channels. The size of
+            an entry is the activity, in any scale. It may show the same more than once.
     """
 
     losses_BKT: torch.Tensor
-    activities_BTN: torch.Tensor
+    look: Callable[[Seen], None]
 
 
 class MaskSearch(ABC):
@@ -130,16 +136,15 @@ class MaskSearch(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``RunError`` if the state belongs to other units, another budget or another method."""
 
-    def _contrast_U(self, masks_BKCU: MaskRows) -> torch.Tensor:
-        """See ``contrast``. Raises ``ConfigError`` if some of a step's antithetic masks are missing."""
+    def _check_told(self, masks_BKCU: MaskRows) -> None:
+        """Raises ``ConfigError`` if some of a step's antithetic masks are missing."""
         given, asked = masks_BKCU.shape[1], self.design.masks
         if self.design.sampling == "antithetic" and given != asked:
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")
-        return self._contrasts_U
 
     @property
     def _contrasts_U(self) -> torch.Tensor:
-        """Worked out once for each policy, which is replaced, never written on."""
+        """See ``contrast``; worked out once for each policy, which is replaced, never written on."""
         known = self._contrast
         if known is None or known[0] is not self.probs_U or known[1] is not self.design:
             known = self.probs_U, self.design, contrast(self.probs_U, self.design, self._amplitude_U)

@@ -93,13 +93,11 @@ def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]
 
 
 def _activations(view: ModelView, config: RunConfig) -> int:
-    """Bytes of what rows that go together hold; and, if they are kept on the same device, of all channels' activities
-    on the windows of a step, and of one window's squares."""
-    search, window, widths = config.search, config.data.window, [layer.channels for layer in view.architecture.layers]
+    """Bytes of what rows that go together hold; and of what a step sums over the tokens of its windows, in float64."""
+    search, widths = config.search, [layer.channels for layer in view.architecture.layers]
     rows = min(rows_per_forward(config, view), search.masks * search.windows)
-    reads = view.model.device.type == "cpu" and reads_activity(config)
-    read = (search.windows + 1) * window * sum(widths) if reads else 0
-    return rows * row_bytes(config, view) + 4 * read
+    read = 3 * search.windows * sum(widths) if reads_activity(config) else 0
+    return rows * row_bytes(config, view) + 8 * read
 
 
 def _second_copy(device: torch.device, weights: int) -> int:
@@ -112,7 +110,7 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     settings, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
     budget = make_budget(config, view.space)
     keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
-    search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U})
+    search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U}, ops.sums)
     vocab: Any = view.model.config.vocab_size
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     rows = rows_per_forward(config, view)
@@ -120,7 +118,7 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
         for step in range(_TIMED_STEPS + 1):
             if step == 1:  # the first one warms up
                 started = time.perf_counter()
-            masks_BKCU = search.ask(step)
+            masks_BKCU = search.ask(step).to(objective.device)
             losses_BKC, reference_BC, reading = evaluate(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
             search.tell(
                 masks_BKCU,

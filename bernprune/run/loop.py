@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TextIO
 
 import torch
@@ -18,6 +19,7 @@ from bernprune.errors import LossError, RunError
 from bernprune.names import ReferenceName
 from bernprune.objective import MaskedObjective
 from bernprune.policy.masks import some_rows, with_reference
+from bernprune.policy.posterior import PosteriorStats
 from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.run.checkpoint import read_latest, write_checkpoint
@@ -85,7 +87,7 @@ def evaluate(
     design = search.design
     if search.needs_reading:
         losses_BKT = objective.token_shares(masks_BKCU, tokens_BT)
-        reading = Reading(losses_BKT, objective.activities(reference_U, tokens_BT))
+        reading = Reading(losses_BKT, partial(objective.look, reference_U, tokens_BT))
         return losses_BKT.unflatten(2, (design.chunks, -1)).sum(-1), None, reading
     if search.needs_reference:
         masks_BKCU = with_reference(masks_BKCU, reference_U)
@@ -134,21 +136,23 @@ class _Loop:
         """Ask, evaluate, tell; the work done is counted here and nowhere else."""
         started, step, settings = time.monotonic(), self.work.step, self.stage.config.search
         learning_rate = self.stage.workload.learning_rate_at(self.work)
-        masks_BKCU = self.search.ask(step)
+        masks_BKCU = self.search.ask(step).to(objective.device)
         tokens_BT = self.stage.train.batch(step, settings.windows)
         if self.search.needs_reading:
             reference_U = self._selected()
         else:
             reference_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
         losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
-        finite, dropped = self._finite(losses_BKC, reference_BC, reading, step)
+        finite, dropped = self._finite(losses_BKC, reference_BC, step)
         if dropped:
             masks_BKCU, losses_BKC = some_rows(masks_BKCU, finite), losses_BKC[finite]
             reference_BC = None if reference_BC is None else reference_BC[finite[0]]
-            reading = reading and Reading(reading.losses_BKT[finite], reading.activities_BTN[finite[0]])
+            look = partial(objective.look, reference_U, tokens_BT[finite[0]])
+            reading = reading and Reading(reading.losses_BKT[finite], look)
         stats = self.search.tell(
             masks_BKCU, losses_BKC, learning_rate=learning_rate, reference_BC=reference_BC, reading=reading
         )
+        self._check_read(stats, step)
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
         ended = self._probe(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
@@ -173,15 +177,22 @@ class _Loop:
             self.selected_U = current_selection(self.search, self.scores_U, self.stage.limits)
         return self.selected_U
 
+    def _check_read(self, stats: StepStats, step: int) -> None:
+        """Activities that are not finite are as bad as losses; if they may be dropped, they were left out."""
+        unread = stats.unread if isinstance(stats, PosteriorStats) else 0
+        if unread and self.stage.config.search.non_finite == "error":
+            raise LossError(
+                f"activities in {unread} of {self.stage.config.search.windows} windows of step {step} are not finite; "
+                "continued with search.non_finite=drop, the run leaves them out"
+            )
+
     def _finite(
-        self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None, reading: Reading | None, step: int
+        self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None, step: int
     ) -> tuple[tuple[Any, ...], int]:
         """Index of what may be learned from, and how many losses it leaves out."""
         finite_BK = losses_BKC.isfinite().all(-1)
         if reference_BC is not None:
             finite_BK = finite_BK & reference_BC.isfinite().all(-1)[:, None]
-        if reading is not None:
-            finite_BK = finite_BK & reading.activities_BTN.flatten(1).amax(1).isfinite()[:, None]  # without a copy
         settings = self.stage.config.search
         # Of one group of masks the others can stay; of several, the whole group goes, so that all have equally many.
         keep: tuple[Any, ...] = (slice(None), finite_BK[0]) if len(finite_BK) == 1 else (finite_BK.all(1), slice(None))

@@ -108,7 +108,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     stage = known or replace(stage, costs=stage.measured_costs())
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
-    scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start)
+    scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start, stage.ops.sums)
     start_U = search.probs_U
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)

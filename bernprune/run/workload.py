@@ -8,6 +8,7 @@ import torch
 
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
+from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
 from bernprune.names import Scope
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
@@ -228,7 +229,9 @@ def _baseline(config: RunConfig) -> Any:
     return make_baseline(search.baseline, window=search.baseline_window, num_masks=search.masks)
 
 
-def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor]) -> MaskSearch:
+def make_search(
+    config: RunConfig, budget: Budget, start: dict[str, torch.Tensor], kernels: SumKernels | None = None
+) -> MaskSearch:
     """The search of a run at its start, which holds ``scores_US`` and ``probs_U``."""
     search, policy = config.search, config.policy
     design = _design(config)
@@ -245,6 +248,7 @@ def make_search(config: RunConfig, budget: Budget, start: dict[str, torch.Tensor
             ceiling=policy.ceiling,
             discount=search.discount,
             by_activity=search.by_activity,
+            kernels=kernels,
         )
     return ReinforceSearch(
         budget,
