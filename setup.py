@@ -19,6 +19,8 @@ PACKAGES = [
     "bernprune.scores",
 ]
 TEST = ["pytest>=8"]
+# Not among those: where it finds no GPU, it says so in every command.
+QUANTISED = ["torchao>=0.9"]
 
 setup(
     name="bernprune",
@@ -43,7 +45,11 @@ setup(
         "typer>=0.12",
         "matplotlib>=3.8",
     ],
-    extras_require={"test": TEST, "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"]},
+    extras_require={
+        "quantised": QUANTISED,
+        "test": TEST,
+        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
+    },
     entry_points={"console_scripts": ["bernprune = bernprune.cli:main"]},
     package_dir={"bernprune.kernels": "kernels"},
     classifiers=[

@@ -24,6 +24,7 @@ class MaskedOps:
     Attributes:
         packs: whether masks that only keep or cut are given as bits, each for as many rows in turn; otherwise they are
             given as numbers, one for each row.
+        masked_units: for what multiplies by itself; of masks that are given as numbers.
         activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
         attention_of_kept: None leaves attention to the model.
         sums: None sums over masks in plain torch.
@@ -35,6 +36,7 @@ class MaskedOps:
     linear_to_kept: Callable[..., torch.Tensor]
     cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    masked_units: Callable[..., torch.Tensor] = reference.masked_units
     packs: bool = False
     dtypes: tuple[torch.dtype, ...] = ()  # of models; empty: any
     activation: Callable[[Any], Any] = lambda module: module
@@ -99,6 +101,12 @@ def keep_freed_memory() -> None:
     if allocator is not None:
         for parameter, value in _GLIBC.items():
             allocator(parameter, value)
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this processor has units for products of bfloat16 matrices (AMX), as far as torch tells."""
+    told = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return told is not None and bool(told())
 
 
 def find_device(name: str) -> torch.device:

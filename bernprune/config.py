@@ -73,7 +73,7 @@ class RunConfig(Section):
     report: ReportConfig = ReportConfig()
     """What is measured beside perplexity."""
     backend: BackendName = "auto"
-    """What runs the masked operations: 'torch', which 'auto' takes; 'triton' is refused until its kernels exist."""
+    """What runs the masked operations: 'torch', which 'auto' takes, or 'triton', for GPUs."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Of masks, windows and random scores; equal seeds repeat a run."""
 
@@ -150,6 +150,8 @@ class RunConfig(Section):
             raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
         if search.pull > 0 and not 0 < self.policy.floor < self.policy.ceiling < 1:
             raise ValueError("search.pull needs policy.floor above 0 and policy.ceiling below 1")
+        if search.dtype == "int8" and self.backend == "triton":
+            raise ValueError("search.dtype 'int8' needs backend 'torch' or 'auto', but that is 'triton'")
         self._check_sampling()
         if search.method == "posterior":
             if search.masks < 2:

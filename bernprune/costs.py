@@ -22,7 +22,7 @@ from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView
 from bernprune.units import UnitSpace
 
-_NEVER = 2.0**40  # as costly as it need be
+NEVER = 2.0**40  # so costly that nothing is gathered
 _MEASURED_ROWS = 4, 16
 _MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one warms up
 
@@ -46,7 +46,7 @@ class Costs:
 
     def gathers(self, tokens: int, share: float) -> bool:
         """Whether gathering a share of a layer's weights pays for so many tokens."""
-        return self.copying * share < self.blocks * tokens * (1 - share)
+        return self.copying < NEVER and self.copying * share < self.blocks * tokens * (1 - share)
 
     def of_weights(self, tokens: int, share: float) -> float:
         """Of so many tokens with all layers, of each of which a share is at work; gathered if that pays."""
@@ -55,17 +55,18 @@ class Costs:
         return self.blocks * tokens
 
     @classmethod
-    def measured(cls, seconds: Callable[[int, bool], float], few: int, many: int) -> "Costs":
-        """From the time of passes of a few tokens and of many, dense and with half of each layer gathered.
+    def measured(cls, seconds: Callable[[int, bool], float], few: int, many: int, *, gathering: bool = True) -> "Costs":
+        """From the time of passes of a few tokens and of many, dense and, if it can be, with half of a layer gathered.
 
         They are rounded, to powers of 2 and to eighths, so that they are the same when they are measured again, or
         nearly always.
         """
-        dense, halved = ([seconds(tokens, half) for tokens in (few, many)] for half in (False, True))
+        dense = [seconds(tokens, False) for tokens in (few, many)]
+        halved = [seconds(tokens, True) for tokens in (few, many)] if gathering else dense
         token = (dense[1] - dense[0]) / (many - few)
         token_halved = (halved[1] - halved[0]) / (many - few)
         if not 0 < token_halved < token:  # too small a model, or too unquiet a machine: nothing is gained by gathering
-            return cls(_rounded(dense[0] / max(token, dense[1] / many)), _NEVER, 0.5)
+            return cls(_rounded(dense[0] / max(token, dense[1] / many)), NEVER, 0.5)
         passing, blocks = max(0.0, dense[0] / token - few), min(1.0, 2 * (1 - token_halved / token))
         copying = 2 * max(0.0, halved[0] / token - passing - few * (1 - blocks / 2))
         return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8)
@@ -77,7 +78,7 @@ def _rounded(cost: float) -> float:
 
 @torch.inference_mode()
 def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
-    """What forward passes of this model cost here; it takes 24 passes, of 4 or 16 windows."""
+    """What forward passes of this model cost here; it takes 24 passes, or half as many, of 4 or 16 windows."""
     space, device = view.space, next(view.model.parameters()).device
     tokens_RT = (
         torch.arange(max(_MEASURED_ROWS) * window, device=device).view(-1, window) % view.model.config.vocab_size
@@ -95,7 +96,8 @@ def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
         return statistics.median(times[-_MEASURED_PASSES[0] :])
 
     with masked(view, ops) as live:
-        return Costs.measured(seconds, *(rows * window for rows in _MEASURED_ROWS))
+        few, many = (rows * window for rows in _MEASURED_ROWS)
+        return Costs.measured(seconds, few, many, gathering=view.opaque is None)
 
 
 class Planner:

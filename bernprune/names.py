@@ -19,6 +19,8 @@ ReferenceName = Literal["initial", "dense", "current", "mean-field"]
 Scaling = Literal["raw", "sqrt-fisher", "natural"]
 ObjectiveName = Literal["cross-entropy", "kl"]
 BackendName = Literal["auto", "torch", "triton"]
+SearchDtype = Literal["auto", "same", "bfloat16", "int8"]
+ShortDtype = Literal["bfloat16", "int8"]
 PresetName = Literal["default", "reinforce", "paper"]
 
 

@@ -10,13 +10,14 @@ Letters: K masks, U units, R rows, B windows, C chunks of a window, T tokens, P 
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bernprune.backends import MaskedOps, load_backend
-from bernprune.costs import Costs, Planner
+from bernprune.costs import NEVER, Costs, Planner
 from bernprune.errors import BackendError, ConfigError
 from bernprune.losses import token_divergences, token_losses
 from bernprune.models.masking import LiveMasks, masked
@@ -52,7 +53,10 @@ class MaskedObjective:
         costs: Costs | None = None,
     ) -> None:
         self._view, self._live, self._kind, self._rows = view, live, kind, rows_per_forward
-        self._before_pass, self._planner = before_pass, Planner(view.space, costs or Costs())
+        costs = costs or Costs()
+        if view.opaque is not None:
+            costs = replace(costs, copying=NEVER)
+        self._before_pass, self._planner = before_pass, Planner(view.space, costs)
         self._head: nn.Linear = view.model.get_output_embeddings()
         self.device = next(view.model.parameters()).device
 

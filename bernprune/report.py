@@ -1,5 +1,6 @@
 """A run's report as a short table for people."""
 
+import math
 from typing import Any
 
 ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metric", "pruned": "learned"}
@@ -55,6 +56,17 @@ def _choice(search: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _weights(report: dict[str, Any]) -> list[str]:
+    """What was searched on, if it was not what is reported on."""
+    own, search = report["model"]["dtype"].removeprefix("torch."), report["search"]
+    if search["dtype"] == own:
+        return []
+    return [
+        f"weights      searched in {search['dtype']}, where the dense perplexity is "
+        f"{shown(math.exp(search['dense_loss']))}; what is reported and saved is in {own}"
+    ]
+
+
 def _stopped(ended: str) -> str:
     """In words, from a word and a clause."""
     return f"stopped because {ended.partition(': ')[2]}"
@@ -72,6 +84,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{figure['machine']}",
         f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
         f"{search['seconds']:.0f} s; {_stopped(search['ended'])}",
+        *_weights(report),
         *_choice(search),
         f"verified     reloaded in a clean process, largest logit difference "
         f"{report['verified']['max_logit_difference']:.1e}",

@@ -22,6 +22,7 @@ from bernprune.names import (
     Scaling,
     Scope,
     ScoreName,
+    SearchDtype,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -166,6 +167,10 @@ class SearchConfig(Section):
     """Windows on which the last two of a race of selections are compared."""
     look_windows: Annotated[int, Field(ge=2)] = 8
     """posterior: windows on which it is looked at what single changes to the selection do."""
+    dtype: SearchDtype = "auto"
+    """Number format of the weights that are searched on; what is sliced and reported is the model itself: the 'same',
+    'bfloat16', or 'int8' (weights alone, by torchao); 'auto': bfloat16 on processors with units for it, of models in
+    float32 with ten million prunable parameters or more whose model.dtype is auto, otherwise the same."""
     objective: ObjectiveName = "cross-entropy"
     """'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"

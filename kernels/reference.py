@@ -29,17 +29,22 @@ def masked_linear(
     Raises:
         ValueError: sizes that do not fit each other.
     """
+    if weight_DE.shape[-1] != x_RTE.shape[-1]:
+        raise ValueError(f"a weight {tuple(weight_DE.shape)} does not fit an input of width {x_RTE.shape[-1]}")
+    return F.linear(masked_units(x_RTE, masks_RU, unit_width=unit_width), weight_DE, bias_D)
+
+
+def masked_units(x_RTE: torch.Tensor, masks_RU: torch.Tensor | None, *, unit_width: int = 1) -> torch.Tensor:
+    """What masks leave of units, row by row: ``x * mask``, ``[R, T, E]``; arguments and errors as ``masked_linear``."""
+    if masks_RU is None:
+        return x_RTE
     rows, width = x_RTE.shape[0], x_RTE.shape[-1]
-    if weight_DE.shape[-1] != width:
-        raise ValueError(f"a weight {tuple(weight_DE.shape)} does not fit an input of width {width}")
-    if masks_RU is not None:
-        if masks_RU.ndim != 2 or masks_RU.shape[0] != rows or masks_RU.shape[1] * unit_width != width:
-            raise ValueError(
-                f"masks {tuple(masks_RU.shape)} with units of width {unit_width} do not fit an input of {rows} rows "
-                f"and width {width}"
-            )
-        x_RTE = x_RTE * masks_RU.to(x_RTE.dtype).repeat_interleave(unit_width, dim=1)[:, None, :]
-    return F.linear(x_RTE, weight_DE, bias_D)
+    if masks_RU.ndim != 2 or masks_RU.shape[0] != rows or masks_RU.shape[1] * unit_width != width:
+        raise ValueError(
+            f"masks {tuple(masks_RU.shape)} with units of width {unit_width} do not fit an input of {rows} rows "
+            f"and width {width}"
+        )
+    return x_RTE * masks_RU.to(x_RTE.dtype).repeat_interleave(unit_width, dim=1)[:, None, :]
 
 
 def masked_mlp(

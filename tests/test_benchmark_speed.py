@@ -13,7 +13,7 @@ import torch
 from tiny_models import random_tokens, tiny_model
 from tolerances import CHAIN, assert_close
 
-from benchmarks.speed import models, providers, run, show
+from benchmarks.speed import dtypes, models, providers, run, show
 from benchmarks.speed.providers import NAMES, provider
 from bernprune.costs import Costs
 from bernprune.models.view import describe
@@ -61,6 +61,28 @@ def test_operations_are_those_of_what_is_kept() -> None:
     assert run.kept_flops(view, masks, 10) == pytest.approx(2 * 10 * weights)
 
 
+def test_bytes_are_those_of_what_is_kept() -> None:
+    """Weights once a pass, and what goes into and comes out of each product, as hooks see it, for each token."""
+    view = describe(tiny_model("llama").float())
+    masks, tokens_BT = torch.ones(2, view.space.size, dtype=torch.bool), random_tokens(2, 8)
+    seen: list[int] = []
+    handles = [
+        module.register_forward_hook(lambda _, given, out: seen.append(given[0].numel() + out.numel()))
+        for module in view.model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    _, passes = run.passes_of(view, lambda: view.model(input_ids=tokens_BT).logits)
+    assert passes == 1 and not view.decoder._forward_pre_hooks
+    for handle in handles:
+        handle.remove()
+    weights = view.space.costs_U().sum().item() + view.model.lm_head.weight.numel()
+    assert run.kept_bytes(view, masks, 16, 3) == 4 * (3 * weights + sum(seen))
+    masks[1] = False
+    without = run.kept_bytes(view, masks[1:], 16, 1)
+    assert without == 4 * (view.model.lm_head.weight.numel() + 16 * (7 * 4 * 36 + 36 + 53))
+    assert run.kept_bytes(view, masks, 16, 1) == pytest.approx((run.kept_bytes(view, masks[:1], 16, 1) + without) / 2)
+
+
 @pytest.mark.parametrize("per", ["batch", "sequence", "chunk"])
 def test_a_step_has_the_tokens_that_were_asked_for(per: str) -> None:
     """Under all of its masks."""
@@ -74,6 +96,8 @@ def test_rows_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     small = ["--model", "llama-25m", "--layers", "1", "--density", "0.5", "--tokens", "2048", "--per", "batch"]
     arguments = ["run.py", *small, "--seconds", "0", "--threads", "2", "--folder", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", arguments)
+    freed: list[bool] = []
+    monkeypatch.setattr(run, "keep_freed_memory", lambda: freed.append(True))
     threads = torch.get_num_threads()
     try:
         run.main()
@@ -82,12 +106,29 @@ def test_rows_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
         for row in rows:
             assert 0 < row["error"] < run.TOLERANCE and row["low"] <= row["median"] <= row["high"]
             assert row["tokens_per_second"] == pytest.approx(2048 / row["median"])
+            assert row["of_bandwidth"] == pytest.approx(row["kept_bytes"] / row["median"] / row["bandwidth"])
+        assert [row["passes"] for row in rows[:2]] == [2, 1] and freed == [True]
         assert capsys.readouterr().out.count("of the ceiling") == 3
         monkeypatch.setattr(run, "TOLERANCE", 0.0)
         with pytest.raises(SystemExit, match=r"published on llama-25m: losses are off by .*; it is not timed"):
             run.main()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_number_formats_are_compared(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each with float32, by its speed and by what it makes of masks."""
+    monkeypatch.setattr(sys, "argv", ["dtypes.py", "--model", "embedded", "--dtype", "bfloat16"])
+    for name, less in (("REPEATS", 1), ("COMPARED", 4)):
+        monkeypatch.setattr(dtypes, name, less)
+    threads = torch.get_num_threads()
+    try:
+        dtypes.main()
+    finally:
+        torch.set_num_threads(threads)
+    exact, shorter = capsys.readouterr().out.splitlines()
+    assert exact.split()[:2] == ["embedded", "float32"] and float(exact.split()[-1]) == pytest.approx(1)
+    assert shorter.split()[:2] == ["embedded", "bfloat16"] and 0.99 < float(shorter.split()[-1]) < 1
 
 
 def test_the_table_holds_the_last_row_of_everything(tmp_path: Path) -> None:
@@ -99,7 +140,9 @@ def test_the_table_holds_the_last_row_of_everything(tmp_path: Path) -> None:
     }  # fmt: skip
     medians = [("ours", 9.0), ("published", 0.8), ("batched", 0.6), ("ours", 0.4)]
     rows = [{**row, "provider": name, "median": median} for name, median in medians]
+    rows[-1]["of_bandwidth"] = 0.125  # which earlier rows had not
     lines = show.table(rows).splitlines()
+    assert [line.split(" | ")[9] for line in lines if " | batch | " in line] == ["-", "-", "12%"]
     assert [line.split(" | ")[3:7] for line in lines if " | batch | " in line] == [
         ["published", "800.0 (100.0 to 900.0)", "4,096", "1.00"],
         ["batched", "600.0 (100.0 to 900.0)", "4,096", "1.33"],

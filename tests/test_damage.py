@@ -37,7 +37,7 @@ from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
-from bernprune.run import loop, pipeline, stage, verification
+from bernprune.run import loop, opening, pipeline, verification
 from bernprune.run.checkpoint import write_state
 from bernprune.run.folder import RunFolder
 
@@ -524,9 +524,9 @@ def test_a_gpu_too_small_for_the_model(place: Place, monkeypatch: pytest.MonkeyP
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(stage, "load_model", full)
+    monkeypatch.setattr(opening, "load_model", full)
     with pytest.raises(ModelError, match=rf"memory of cpu is full before {place.model} is loaded"):
-        stage.open_model(make_config({"model": {"path": str(place.model)}}), torch.device("cpu"))
+        opening.open_model(make_config({"model": {"path": str(place.model)}}), torch.device("cpu"))
 
 
 # --- states of other versions ---

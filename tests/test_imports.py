@@ -58,6 +58,7 @@ LIBRARIES = {
     "huggingface_hub": ("bernprune.models",),
     "datasets": ("bernprune.text",),
     "triton": ("kernels",),
+    "torchao": ("bernprune.models",),
     "typer": ("bernprune.cli",),
     "argparse": ("bernprune.cli",),
 }

@@ -12,7 +12,7 @@ from tiny_run import Place, succeed
 
 from bernprune.config import make_config
 from bernprune.costs import Costs
-from bernprune.run import pipeline
+from bernprune.run import opening, pipeline
 from bernprune.run import stage as module
 from bernprune.run.stage import Stage, row_bytes, rows_per_forward
 
@@ -54,24 +54,27 @@ def test_costs_of_large_models_are_measured(
     least: int, setting: str, expected: Costs, place: Place, measurements: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once, unless it is not wanted; they are kept in the run folder."""
-    monkeypatch.setattr(module, "_MEASURED_FROM", least)
+    monkeypatch.setattr(opening, "_LARGE", least)
     found, _ = searched_with(monkeypatch)
-    succeed(*place.prune(f"search.costs={setting}"))
+    succeed(*place.prune(f"search.costs={setting}", "search.dtype=same"))
     assert found == [expected] and len(measurements) == (expected == MEASURED)
-    assert json.loads((place.out / "costs.json").read_text()) == {"rows": 64, **expected.to_dict()}
+    assert json.loads((place.out / "costs.json").read_text()) == {"rows": 64, "dtype": "same", **expected.to_dict()}
 
 
-@pytest.mark.parametrize("stored", ["{}", "[1]", "{", '{"passing": "much"}', '{"speed": 3}', None])
+OTHER_DTYPE = json.dumps({"rows": 64, "dtype": "float8", **MEASURED.to_dict()})
+
+
+@pytest.mark.parametrize("stored", [OTHER_DTYPE, "{}", "[1]", "{", '{"passing": "much"}', '{"speed": 3}', None])
 def test_a_run_goes_on_with_what_it_measured(
     stored: str | None, place: Place, measurements: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And measures once more if that is lost or damaged."""
-    monkeypatch.setattr(module, "_MEASURED_FROM", 0)
-    succeed(*place.prune())
+    monkeypatch.setattr(opening, "_LARGE", 0)
+    succeed(*place.prune("search.dtype=same"))
     path, kept = place.out / "costs.json", Costs(1.0, 2.0, 0.25)
     found, found_rows = searched_with(monkeypatch)
     resumes: list[tuple[Callable[[], Any], Costs]] = [
-        (lambda: path.write_text(json.dumps({"rows": 5, **kept.to_dict()})), kept),
+        (lambda: path.write_text(json.dumps({"rows": 5, "dtype": "same", **kept.to_dict()})), kept),
         (lambda: path.unlink() if stored is None else path.write_text(stored), MEASURED),
     ]
     for spoil, expected in resumes:
@@ -81,9 +84,13 @@ def test_a_run_goes_on_with_what_it_measured(
         succeed("resume", str(place.out))
         assert found[-1] == expected and len(measurements) == (expected == MEASURED)
         rows = 5 if expected == kept else 64
-        assert found_rows[-1] == rows and json.loads(path.read_text()) == {"rows": rows, **expected.to_dict()}
+        assert found_rows[-1] == rows and json.loads(path.read_text()) == {
+            "rows": rows,
+            "dtype": "same",
+            **expected.to_dict(),
+        }
     (place.out / "report.json").unlink()
-    path.write_text(json.dumps({"rows": 5, **kept.to_dict()}))
+    path.write_text(json.dumps({"rows": 5, **kept.to_dict()}))  # as an earlier version did
     succeed("resume", str(place.out), "--set", "search.rows_per_forward=3")
     assert found[-1] == kept and found_rows[-1] == 3
 

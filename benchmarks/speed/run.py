@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.learning.rows import append_row, commit
 from benchmarks.speed import models
 from benchmarks.speed.providers import NAMES, provider
+from bernprune.backends import keep_freed_memory
 from bernprune.evaluation.latency import machine
 from bernprune.models.view import ModelView
 
@@ -58,10 +59,47 @@ def ceiling(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / statistics.median(seconds_of(lambda: left @ right, device, least=1.0))
 
 
-def kept_flops(view: ModelView, masks: torch.Tensor, tokens: int) -> float:
-    """Of products with weights of what masks keep and of the output embedding, for so many tokens in all."""
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written, of copying what no cache holds."""
+    size = 2**30 if device.type == "cuda" else 2**28
+    source, target = torch.ones(2, size, dtype=torch.uint8, device=device)
+    return 2 * size / statistics.median(seconds_of(lambda: target.copy_(source), device, least=1.0))
+
+
+def kept_weights(view: ModelView, masks: torch.Tensor) -> float:
+    """Of what a mask keeps on average, and of the output embedding."""
     kept = (masks.flatten(0, -2).double().mean(0) * view.space.costs_U()).sum().item()
-    return 2.0 * tokens * (kept + view.model.get_output_embeddings().weight.numel())
+    return kept + view.model.get_output_embeddings().weight.numel()
+
+
+def kept_flops(view: ModelView, masks: torch.Tensor, tokens: int) -> float:
+    """Of products with ``kept_weights``, for so many tokens in all."""
+    return 2.0 * tokens * kept_weights(view, masks)
+
+
+def kept_bytes(view: ModelView, masks: torch.Tensor, tokens: int, passes: int) -> float:
+    """``kept_weights`` once a pass, and what the projections and the output embedding read and write for all tokens."""
+    shape, kept_U = view.architecture, masks.flatten(0, -2).double().mean(0)
+    groups, channels = (
+        sum(kept_U[view.space.span(kind, layer)].sum().item() for layer in range(len(view.layers)))
+        for kind in ("kv_group", "channel")
+    )
+    queries = groups * (shape.layers[0].query_heads // shape.layers[0].kv_groups) * shape.head_dim
+    # Queries, keys, values, gate and up read the residual stream, the other two write to it; keys and values are
+    # written, queries and channels written and read, channels by gate and by up.
+    entries = 7 * len(view.layers) * shape.hidden_size + 2 * queries + 2 * groups * shape.head_dim + 3 * channels
+    entries += shape.hidden_size + view.model.config.vocab_size
+    return view.model.dtype.itemsize * (passes * kept_weights(view, masks) + tokens * entries)
+
+
+def passes_of(view: ModelView, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """What comes of some work, and how many forward passes it took."""
+    passes: list[int] = []
+    handle = view.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        return work(), len(passes)
+    finally:
+        handle.remove()
 
 
 def twin(view: ModelView, masks: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -79,6 +117,7 @@ def rows(given: argparse.Namespace, model: str) -> None:
     """Of one model: all densities, sizes of a step, ways of masks and providers."""
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     view, most = models.build(model, dtype, device, layers=given.layers), ceiling(dtype, device)
+    widest = bandwidth(device)
     for density, tokens, per in itertools.product(given.density, given.tokens, given.per):
         shape, windows = shapes(per, tokens)
         masks, tokens_BT = models.masks(view, density, shape), models.text(view, windows, WINDOW)
@@ -89,17 +128,19 @@ def rows(given: argparse.Namespace, model: str) -> None:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             with provider(name, view, rows=tokens // WINDOW, window=WINDOW) as evaluate:
-                found = evaluate(masks, tokens_BT)
+                found, passes = passes_of(view, lambda: evaluate(masks, tokens_BT))  # noqa: B023
                 error = None if expected is None else ((found[:1].cpu() - expected) / expected).abs().max().item()
                 if error is not None and not error <= TOLERANCE:
                     raise SystemExit(f"{name} on {model}: losses are off by {error:.2g}; it is not timed")
                 times = seconds_of(lambda: evaluate(masks, tokens_BT), device, least=given.seconds)  # noqa: B023
-            tenths, flops = statistics.quantiles(times, n=10), kept_flops(view, masks, tokens)
+            tenths, median = statistics.quantiles(times, n=10), statistics.median(times)
+            flops, moved = kept_flops(view, masks, tokens), kept_bytes(view, masks, tokens, passes)
             row = {
                 "model": model, "layers": len(view.layers), "dtype": given.dtype, "density": density, "tokens": tokens,
-                "masks_per": per, "provider": name, "median": statistics.median(times), "low": tenths[1],
-                "high": tenths[7], "repeats": len(times), "tokens_per_second": tokens / statistics.median(times),
-                "kept_flops": flops, "ceiling": most, "of_ceiling": flops / statistics.median(times) / most,
+                "masks_per": per, "provider": name, "median": median, "low": tenths[1], "high": tenths[7],
+                "repeats": len(times), "tokens_per_second": tokens / median, "passes": passes,
+                "kept_flops": flops, "ceiling": most, "of_ceiling": flops / median / most,
+                "kept_bytes": moved, "bandwidth": widest, "of_bandwidth": moved / median / widest,
                 "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
                 "error": error, "machine": machine(device), "commit": commit(),
             }  # fmt: skip
@@ -107,7 +148,8 @@ def rows(given: argparse.Namespace, model: str) -> None:
             print(
                 f"{model:<12} density {density:<4} {tokens:>6} tokens, masks per {per:<8} {name:<11}"
                 f"{1e3 * row['median']:>10.1f} ms ({1e3 * row['low']:.1f} to {1e3 * row['high']:.1f})"
-                f"{row['tokens_per_second']:>12,.0f} tokens/s {row['of_ceiling']:>6.1%} of the ceiling",
+                f"{row['tokens_per_second']:>12,.0f} tokens/s {row['of_ceiling']:>6.1%} of the ceiling"
+                f"{row['of_bandwidth']:>6.1%} of the bandwidth",
                 flush=True,
             )
 
@@ -129,6 +171,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=HERE, help="where results.jsonl lies")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    keep_freed_memory()  # as the command line does
     for model in given.model:
         if reason := models.missing(model):
             print(f"{model} is skipped: {reason}")

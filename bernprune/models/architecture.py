@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from bernprune.errors import ModelError
 from bernprune.models.families import Family, family_of
+from bernprune.models.linear import is_plain, kind_of
 from bernprune.units import Architecture, LayerShape
 
 
@@ -47,6 +48,17 @@ def projections(family: Family) -> dict[str, tuple[str, str]]:
     return attention | {role: (family.ffn, getattr(family, role)) for role in ("gate", "up", "down")}
 
 
+def first_opaque(model: PreTrainedModel) -> str | None:
+    """In words, the first projection that is no plain linear layer, such as a quantised one; None if all are plain."""
+    family = family_of(model.config.model_type)
+    for index, layer in enumerate(part(model, family.decoder, family.layers)):
+        for role, names in projections(family).items():
+            module = part(layer, *names)
+            if not is_plain(module):
+                return f"the {role} projection of layer {index} is a {kind_of(module)}"
+    return None
+
+
 def _check_modules(model: PreTrainedModel, architecture: Architecture, family: Family) -> None:
     layers = part(model, family.decoder, family.layers)
     if len(layers) != len(architecture.layers):
@@ -54,10 +66,10 @@ def _check_modules(model: PreTrainedModel, architecture: Architecture, family: F
     for index, (layer, shape) in enumerate(zip(layers, architecture.layers, strict=True)):
         for role, wanted in _sizes(architecture, shape).items():
             module = part(layer, *projections(family)[role])
-            if type(module) is not nn.Linear:  # masking reads its weight, slicing takes rows and columns of it
+            if not isinstance(module, nn.Linear):
                 raise ModelError(
-                    f"the {role} projection of layer {index} is a {type(module).__name__}, not a plain linear layer; "
-                    "prune the model before quantising or adapting it"
+                    f"the {role} projection of layer {index} is a {kind_of(module)}, not a linear layer; prune the "
+                    "model before quantising or adapting it"
                 )
             found = (getattr(module, "in_features", None), getattr(module, "out_features", None))
             if found != wanted:

@@ -10,6 +10,9 @@ branch is open as long as any of its gates is.
 What none of the rows keeps need not be computed: each layer gathers the weights of the *working set* for the length of
 its own pass. Of a branch in which nothing is at work a single unit is computed, and switched off.
 
+Of projections that are not plain linear layers, such as quantised ones, nothing is gathered: they are called as they
+are, and only what enters them is masked.
+
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
 their own masks.
 
@@ -29,6 +32,7 @@ from bernprune.backends import MaskedOps
 from bernprune.errors import BackendError
 from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
 from bernprune.models.attending import attending
+from bernprune.models.families import Family
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
 
@@ -168,12 +172,31 @@ class _MaskedFFN(nn.Module):
         )
 
 
+class _MaskedInput(nn.Module):
+    """A last projection that is called as it is, with its input masked by unit."""
+
+    def __init__(self, dense: nn.Linear, branch: _Branch, ops: MaskedOps) -> None:
+        super().__init__()
+        self._dense, self._branch, self._ops = (dense,), branch, ops
+
+    def forward(self, x_RTE: torch.Tensor) -> torch.Tensor:
+        return self._branch.run(self._piece, x_RTE)
+
+    def _piece(self, x_PTE: torch.Tensor, masks: Any) -> torch.Tensor:
+        if self._branch.watch is not None:
+            self._branch.watch(x_PTE)
+        unit_width = x_PTE.shape[-1] // self._branch.num_units
+        # Past the module's hooks, which see nothing under masks where weights are plain, either.
+        output: torch.Tensor = self._dense[0].forward(self._ops.masked_units(x_PTE, masks, unit_width=unit_width))
+        return output
+
+
 class LiveMasks:
     """Sets the masks of the next forward passes; made by ``masked``."""
 
     def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], ops: MaskedOps) -> None:
         self.view, self.ops, self._branches = view, ops, branches
-        self._dtype = view.layers[0].down.weight.dtype
+        self._dtype, self._gathers = view.model.dtype, view.opaque is None
 
     def set(
         self,
@@ -189,7 +212,7 @@ class LiveMasks:
         Args:
             working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
                 all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
-                from a cache under other masks. None: all units.
+                from a cache under other masks. None: all units; so too if not all projections are plain.
             masks_of_layers: for each layer of the model which of the masks its rows are under, if layers have different
                 numbers of rows; see ``bernprune.models.sharing``.
         """
@@ -197,8 +220,7 @@ class LiveMasks:
         chunks = masks.shape[1] if masks.ndim == 3 else 1
         gates = masks.to(device, masks.dtype if masks.is_floating_point() else torch.bool)
         alive_MU = space.inherit(gates, torch.mul).flatten(0, -2)
-        if working_U is not None:
-            working_U = space.alive(working_U.cpu())
+        working_U = None if working_U is None or not self._gathers else space.alive(working_U.cpu())
         for layer, branches in self._branches.items():
             for kind, branch in branches.items():
                 span, own = space.span(kind, layer), space.ancestor(kind, layer)
@@ -264,6 +286,7 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
     family, branches = view.family, dict[int, dict[Kind, _Branch]]()
     chosen = range(len(view.layers)) if layers is None else layers
     _check(view, ops)
+    swap = _swap_gathering if view.opaque is None else _swap_inputs
     with ExitStack() as swapped:
         for index in chosen:
             layer = view.layers[index]
@@ -271,11 +294,7 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
             for branch in (attention, ffn):
                 swapped.callback(branch.restore)
             branches[index] = {"kv_group": attention, "channel": ffn}
-            for name in (family.query, family.key, family.value):
-                _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention, ops))
-            _swap(swapped, layer.attention, family.output, _masked_output(layer, attention, ops))
-            parts = {name: getattr(layer.ffn, getattr(family, name)) for name in ("gate", "up", "down", "activation")}
-            _swap(swapped, layer.layer, family.ffn, _MaskedFFN(layer.ffn, parts, ffn, ops))
+            swap(swapped, layer, family, attention, ffn, ops)
         if ops.attention_of_kept is not None:
             attentions = {view.layers[index].attention: of_layer["kv_group"] for index, of_layer in branches.items()}
             swapped.enter_context(attending(view.model, attentions, ops.attention_of_kept))
@@ -285,6 +304,8 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
 def _check(view: ModelView, ops: MaskedOps) -> None:
     """Raises ``BackendError`` unless the operations run on this model."""
     dtype, layer = view.model.dtype, view.layers[0]
+    if ops.packs and view.opaque is not None:
+        raise BackendError(f"backend {ops.name!r} needs plain linear layers, but {view.opaque}; use backend 'torch'")
     if ops.dtypes and dtype not in ops.dtypes:
         raise BackendError(
             f"backend {ops.name!r} runs in {', '.join(map(str, ops.dtypes))}, but the model is in {dtype}; give "
@@ -294,6 +315,25 @@ def _check(view: ModelView, ops: MaskedOps) -> None:
         ops.activation(getattr(layer.ffn, view.family.activation))
     except ValueError as error:
         raise BackendError(f"backend {ops.name!r} cannot run this model: activation {error}; use 'torch'") from None
+
+
+def _swap_inputs(
+    swapped: ExitStack, layer: LayerView, family: Family, attention: _Branch, ffn: _Branch, ops: MaskedOps
+) -> None:
+    """Of a layer whose projections must be called as they are."""
+    _swap(swapped, layer.attention, family.output, _MaskedInput(layer.output, attention, ops))
+    _swap(swapped, layer.ffn, family.down, _MaskedInput(layer.down, ffn, ops))
+
+
+def _swap_gathering(
+    swapped: ExitStack, layer: LayerView, family: Family, attention: _Branch, ffn: _Branch, ops: MaskedOps
+) -> None:
+    """Of a layer whose weights can be gathered."""
+    for name in (family.query, family.key, family.value):
+        _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention, ops))
+    _swap(swapped, layer.attention, family.output, _masked_output(layer, attention, ops))
+    parts = {name: getattr(layer.ffn, getattr(family, name)) for name in ("gate", "up", "down", "activation")}
+    _swap(swapped, layer.layer, family.ffn, _MaskedFFN(layer.ffn, parts, ffn, ops))
 
 
 def _swap(swapped: ExitStack, owner: nn.Module, name: str, module: nn.Module) -> None:

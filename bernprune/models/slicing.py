@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from bernprune.errors import ModelError
-from bernprune.models.architecture import architecture_of, part, projections
+from bernprune.models.architecture import architecture_of, first_opaque, part, projections
 from bernprune.models.families import Family, family_of
 from bernprune.models.modeling_bernprune import FAMILIES, auto_map, share_config
+from bernprune.models.shortening import release
 from bernprune.units import KeepPlan, LayerPlan, LayerShape
 
 FORMAT = 1
@@ -140,7 +141,12 @@ def _layer_types(dense: list[str], plan: KeepPlan) -> list[str]:
 
 
 def _check(model: PreTrainedModel, plan: KeepPlan) -> None:
-    architecture = architecture_of(model)
+    architecture, opaque = architecture_of(model), first_opaque(model)
+    if opaque is not None:
+        raise ModelError(
+            f"{opaque}, of which rows and columns cannot be taken; a model that was searched quantised or adapted is "
+            "pruned by applying its plan to the original (bernprune apply)"
+        )
     difference = plan.architecture.difference(architecture)
     if difference is not None:
         raise ModelError(f"the plan was made for another model: {difference} (the plan's against the model's)")
@@ -178,7 +184,7 @@ def _move(model: PreTrainedModel, pruned: PreTrainedModel, plan: KeepPlan, famil
         if not kept.is_empty:
             indices = _indices(kept, shape, plan.architecture.head_dim, family)
             _move_layer(layer, next(targets), indices)
-        _strip(layer)
+        release(layer)
 
 
 def _move_children(source: nn.Module, target: nn.Module, *, but: str) -> None:
@@ -218,13 +224,6 @@ def _move_layer(source: nn.Module, target: nn.Module, indices: dict[str, tuple[i
         place = target.get_submodule(owner)
         assert getattr(place, leaf).shape == sliced.shape, f"{name} was sliced to {tuple(sliced.shape)}"
         setattr(place, leaf, sliced)
-
-
-def _strip(layer: nn.Module) -> None:
-    """Free what was not moved, even where someone, such as a ``ModelView``, still holds the modules."""
-    for module in layer.modules():
-        for name in [name for name, _ in module.named_parameters(recurse=False)]:
-            delattr(module, name)
 
 
 def _take(full: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:

@@ -8,8 +8,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from bernprune.errors import ConfigError
-from bernprune.models.architecture import architecture_of
+from bernprune.models.architecture import architecture_of, first_opaque
 from bernprune.models.families import Family, family_of
+from bernprune.models.linear import is_plain
 from bernprune.names import Kind
 from bernprune.units import KINDS, Architecture, LayerShape, UnitGroup, UnitSpace
 
@@ -28,13 +29,19 @@ class LayerView:
 
 @dataclass(frozen=True)
 class ModelView:
-    """A live model with its units."""
+    """A live model with its units.
+
+    Attributes:
+        opaque: in words, the first projection of whose weight no rows and columns can be taken, such as a quantised
+            one; None if there is none. With one, the model can be scored and masked, but not sliced.
+    """
 
     model: PreTrainedModel
     family: Family
     architecture: Architecture
     space: UnitSpace
     layers: tuple[LayerView, ...]
+    opaque: str | None = None
 
     @property
     def decoder(self) -> nn.Module:
@@ -51,7 +58,7 @@ class ModelView:
 def describe(
     model: PreTrainedModel, granularity: Sequence[Kind] = ("kv_group", "channel"), *, sequence_length: int = 2048
 ) -> ModelView:
-    """Find the units of a transformers causal-LM model.
+    """Find the units of a transformers causal-LM model, once more if its projections were quantised since.
 
     Args:
         granularity: which levels may be removed.
@@ -77,7 +84,7 @@ def describe(
     ]
     if not groups:
         raise ConfigError(f"granularity {list(granularity)} finds no unit: the first layer's attention always stays")
-    return ModelView(model, family, architecture, UnitSpace(architecture, groups), layers)
+    return ModelView(model, family, architecture, UnitSpace(architecture, groups), layers, first_opaque(model))
 
 
 def _layer_view(layer: nn.Module, family: Family, shape: LayerShape) -> LayerView:
@@ -131,8 +138,12 @@ def _give(owned: dict[Kind, _Cost], removable: set[Kind], candidates: Sequence[A
 
 
 def count_parameters(*modules: nn.Module) -> int:
-    """Parameters of all modules together; tied ones of one module count once."""
-    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+    """Parameters of all modules together; tied ones count once, and quantised weights as those they stand for."""
+    counts = {id(parameter): parameter.numel() for module in modules for parameter in module.parameters()}
+    for linear in (inner for module in modules for inner in module.modules() if isinstance(inner, nn.Linear)):
+        if id(linear.weight) in counts and not is_plain(linear):
+            counts[id(linear.weight)] = linear.in_features * linear.out_features
+    return sum(counts.values())
 
 
 def _kv_group_cost(layer: LayerView, architecture: Architecture, sequence_length: int) -> _Cost:

@@ -6,7 +6,7 @@ initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
 learned.safetensors    what was learned of every unit
-costs.json             of forward passes on the machine that the run began on, and the rows of one
+costs.json             of forward passes on the machine that the run began on, the rows of one, and the number format
 finals.safetensors     heats of the final choice, so far
 plan.json              what is kept
 plans/                 what would be kept at other sparsities

@@ -9,10 +9,12 @@ from bernprune.backends import find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.evaluation.perplexity import check_window
 from bernprune.losses import LOGIT_BYTES
-from bernprune.models.view import ModelView, describe
+from bernprune.models.shortening import stored_bytes
+from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
 from bernprune.run.loop import evaluate
-from bernprune.run.stage import check_family, open_model, row_bytes, rows_per_forward
+from bernprune.run.opening import Opened, check_family, open_view
+from bernprune.run.stage import row_bytes, rows_per_forward
 from bernprune.run.workload import (
     default_sequences,
     make_budget,
@@ -33,8 +35,9 @@ def forecast(config: RunConfig) -> str:
     """
     device = find_device(config.model.device)
     check_window(check_family(config), config.longest_window)
-    view = describe(open_model(config, device), config.granularity, sequence_length=config.budget.flops_window)
-    return "\n".join([*_units(view), "", *_left_out(view, config), "", *_work(view, config, device)])
+    opened = open_view(config, device, config.search.dtype)
+    view = opened.view
+    return "\n".join([*_units(view), "", *_left_out(view, config), "", *_work(opened, config, device)])
 
 
 def _units(view: ModelView) -> list[str]:
@@ -72,21 +75,22 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
     ]
 
 
-def _work(view: ModelView, config: RunConfig, device: torch.device) -> list[str]:
-    search, data = config.search, config.data
+def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
+    view, search, data = opened.view, config.search, config.data
     planned = plan_work(config, view.space).sequences
     sequences = default_sequences(view.space.size) if planned is None else planned
     seconds_each = _time_sequences(view, config)
     evaluations = len(("dense", "uniform", "initial", "pruned", *config.plans.sparsities))
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
-    weights = sum(p.numel() * p.element_size() for p in view.model.parameters())
-    memory = weights + max(
-        _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type]), _second_copy(device, weights)
-    )
+    weights, full = stored_bytes(view.model), view.num_parameters * opened.full.itemsize
+    searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])
+    memory, held = max(searching, _to_verify(device, full)), f"weights {weights / 2**30:.2f} GiB"
+    if opened.dtype != "same":
+        held += f" in {opened.dtype} while it is searched, {full / 2**30:.2f} GiB when it is sliced"
     rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
     limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
     return [
-        f"memory       about {memory / 2**30:.2f} GiB on {device} (weights {weights / 2**30:.2f} GiB)",
+        f"memory       about {memory / 2**30:.2f} GiB on {device} ({held})",
         f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
         f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation",
     ]
@@ -100,9 +104,10 @@ def _activations(view: ModelView, config: RunConfig) -> int:
     return rows * row_bytes(config, view) + 8 * read
 
 
-def _second_copy(device: torch.device, weights: int) -> int:
-    """Bytes of what the clean process loads to verify the result; a GPU gives up its own copy first."""
-    return weights if device.type == "cpu" else 0
+def _to_verify(device: torch.device, full: int) -> int:
+    """Bytes of the model itself and of what the clean process loads to verify the result; a GPU gives up one first,
+    and what does not fit is not put on it."""
+    return 2 * full if device.type == "cpu" else 0
 
 
 def _time_sequences(view: ModelView, config: RunConfig) -> float:

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
-from bernprune.names import ScoreName
+from bernprune.names import ScoreName, SearchDtype
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import even_probs, graded, reordered
 from bernprune.policy.search import MaskSearch
@@ -30,8 +30,9 @@ from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, check_writable, open_run, versions, whole_or_gone
 from bernprune.run.loop import current_selection, run_search
+from bernprune.run.opening import check_family, open_model, open_tokenizer
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
-from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
+from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.run.workload import Work, make_search, scope_of, start_probs
 from bernprune.scores import SCORES, initial_scores
@@ -103,9 +104,9 @@ def resume(
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
-    losses: dict[str, float | None] = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
     known = _known_stage(stage, folder) if continued else None
     stage = known or replace(stage, costs=stage.measured_costs())
+    dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
     stored = _stored_start(folder) if continued else None
     start = stored or _start(stage)
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start, stage.ops.sums)
@@ -113,8 +114,6 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)
     uniform_U = select(even_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    losses["uniform"] = mask_loss(stage, uniform_U, "of the metric's uniform selection")
-    losses["initial"] = mask_loss(stage, initial_U, "of the initial selection")
     if continued:
         folder.write_config(stage.config)  # some settings may change
         if changed := folder.changed_versions():
@@ -122,7 +121,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     else:
         folder.start(stage.config)
     if known is None:
-        write_json(folder.costs, {"rows": stage.rows, **stage.costs.to_dict()})
+        write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
     if stored is None:
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
@@ -138,18 +137,22 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
     finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
-    report = _report_head(stage, work, finals, initial_U)
-    report["diagnostics"] = _last_round(folder)
+    report: dict[str, Any] = {
+        "search": _search_report(stage, dense_loss, work, finals, initial_U),
+        "diagnostics": _last_round(folder),
+    }
     priorities_U = finals.priorities_U
     if priorities_U is None:
         priorities_U = _followed(stage, search, start_U, scores_U)[finals.kept]
     learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
     learned.write(folder.learned)
-    plan = stage.view.space.plan(finals.mask_U)
-    write_json(folder.plan, plan.to_dict())
-    report["plans"] = _plans(stage, folder, learned)
+    write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
+    full = stage.with_weights("same")
+    losses = _masked_losses(full, dense_loss if full is stage else None, initial_U, uniform_U)
+    report |= _report_head(full, finals.mask_U)
+    report["plans"] = _plans(full, folder, learned)
     try:
-        _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
+        _finish(full, folder, finals.mask_U, initial_U, report, losses)
         _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
@@ -184,9 +187,12 @@ def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
     try:
         stored = json.loads(folder.costs.read_text(encoding="utf-8"))
         costs, rows = Costs(*(float(stored[field.name]) for field in fields(Costs))), int(stored["rows"])
+        dtype = stored.get("dtype", "same")  # earlier versions knew no other
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    given = stage.config.search.rows_per_forward
+    if dtype not in get_args(SearchDtype):
+        return None
+    stage, given = stage.with_weights(dtype), stage.config.search.rows_per_forward
     return replace(stage, costs=costs, rows=rows if given == "auto" else given)
 
 
@@ -243,6 +249,17 @@ def _last_round(folder: RunFolder) -> dict[str, Any]:
     return rounds[-1] if rounds else {}
 
 
+def _masked_losses(
+    full: Stage, dense_loss: float | None, initial_U: torch.Tensor, uniform_U: torch.Tensor
+) -> dict[str, float | None]:
+    """Of the model itself, dense and under what the metric would keep."""
+    return {
+        "dense": mean_loss(full.view.model, full.eval_windows_WT) if dense_loss is None else dense_loss,
+        "uniform": mask_loss(full, uniform_U, "of the metric's uniform selection"),
+        "initial": mask_loss(full, initial_U, "of the initial selection"),
+    }
+
+
 def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
     """Mean loss of one mask on the evaluation text, nats per token; None if that is not finite, which is logged.
 
@@ -256,31 +273,39 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
     return loss
 
 
-def _report_head(stage: Stage, work: Work, finals: Finals, initial_U: torch.Tensor) -> dict[str, Any]:
-    config, budget, model = stage.config, stage.budget, stage.view.model
-    prunable = int(stage.view.space.costs_U("parameters").sum().item())
-    device = next(model.parameters()).device
+def _search_report(
+    stage: Stage, dense_loss: float, work: Work, finals: Finals, initial_U: torch.Tensor
+) -> dict[str, Any]:
+    model, sequences = stage.view.model, work.sequences + finals.sequences
+    return {
+        "dtype": stage.dtype if stage.dtype != "same" else str(model.dtype).removeprefix("torch."),
+        "dense_loss": dense_loss,
+        "sequences": sequences,
+        "forward_tokens": sequences * stage.config.data.window,
+        "seconds": round(work.seconds + finals.seconds, 2),
+        "steps": work.step,
+        "ended": stage.workload.why_over(work),
+        "kept": finals.kept,
+        "changed_units": int((initial_U != finals.mask_U).sum()),
+        "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},
+        "machine": machine(model.device),
+    }
+
+
+def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
+    config, budget, model, space = full.config, full.budget, full.view.model, full.view.space
+    prunable = int(space.costs_U("parameters").sum().item())
     return {
         "model": {"path": config.model.path, "type": model.config.model_type, "dtype": str(model.dtype)},
         "sparsity": {
             "target": config.budget.sparsity,
             "measure": config.budget.measure,
-            "achieved": budget.removed_share(finals.mask_U),
-            "block_parameters": removed_parameter_share(stage.view.space, finals.mask_U),
+            "achieved": budget.removed_share(mask_U),
+            "block_parameters": removed_parameter_share(space, mask_U),
         },
-        "parameters": {"prunable": prunable, "dense": stage.view.num_parameters},
-        "protocol": stage.protocol.to_dict(),
-        "search": {
-            "sequences": work.sequences + finals.sequences,
-            "forward_tokens": (work.sequences + finals.sequences) * config.data.window,
-            "seconds": round(work.seconds + finals.seconds, 2),
-            "steps": work.step,
-            "ended": stage.workload.why_over(work),
-            "kept": finals.kept,
-            "changed_units": int((initial_U != finals.mask_U).sum()),
-            "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},
-        },
-        "machine": machine(device),
+        "parameters": {"prunable": prunable, "dense": full.view.num_parameters},
+        "protocol": full.protocol.to_dict(),
+        "machine": machine(model.device),
         "versions": versions(),
     }
 
@@ -288,14 +313,15 @@ def _report_head(stage: Stage, work: Work, finals: Finals, initial_U: torch.Tens
 def _finish(
     stage: Stage,
     folder: RunFolder,
-    plan: KeepPlan,
-    initial_plan: KeepPlan,
+    mask_U: torch.Tensor,
+    initial_U: torch.Tensor,
     report: dict[str, Any],
     losses: dict[str, float | None],
 ) -> None:
     """Slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
     settings = stage.config.report
     rows = stage.eval_windows_WT[: settings.latency_rows]
+    plan, initial_plan = (stage.view.space.plan(each_U) for each_U in (mask_U, initial_U))
     device = next(stage.view.model.parameters()).device
     times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
     sliced = slice_model(stage.view.model, plan)

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,15 +14,15 @@ from bernprune.config import RunConfig
 from bernprune.costs import Costs, measure
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import DataError, ModelError
+from bernprune.errors import DataError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
-from bernprune.models.families import family_of
-from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
-from bernprune.models.view import ModelView, describe
-from bernprune.names import ObjectiveName
+from bernprune.models.shortening import int8_quantiser, release
+from bernprune.models.view import ModelView
+from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
+from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
 from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
 from bernprune.text import load_documents
 from bernprune.units import UnitSpace
@@ -34,7 +34,6 @@ _HELD_OUT_TENTHS = 1
 _KEPT_BACK = 10  # of so many windows to learn from, one at most is for the final choice
 _ROWS = 64  # in one pass on a processor: with more, it is no faster
 _ACTIVATION_BYTES, _MOST_ROWS_LOG2 = 1.5 * 2**30, 8  # on a GPU, however much memory it has
-_MEASURED_FROM = 10_000_000  # prunable parameters
 _LEAST_KEPT_BACK = 32  # windows; a choice on fewer would be worse than one on text that was learned from
 
 
@@ -44,6 +43,9 @@ class Stage:
 
     ``kept_back`` is for the final choice: windows that are not in ``train``. It is None if the search reads no window
     twice, or the text is too short; then the choice goes on in ``train`` where the search ended.
+
+    Attributes:
+        dtype: number format of the weights, ``same`` if it is the model's own.
     """
 
     config: RunConfig
@@ -61,6 +63,26 @@ class Stage:
     text_sha256: str
     rows: int  # in one forward pass, at most
     costs: Costs = field(default_factory=Costs)
+    dtype: SearchDtype = "same"
+
+    def with_weights(self, dtype: SearchDtype) -> "Stage":
+        """This stage with the weights in a number format, ``same`` for the model's own.
+
+        If they are in another now, these are given up first, so that both are never held at once. What does not fit on
+        a GPU stays on the processor.
+        """
+        if dtype == self.dtype:
+            return self
+        release(self.view.model)
+        opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
+        return replace(
+            self,
+            view=opened.view,
+            dtype=opened.dtype,
+            ops=load_backend("auto", opened.view.model.device),  # kernels need not know this format
+            rows=rows_per_forward(self.config, opened.view),
+            costs=Costs(),
+        )
 
     @contextmanager
     def objective(
@@ -79,8 +101,7 @@ class Stage:
 
     def measured_costs(self) -> Costs:
         """What forward passes cost here, unless the model is so small that it does not matter."""
-        small = self.view.space.costs_U().sum().item() < _MEASURED_FROM
-        if small or self.config.search.costs == "fixed":
+        if not is_large(self.view) or self.config.search.costs == "fixed":
             return Costs()
         return measure(self.view, self.ops, self.config.data.window)
 
@@ -114,6 +135,8 @@ def set_stage(config: RunConfig) -> Stage:
     ops = load_backend(config.backend, device)
     model_config = check_family(config)
     check_window(model_config, config.longest_window)
+    if config.search.dtype == "int8":
+        int8_quantiser()
     tokenizer = open_tokenizer(config)
     # Text before weights: a typing error in its name must not cost the loading of a large model.
     stream, held_out, eval_name = _text(config, tokenizer, model_config.vocab_size)
@@ -124,8 +147,7 @@ def set_stage(config: RunConfig) -> Stage:
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
         )
-    model = open_model(config, device)
-    view = describe(model, config.granularity, sequence_length=config.budget.flops_window)
+    view, dtype, _ = open_view(config, device, config.search.dtype)
     budget, limits = make_budget(config, view.space), make_limits(config)
     _try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
@@ -151,6 +173,7 @@ def set_stage(config: RunConfig) -> Stage:
         protocol=protocol,
         text_sha256=fingerprint(stream),
         rows=rows_per_forward(config, view),
+        dtype=dtype,
     )
 
 
@@ -162,38 +185,6 @@ def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
         select(probs_U, make_budget(config, budget.space, sparsity), limits=limits)
     project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
     project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
-
-
-def check_family(config: RunConfig) -> Any:
-    """The model's configuration. Refuses an unknown model type before its weights are read."""
-    family_of(stated_type(config.model.path, revision=config.model.revision))
-    return load_config(
-        config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
-
-
-def open_tokenizer(config: RunConfig) -> Any:
-    """The model's tokenizer."""
-    return load_tokenizer(
-        config.model.path, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code
-    )
-
-
-def open_model(config: RunConfig, device: torch.device) -> Any:
-    """A fresh copy of the dense model. Raises ``ModelError`` also if the GPU's memory is full."""
-    try:
-        return load_model(
-            config.model.path,
-            dtype=config.model.dtype,
-            device=device,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    except torch.OutOfMemoryError as error:
-        raise ModelError(
-            f"the memory of {device} is full before {config.model.path} is loaded; another model.device, or a shorter "
-            "model.dtype, may do"
-        ) from error
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError
+from bernprune.models.linear import weight_of
 from bernprune.models.masking import masked
 from bernprune.models.statistics import POINTS, InputStatistics, input_statistics, run_windows, watching
 from bernprune.models.view import ModelView
@@ -107,7 +108,7 @@ def _columns(
             raise ConfigError(
                 f"no calibration text reached layer {layer}: scores cannot be taken while the model is under masks"
             )
-        weight_DE = getattr(view.layers[layer], point).weight.detach().float().cpu()
+        weight_DE = weight_of(getattr(view.layers[layer], point), view.model.dtype).float().cpu()
         scored[point] = score(Projection(weight_DE, statistics[point], _KINDS[point], layer, seed)).double()
     return scored
 

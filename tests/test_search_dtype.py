@@ -1,0 +1,192 @@
+"""A run may search on weights in a shorter number format; what it slices and reports is the model itself."""
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from quantised import needs_torchao
+from safetensors.torch import load_file
+from tiny_models import random_tokens
+from tiny_run import VOCABULARY, Place, in_one_sentence, read_json, run, succeed
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from bernprune.config import make_config
+from bernprune.errors import ConfigError
+from bernprune.evaluation.perplexity import mean_loss
+from bernprune.models.loading import load_model
+from bernprune.run import opening
+from bernprune.run.stage import set_stage
+
+all_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=needs_torchao)])
+
+
+@all_dtypes
+def test_the_model_itself_is_sliced_and_reported(dtype: str, place: Place) -> None:
+    """What comes out is what `apply` makes of the original by the plan, and so are its figures; the report says so."""
+    done = succeed(*place.prune(f"search.dtype={dtype}", "report.initial_latency=true", "plans.sparsities=[0.2]"))
+    report = read_json(place.out / "report.json")
+    assert report["search"]["dtype"] == dtype and report["model"]["dtype"] == "torch.float32"
+    succeed("apply", str(place.out / "plan.json"), str(place.model), "applied")
+    found, expected = (load_file(folder / "model.safetensors") for folder in (place.out / "model", Path("applied")))
+    assert found.keys() == expected.keys() and all(value.equal(expected[name]) for name, value in found.items())
+    stage = set_stage(make_config(given(place)))
+    losses = {"dense": place.model, "pruned": place.out / "model"}
+    for name, folder in losses.items():
+        assert report["loss"][name] == pytest.approx(mean_loss(load_model(str(folder)), stage.eval_windows_WT))
+    assert report["search"]["dense_loss"] != report["loss"]["dense"]
+    assert report["search"]["dense_loss"] == pytest.approx(report["loss"]["dense"], rel=1e-2)
+    perplexity = f"{math.exp(report['search']['dense_loss']):.3f}"
+    assert f"searched in {dtype}, where the dense perplexity is {perplexity}; what is reported" in done.out
+    assert report["latency"].keys() == {"dense", "initial", "pruned"}
+    loaded = AutoModelForCausalLM.from_pretrained(place.out / "model", trust_remote_code=True)
+    assert loaded(input_ids=random_tokens(2, 8, vocabulary=VOCABULARY)).logits.isfinite().all()
+
+
+def given(place: Place, **model: Any) -> dict[str, Any]:
+    data = {"text": str(place.text), "window": 16, "eval_tokens": 320}
+    return {"model": {"path": str(place.model), **model}, "data": data}
+
+
+def test_losses_of_masks_are_those_of_the_model_itself(place: Place) -> None:
+    """Of the metric's selections and of other plans: a run that searches nothing reports the same in both formats."""
+    reports = []
+    for dtype in ("same", "bfloat16"):
+        out = place.folder / dtype
+        more = (f"search.dtype={dtype}", "search.sequences=0", "plans.sparsities=[0.2]", "initial.score=random")
+        succeed(*place.prune(*more, out=out))
+        reports.append(read_json(out / "report.json"))
+    for name in ("dense", "uniform", "initial", "pruned"):
+        assert reports[0]["loss"][name] == reports[1]["loss"][name]
+    assert reports[0]["plans"] == reports[1]["plans"]
+    assert [report["search"]["dtype"] for report in reports] == ["float32", "bfloat16"]
+    assert reports[0]["search"]["dense_loss"] == reports[0]["loss"]["dense"] != reports[1]["search"]["dense_loss"]
+
+
+@all_dtypes
+def test_the_two_are_never_held_at_once(dtype: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the model itself is loaded, what was searched on is gone, whoever still holds its modules."""
+    opened: list[Any] = []
+
+    def watched(*given: Any, **named: Any) -> Any:
+        assert not any(list(model.parameters()) for model in opened)
+        opened.append(load_model(*given, **named))
+        return opened[-1]
+
+    monkeypatch.setattr(opening, "load_model", watched)
+    succeed(*place.prune(f"search.dtype={dtype}"))
+    assert len(opened) == 2
+
+
+@pytest.mark.parametrize(
+    ("units", "least", "model", "checkpoint", "expected"),
+    [
+        (True, 0, {}, torch.float32, "bfloat16"),
+        (False, 0, {}, torch.float32, "same"),
+        (True, 10**9, {}, torch.float32, "same"),
+        (True, 0, {"dtype": "float32"}, torch.float32, "same"),
+        (True, 0, {}, torch.bfloat16, "same"),
+        (True, 0, {}, torch.float16, "same"),
+    ],
+    ids=["large", "no units", "small", "asked for float32", "bfloat16", "float16"],
+)
+def test_when_a_shorter_format_is_chosen(
+    units: bool,
+    least: int,
+    model: dict[str, str],
+    checkpoint: torch.dtype,
+    expected: str,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it pays, and nobody has said what the model is to run in."""
+    monkeypatch.setattr(opening, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(opening, "_LARGE", least)
+    if checkpoint != torch.float32:
+        load_model(str(place.model)).to(checkpoint).save_pretrained(place.model)
+    stage = set_stage(make_config(given(place, **model)))
+    assert stage.dtype == expected
+    assert stage.view.model.dtype == (torch.bfloat16 if expected == "bfloat16" else checkpoint)
+
+
+def test_what_a_model_has_is_the_same(place: Place) -> None:
+    """To be searched in its own format, it is not loaded twice."""
+    load_model(str(place.model)).bfloat16().save_pretrained(place.model)
+    stage = set_stage(make_config({**given(place), "search": {"dtype": "bfloat16"}}))
+    assert stage.dtype == "same" and stage.with_weights("same") is stage
+
+
+@pytest.mark.parametrize("began", ["same", "bfloat16"])
+def test_a_run_goes_on_in_the_format_that_it_began_with(
+    began: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a processor where another would be chosen; and it goes on to the bit."""
+    monkeypatch.setattr(opening, "_LARGE", 0)
+    monkeypatch.setattr(opening, "has_bfloat16_units", lambda: began == "bfloat16")
+    succeed(*place.prune("search.costs=fixed"))
+    plan, before = (place.out / "plan.json").read_bytes(), read_json(place.out / "report.json")
+    monkeypatch.setattr(opening, "has_bfloat16_units", lambda: began == "same")
+    (place.out / "report.json").unlink()
+    for path in (place.out / "checkpoints").iterdir():
+        path.unlink()
+    succeed("resume", str(place.out))
+    after = read_json(place.out / "report.json")
+    assert before["search"]["dtype"] == after["search"]["dtype"] == {"same": "float32"}.get(began, began)
+    assert (place.out / "plan.json").read_bytes() == plan and after["loss"] == before["loss"]
+
+
+@pytest.mark.parametrize("command", ["prune", "apply", "units"])
+def test_saved_quantised_weights_are_refused(command: str, place: Place, finished: Path) -> None:
+    """With what to give instead; nothing is left behind."""
+    model = place.model_with(quantization_config={"quant_method": "torchao", "quant_type": "int8_weight_only"})
+    before = place.contents()
+    arguments = {
+        "prune": place.prune(model=model),
+        "apply": ["apply", str(finished / "plan.json"), str(model), "applied"],
+        "units": ["units", str(model)],
+    }[command]
+    sentence = in_one_sentence(run(*arguments))
+    assert f"{model} are saved quantised" in sentence and "give the original" in sentence
+    assert "search.dtype=int8" in sentence and place.contents() == before
+
+
+def test_int8_without_torchao(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told before anything is loaded, with how to get it."""
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    monkeypatch.setattr(opening, "load_model", None)
+    sentence = in_one_sentence(run(*place.prune("search.dtype=int8")))
+    assert "need torchao" in sentence and "pip install torchao" in sentence
+    assert not place.out.exists()
+
+
+def test_int8_is_not_for_kernels() -> None:
+    """Which multiply with plain weights."""
+    with pytest.raises(ConfigError, match=r"search.dtype 'int8' needs backend 'torch' or 'auto', but that is 'triton'"):
+        make_config({"backend": "triton", "search": {"dtype": "int8"}})
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**31 + 399, False), (2**31 + 400, True)])
+def test_what_does_not_fit_on_a_gpu_stays_on_the_processor(
+    free: int, expected: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With room for activations; that is said."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**12))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    weights = nn.Linear(10, 10, bias=False)
+    model = SimpleNamespace(parameters=weights.parameters, dtype=torch.float32)
+    assert opening._fits(model, torch.device("cuda")) == expected
+    told = "cuda has no room for the model in torch.float32: it stays on the processor"
+    assert [record.getMessage() for record in caplog.records] == ([] if expected else [told])
+    assert opening._fits(model, torch.device("cpu"))
+
+
+@all_dtypes
+def test_what_a_run_would_take(dtype: str, place: Place) -> None:
+    """Of memory for weights while it is searched, and for the model itself."""
+    out = succeed("units", str(place.model), "--set", f"search.dtype={dtype}", "--set", "data.window=16").out
+    assert f"GiB in {dtype} while it is searched, " in out and " GiB when it is sliced)" in out
+    assert "while it is searched" not in succeed("units", str(place.model), "--set", "data.window=16").out
