@@ -6,7 +6,7 @@ Letters: R rows, U units, B windows, K masks, C chunks, T tokens, D, E output an
 import copy
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from quantised import DTYPES, Packed, all_ways, each_projection, needs_torchao, quantise
+from searches import activities
 from test_masking import GRANULARITIES, OPS, Stop, emptying_masks, logits_of, masked_logits, random_masks
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
 from tolerances import LOGITS, assert_close
@@ -29,7 +30,7 @@ from bernprune.models.shortening import shorten, stored_bytes
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
-from bernprune.objective import masked_objective
+from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KINDS
 
@@ -118,18 +119,18 @@ def test_losses_are_those_of_plain_weights(family: str, way: str) -> None:
     masks_KU = random_masks(view.space, 6)
     masks_KU[1] = masks_KU[0]
     masks_KU[1, -1] ^= True  # so that the two agree on all but the last layer
-    calls: list[tuple[str, torch.Tensor]] = [
-        ("window_losses", masks_KU),
-        ("window_losses", masks_KU[:1]),
-        ("window_losses", torch.rand(2, view.space.size, generator=torch.Generator().manual_seed(0))),
-        ("token_losses", random_masks(view.space, 12).view(2, 2, 3, -1)),
-        ("activities", masks_KU[0]),
+    calls: list[tuple[Callable[..., torch.Tensor], torch.Tensor]] = [
+        (MaskedObjective.window_losses, masks_KU),
+        (MaskedObjective.window_losses, masks_KU[:1]),
+        (MaskedObjective.window_losses, torch.rand(2, view.space.size, generator=torch.Generator().manual_seed(0))),
+        (MaskedObjective.token_losses, random_masks(view.space, 12).view(2, 2, 3, -1)),
+        (activities, masks_KU[0]),
     ]
-    for (name, masks), costs in itertools.product(calls, (GATHERING, Costs(1e9, 0.0, 0.5), None)):
+    for (call, masks), costs in itertools.product(calls, (GATHERING, Costs(1e9, 0.0, 0.5), None)):
         found = []
         for each in (view, plain):
             with masked_objective(each, OPS, costs=costs, rows_per_forward=5) as objective:
-                found.append(getattr(objective, name)(masks, tokens_BT))
+                found.append(call(objective, masks, tokens_BT))
         assert_close(*found, LOGITS[DTYPES[way]])
 
 
