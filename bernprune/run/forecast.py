@@ -11,6 +11,7 @@ from bernprune.evaluation.perplexity import check_window
 from bernprune.losses import LOGIT_BYTES
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import masked_objective
+from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate
 from bernprune.run.stage import check_family, open_model, row_bytes, rows_per_forward
 from bernprune.run.workload import (
@@ -19,7 +20,6 @@ from bernprune.run.workload import (
     make_search,
     plan_work,
     reads_activity,
-    scoring_sequences,
 )
 from bernprune.units import KINDS, UnitGroup
 

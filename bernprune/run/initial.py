@@ -1,0 +1,66 @@
+"""What a run's settings say of its initial metrics: which they are, what they cost, and how far they compare."""
+
+import math
+from pathlib import Path
+
+from bernprune.config import RunConfig
+from bernprune.errors import ConfigError
+from bernprune.names import Allocation, Scope
+from bernprune.scores import SCORES, Metric, Options
+from bernprune.units import finest
+
+_SCOPES: dict[Allocation, Scope] = {"uniform": "layer", "global": "global", "pooled": "pooled"}
+
+
+def options_of(config: RunConfig) -> Options:
+    """What metrics are told beside model and text."""
+    initial = config.initial
+    return Options(
+        sparsity=config.budget.sparsity,
+        pruned_inputs=initial.inputs == "pruned",
+        cost_power=initial.cost_power,
+    )
+
+
+def score_names(config: RunConfig) -> tuple[str, ...]:
+    """The first is what the policy starts from."""
+    return config.initial.score, *config.initial.also
+
+
+def metrics_of(config: RunConfig) -> list[Metric]:
+    """Those that are taken; scores from a file cost nothing."""
+    return [SCORES[name] for name in score_names(config) if name in SCORES]
+
+
+def check_scores(config: RunConfig) -> None:
+    """Raises ``ConfigError`` if a metric cannot score what may be removed, or a file of scores is not there."""
+    for metric in metrics_of(config):
+        metric.check(finest(config.granularity), options_of(config))
+    for name in score_names(config):
+        if name not in SCORES and not Path(name).is_file():
+            raise ConfigError(f"score file {name} does not exist")
+    initial = config.initial
+    if initial.influence != "angular" and allocation_of(config) != "block-influence":
+        raise ConfigError(
+            f"initial.influence has no meaning for initial.allocation {allocation_of(config)!r}, only for "
+            "'block-influence'"
+        )
+
+
+def allocation_of(config: RunConfig) -> Allocation:
+    """How many units each layer keeps at first: as set, or as suits the first metric."""
+    score = config.initial.score
+    return config.initial.allocation or (SCORES[score].allocation if score in SCORES else "uniform")
+
+
+def scope_of(config: RunConfig) -> Scope:
+    """Which scores are compared; where layers have shares of their own, those of a layer and kind."""
+    return _SCOPES.get(allocation_of(config), "layer")
+
+
+def scoring_sequences(config: RunConfig, num_layers: int) -> int:
+    """What the initial metrics cost, in windows of the search run forward; it is not part of its budget."""
+    initial, window = config.initial, config.data.window
+    passes = sum(metric.forwards(num_layers, options_of(config)) for metric in metrics_of(config))
+    passes += allocation_of(config) == "block-influence"
+    return math.ceil(initial.windows * passes * (initial.window or window) / window)
