@@ -102,6 +102,10 @@ class InitialConfig(Section):
     """How that change is measured: by angle, 1 - cosine, or mean squared or absolute difference."""
     cost_power: Annotated[float, Field(ge=0, le=1)] | None = None
     """Divide scores by this power of what a unit costs, in parameters; by default the metric's own."""
+    pairs: Count = 8
+    """mini-llm: differences of the loss that are taken of each calibration window, two passes each."""
+    step: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """mini-llm: how far apart, in gates or weights; by default 0.0625 for gates and 0.001 for weights."""
     sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
     """High probability of the map 'const'."""
     windows: Count = 128

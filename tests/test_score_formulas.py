@@ -12,7 +12,6 @@ from tolerances import EXACT, LOGITS, assert_close
 from bernprune.models.view import ModelView, describe
 from bernprune.policy.allocation import shares_by_importance
 from bernprune.scores import SCORES, initial_scores
-from bernprune.scores.base import Metric
 from bernprune.scores.distances import distance_of
 from bernprune.scores.goa import listed_at
 
@@ -226,62 +225,3 @@ def test_block_influence() -> None:
             span = view.space.span(kind, layer)  # type: ignore[arg-type]
             if span is not None:
                 assert scores_U[span].item() == pytest.approx(influence(a, b), rel=1e-6)
-
-
-# What must not change a score
-
-
-def view_for(model: Any, metric: Metric) -> ModelView:
-    return describe(model, metric.kinds)
-
-
-def scores_by(model: Any, metric: Metric, windows_WT: torch.Tensor = WINDOWS_WT) -> torch.Tensor:
-    return initial_scores(view_for(model, metric), windows_WT, metric, rows_per_forward=3)
-
-
-def with_permuted_channels(model: Any, order: torch.Tensor) -> Any:
-    for layer in model.model.layers:
-        for projection in (layer.mlp.gate_proj, layer.mlp.up_proj):
-            projection.weight.data = projection.weight.data[order]
-            projection.bias.data = projection.bias.data[order]
-        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data[:, order]
-    return model
-
-
-@all_metrics
-def test_permuted_channels_have_permuted_scores(metric: Metric) -> None:
-    """And nothing else changes; but for random ones, which do not look."""
-    order = torch.randperm(19, generator=torch.Generator().manual_seed(0))
-    plain, permuted = scores_by(biased(), metric), scores_by(with_permuted_channels(biased(), order), metric)
-    space = view_for(biased(), metric).space
-    expected = plain.clone()
-    for layer in range(4):
-        span = space.span("channel", layer)
-        if span is not None:
-            expected[span] = plain[span][order]
-    close = torch.allclose(permuted, expected, rtol=1e-6, atol=1e-9)
-    assert close == (metric.name != "random" or space.span("channel", 0) is None)
-
-
-@all_metrics
-def test_text_twice_over_says_the_same(metric: Metric) -> None:
-    """Scores do not grow with the amount of text."""
-    once, twice = scores_by(biased(), metric), scores_by(biased(), metric, WINDOWS_WT.repeat(2, 1))
-    assert_close(twice, once, 1e-6)
-
-
-@all_metrics
-def test_metrics_leave_the_model_as_it_was_and_repeat_themselves(metric: Metric) -> None:
-    """Same logits, same hooks, same gradients asked for, and the same scores again."""
-    model = tiny_model("qwen2")
-    view = view_for(model, metric)
-    asked = [parameter.requires_grad for parameter in model.parameters()]
-    before, implementation = model(input_ids=WINDOWS_WT).logits, model.config._attn_implementation
-    first, second = (initial_scores(view, WINDOWS_WT, metric, rows_per_forward=3) for _ in range(2))
-    assert torch.equal(first, second) and first.dtype == torch.float64 and first.isfinite().all()
-    assert len(set(first.tolist())) > len(first) // 2
-    assert torch.equal(model(input_ids=WINDOWS_WT).logits, before)
-    assert model.config._attn_implementation == implementation
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert [parameter.requires_grad for parameter in model.parameters()] == asked
-    assert all(parameter.grad is None for parameter in model.parameters())

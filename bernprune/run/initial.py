@@ -19,6 +19,8 @@ def options_of(config: RunConfig) -> Options:
         sparsity=config.budget.sparsity,
         pruned_inputs=initial.inputs == "pruned",
         cost_power=initial.cost_power,
+        pairs=initial.pairs,
+        step=initial.step,
     )
 
 
@@ -39,7 +41,10 @@ def check_scores(config: RunConfig) -> None:
     for name in score_names(config):
         if name not in SCORES and not Path(name).is_file():
             raise ConfigError(f"score file {name} does not exist")
-    initial = config.initial
+    initial, told = config.initial, [name for metric in metrics_of(config) for name in metric.reads]
+    for name, default in (("pairs", Options.pairs), ("step", Options.step)):
+        if getattr(initial, name) != default and name not in told:
+            raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
     if initial.influence != "angular" and allocation_of(config) != "block-influence":
         raise ConfigError(
             f"initial.influence has no meaning for initial.allocation {allocation_of(config)!r}, only for "

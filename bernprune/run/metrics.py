@@ -22,8 +22,8 @@ def metrics_table(metrics: Iterable[Metric]) -> str:
         [
             *lines,
             "",
-            f"passes       over the calibration text (initial.windows), of a model of {_LAYERS} layers; g: with a "
-            "gradient, which costs two more",
+            f"passes       over the calibration text (initial.windows), of a model of {_LAYERS} layers; g: with "
+            "gradients, which cost three more",
             "allocation   how many units each layer keeps, unless initial.allocation says otherwise",
         ]
     )

@@ -22,10 +22,14 @@ from bernprune.scores.block_influence import BLOCK_INFLUENCE
 from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
 from bernprune.scores.files import read_scores, write_scores
 from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
+from bernprune.scores.fusion import FUSED, RANK_AVERAGE
 from bernprune.scores.goa import GOA, GOA_MOMENT
+from bernprune.scores.hywia import HYWIA
 from bernprune.scores.magnitude import MAGNITUDE
+from bernprune.scores.mini_llm import MINI_LLM, MINI_LLM_WEIGHTS
 from bernprune.scores.random_score import RANDOM
 from bernprune.scores.stream import LayerPass, Projection, Score, Scores, by_column, by_layer
+from bernprune.scores.taylor import TAYLOR_ELEMENT, TAYLOR_SECOND, TAYLOR_VECTOR
 from bernprune.scores.wanda_sp import WANDA_SP
 
 SCORES: dict[str, Metric] = {
@@ -40,6 +44,14 @@ SCORES: dict[str, Metric] = {
         CFSP,
         CFSP_RELEASED,
         BLOCK_INFLUENCE,
+        MINI_LLM,
+        MINI_LLM_WEIGHTS,
+        TAYLOR_VECTOR,
+        TAYLOR_ELEMENT,
+        TAYLOR_SECOND,
+        HYWIA,
+        RANK_AVERAGE,
+        FUSED,
         MAGNITUDE,
         RANDOM,
     )

@@ -77,7 +77,8 @@ class Metric:
         allocation: how many units each layer keeps if nothing else is said. It follows from how far the values compare:
             within a layer and kind (``uniform``), a kind (``global``), or all over the model (``pooled``).
         passes: how often the calibration text is run forward, by the number of layers.
-        gradients: whether it back-propagates, which costs as much as two passes more.
+        gradients: whether it back-propagates, layer by layer, which costs as much as three passes more.
+        reads: of ``Options``, what only some metrics look at.
         layerwise: whether it goes layer by layer, so that inputs of pruned layers have a meaning for it.
         cost_power: see ``Options``.
     """
@@ -90,13 +91,14 @@ class Metric:
     allocation: Allocation = "uniform"
     passes: Callable[[int, Options], float] = _one_pass
     gradients: bool = False
+    reads: tuple[str, ...] = ()
     layerwise: bool = False
     cost_power: float = 0.0
 
     def forwards(self, layers: int, options: Options) -> float:
         """What it costs, in forward passes over the calibration text; layers that are pruned in turn run twice."""
         passes = self.passes(layers, options)
-        return passes * (2 if options.pruned_inputs else 3 if self.gradients else 1)
+        return passes * (2 if options.pruned_inputs else 4 if self.gradients else 1)
 
     def check(self, kinds: tuple[Kind, ...], options: Options) -> None:
         """Raises ``ConfigError`` if it cannot score the kinds, or not so."""

@@ -6,7 +6,7 @@ the FFN down projection. A metric may score the columns of such a weight; units 
 Letters: D, E output and input width of a projection, U units.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,10 @@ from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
 from bernprune.scores.base import PARTS, Context
 
+COUPLED: dict[Kind, tuple[str, ...]] = {  # projections that have something of a unit: columns of the last, or rows
+    "kv_group": ("query", "key", "value", "output"),
+    "channel": ("gate", "up", "down"),
+}
 _KINDS: dict[str, Kind] = {"output": "kv_group", "down": "channel"}
 
 
@@ -188,6 +192,11 @@ def of_parts(kv_groups_N: torch.Tensor, channels_N: torch.Tensor) -> Scores:
         "ffn": channels_N.sum(),
         "layer": kv_groups_N.sum() + channels_N.sum(),
     }
+
+
+def of_units(saliences: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Sums over what belongs to each of so many units, which lies side by side in each vector, float64 ``[N]``."""
+    return torch.stack([salience_O.double().view(count, -1).sum(1).cpu() for salience_O in saliences]).sum(0)
 
 
 def fill(view: ModelView, layer: int, scored: Scores, scores_U: torch.Tensor) -> None:
