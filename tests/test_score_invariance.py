@@ -11,7 +11,7 @@ from bernprune.models.view import ModelView, describe
 from bernprune.scores import SCORES, Options, initial_scores
 from bernprune.scores.base import Metric
 
-WINDOWS_WT = random_tokens(4, 9)
+WINDOWS_WT = random_tokens(6, 9)
 OPTIONS = Options(pairs=2)
 # That look at text through random numbers of each window.
 DRAWING = {"random", "mini-llm", "mini-llm-weights"}

@@ -19,12 +19,15 @@ from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
 from bernprune.scores.base import Context, Metric, Options, run_metric
 from bernprune.scores.block_influence import BLOCK_INFLUENCE
+from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
 from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
 from bernprune.scores.files import read_scores, write_scores
 from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
 from bernprune.scores.fusion import FUSED, RANK_AVERAGE
 from bernprune.scores.goa import GOA, GOA_MOMENT
 from bernprune.scores.hywia import HYWIA
+from bernprune.scores.ifso import IFSO
+from bernprune.scores.ifso_repaired import IFSO_REPAIRED
 from bernprune.scores.magnitude import MAGNITUDE
 from bernprune.scores.mini_llm import MINI_LLM, MINI_LLM_WEIGHTS
 from bernprune.scores.random_score import RANDOM
@@ -44,12 +47,15 @@ SCORES: dict[str, Metric] = {
         CFSP,
         CFSP_RELEASED,
         BLOCK_INFLUENCE,
+        BLOCK_PERPLEXITY,
         MINI_LLM,
         MINI_LLM_WEIGHTS,
         TAYLOR_VECTOR,
         TAYLOR_ELEMENT,
         TAYLOR_SECOND,
         HYWIA,
+        IFSO,
+        IFSO_REPAIRED,
         RANK_AVERAGE,
         FUSED,
         MAGNITUDE,
