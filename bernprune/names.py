@@ -38,7 +38,7 @@ ScoreName = Literal[
     "magnitude",
     "random",
 ]
-Allocation = Literal["uniform", "global", "pooled", "block-influence"]
+Allocation = Literal["uniform", "global", "pooled", "block-influence", "search"]
 InfluenceName = Literal["angular", "cosine", "mse", "mae"]
 BaselineName = Literal["none", "moving-average", "leave-one-out", "matched", "published"]
 ReferenceName = Literal["initial", "dense", "current", "mean-field"]

@@ -96,10 +96,12 @@ class InitialConfig(Section):
     """How scores become probabilities."""
     allocation: Allocation | None = None
     """How many units each layer keeps at first: of each kind the same share ('uniform'), the best of each kind in all
-    layers ('global') or of all units ('pooled'), or more where a layer changes more of what passes through it
-    ('block-influence'); by default what suits the metric."""
+    layers ('global') or of all units ('pooled'), more where a layer changes more of what passes through it
+    ('block-influence'), or what an evolution finds to lose least ('search'); by default what suits the metric."""
     influence: InfluenceName = "angular"
     """How that change is measured: by angle, 1 - cosine, or mean squared or absolute difference."""
+    generations: Count = 8
+    """Of that evolution: each runs 18 selections on a quarter of the calibration windows, the first one 24."""
     cost_power: Annotated[float, Field(ge=0, le=1)] | None = None
     """Divide scores by this power of what a unit costs, in parameters; by default the metric's own."""
     pairs: Count = 8

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, run, succeed
+from tiny_run import Place, read_json, run, succeed
 
 from bernprune.errors import ConfigError
 from bernprune.models.view import describe
@@ -53,7 +53,7 @@ def test_the_list_has_every_metric() -> None:
     """With what it costs, where it comes from and what it says."""
     told = succeed("scores").out
     for metric in SCORES.values():
-        (line,) = [line for line in told.splitlines() if line.split()[:1] == [metric.name]]
+        (line,) = [line for line in told.splitlines() if line.startswith(f"{metric.name} ")]
         assert metric.source in line and metric.allocation in line and f"    {metric.about}\n" in told
 
 
@@ -107,6 +107,39 @@ def test_layers_keep_shares_of_their_own() -> None:
             assert (
                 abs(taken - keep ** (torch.log(shares_G[group]) / torch.log(torch.tensor(0.35))).item()) <= 1 / 6 + 1e-9
             )
+
+
+def test_an_allocation_that_is_searched_for(place: Place) -> None:
+    """It lies on the budget, and loses no more on its windows than equal shares."""
+    losses = {}
+    for allocation in ("uniform", "search"):
+        out = place.folder / allocation
+        more = ("initial.generations=3",) if allocation == "search" else ()
+        settings = ("search.sequences=0", f"initial.allocation={allocation}", "budget.sparsity=0.4", *more)
+        succeed(*place.prune(*settings, "initial.windows=32", "data.eval_tokens=512", out=out))
+        losses[allocation] = read_json(out / "report.json")["loss"]["initial"]
+        shares_G = read_state(out / "initial.safetensors")["shares_G"]
+        assert (shares_G.std() > 0) == (allocation == "search")
+    assert losses["search"] < losses["uniform"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["initial.allocation=search", "granularity=[attention, ffn]"],
+            "'search' says how many units each layer keeps",
+        ),
+        (["initial.generations=4"], "initial.generations has no meaning for initial.allocation 'uniform'"),
+        (["initial.pairs=4"], "initial.pairs has no meaning for the score wanda-sp"),
+        (["initial.score=taylor-vector", "initial.inputs=pruned"], "'taylor-vector' does not go layer by layer"),
+        (["initial.score=block-influence"], "'block-influence' cannot rank units of kind kv_group, channel"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_errors(given: list[str], said: str, place: Place) -> None:
+    """Before a model is loaded."""
+    done = run(*place.prune(*given))
+    assert done.code == 2 and said in done.err
 
 
 def test_a_run_gives_more_to_layers_that_change_more(place: Place) -> None:

@@ -119,4 +119,4 @@ def test_blocks_go_one_by_one(granularity: tuple[Kind, ...]) -> None:
         if alive[unit]:
             expected[unit] = rounds + 1 + place / len(losses)
     assert_close(found_U, expected, 1e-9)
-    assert rounds >= 2
+    assert rounds >= 1

@@ -6,9 +6,12 @@ from pathlib import Path
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.names import Allocation, Scope
+from bernprune.policy.allocation import Evolution
 from bernprune.scores import SCORES, Metric, Options
 from bernprune.units import finest
 
+_BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
+SEARCH_EVERY = 4  # calibration window is one that an allocation is searched on
 _SCOPES: dict[Allocation, Scope] = {"uniform": "layer", "global": "global", "pooled": "pooled"}
 
 
@@ -45,10 +48,16 @@ def check_scores(config: RunConfig) -> None:
     for name, default in (("pairs", Options.pairs), ("step", Options.step)):
         if getattr(initial, name) != default and name not in told:
             raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
-    if initial.influence != "angular" and allocation_of(config) != "block-influence":
+    given, allocation = finest(config.granularity), allocation_of(config)
+    for name, meant in (("influence", "block-influence"), ("generations", "search")):
+        if getattr(initial, name) != type(initial).model_fields[name].default and allocation != meant:
+            raise ConfigError(
+                f"initial.{name} has no meaning for initial.allocation {allocation!r}, only for {meant!r}"
+            )
+    if allocation in _BY_LAYER and not set(given) <= {"kv_group", "channel"}:
         raise ConfigError(
-            f"initial.influence has no meaning for initial.allocation {allocation_of(config)!r}, only for "
-            "'block-influence'"
+            f"initial.allocation {allocation!r} says how many units each layer keeps, but with granularity "
+            f"{', '.join(config.granularity)} a layer has one of a kind; take another, or add kv_group and channel"
         )
 
 
@@ -56,6 +65,11 @@ def allocation_of(config: RunConfig) -> Allocation:
     """How many units each layer keeps at first: as set, or as suits the first metric."""
     score = config.initial.score
     return config.initial.allocation or (SCORES[score].allocation if score in SCORES else "uniform")
+
+
+def evolution_of(config: RunConfig) -> Evolution:
+    """By which shares of layers are searched for."""
+    return Evolution(generations=config.initial.generations)
 
 
 def scope_of(config: RunConfig) -> Scope:
@@ -67,5 +81,7 @@ def scoring_sequences(config: RunConfig, num_layers: int) -> int:
     """What the initial metrics cost, in windows of the search run forward; it is not part of its budget."""
     initial, window = config.initial, config.data.window
     passes = sum(metric.forwards(num_layers, options_of(config)) for metric in metrics_of(config))
-    passes += allocation_of(config) == "block-influence"
+    allocation = allocation_of(config)
+    passes += allocation == "block-influence"
+    passes += (allocation == "search") * evolution_of(config).tried / SEARCH_EVERY
     return math.ceil(initial.windows * passes * (initial.window or window) / window)

@@ -1,5 +1,6 @@
 """Initial scores, and where the policy starts from them."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.policy.allocation import shares_by_importance, shares_of_groups
-from bernprune.policy.bernoulli import initial_probs
-from bernprune.run.initial import allocation_of, options_of, scope_of
+from bernprune.policy.allocation import search_shares, shares_by_importance, shares_of_groups
+from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.policy.selection import select
+from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, scope_of
 from bernprune.run.stage import Stage, set_stage
 from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
 from bernprune.scores.base import Context
@@ -42,7 +44,7 @@ def take_start(stage: Stage) -> dict[str, torch.Tensor]:
     """Initial scores, shares and probabilities; kept, so that a resumed run starts from the very same."""
     config, initial = stage.config, stage.config.initial
     scores_US = torch.stack([scores_of(stage, name) for name in (initial.score, *initial.also)], dim=1)
-    shares_G = group_shares(stage)
+    shares_G = group_shares(stage, scores_US[:, 0])
     probs_U = initial_probs(
         stage.view.space,
         scores_US[:, 0],
@@ -56,15 +58,39 @@ def take_start(stage: Stage) -> dict[str, torch.Tensor]:
     return {"scores_US": scores_US, "shares_G": shares_G, "probs_U": probs_U}
 
 
-def group_shares(stage: Stage) -> torch.Tensor:
+def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
     """What each group of units keeps at first where scores of layers are not compared, float64 ``[G]``."""
-    space, keep = stage.view.space, 1 - stage.config.budget.sparsity
-    if allocation_of(stage.config) != "block-influence":
+    config, space, keep = stage.config, stage.view.space, 1 - stage.config.budget.sparsity
+    allocation = allocation_of(config)
+    if allocation == "search":
+        return _searched(stage, scores_U)
+    if allocation != "block-influence":
         return torch.full((len(space.groups),), keep, dtype=torch.float64)
-    config = stage.config
     context = Context(stage.view, stage.initial_windows_WT, config.seed, stage.ops, _rows(stage), options_of(config))
     importance_L = layer_influence(context, config.initial.influence)
     return shares_of_groups(space, shares_by_importance(importance_L, keep))
+
+
+def _searched(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
+    """Shares by what the best units of each group lose together, within budget and limits, on some of the windows."""
+    space, keep = stage.view.space, 1 - stage.config.budget.sparsity
+
+    def mask_by(shares_G: torch.Tensor) -> torch.Tensor:
+        priorities_U = graded(space, scores_U, keep=keep, shares_G=shares_G)
+        return select(priorities_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+
+    with stage.objective() as objective:
+
+        def losses_of(shares_KG: torch.Tensor) -> torch.Tensor:
+            masks_KU = torch.stack([mask_by(shares_G) for shares_G in shares_KG])
+            losses_K = objective.losses(masks_KU, stage.initial_windows_WT[::SEARCH_EVERY])
+            return losses_K.nan_to_num(nan=math.inf)
+
+        found_G = search_shares(
+            len(space.groups), keep, losses_of, seed=stage.config.seed, evolution=evolution_of(stage.config)
+        )
+    kept = mask_by(found_G).double().split([group.count for group in space.groups])
+    return torch.stack([kept_N.mean() for kept_N in kept])  # on the budget
 
 
 def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
