@@ -53,4 +53,5 @@ BLOCK_PERPLEXITY = Metric(
     kinds=BLOCKS,
     allocation="pooled",
     passes=_passes,
+    reads=("sparsity",),
 )

@@ -80,5 +80,6 @@ FUSED = Metric(
     _learned,
     kinds=PARTS,
     passes=lambda layers, options: len(MEMBERS) + (_DRAWN + len(MEMBERS) + 1) / _EVERY,
+    reads=("sparsity",),
     layerwise=True,
 )
