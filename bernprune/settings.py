@@ -76,6 +76,9 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
         return os.path.abspath(value) if local else value
 
+    def scores(value: Any) -> Any:
+        return path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
+
     def source(value: Any) -> Any:
         if not isinstance(value, str) or os.path.exists(value):
             return path(value)
@@ -88,6 +91,9 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(text, dict):
         texts = {key: source(text[key]) for key in ("text", "eval_text") if key in text}
         data = {**data, "data": {**text, **texts}}
-    if isinstance(initial, dict) and str(initial.get("score")).endswith(".safetensors"):
-        data = {**data, "initial": {**initial, "score": path(initial["score"])}}
+    if isinstance(initial, dict):
+        files = {"score": scores(initial["score"])} if "score" in initial else {}
+        if isinstance(initial.get("also"), list):
+            files["also"] = [scores(name) for name in initial["also"]]
+        data = {**data, "initial": {**initial, **files}}
     return data

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
+from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import assert_close
 
 from bernprune.models.view import ModelView, describe
@@ -15,6 +15,13 @@ WINDOWS_WT = random_tokens(6, 9)
 OPTIONS = Options(pairs=2)
 # That look at text through random numbers of each window.
 DRAWING = {"random", "mini-llm", "mini-llm-weights"}
+TRIED = {
+    "mistral-grouped": torch.float64,
+    "qwen2-sliding": torch.bfloat16,
+    "qwen3-sliding_biases": torch.float64,
+    "llama-multi_query": torch.bfloat16,
+}
+SOME_VARIANTS = [variant for variant in VARIANTS if variant.name in TRIED]
 all_metrics = pytest.mark.parametrize("metric", SCORES.values(), ids=SCORES)
 
 
@@ -91,6 +98,16 @@ def test_a_metric_costs_what_it_says(metric: Metric) -> None:
     initial_scores(view, WINDOWS_WT, metric, rows_per_forward=3, options=OPTIONS)
     stated = metric.forwards(len(view.layers), OPTIONS) * len(WINDOWS_WT)
     assert stated / 2 <= sum(rows) <= stated
+
+
+@pytest.mark.parametrize("variant", SOME_VARIANTS, ids=str)
+@all_metrics
+def test_every_family_can_be_scored(metric: Metric, variant: Variant) -> None:
+    """With whatever heads, biases and windows of attention, in bfloat16 too but where that is refused."""
+    dtype = torch.float32 if metric.name == "ifso" else TRIED[variant.name]
+    view = view_for(variant.model(dtype), metric)
+    scores_U = initial_scores(view, WINDOWS_WT, metric, rows_per_forward=4, options=OPTIONS)
+    assert scores_U.shape == (view.space.size,) and scores_U.isfinite().all() and len(set(scores_U.tolist())) > 2
 
 
 @all_metrics
