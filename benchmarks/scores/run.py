@@ -88,7 +88,7 @@ class Bench:
     """One model, one seed: metrics are taken once, and selected by at every sparsity."""
 
     def __init__(self, model: str, seed: int, scratch: Path) -> None:
-        self._model, self._seed, self._scratch = model, seed, scratch
+        self._model, self._seed, self._scratch, self._commit = model, seed, scratch, commit()
         self._tasks: dict[tuple[float, bool], Task] = {}
         self._scored: dict[Any, Scored] = {}
 
@@ -115,7 +115,7 @@ class Bench:
                 "seconds": round(seconds, 2),
                 "peak_mib": round(mib),
                 "machine": machine(task.view.model.device),
-                "commit": commit(),
+                "commit": self._commit,
                 "protocol": protocol.to_dict(),
             }
 
@@ -124,7 +124,7 @@ class Bench:
         if (sparsity, blocks) not in self._tasks:
             source = SOURCES[self._model]
             if blocks:
-                source = dataclasses.replace(source, config={"granularity": ["attention", "ffn"]})
+                source = dataclasses.replace(source, config=merge(source.config, {"granularity": ["attention", "ffn"]}))
             self._tasks[sparsity, blocks] = Task(
                 source, self._scratch, sparsity=sparsity, seed=self._seed, limit=NO_LIMIT
             )

@@ -95,7 +95,5 @@ IFSO_REPAIRED = Metric(
     "error of what reads a unit after the columns of the others have been fitted to make up for it",
     "after Cheng, Zhang and Shi, 2024",
     _repaired,
-    allocation="pooled",
     layerwise=True,
-    cost_power=0.5,
 )
