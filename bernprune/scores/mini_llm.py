@@ -4,7 +4,8 @@ made again rather than kept: Malladi et al., 2023).
 
 An estimate from P directions among n numbers has a variance of about n / P times the mean squared gradient. A model
 has hundreds of thousands of gates of units, but billions of weights: ``mini-llm`` moves gates, ``mini-llm-weights``
-weights, of which only sums over a unit mean anything.
+weights, of which only sums over a unit mean anything. Training has made the mean gradients small, beside those of
+single windows: the note on signal to noise tells what is left.
 
 Letters: P directions, B windows of a batch, U units, O, I rows and columns of a weight, R rows, T tokens.
 """
