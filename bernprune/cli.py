@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -19,16 +19,19 @@ from bernprune import __version__
 from bernprune.backends import keep_freed_memory
 from bernprune.config import RunConfig, make_config
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import BernpruneError
+from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation import perplexity
 from bernprune.manual import manual
 from bernprune.report import table
 from bernprune.run import pipeline
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
+from bernprune.run.metrics import metrics_table, scores_table
 from bernprune.run.plans import select_plan
+from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES
-from bernprune.settings import merge, parse_settings, read_yaml
+from bernprune.scores.files import SUFFIX
+from bernprune.settings import absolute, merge, parse_settings, read_yaml, without_none
 from bernprune.units import KINDS
 
 app = typer.Typer(
@@ -194,7 +197,10 @@ def prune(
     granularity: Granularity = None,
     score: Annotated[
         str | None,
-        typer.Option(help=f"Metric that starts the policy: {', '.join(SCORES)}; by default {DEFAULTS.initial.score}."),
+        typer.Option(
+            help="Metric that starts the policy, of those that bernprune scores lists, or a .safetensors file of "
+            f"scores; by default {DEFAULTS.initial.score}."
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -216,8 +222,8 @@ def prune(
         "preset": preset,
         "seed": seed,
     }
-    given = merge({} if config is None else read_yaml(config), _without_none(flags))
-    checked = make_config(_absolute(merge(given, parse_settings(settings or []))))
+    given = merge({} if config is None else read_yaml(config), without_none(flags))
+    checked = make_config(absolute(merge(given, parse_settings(settings or []))))
     name = Path(checked.model.path).name
     folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
     _State.out = folder
@@ -329,44 +335,44 @@ def units(
 ) -> None:
     """What can be removed from a model, what it costs, and what a run would take."""
     given = read_yaml(Path(model)) if Path(model).suffix in (".yaml", ".yml") else {"model": {"path": model}}
-    flags = _without_none({"granularity": granularity})
+    flags = without_none({"granularity": granularity})
     checked = make_config(merge(merge(given, flags), parse_settings(settings or [])))
     _quiet_libraries()
     _show(forecast(checked))
 
 
 @app.command()
+def scores(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Local folder, Hugging Face name, or 'embedded'; without one, the metrics are listed."),
+    ] = None,
+    score: Annotated[str | None, typer.Option(help=f"Metric; by default {DEFAULTS.initial.score}.")] = None,
+    text: Annotated[str | None, typer.Option(help="Calibration text, as for prune.")] = None,
+    granularity: Granularity = None,
+    out: Annotated[Path | None, typer.Option(help="A .safetensors file to write, for prune --score.")] = None,
+    settings: Set = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """List the metrics, or score the units of a model by one, as a run would."""
+    flags = {"model": {"path": model}, "data": {"text": text}, "granularity": granularity, "initial": {"score": score}}
+    given = merge(without_none(flags), parse_settings(settings or []))
+    if model is None:
+        if given or out is not None:
+            raise ConfigError("bernprune scores without a model lists the metrics, and takes no options")
+        _show(metrics_table(SCORES.values()))
+        return
+    if out is not None and out.suffix != SUFFIX:
+        raise ConfigError(f"the name of a file of scores must end in {SUFFIX}, but is {str(out)!r}")
+    checked = make_config(absolute(given))
+    _quiet_libraries()
+    _show("\n".join([scores_table(score_model(checked, out)), *([] if out is None else [f"result       {out}"])]))
+
+
+@app.command()
 def settings() -> None:
     """Every setting, its default, and what it means."""
     _show(manual())
-
-
-def _without_none(data: dict[str, Any]) -> dict[str, Any]:
-    """Only what was given."""
-    inner = {key: _without_none(value) if isinstance(value, dict) else value for key, value in data.items()}
-    return {key: value for key, value in inner.items() if value is not None and value != {}}
-
-
-def _absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """Local paths made absolute, so that a run can be resumed from another folder."""
-
-    def path(value: Any) -> Any:
-        local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
-        return os.path.abspath(value) if local else value
-
-    def source(value: Any) -> Any:
-        if not isinstance(value, str) or os.path.exists(value):
-            return path(value)
-        folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
-        return os.path.abspath(folder) + colon + rest if os.path.isdir(folder) else value
-
-    model, text = data.get("model"), data.get("data")
-    if isinstance(model, dict) and "path" in model:
-        data = {**data, "model": {**model, "path": path(model["path"])}}
-    if isinstance(text, dict):
-        texts = {key: source(text[key]) for key in ("text", "eval_text") if key in text}
-        data = {**data, "data": {**text, **texts}}
-    return data
 
 
 if __name__ == "__main__":

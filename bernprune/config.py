@@ -25,7 +25,7 @@ from bernprune.sections import (
     Section,
 )
 from bernprune.settings import merge
-from bernprune.units import ANCESTORS, KINDS
+from bernprune.units import KINDS, finest
 
 EXPLORED = (0.5, 1.5)  # times its own sparsity
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
@@ -88,11 +88,6 @@ class RunConfig(Section):
             raise ValueError("data.eval_join is for data.eval_text, which is not given")
         if not self.granularity or len(set(self.granularity)) != len(self.granularity):
             raise ValueError(f"granularity must name different levels out of {', '.join(KINDS)}")
-        if "flap" in (self.initial.score, *self.initial.also) and not {"kv_group", "channel"} >= set(self._finest()):
-            raise ValueError(
-                "initial.score 'flap' standardises its scores within each block, so it cannot rank whole blocks; add "
-                "kv_group and channel to granularity, or take another score"
-            )
         if len({self.initial.score, *self.initial.also}) <= len(self.initial.also):
             raise ValueError(
                 f"initial.also must name other metrics than initial.score {self.initial.score!r}, each once, but is "
@@ -175,7 +170,7 @@ class RunConfig(Section):
                 "search.sampling 'antithetic' needs all masks on the same text, and so search.non_finite 'error' for "
                 "search.masks_per 'batch' or search.windows 1; to drop single ones take 'independent' or 'exact'"
             )
-        if search.sampling == "exact" and len(self._finest()) < len(self.granularity):
+        if search.sampling == "exact" and len(finest(self.granularity)) < len(self.granularity):
             raise ValueError(
                 "search.sampling 'exact' needs units that do not lie in one another, but granularity is "
                 f"{', '.join(self.granularity)}"
@@ -197,10 +192,6 @@ class RunConfig(Section):
         """Tokens of a chunk."""
         window = self.data.window
         return self.search.chunk or max((size for size in USUAL_CHUNKS if window % size == 0), default=window)
-
-    def _finest(self) -> list[Kind]:
-        """Levels that no other chosen level refines: those whose scores decide."""
-        return [kind for kind in self.granularity if not any(kind in ANCESTORS[other] for other in self.granularity)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every field explicit; ``make_config`` reads it back to an equal config."""

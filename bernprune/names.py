@@ -1,5 +1,6 @@
 """The names of what can be chosen by a word, in one place, so that the configuration depends on no other module."""
 
+import difflib
 from typing import Any, Literal, get_args
 
 from bernprune.errors import ConfigError
@@ -13,7 +14,32 @@ MasksPer = Literal["batch", "sequence", "chunk"]
 Sampling = Literal["independent", "antithetic", "exact"]
 MapName = Literal["sigmap", "norm", "const", "hybrid", "uniform"]
 Scope = Literal["layer", "global", "pooled"]
-ScoreName = Literal["wanda-sp", "flap", "magnitude", "random"]
+ScoreName = Literal[
+    "wanda-sp",
+    "flap",
+    "flap-wifn",
+    "flap-ifv",
+    "goa",
+    "goa-moment",
+    "cfsp",
+    "cfsp-released",
+    "block-influence",
+    "block-perplexity",
+    "mini-llm",
+    "mini-llm-weights",
+    "taylor-vector",
+    "taylor-element",
+    "taylor-second",
+    "hywia",
+    "ifso",
+    "ifso-repaired",
+    "rank-average",
+    "fused",
+    "magnitude",
+    "random",
+]
+Allocation = Literal["uniform", "global", "pooled", "block-influence", "search"]
+InfluenceName = Literal["angular", "cosine", "mse", "mae"]
 BaselineName = Literal["none", "moving-average", "leave-one-out", "matched", "published"]
 ReferenceName = Literal["initial", "dense", "current", "mean-field"]
 Scaling = Literal["raw", "sqrt-fisher", "natural"]
@@ -28,3 +54,9 @@ def check_name(what: str, name: str, names: Any) -> None:
     """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
     if name not in get_args(names):
         raise ConfigError(f"{what} {name!r} is unknown; known are {', '.join(get_args(names))}")
+
+
+def nearest(name: str, names: Any) -> str:
+    """The one of ``names``, which is one of the types above, that is spelt most like ``name``."""
+    known: tuple[str, ...] = get_args(names)
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

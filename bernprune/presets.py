@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "budget": {"pools": "separate", "min_kv_groups": 0, "min_channels": 0},
-        "initial": {"score": "wanda-sp", "map": "sigmap", "scope": "layer", "inputs": "pruned"},
+        "initial": {"score": "wanda-sp", "map": "sigmap", "allocation": "uniform", "inputs": "pruned"},
         "policy": {"floor": 0.0, "ceiling": 1.0, "projection": "published"},
         "search": {
             "method": "reinforce",

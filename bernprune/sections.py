@@ -3,13 +3,15 @@
 What they must have in common is checked by ``bernprune.config.RunConfig``.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from bernprune.embedded import EMBEDDED
 from bernprune.names import (
+    Allocation,
     BaselineName,
+    InfluenceName,
     MapName,
     MasksPer,
     Measure,
@@ -20,9 +22,9 @@ from bernprune.names import (
     ReferenceName,
     Sampling,
     Scaling,
-    Scope,
     ScoreName,
     SearchDtype,
+    nearest,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -87,15 +89,26 @@ class BudgetConfig(Section):
 
 
 class InitialConfig(Section):
-    score: ScoreName = "wanda-sp"
-    """Metric that starts the policy."""
-    also: tuple[ScoreName, ...] = ()
+    score: ScoreName | str = "wanda-sp"
+    """Metric that starts the policy (bernprune scores lists them), or a .safetensors file of scores."""
+    also: tuple[ScoreName | str, ...] = ()
     """posterior: other metrics, which the regression of worths on scores looks at beside the first."""
     map: MapName = "const"
     """How scores become probabilities."""
-    scope: Scope | None = None
-    """Map the scores of each layer and kind by themselves ('layer'), each kind over all layers ('global'), or all at
-    once ('pooled'); by default 'pooled' for flap and 'layer' for others."""
+    allocation: Allocation | None = None
+    """How many units each layer keeps at first: of each kind the same share ('uniform'), the best of each kind in all
+    layers ('global') or of all units ('pooled'), more where a layer changes more of what passes through it
+    ('block-influence'), or what an evolution finds to lose least ('search'); by default what suits the metric."""
+    influence: InfluenceName = "angular"
+    """How that change is measured: by angle, 1 - cosine, or mean squared or absolute difference."""
+    generations: Count = 8
+    """Of that evolution: each runs 18 selections on a quarter of the calibration windows, the first one 24."""
+    cost_power: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Divide scores by this power of what a unit costs, in parameters; by default the metric's own."""
+    pairs: Count = 8
+    """mini-llm: differences of the loss that are taken of each calibration window, two passes each."""
+    step: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """mini-llm: how far apart, in gates or weights; by default 0.0625 for gates and 0.001 for weights."""
     sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
     """High probability of the map 'const'."""
     windows: Count = 128
@@ -104,6 +117,17 @@ class InitialConfig(Section):
     """Tokens of such a window; by default data.window."""
     inputs: Literal["dense", "pruned"] = "dense"
     """Score each layer on the dense model's activations, or on those of the already pruned earlier layers."""
+
+    @field_validator("score", "also")
+    @classmethod
+    def _are_known(cls, value: Any) -> Any:
+        for name in [value] if isinstance(value, str) else value:
+            if name not in get_args(ScoreName) and not name.endswith(".safetensors"):
+                raise ValueError(
+                    f"score {name!r} is unknown; did you mean {nearest(name, ScoreName)!r}? known are "
+                    f"{', '.join(get_args(ScoreName))}, and paths of .safetensors files"
+                )
+        return value
 
 
 class PolicyConfig(Section):

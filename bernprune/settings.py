@@ -1,11 +1,13 @@
 """Settings as a user writes them, in YAML files and after ``--set``: nested plain data, not yet checked."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
 
 
@@ -59,3 +61,39 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
             value = {part: value}
         nested = merge(nested, value)
     return nested
+
+
+def without_none(data: dict[str, Any]) -> dict[str, Any]:
+    """Only what was given."""
+    inner = {key: without_none(value) if isinstance(value, dict) else value for key, value in data.items()}
+    return {key: value for key, value in inner.items() if value is not None and value != {}}
+
+
+def absolute(data: dict[str, Any]) -> dict[str, Any]:
+    """Local paths made absolute, so that a run can be resumed from another folder."""
+
+    def path(value: Any) -> Any:
+        local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
+        return os.path.abspath(value) if local else value
+
+    def scores(value: Any) -> Any:
+        return path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
+
+    def source(value: Any) -> Any:
+        if not isinstance(value, str) or os.path.exists(value):
+            return path(value)
+        folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
+        return os.path.abspath(folder) + colon + rest if os.path.isdir(folder) else value
+
+    model, text, initial = data.get("model"), data.get("data"), data.get("initial")
+    if isinstance(model, dict) and "path" in model:
+        data = {**data, "model": {**model, "path": path(model["path"])}}
+    if isinstance(text, dict):
+        texts = {key: source(text[key]) for key in ("text", "eval_text") if key in text}
+        data = {**data, "data": {**text, **texts}}
+    if isinstance(initial, dict):
+        files = {"score": scores(initial["score"])} if "score" in initial else {}
+        if isinstance(initial.get("also"), list):
+            files["also"] = [scores(name) for name in initial["also"]]
+        data = {**data, "initial": {**initial, **files}}
+    return data

@@ -31,6 +31,11 @@ ANCESTORS: dict[Kind, tuple[Kind, ...]] = {
 }
 
 
+def finest(kinds: Sequence[Kind]) -> tuple[Kind, ...]:
+    """Those of some kinds that no other of them refines."""
+    return tuple(kind for kind in kinds if not any(kind in ANCESTORS[other] for other in kinds))
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """Sizes of one decoder layer; ``query_heads`` are those of all its kv groups together."""
@@ -144,6 +149,16 @@ class UnitSpace:
     @property
     def kinds(self) -> tuple[Kind, ...]:
         return tuple(kind for kind in KINDS if any(group.kind == kind for group in self.groups))
+
+    @property
+    def finest(self) -> tuple[Kind, ...]:
+        """Kinds whose units no others lie in: those whose scores decide."""
+        return finest(self.kinds)
+
+    @functools.cached_property
+    def within_U(self) -> torch.Tensor:
+        """Parameters of each unit with all that lies in it, float64 ``[U]``."""
+        return self.marginal(self.costs_U(), torch.ones(self.size, dtype=torch.float64))
 
     @property
     def nested(self) -> bool:

@@ -83,7 +83,7 @@ PAPER = {
     "search.sampling": "independent",
     "search.selection": 0.0,
     "search.non_finite": "drop",
-    "initial.scope": "layer",
+    "initial.allocation": "uniform",
     "initial.inputs": "pruned",
     "budget.min_kv_groups": 0,
     "budget.min_channels": 0,
@@ -184,13 +184,13 @@ def test_the_manual_tells_of_every_setting() -> None:
             written = re.sub(r" \([^)]*\)$", "", line.partition(" = ")[2])
             assert value_at(make_config(parse_settings([f"{key}={written}"])), key) == default
             assert f"{line} {' '.join(field.description.split())}" in told
-    assert "initial.score = wanda-sp (wanda-sp, flap, magnitude, random)" in told
+    assert f"initial.score = wanda-sp ({', '.join(SCORES)})" in told
 
 
 def test_help_gives_defaults_and_choices() -> None:
     """Of what many will set, as the models have it."""
     told, config = " ".join(run("prune", "--help").out.split()), RunConfig()
-    assert f"{', '.join(SCORES)}; by default {config.initial.score}" in told
+    assert f"that bernprune scores lists, or a .safetensors file of scores; by default {config.initial.score}" in told
     assert f"remove; by default {config.budget.sparsity:g}" in told and f"windows; by default {config.seed}" in told
     assert run("settings").out == f"{manual()}\n" and run("--version").out == f"{bernprune.__version__}\n"
 

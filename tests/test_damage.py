@@ -471,7 +471,7 @@ def test_a_start_that_loses_beyond_measure_is_no_reason_to_fail(
         return found_K * math.nan if next(names, None) in lost else found_K
 
     monkeypatch.setattr(MaskedObjective, "losses", losses)
-    done = succeed(*place.prune("search.method=reinforce", "initial.map=sigmap", "initial.scope=global"))
+    done = succeed(*place.prune("search.method=reinforce", "initial.map=sigmap", "initial.allocation=global"))
     assert done.err.count("on the evaluation text is nan") == len(lost)
     report = read_json(place.out / "report.json")
     for name in ("dense", "uniform", "initial", "pruned"):

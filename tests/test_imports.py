@@ -87,7 +87,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.seeding": (),
     "bernprune.units": ("bernprune.names", "bernprune.errors"),
     "bernprune.presets": (),
-    "bernprune.settings": ("bernprune.errors",),
+    "bernprune.settings": ("bernprune.errors", "bernprune.embedded"),
     "bernprune.complaints": (),
     "bernprune.config": (
         "bernprune.complaints",
@@ -110,7 +110,15 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.storage",
     ),
     "bernprune.models.modeling_bernprune": (),  # copied into every saved folder
-    "bernprune.scores": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.scores"),
+    "bernprune.scores": (
+        *VOCABULARY,
+        "bernprune.backends",
+        "bernprune.models",
+        "bernprune.losses",
+        "bernprune.objective",  # of metrics that try masks or gates
+        "bernprune.scores",
+        "bernprune.storage",
+    ),
     "bernprune.losses": ("bernprune.backends",),
     "bernprune.costs": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.losses"),
     "bernprune.objective": (

@@ -136,7 +136,7 @@ def _interrupt(*_: Any, **__: Any) -> None:
 def test_interrupted_before_the_search(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C while the model is loaded or scored leaves nothing, and no advice to resume nothing."""
     before = place.contents()
-    for name in ("set_stage", "initial_scores"):
+    for name in ("set_stage", "take_start"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(pipeline, name, _interrupt)
             done = run(*place.prune())
@@ -152,7 +152,7 @@ def test_terminated_before_the_search(place: Place, monkeypatch: pytest.MonkeyPa
         assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "this would end the tests"
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(pipeline, "initial_scores", terminate)
+    monkeypatch.setattr(pipeline, "take_start", terminate)
     assert run(*place.prune()).code == 130
     assert place.contents() == before
 

@@ -1,7 +1,6 @@
 """The metrics are the published formulas of activations that the model really has, gathered without a trace."""
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -13,13 +12,13 @@ from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune import scores
 from bernprune.backends import load_backend
-from bernprune.errors import ConfigError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.statistics import input_statistics, run_windows, watching
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind, ScoreName
-from bernprune.scores import SCORES, Projection, initial_scores
+from bernprune.scores import SCORES, Context, Metric, Options, Projection, initial_scores
 from bernprune.units import KINDS
 
 OPS = load_backend("torch", torch.device("cpu"))
@@ -157,9 +156,9 @@ def test_equal_columns_have_equal_flap_scores() -> None:
 
 def test_every_name_has_a_score() -> None:
     """What the configuration allows is what there is."""
-    assert set(SCORES) == set(get_args(ScoreName))
-    assert all(list(inspect.signature(score).parameters) == ["projection"] for score in SCORES.values())
-    assert set(scores.__all__) == {"SCORES", "Projection", "Score", "initial_scores", "unit_scores"}
+    assert list(SCORES) == list(get_args(ScoreName))
+    assert all(metric.about and metric.source for metric in SCORES.values())
+    assert all(hasattr(scores, name) for name in scores.__all__)
 
 
 # Random scores
@@ -207,6 +206,10 @@ def simulated(view: ModelView, name: str, sparsity: float) -> torch.Tensor:
     return units_of(view, scored)
 
 
+def pruned(sparsity: float) -> Options:
+    return Options(sparsity=sparsity, pruned_inputs=True)
+
+
 # FLAP has no column sums worth comparing: those of standard scores are zero but for rounding.
 PRUNED: list[tuple[tuple[Kind, ...], str, float]] = [
     (PARTS, "wanda-sp", 0.4),
@@ -227,7 +230,7 @@ def test_pruned_inputs_are_those_of_sliced_layers(
 ) -> None:
     """Each layer is scored on what the sliced earlier layers hand on; these scores differ from the dense ones."""
     view = describe(variant.model(), granularity)
-    found = initial_scores(view, WINDOWS_WT, SCORES[name], pruned_inputs=(OPS, sparsity), rows_per_forward=3)
+    found = initial_scores(view, WINDOWS_WT, SCORES[name], options=pruned(sparsity), rows_per_forward=3)
     assert_close(found, simulated(view, name, sparsity), FLOAT32_WEIGHTS)
     dense = initial_scores(view, WINDOWS_WT, SCORES[name])
     first_U = torch.tensor([group.layer == 0 for group in view.space.groups])[view.space.group_U]
@@ -238,7 +241,7 @@ def test_pruned_inputs_are_those_of_sliced_layers(
 def test_pruning_nothing_gives_the_dense_scores() -> None:
     """At a sparsity of zero both ways of gathering inputs agree."""
     view = describe(tiny_model("qwen3"))
-    found = initial_scores(view, WINDOWS_WT, SCORES["wanda-sp"], pruned_inputs=(OPS, 0.0))
+    found = initial_scores(view, WINDOWS_WT, SCORES["wanda-sp"], options=pruned(0.0))
     assert_close(found, initial_scores(view, WINDOWS_WT, SCORES["wanda-sp"]), EXACT)
 
 
@@ -294,16 +297,16 @@ def failing(projection: Projection) -> torch.Tensor:
     return projection.weight_DE.sum(0)
 
 
-@pytest.mark.parametrize("pruned_inputs", [None, (OPS, 0.5)], ids=["dense", "pruned"])
-def test_the_model_is_left_as_it_was(pruned_inputs: Any) -> None:
+@pytest.mark.parametrize("options", [Options(), pruned(0.5)], ids=["dense", "pruned"])
+def test_the_model_is_left_as_it_was(options: Options) -> None:
     """After scores were taken, and after a metric failed: no hook, no masked module, the same logits."""
     view = describe(tiny_model("llama"))
     modules = [id(module) for module in view.model.modules()]
     before = view.model(input_ids=WINDOWS_WT).logits
-    initial_scores(view, WINDOWS_WT, SCORES["flap"], pruned_inputs=pruned_inputs)
+    initial_scores(view, WINDOWS_WT, SCORES["flap"], options=options)
     assert num_hooks(view.model) == 0
     with pytest.raises(ArithmeticError, match="on purpose"):
-        initial_scores(view, WINDOWS_WT, failing, pruned_inputs=pruned_inputs)
+        initial_scores(view, WINDOWS_WT, failing, options=options)
     assert num_hooks(view.model) == 0
     assert [id(module) for module in view.model.modules()] == modules
     assert torch.equal(view.model(input_ids=WINDOWS_WT).logits, before)
@@ -321,6 +324,55 @@ def test_scores_without_activations_are_refused(spoil: str) -> None:
         initial_scores(view, windows_WT, SCORES["wanda-sp"])
 
 
+def test_activations_that_are_not_finite_name_their_layer() -> None:
+    """Whatever the metric would make of them."""
+    view = describe(tiny_model("llama"))
+    view.layers[2].ffn.up_proj.weight.data[3, 4] = float("inf")
+    with pytest.raises(ModelError, match="activations of layer 2 are not finite"):
+        initial_scores(view, WINDOWS_WT, SCORES["wanda-sp"])
+
+
+def test_scores_that_do_not_fit_are_refused() -> None:
+    """A metric of one's own that counts wrong, or divides by zero, says so by its name."""
+    view = describe(tiny_model("llama"))
+
+    def metric(score: Callable[[Context], torch.Tensor]) -> Metric:
+        return Metric("mine", "made up", "", score)
+
+    with pytest.raises(ConfigError, match=r"'mine' must give 88 numbers, one a unit, but gave \[3\]"):
+        initial_scores(view, WINDOWS_WT, metric(lambda context: torch.ones(3)))
+    scores_U = torch.ones(view.space.size)
+    scores_U[view.space.span("channel", 2)] = float("nan")
+    with pytest.raises(ModelError, match="score 'mine' is not finite in layer 2"):
+        initial_scores(view, WINDOWS_WT, metric(lambda context: scores_U))
+
+
+def test_units_that_a_metric_cannot_rank_are_refused() -> None:
+    """And inputs of pruned layers for one that does not go layer by layer."""
+    with pytest.raises(ConfigError, match="'flap' cannot rank units of kind attention, ffn, only kv_group, channel"):
+        initial_scores(describe(tiny_model("llama"), ("attention", "ffn")), WINDOWS_WT, SCORES["flap"])
+    with pytest.raises(ConfigError, match="'block-influence' cannot rank units of kind channel"):
+        initial_scores(describe(tiny_model("llama"), ("attention", "channel")), WINDOWS_WT, SCORES["block-influence"])
+    whole = Metric("whole", "made up", "", lambda context: torch.ones(context.view.space.size))
+    with pytest.raises(ConfigError, match="'whole' does not go layer by layer"):
+        initial_scores(describe(tiny_model("llama")), WINDOWS_WT, whole, options=pruned(0.5))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_scores_for_what_a_unit_costs(power: float) -> None:
+    """Divided by a power of its parameters and of those in it."""
+    view = describe(tiny_model("llama"), KINDS)
+    plain, costly = (
+        initial_scores(view, WINDOWS_WT, SCORES["wanda-sp"], options=Options(cost_power=given))
+        for given in (None, power)
+    )
+    span = view.space.span("attention", 1)
+    assert span is not None
+    within = view.space.within_U
+    assert within[span].item() == sum(p.numel() for p in view.layers[1].attention.parameters()) + 36  # the norm's
+    assert_close(costly, plain / within**power, EXACT)
+
+
 def test_hooks_go_when_the_model_fails() -> None:
     """Also in the middle of a forward pass, and if they could not all be set."""
     view = describe(tiny_model("llama"))
@@ -332,13 +384,14 @@ def test_hooks_go_when_the_model_fails() -> None:
     assert num_hooks(view.model) == 0
 
 
-@pytest.mark.parametrize(("stop", "expected"), [(True, [0, 1, 2]), (False, [0, 1, 2, 3])])
-def test_a_partial_pass_ends_after_its_last_layer(stop: bool, expected: list[int]) -> None:
-    """Later layers are not run, for any batch of the text."""
+@pytest.mark.parametrize(("options", "expected"), [(Options(), 1), (pruned(0.5), 2)], ids=["dense", "pruned"])
+def test_passes_are_those_that_are_stated(options: Options, expected: int) -> None:
+    """Each layer runs once over the text, and once more where it is pruned meanwhile; none for the weights alone."""
     view, ran = describe(tiny_model("llama")), []
     for index, layer in enumerate(view.layers):
-        layer.layer.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
-    with watching(list(view.layers[1:3]), stop=stop) as gathered:
-        run_windows(view, WINDOWS_WT, rows_per_forward=2)
-    assert ran == expected * 3
-    assert [statistics["down"].count for statistics in gathered] == [5 * 11] * 2
+        layer.attention.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    for name, passes in (("wanda-sp", expected), ("magnitude", 0)):
+        ran.clear()
+        initial_scores(view, WINDOWS_WT, SCORES[name], rows_per_forward=5, options=options)
+        assert sorted(ran) == sorted(list(range(4)) * passes)
+        assert SCORES[name].forwards(4, options) == passes

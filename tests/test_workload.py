@@ -25,6 +25,7 @@ from tiny_run import (
 
 from bernprune.config import make_config
 from bernprune.run import loop
+from bernprune.run.initial import scoring_sequences
 from bernprune.run.stage import Stage
 from bernprune.run.workload import (
     AUTO_REGRET,
@@ -36,7 +37,6 @@ from bernprune.run.workload import (
     Workload,
     default_sequences,
     plan_work,
-    scoring_sequences,
 )
 from bernprune.units import UnitGroup
 
@@ -281,12 +281,11 @@ def test_every_pass_of_the_posterior_is_counted(
 @pytest.mark.parametrize("also", [[], ["flap"], ["flap", "magnitude"]], ids=len)
 @pytest.mark.parametrize("window", [None, 64])
 def test_sequences_of_scoring(inputs: str, also: list[str], window: int | None) -> None:
-    """Windows of each score, half as long ones as halves; on pruned inputs each layer runs all up to it."""
+    """Windows of each score that looks at text, half as long ones as halves; on pruned inputs each runs twice."""
     initial = {"windows": 12, "window": window, "also": also, "inputs": inputs}
     config = make_config({"initial": initial, "data": {"window": 128}})
-    layers = 5
-    passes = sum(layer / layers for layer in range(1, layers + 1)) if inputs == "pruned" else 1
-    assert scoring_sequences(config, layers) == (1 + len(also)) * 12 * passes * (window or 128) / 128
+    looking = 1 + ("flap" in also)
+    assert scoring_sequences(config, 5) == looking * 12 * (2 if inputs == "pruned" else 1) * (window or 128) / 128
 
 
 # Of 400 sequences 240 at most are for the choice: of three masks (of which one leaves) on 3 windows, 8; then looks at

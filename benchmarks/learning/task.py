@@ -29,7 +29,7 @@ from bernprune.objective import masked_objective
 from bernprune.policy.bernoulli import even_probs
 from bernprune.policy.selection import select
 from bernprune.run.stage import set_stage
-from bernprune.scores import SCORES, initial_scores
+from bernprune.scores import SCORES, Options, initial_scores
 from bernprune.settings import merge
 from bernprune.storage import write_bytes
 from bernprune.text import load_documents
@@ -164,11 +164,11 @@ class Task:
         return self._scores(name, tokens_BT, mask_U)
 
     def scores_in_turn(self, name: str) -> torch.Tensor:
-        """A metric's scores, float64 ``[U]``, layer by layer behind what is already pruned, a pass for each layer."""
+        """A metric's scores, float64 ``[U]``, layer by layer behind what is already pruned, which runs each twice."""
         tokens_BT = self.stage.initial_windows_WT
-        self.meter.spend(len(self.view.layers) * len(tokens_BT))
-        pruned = self.stage.ops, self.budget.sparsity
-        return initial_scores(self.view, tokens_BT, SCORES[name], seed=self.seed, pruned_inputs=pruned)
+        self.meter.spend(2 * len(tokens_BT))
+        options = Options(sparsity=self.budget.sparsity, pruned_inputs=True)
+        return initial_scores(self.view, tokens_BT, SCORES[name], seed=self.seed, ops=self.stage.ops, options=options)
 
     def select(self, priorities_U: torch.Tensor, tie_break_U: torch.Tensor | None = None) -> torch.Tensor:
         """The mask, bool ``[U]``, of the most wanted units within budget and limits."""

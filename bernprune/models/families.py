@@ -18,6 +18,7 @@ class Family:
 
     decoder: str = "model"
     layers: str = "layers"
+    final_norm: str = "norm"
     attention: str = "self_attn"
     attention_norm: str = "input_layernorm"
     query: str = "q_proj"

@@ -1,10 +1,10 @@
-"""First and second moments of what enters the attention output and FFN down projections.
+"""First and second moments of what enters and leaves projections, above all the attention output and FFN down ones.
 
 Letters: N tokens of one forward pass, E input entries of a projection, W windows, T tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ POINTS = ("output", "down")
 
 
 class InputStatistics:
-    """Running moments of one projection's input, float64 ``[E]`` on the CPU."""
+    """Running moments of what enters, or leaves, one projection, float64 ``[E]`` on the CPU."""
 
     def __init__(self, width: int) -> None:
         self.count = 0
@@ -43,28 +43,27 @@ class InputStatistics:
         return (self.second_moment_E - self.mean_E.square()).clamp(min=0)
 
 
-class _LayerDone(Exception):
-    """Stops a forward pass once the last layer of interest has been seen."""
+@contextmanager
+def moments(
+    inputs: Mapping[str, nn.Linear], outputs: Mapping[str, nn.Linear] | None = None
+) -> Iterator[dict[str, InputStatistics]]:
+    """For the length of the block, gather what enters some projections, and what leaves others, by their names."""
+    with ExitStack() as hooks:
+        gathered = {}
+        for name, projection in inputs.items():
+            entering = gathered[name] = InputStatistics(projection.in_features)
+            hooks.callback(projection.register_forward_pre_hook(_recorder(entering)).remove)
+        for name, projection in (outputs or {}).items():
+            leaving = gathered[name] = InputStatistics(projection.out_features)
+            hooks.callback(projection.register_forward_hook(_recorder_of_output(leaving)).remove)
+        yield gathered
 
 
 @contextmanager
-def watching(layers: list[LayerView], *, stop: bool = False) -> Iterator[list[dict[str, InputStatistics]]]:
-    """Gather the inputs of both projections of the given layers; with ``stop``, a forward pass ends after them."""
-    gathered, handles = [], []
-    try:
-        for layer in layers:
-            statistics = {}
-            for point in POINTS:
-                projection: nn.Linear = getattr(layer, point)
-                statistics[point] = InputStatistics(projection.in_features)
-                handles.append(projection.register_forward_pre_hook(_recorder(statistics[point])))
-            gathered.append(statistics)
-        if stop:
-            handles.append(layers[-1].layer.register_forward_hook(_stop))
-        yield gathered
-    finally:
-        for handle in handles:
-            handle.remove()
+def watching(layers: Sequence[LayerView]) -> Iterator[list[dict[str, InputStatistics]]]:
+    """Gather the inputs of both projections of the given layers."""
+    with ExitStack() as hooks:
+        yield [hooks.enter_context(moments({point: getattr(layer, point) for point in POINTS})) for layer in layers]
 
 
 def _recorder(statistics: InputStatistics) -> Any:
@@ -74,8 +73,11 @@ def _recorder(statistics: InputStatistics) -> Any:
     return record
 
 
-def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
-    raise _LayerDone
+def _recorder_of_output(statistics: InputStatistics) -> Any:
+    def record(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        statistics.add(output.flatten(0, -2))
+
+    return record
 
 
 @torch.inference_mode()
@@ -83,16 +85,13 @@ def run_windows(view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: 
     """Run text through the decoder for the sake of hooks; the output embedding is not touched."""
     device = next(view.model.parameters()).device
     for tokens_RT in windows_WT.split(rows_per_forward):
-        try:
-            view.decoder(input_ids=tokens_RT.to(device), use_cache=False)
-        except _LayerDone:
-            continue
+        view.decoder(input_ids=tokens_RT.to(device), use_cache=False)
 
 
 def input_statistics(
     view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int = 64
 ) -> list[dict[str, InputStatistics]]:
     """Statistics of every layer in one pass of the dense model; one dict a layer, keys ``output`` and ``down``."""
-    with watching(list(view.layers)) as gathered:
+    with watching(view.layers) as gathered:
         run_windows(view, windows_WT, rows_per_forward=rows_per_forward)
     return gathered

@@ -24,13 +24,14 @@ class LayerStream:
 
     Attributes:
         index: number of the layer that comes next.
+        hidden_RTD: what enters it, of all windows, on the CPU; one tensor a pass.
     """
 
     def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
         self._view, self.index = view, 0
         self._device = next(view.model.parameters()).device
         self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told beside hidden states, by rows
-        self._hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
+        self.hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
 
     @property
     def layer(self) -> LayerView:
@@ -39,22 +40,27 @@ class LayerStream:
 
     def run(self) -> None:
         """Run the next layer for the sake of hooks, and stay before it."""
-        for hidden_RTD in self._hidden_RTD:
+        for hidden_RTD in self.hidden_RTD:
             self._through(hidden_RTD)
 
     def advance(self) -> None:
         """Go through the next layer, as it is now."""
-        for at, hidden_RTD in enumerate(self._hidden_RTD):
-            self._hidden_RTD[at] = self._through(hidden_RTD).cpu()
+        for at, hidden_RTD in enumerate(self.hidden_RTD):
+            self.hidden_RTD[at] = self._through(hidden_RTD).cpu()
         self.index += 1
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _through(self, hidden_RTD: torch.Tensor) -> torch.Tensor:
-        told = self._calls[len(hidden_RTD)][self.index]
-        output_RTD: torch.Tensor = self.layer.layer(hidden_RTD.to(self._device), **told)
+        output_RTD: torch.Tensor = self.layer.layer(
+            hidden_RTD.to(self._device), **self.told(self.index, len(hidden_RTD))
+        )
         return output_RTD
 
-    @torch.inference_mode()
+    def told(self, layer: int, rows: int) -> dict[str, Any]:
+        """What a layer is given beside the hidden states of so many rows: positions and masks."""
+        return self._calls[rows][layer]
+
+    @torch.no_grad()
     def _embed(self, tokens_RT: torch.Tensor) -> torch.Tensor:
         """What the first layer takes in. Windows have no padding, so rows of one number are told the same."""
         calls: list[tuple[torch.Tensor, dict[str, Any]]] = []

@@ -47,6 +47,7 @@ def initial_probs(
     scope: Scope = "layer",
     sharpness: float = 0.95,
     ceiling: float = 0.99,
+    shares_G: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep probabilities from scores, float64 ``[U]``, not yet on the budget.
 
@@ -58,6 +59,8 @@ def initial_probs(
             kinds. A kind with one unit a layer is never mapped layer by layer.
         sharpness: the high probability of the map ``const``.
         ceiling: the start of units that contain others: what to remove is left to the finer ones at first.
+        shares_G: what each group of units is to keep in place of ``keep``, for scope ``layer``; see
+            ``bernprune.policy.allocation``.
 
     Raises:
         ConfigError: an unknown map or scope.
@@ -65,25 +68,54 @@ def initial_probs(
     check_name("map", map_name, MapName)
     probs_U = torch.full((space.size,), ceiling, dtype=torch.float64)
     for kind, units_N in _mapped_sets(space, scope):
-        probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_U[units_N].double(), keep)
+        share = _share(space, units_N, keep, shares_G)
+        probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_U[units_N].double(), share)
     return probs_U
 
 
-def even_probs(space: UnitSpace, scores_U: torch.Tensor, keep: float, scope: Scope = "layer") -> torch.Tensor:
-    """What a metric keeps by itself: the best of every set that ``initial_probs`` maps, the same share of each."""
-    return initial_probs(space, scores_U, keep=keep, map_name="const", scope=scope)
+def _share(space: UnitSpace, units_N: torch.Tensor, keep: float, shares_G: torch.Tensor | None) -> float:
+    """What a set of units keeps: that of its group, if it is one."""
+    groups = space.group_U[units_N].unique()
+    return keep if shares_G is None or len(groups) > 1 else float(shares_G[groups[0]])
 
 
-def graded(space: UnitSpace, scores_U: torch.Tensor, scope: Scope = "layer") -> torch.Tensor:
+def even_probs(
+    space: UnitSpace,
+    scores_U: torch.Tensor,
+    keep: float,
+    scope: Scope = "layer",
+    shares_G: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What a metric keeps by itself: the best of every set that ``initial_probs`` maps, the same share of each, or its
+    own."""
+    return initial_probs(space, scores_U, keep=keep, map_name="const", scope=scope, shares_G=shares_G)
+
+
+def graded(
+    space: UnitSpace,
+    scores_U: torch.Tensor,
+    scope: Scope = "layer",
+    *,
+    keep: float = 0.5,
+    shares_G: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Priorities by which a selection takes the same share of every set that ``initial_probs`` maps, at any sparsity.
 
     Rank of each score in its set, float64 ``[U]`` in (0, 1); units that contain others have 1. Raises ``ConfigError``
     for an unknown scope.
+
+    Args:
+        shares_G: where each group has its own, it keeps that when ``keep`` is kept of all, and all of it when all is;
+            between, shares are powers of one another.
     """
     priorities_U = torch.ones(space.size, dtype=torch.float64)
     for _, units_N in _mapped_sets(space, scope):
         ranks_N = scores_U[units_N].argsort(stable=True).argsort(stable=True)
-        priorities_U[units_N] = (ranks_N.double() + 0.5) / len(units_N)
+        priorities_N = (ranks_N.double() + 0.5) / len(units_N)
+        if shares_G is not None:
+            share = min(max(_share(space, units_N, keep, shares_G), _EPSILON), 1 - _EPSILON)
+            priorities_N = 1 - (1 - priorities_N) ** (math.log(keep) / math.log(share))
+        priorities_U[units_N] = priorities_N
     return priorities_U
 
 

@@ -12,6 +12,7 @@ from bernprune.losses import LOGIT_BYTES
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
+from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate
 from bernprune.run.opening import Opened, check_family, open_view
 from bernprune.run.stage import row_bytes, rows_per_forward
@@ -21,7 +22,6 @@ from bernprune.run.workload import (
     make_search,
     plan_work,
     reads_activity,
-    scoring_sequences,
 )
 from bernprune.units import KINDS, UnitGroup
 

@@ -21,7 +21,7 @@ from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
-from bernprune.names import ScoreName, SearchDtype
+from bernprune.names import SearchDtype
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import even_probs, graded, reordered
 from bernprune.policy.search import MaskSearch
@@ -29,13 +29,14 @@ from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, check_writable, open_run, versions, whole_or_gone
+from bernprune.run.initial import scope_of
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.opening import check_family, open_model, open_tokenizer
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
+from bernprune.run.scoring import take_start
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason, save_and_verify
-from bernprune.run.workload import Work, make_search, scope_of, start_probs
-from bernprune.scores import SCORES, initial_scores
+from bernprune.run.workload import Work, make_search
 from bernprune.settings import merge
 from bernprune.storage import write_bytes, write_json
 from bernprune.units import KeepPlan
@@ -43,7 +44,6 @@ from bernprune.units import KeepPlan
 logger = logging.getLogger(__name__)
 
 _VERIFIED_WINDOWS = 2
-_SCORED_TOKENS = 2048  # of one forward pass for the metric, which keeps float32 copies of activations
 
 
 def prune(
@@ -108,7 +108,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     stage = known or replace(stage, costs=stage.measured_costs())
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
     stored = _stored_start(folder) if continued else None
-    start = stored or _start(stage)
+    start = stored or take_start(stage)
     scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start, stage.ops.sums)
     start_U = search.probs_U
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
@@ -143,7 +143,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     }
     priorities_U = finals.priorities_U
     if priorities_U is None:
-        priorities_U = _followed(stage, search, start_U, scores_U)[finals.kept]
+        priorities_U = _followed(stage, search, start_U, start)[finals.kept]
     learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
     learned.write(folder.learned)
     write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
@@ -171,12 +171,13 @@ def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
 
 
 def _followed(
-    stage: Stage, search: MaskSearch, start_U: torch.Tensor, scores_U: torch.Tensor
+    stage: Stage, search: MaskSearch, start_U: torch.Tensor, start: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The priorities that each finalist goes by at other sparsities."""
-    space, initial_U = stage.view.space, start_U
+    space, scores_U, initial_U = stage.view.space, start["scores_US"][:, 0], start_U
     if stage.config.initial.map == "const":  # which knows two levels only
-        initial_U = graded(space, scores_U, scope_of(stage.config))
+        keep, scope = 1 - stage.config.budget.sparsity, scope_of(stage.config)
+        initial_U = graded(space, scores_U, scope, keep=keep, shares_G=start["shares_G"])
     learned_U = initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
     widths_U = reordered(space, learned_U, scores_U)
     return {"learned": learned_U, "widths": widths_U, "initial": initial_U, "uniform": graded(space, scores_U)}
@@ -205,26 +206,7 @@ def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
     except RunError as error:
         logger.warning("%s; computing the start again", error)
         return None
-    return start if start.keys() == {"scores_US", "probs_U"} else None  # or it is another version's
-
-
-def _start(stage: Stage) -> dict[str, torch.Tensor]:
-    """Initial scores and probabilities; kept, so that a resumed run starts from the very same."""
-    initial = stage.config.initial
-    scores_US = torch.stack([_scores(stage, name) for name in (initial.score, *initial.also)], dim=1)
-    return {"scores_US": scores_US, "probs_U": start_probs(stage.config, stage.view.space, scores_US[:, 0])}
-
-
-def _scores(stage: Stage, name: ScoreName) -> torch.Tensor:
-    config = stage.config
-    return initial_scores(
-        stage.view,
-        stage.initial_windows_WT,
-        SCORES[name],
-        seed=config.seed,
-        pruned_inputs=(stage.ops, config.budget.sparsity) if config.initial.inputs == "pruned" else None,
-        rows_per_forward=max(1, _SCORED_TOKENS // stage.initial_windows_WT.shape[1]),
-    )
+    return start if start.keys() == {"scores_US", "shares_G", "probs_U"} else None  # or it is another version's
 
 
 def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
+from bernprune.run.initial import check_scores
 from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
 from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
 from bernprune.text import load_documents
@@ -131,6 +132,7 @@ def set_stage(config: RunConfig) -> Stage:
     Raises:
         BernpruneError: of the kind that says what does not exist, fit or suffice.
     """
+    check_scores(config)
     device = find_device(config.model.device)
     ops = load_backend(config.backend, device)
     model_config = check_family(config)

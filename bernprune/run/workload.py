@@ -9,9 +9,7 @@ import torch
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
-from bernprune.names import Scope
 from bernprune.policy.baselines import make_baseline
-from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import look_sequences, look_windows, most_changes
 from bernprune.policy.masks import Design
@@ -180,16 +178,6 @@ def _least_round(config: RunConfig) -> int:
     return 2 if config.search.method == "posterior" and _design(config).groups == 1 else 1
 
 
-def scoring_sequences(config: RunConfig, num_layers: int) -> int:
-    """What the initial metrics cost, in windows of the search run forward; it is not part of its budget.
-
-    On the inputs that already pruned layers hand on, each layer takes a pass of its own, up to it.
-    """
-    initial, window = config.initial, config.data.window
-    passes = (num_layers + 1) / 2 if initial.inputs == "pruned" else 1
-    return math.ceil(initial.windows * passes * (1 + len(initial.also)) * (initial.window or window) / window)
-
-
 def default_sequences(num_units: int) -> int:
     """A sensible number of windows to run forward for so many units."""
     return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
@@ -204,24 +192,6 @@ def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = No
 def make_limits(config: RunConfig) -> Limits:
     """What every selection of a run leaves in each layer."""
     return Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
-
-
-def scope_of(config: RunConfig) -> Scope:
-    """FLAP's scores are made to compare across layers and kinds; those of the others compare within a layer."""
-    return config.initial.scope or ("pooled" if config.initial.score == "flap" else "layer")
-
-
-def start_probs(config: RunConfig, space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
-    """Where the policy starts, float64 ``[U]``, not yet on the budget."""
-    return initial_probs(
-        space,
-        scores_U,
-        keep=1 - config.budget.sparsity,
-        map_name=config.initial.map,
-        scope=scope_of(config),
-        sharpness=config.initial.sharpness,
-        ceiling=config.policy.ceiling,
-    )
 
 
 def _baseline(config: RunConfig) -> Any:

@@ -1,15 +1,127 @@
-"""Metrics that can start the policy. One file each: a projection's weight and inputs in, a score a column out.
+"""Metrics that can start the policy, be used alone, or be fused. One short file each.
 
-To add one, write ``def my_score(projection: Projection) -> torch.Tensor``; in Python, ``initial_scores`` takes it as it
-is. For a name in the configuration, give it a line in ``SCORES`` and in ``bernprune.names.ScoreName``.
+To add one, write a function and give it a ``Metric`` that says what it is, where it comes from and what it costs:
+
+- of the columns of one projection, ``def my_score(projection: Projection) -> torch.Tensor``, lifted by ``by_column``;
+- of one layer, ``def my_score(at: LayerPass) -> Scores``, lifted by ``by_layer``: hook what you like, ``at.run()``;
+- of the whole model, ``def my_score(context: Context) -> torch.Tensor``.
+
+In Python, ``initial_scores`` takes a ``Metric`` or a function of columns as it is. For a name in the configuration,
+list the ``Metric`` in ``SCORES`` and its name in ``bernprune.names.ScoreName``.
 """
 
-from bernprune.scores.base import Projection, Score, initial_scores, unit_scores
-from bernprune.scores.flap import flap
-from bernprune.scores.magnitude import magnitude
-from bernprune.scores.random_score import random_score
-from bernprune.scores.wanda_sp import wanda_sp
+from collections.abc import Callable
 
-SCORES: dict[str, Score] = {"wanda-sp": wanda_sp, "flap": flap, "magnitude": magnitude, "random": random_score}
+import torch
 
-__all__ = ["SCORES", "Projection", "Score", "initial_scores", "unit_scores"]
+from bernprune.backends import MaskedOps
+from bernprune.errors import ConfigError
+from bernprune.models.view import ModelView
+from bernprune.scores.base import Context, Metric, Options, run_metric
+from bernprune.scores.block_influence import BLOCK_INFLUENCE
+from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
+from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
+from bernprune.scores.files import read_scores, write_scores
+from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
+from bernprune.scores.fusion import FUSED, RANK_AVERAGE
+from bernprune.scores.goa import GOA, GOA_MOMENT
+from bernprune.scores.hywia import HYWIA
+from bernprune.scores.ifso import IFSO
+from bernprune.scores.ifso_repaired import IFSO_REPAIRED
+from bernprune.scores.magnitude import MAGNITUDE
+from bernprune.scores.mini_llm import MINI_LLM, MINI_LLM_WEIGHTS
+from bernprune.scores.random_score import RANDOM
+from bernprune.scores.stream import LayerPass, Projection, Score, Scores, by_column, by_layer
+from bernprune.scores.taylor import TAYLOR_ELEMENT, TAYLOR_SECOND, TAYLOR_VECTOR
+from bernprune.scores.wanda_sp import WANDA_SP
+
+SCORES: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        WANDA_SP,
+        FLAP,
+        FLAP_WIFN,
+        FLAP_IFV,
+        GOA,
+        GOA_MOMENT,
+        CFSP,
+        CFSP_RELEASED,
+        BLOCK_INFLUENCE,
+        BLOCK_PERPLEXITY,
+        MINI_LLM,
+        MINI_LLM_WEIGHTS,
+        TAYLOR_VECTOR,
+        TAYLOR_ELEMENT,
+        TAYLOR_SECOND,
+        HYWIA,
+        IFSO,
+        IFSO_REPAIRED,
+        RANK_AVERAGE,
+        FUSED,
+        MAGNITUDE,
+        RANDOM,
+    )
+}
+
+__all__ = [
+    "SCORES",
+    "Context",
+    "LayerPass",
+    "Metric",
+    "Options",
+    "Projection",
+    "Score",
+    "Scores",
+    "by_column",
+    "by_layer",
+    "initial_scores",
+    "read_scores",
+    "write_scores",
+]
+
+
+def initial_scores(
+    view: ModelView,
+    windows_WT: torch.Tensor,
+    score: Metric | Score,
+    *,
+    seed: int = 0,
+    ops: MaskedOps | None = None,
+    rows_per_forward: int = 16,
+    options: Options | None = None,
+    notes: dict[str, float] | None = None,
+) -> torch.Tensor:
+    """Scores of all units, float64 ``[U]``, larger is kept.
+
+    Args:
+        windows_WT: calibration text, int64.
+        score: one of ``SCORES``, or a function of one's own, see above.
+        ops: what runs masks, for metrics that try some; by default plain torch.
+        options: what else it is told, such as whether each layer sees what pruned ones before it hand on.
+        notes: takes the figures that a metric leaves beside its scores.
+
+    Raises:
+        ConfigError: no text, too little of it, a model that is under masks, a score that is not a function, or one that
+            cannot rank these units.
+        ModelError: activations, or scores, that are not finite.
+    """
+    if not callable(score) and not isinstance(score, Metric):
+        raise ConfigError(f"a score must be a function, or such as SCORES['wanda-sp'], but is {score!r}")
+    if windows_WT.ndim != 2 or not windows_WT.numel():
+        raise ConfigError(f"calibration windows must be [W, T] of a token or more, but are {list(windows_WT.shape)}")
+    metric = score if isinstance(score, Metric) else _of_ones_own(score)
+    return run_metric(
+        metric,
+        view,
+        windows_WT,
+        seed=seed,
+        ops=ops,
+        rows_per_forward=rows_per_forward,
+        options=options or Options(),
+        notes=notes,
+    )
+
+
+def _of_ones_own(score: Callable[[Projection], torch.Tensor]) -> Metric:
+    name = getattr(score, "__name__", type(score).__name__)
+    return Metric(name, "a function of one's own", "", by_column(score), layerwise=True)

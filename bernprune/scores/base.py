@@ -1,135 +1,150 @@
-"""From scores of columns to scores of units, with text run through a dense or an already pruned model.
+"""What a metric is, and what it is given: a model, text, and a few settings in; a score a unit out.
 
-A unit's importance shows at the projection that reads it: kv groups at the attention output projection, channels at
-the FFN down projection. A metric scores the columns of such a weight; units follow by averaging.
-
-Letters: D, E output and input width of a projection, U units, W windows, T tokens.
+Letters: U units, W windows, T tokens.
 """
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from bernprune.backends import MaskedOps
-from bernprune.errors import ConfigError
-from bernprune.models.linear import weight_of
-from bernprune.models.masking import masked
-from bernprune.models.statistics import POINTS, InputStatistics, input_statistics, run_windows, watching
+from bernprune.backends import MaskedOps, load_backend
+from bernprune.errors import ConfigError, ModelError
 from bernprune.models.view import ModelView
-from bernprune.names import Kind
+from bernprune.names import Allocation, Kind
+from bernprune.units import KINDS
+
+logger = logging.getLogger(__name__)
+
+PARTS: tuple[Kind, ...] = ("kv_group", "channel")
+BLOCKS: tuple[Kind, ...] = ("layer", "attention", "ffn")
 
 
 @dataclass(frozen=True)
-class Projection:
-    """What a metric may look at.
+class Options:
+    """What else a metric may be told.
 
     Attributes:
-        weight_DE: float32 weight of the attention output (``kind`` kv_group) or FFN down projection (channel).
-        inputs: moments of its input over the calibration text.
-        seed: for metrics that draw numbers.
+        sparsity: share of units that it is to suppose removed, where it supposes some to be.
+        pruned_inputs: whether a metric that goes layer by layer scores each on what the already pruned earlier ones
+            hand on, every kind in every layer losing that share of its units (Wanda-sp as published).
+        pairs: differences of losses that are taken of each window, where a gradient is estimated from some.
+        step: how far apart; by default the metric's own.
+        cost_power: scores are divided by this power of what a unit costs, in parameters; by default the metric's own.
     """
 
-    weight_DE: torch.Tensor
-    inputs: InputStatistics
-    kind: Kind
-    layer: int
-    seed: int
+    sparsity: float = 0.3
+    pruned_inputs: bool = False
+    pairs: int = 8
+    step: float | None = None
+    cost_power: float | None = None
 
 
-Score = Callable[[Projection], torch.Tensor]
+@dataclass(frozen=True)
+class Context:
+    """What a metric is given.
 
-_KINDS: dict[str, Kind] = {"output": "kv_group", "down": "channel"}
-
-
-def initial_scores(
-    view: ModelView,
-    windows_WT: torch.Tensor,
-    score: Score,
-    *,
-    seed: int = 0,
-    pruned_inputs: tuple[MaskedOps, float] | None = None,
-    rows_per_forward: int = 16,
-) -> torch.Tensor:
-    """Scores of all units, float64 ``[U]``, larger is kept.
-
-    Args:
+    Attributes:
         windows_WT: calibration text, int64.
-        pruned_inputs: None to score every layer on the dense model's activations in one pass. With (operations,
-            sparsity), as Wanda-sp does, each layer sees what the already pruned earlier layers hand on, every kind in
-            every layer losing that share of its units; this takes one partial pass a layer.
-
-    Raises:
-        ConfigError: no text, a model that is under masks, or a score that is not a function.
+        seed: of all that is drawn.
+        rows_per_forward: windows that are run at once.
+        notes: figures that it leaves beside its scores, such as how sure they are.
     """
-    if not callable(score):
-        raise ConfigError(f"a score must be a function, such as SCORES['wanda-sp'], but is {score!r}")
-    if windows_WT.ndim != 2 or not windows_WT.numel():
-        raise ConfigError(f"calibration windows must be [W, T] of a token or more, but are {list(windows_WT.shape)}")
-    if pruned_inputs is None:
-        statistics = input_statistics(view, windows_WT, rows_per_forward=rows_per_forward)
-        columns = [_columns(view, layer, statistics[layer], score, seed) for layer in range(len(view.layers))]
-        return unit_scores(view, columns)
-    ops, sparsity = pruned_inputs
-    return _scores_in_turn(view, windows_WT, score, ops, sparsity, seed, rows_per_forward)
+
+    view: ModelView
+    windows_WT: torch.Tensor
+    seed: int
+    ops: MaskedOps
+    rows_per_forward: int
+    options: Options
+    notes: dict[str, float] = field(default_factory=dict)
 
 
-def _scores_in_turn(
+def _one_pass(layers: int, options: Options) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A way to score units, larger is kept, by its name.
+
+    Attributes:
+        about: what it says of a unit, in one line.
+        source: author and year.
+        run: scores of all units, ``[U]``; those of kinds that it does not know may be anything.
+        kinds: which it can score.
+        allocation: how many units each layer keeps if nothing else is said. It follows from how far the values compare:
+            within a layer and kind (``uniform``), a kind (``global``), or all over the model (``pooled``).
+        passes: how often the calibration text is run forward, by the number of layers.
+        gradients: whether it back-propagates, layer by layer, which costs as much as three passes more.
+        plain: whether it needs weights that can be moved or differentiated by, which quantised ones cannot.
+        reads: of ``Options``, what only some metrics look at.
+        layerwise: whether it goes layer by layer, so that inputs of pruned layers have a meaning for it.
+        cost_power: see ``Options``.
+    """
+
+    name: str
+    about: str
+    source: str
+    run: Callable[[Context], torch.Tensor]
+    kinds: tuple[Kind, ...] = KINDS
+    allocation: Allocation = "uniform"
+    passes: Callable[[int, Options], float] = _one_pass
+    gradients: bool = False
+    plain: bool = False
+    reads: tuple[str, ...] = ()
+    layerwise: bool = False
+    cost_power: float = 0.0
+
+    def forwards(self, layers: int, options: Options) -> float:
+        """What it costs, in forward passes over the calibration text; layers that are pruned in turn run twice."""
+        passes = self.passes(layers, options)
+        return passes * (2 if options.pruned_inputs else 4 if self.gradients else 1)
+
+    def check(self, kinds: tuple[Kind, ...], options: Options) -> None:
+        """Raises ``ConfigError`` if it cannot score the kinds, or not so."""
+        unknown = [kind for kind in kinds if kind not in self.kinds]
+        if unknown:
+            raise ConfigError(
+                f"score {self.name!r} cannot rank units of kind {', '.join(unknown)}, only {', '.join(self.kinds)}; "
+                "change the granularity, or take another score"
+            )
+        if options.pruned_inputs and not self.layerwise:
+            raise ConfigError(
+                f"score {self.name!r} does not go layer by layer, so inputs of pruned layers mean nothing to it; "
+                "use inputs 'dense', or another score"
+            )
+
+
+def run_metric(
+    metric: Metric,
     view: ModelView,
     windows_WT: torch.Tensor,
-    score: Score,
-    ops: MaskedOps,
-    sparsity: float,
+    *,
     seed: int,
+    ops: MaskedOps | None,
     rows_per_forward: int,
+    options: Options,
+    notes: dict[str, float] | None,
 ) -> torch.Tensor:
-    mask_U = torch.ones(view.space.size, dtype=torch.bool)
-    columns: list[dict[str, torch.Tensor]] = []
-    for index, layer in enumerate(view.layers):
-        with watching([layer], stop=True) as gathered, masked(view, ops, layers=range(index)) as live:
-            live.set(mask_U[None])
-            run_windows(view, windows_WT, rows_per_forward=rows_per_forward)
-        columns.append(_columns(view, index, gathered[0], score, seed))
-        scores_U = unit_scores(view, columns)
-        for kind in ("kv_group", "channel"):
-            span = view.space.span(kind, index)
-            if span is not None:
-                order = scores_U[span].argsort(stable=True)
-                mask_U[span.start + order[: int(sparsity * len(order))]] = False
-    return unit_scores(view, columns)
-
-
-def _columns(
-    view: ModelView, layer: int, statistics: dict[str, InputStatistics], score: Score, seed: int
-) -> dict[str, torch.Tensor]:
-    scored = {}
-    for point in POINTS:
-        if not statistics[point].count:
-            raise ConfigError(
-                f"no calibration text reached layer {layer}: scores cannot be taken while the model is under masks"
-            )
-        weight_DE = weight_of(getattr(view.layers[layer], point), view.model.dtype).float().cpu()
-        scored[point] = score(Projection(weight_DE, statistics[point], _KINDS[point], layer, seed)).double()
-    return scored
-
-
-def unit_scores(view: ModelView, columns: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Scores of units from those of columns: a kv group has its columns' mean, a block or layer its columns' sum.
-
-    Layers beyond the end of ``columns`` score 0.
-    """
-    scores_U = torch.zeros(view.space.size, dtype=torch.float64)
-    for layer, scored in enumerate(columns):
-        output, down = scored["output"], scored["down"]
-        by_kind = {
-            "kv_group": output.view(view.layers[layer].shape.kv_groups, -1).mean(1),
-            "channel": down,
-            "attention": output.sum(),
-            "ffn": down.sum(),
-            "layer": output.sum() + down.sum(),
-        }
-        for kind in view.space.kinds:
-            span = view.space.span(kind, layer)
-            if span is not None:
-                scores_U[span] = by_kind[kind]
-    return scores_U
+    """Scores of all units, float64 ``[U]``, checked; see ``bernprune.scores.initial_scores``."""
+    metric.check(view.space.finest, options)
+    if view.opaque is not None and (metric.plain or metric.gradients):
+        raise ModelError(
+            f"score {metric.name!r} needs plain weights, but {view.opaque}; take another score, or search.dtype 'same'"
+        )
+    ops = ops or load_backend("auto", next(view.model.parameters()).device)
+    context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
+    scores_U = metric.run(context).detach().double().cpu()
+    if scores_U.shape != (view.space.size,):
+        raise ConfigError(
+            f"score {metric.name!r} must give {view.space.size} numbers, one a unit, but gave {list(scores_U.shape)}"
+        )
+    if not scores_U.isfinite().all():
+        where = view.space.layer_U[~scores_U.isfinite()][0].item()
+        raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
+    for name, value in context.notes.items():
+        logger.info("score %s: %s %.4g", metric.name, name, value)
+    power = metric.cost_power if options.cost_power is None else options.cost_power
+    return scores_U / view.space.within_U**power if power else scores_U

@@ -2,10 +2,21 @@
 
 import torch
 
-from bernprune.scores.base import Projection
+from bernprune.scores.base import Metric
+from bernprune.scores.stream import Projection, by_weights
 
 
 def magnitude(projection: Projection) -> torch.Tensor:
     """Euclidean norm of each column of the weight, ``[E]``."""
     norms_E: torch.Tensor = torch.linalg.vector_norm(projection.weight_DE.double(), dim=0)
     return norms_E
+
+
+MAGNITUDE = Metric(
+    "magnitude",
+    "norm of the weights that read a unit",
+    "folklore",
+    by_weights(magnitude),
+    passes=lambda layers, options: 0.0,
+    layerwise=True,
+)

@@ -3,7 +3,7 @@
 Uniform: every kind in every layer loses the same share. Global: layers compete, kind by kind, by their raw scores;
 FLAP's, which are standardised, all in one pool, as in its paper (without its bias compensation). In turn: uniform, and
 each layer is scored on what the already pruned layers before it hand on, as Wanda-sp was published. Every metric is
-charged for the calibration windows, though magnitude and random do not look at them, and in turn for each layer.
+charged for the calibration windows, though magnitude and random do not look at them, and in turn twice.
 """
 
 import torch

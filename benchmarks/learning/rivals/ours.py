@@ -13,9 +13,9 @@ from benchmarks.learning.task import Settings, Task
 from bernprune.config import make_config
 from bernprune.names import PresetName
 from bernprune.run.folder import LEARNED
+from bernprune.run.initial import scoring_sequences
 from bernprune.run.pipeline import prune
 from bernprune.run.plans import Learned
-from bernprune.run.workload import scoring_sequences
 from bernprune.settings import merge
 
 _REPORT = {

@@ -1,0 +1,103 @@
+"""Selection under several budgets at once, such as parameters, FLOPs and bytes of the key/value cache.
+
+max sum_u w_u z_u subject to sum_u c_mu z_u <= limit_m for every budget m. In the linear relaxation a unit is kept if
+its worth exceeds what it costs at one price a budget, w_u > sum_m price_m c_mu (Meng et al., 2024, FALCON, arXiv
+2403.07094, with two budgets), and no more than M units are kept in part. They are cut, and what still fits comes back:
+the result is worse than the best one by the worth of M units at most.
+
+Letters: U units, M budgets.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from bernprune.errors import BudgetError
+from bernprune.units import UnitSpace
+
+_STEPS = 60  # of a bisection
+
+
+def select_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: Sequence[float]) -> torch.Tensor:
+    """The mask, bool ``[U]``, of the units that are worth most together within all budgets.
+
+    Args:
+        worth_U: of keeping each unit; what is not worth more than 0 is never kept.
+        costs_MU: not negative.
+
+    Raises:
+        BudgetError: numbers that are not finite, costs below 0, or other sizes; units that nothing limits are fine.
+    """
+    worth_U, costs_MU = worth_U.double().cpu(), costs_MU.double().cpu()
+    if costs_MU.shape != (len(limits_M), len(worth_U)) or not len(limits_M):
+        raise BudgetError(
+            f"costs must be [{len(limits_M)}, {len(worth_U)}], of each budget and unit, but are {list(costs_MU.shape)}"
+        )
+    limits = torch.tensor(list(limits_M), dtype=torch.float64)
+    if not (worth_U.isfinite().all() and costs_MU.isfinite().all() and limits.isfinite().all()):
+        raise BudgetError("worths, costs and limits must be finite")
+    if (costs_MU < 0).any() or (limits < 0).any():
+        raise BudgetError("costs and limits must not be negative")
+    totals_M = costs_MU.sum(1).clamp(min=1e-300)
+    costs_MU, limits = costs_MU / totals_M[:, None], limits / totals_M
+    mask_U, reduced_U = _at_best_prices(worth_U, costs_MU, limits)
+    return _filled(mask_U, worth_U, reduced_U, costs_MU, limits)
+
+
+def _at_best_prices(
+    worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is kept at the lowest prices that keep within all budgets, and what of each unit's worth they leave."""
+    costs_U, limit = costs_MU[-1], float(limits_M[-1])
+    if len(limits_M) == 1:
+        return _at_best_price(worth_U, costs_U, limit)
+
+    def at(price: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return _at_best_prices(worth_U - price * costs_U, costs_MU[:-1], limits_M[:-1])
+
+    kept_U, reduced_U = at(0.0)
+    if float(costs_U[kept_U].sum()) <= limit:
+        return kept_U, reduced_U
+    low, high = 0.0, float((worth_U / costs_U)[costs_U > 0].max()) * (1 + 1e-12)
+    kept_U, reduced_U = at(high)
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        found_U, left_U = at(middle)
+        if float(costs_U[found_U].sum()) <= limit:
+            high, kept_U, reduced_U = middle, found_U, left_U
+        else:
+            low = middle
+    return kept_U, reduced_U
+
+
+def _at_best_price(worth_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """With one budget: those of most worth for their cost, up to the first that does not fit."""
+    ratio_U = torch.where(costs_U > 0, worth_U / costs_U, torch.where(worth_U > 0, math.inf, -math.inf))
+    order = ratio_U.argsort(descending=True, stable=True)
+    fits = (costs_U[order].cumsum(0) <= limit) & (worth_U[order] > 0)
+    count = len(fits) if fits.all() else int((~fits).int().argmax())
+    kept_U = torch.zeros(len(worth_U), dtype=torch.bool)
+    kept_U[order[:count]] = True
+    price = 0.0 if count == len(order) else max(0.0, float(ratio_U[order[count]]))
+    return kept_U, worth_U - price * costs_U
+
+
+def _filled(
+    mask_U: torch.Tensor, worth_U: torch.Tensor, reduced_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor
+) -> torch.Tensor:
+    """With what still fits, what is worth most at these prices first; within all budgets before, and after."""
+    mask_U, left_M = mask_U.clone(), limits_M * (1 + 1e-12) - costs_MU[:, mask_U].sum(1)
+    for unit in reduced_U.argsort(descending=True, stable=True).tolist():
+        if not mask_U[unit] and worth_U[unit] > 0 and bool((costs_MU[:, unit] <= left_M).all()):
+            mask_U[unit] = True
+            left_M -= costs_MU[:, unit]
+    return mask_U
+
+
+def kv_entries_U(space: UnitSpace) -> torch.Tensor:
+    """Numbers a token that each unit adds to the key/value cache, float64 ``[U]``; times their size, its bytes."""
+    entries = [2.0 * space.architecture.head_dim if group.kind == "kv_group" else 0.0 for group in space.groups]
+    return torch.tensor(entries, dtype=torch.float64)[space.group_U]

@@ -1,0 +1,87 @@
+"""What a run's settings say of its initial metrics: which they are, what they cost, and how far they compare."""
+
+import math
+from pathlib import Path
+
+from bernprune.config import RunConfig
+from bernprune.errors import ConfigError
+from bernprune.names import Allocation, Scope
+from bernprune.policy.allocation import Evolution
+from bernprune.scores import SCORES, Metric, Options
+from bernprune.units import finest
+
+_BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
+SEARCH_EVERY = 4  # calibration window is one that an allocation is searched on
+_SCOPES: dict[Allocation, Scope] = {"uniform": "layer", "global": "global", "pooled": "pooled"}
+
+
+def options_of(config: RunConfig) -> Options:
+    """What metrics are told beside model and text."""
+    initial = config.initial
+    return Options(
+        sparsity=config.budget.sparsity,
+        pruned_inputs=initial.inputs == "pruned",
+        cost_power=initial.cost_power,
+        pairs=initial.pairs,
+        step=initial.step,
+    )
+
+
+def score_names(config: RunConfig) -> tuple[str, ...]:
+    """The first is what the policy starts from."""
+    return config.initial.score, *config.initial.also
+
+
+def metrics_of(config: RunConfig) -> list[Metric]:
+    """Those that are taken; scores from a file cost nothing."""
+    return [SCORES[name] for name in score_names(config) if name in SCORES]
+
+
+def check_scores(config: RunConfig) -> None:
+    """Raises ``ConfigError`` if a metric cannot score what may be removed, or a file of scores is not there."""
+    for metric in metrics_of(config):
+        metric.check(finest(config.granularity), options_of(config))
+    for name in score_names(config):
+        if name not in SCORES and not Path(name).is_file():
+            raise ConfigError(f"score file {name} does not exist")
+    initial, told = config.initial, [name for metric in metrics_of(config) for name in metric.reads]
+    for name, default in (("pairs", Options.pairs), ("step", Options.step)):
+        if getattr(initial, name) != default and name not in told:
+            raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
+    given, allocation = finest(config.granularity), allocation_of(config)
+    for name, meant in (("influence", "block-influence"), ("generations", "search")):
+        if getattr(initial, name) != type(initial).model_fields[name].default and allocation != meant:
+            raise ConfigError(
+                f"initial.{name} has no meaning for initial.allocation {allocation!r}, only for {meant!r}"
+            )
+    if allocation in _BY_LAYER and not set(given) <= {"kv_group", "channel"}:
+        raise ConfigError(
+            f"initial.allocation {allocation!r} says how many units each layer keeps, but with granularity "
+            f"{', '.join(config.granularity)} a layer has one of a kind; take another, or add kv_group and channel"
+        )
+
+
+def allocation_of(config: RunConfig) -> Allocation:
+    """How many units each layer keeps at first: as set, or as suits the first metric."""
+    score = config.initial.score
+    return config.initial.allocation or (SCORES[score].allocation if score in SCORES else "uniform")
+
+
+def evolution_of(config: RunConfig) -> Evolution:
+    """By which shares of layers are searched for."""
+    return Evolution(generations=config.initial.generations)
+
+
+def scope_of(config: RunConfig) -> Scope:
+    """Which scores are compared; where layers have shares of their own, those of a layer and kind."""
+    return _SCOPES.get(allocation_of(config), "layer")
+
+
+def scoring_sequences(config: RunConfig, num_layers: int) -> int:
+    """What the initial metrics cost, in windows of the search run forward; it is not part of its budget."""
+    initial, window = config.initial, config.data.window
+    passes = sum(metric.forwards(num_layers, options_of(config)) for metric in metrics_of(config))
+    allocation = allocation_of(config)
+    passes += allocation == "block-influence"
+    passes += (allocation == "search") * evolution_of(config).tried / SEARCH_EVERY
+    return math.ceil(initial.windows * passes * (initial.window or window) / window)

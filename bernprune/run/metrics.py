@@ -1,0 +1,46 @@
+"""Metrics, and what one found, as tables for people."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from bernprune.scores import Metric, Options
+from bernprune.units import KINDS
+
+_LAYERS = 32
+
+
+def metrics_table(metrics: Iterable[Metric]) -> str:
+    """Of each metric its name, cost, units, usual allocation and source, and what it says of a unit."""
+    lines = [
+        f"{'metric':<18}{'passes':>8}  {'allocation':<17}{'units':<24}source",
+    ]
+    for metric in metrics:
+        units = "all" if metric.kinds == KINDS else ", ".join(metric.kinds)
+        lines.append(f"{metric.name:<18}{_cost(metric):>8}  {metric.allocation:<17}{units:<24}{metric.source}")
+        lines.append(f"    {metric.about}")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"passes       over the calibration text (initial.windows), of a model of {_LAYERS} layers; g: with "
+            "gradients, which cost three more",
+            "allocation   how many units each layer keeps, unless initial.allocation says otherwise",
+        ]
+    )
+
+
+def _cost(metric: Metric) -> str:
+    return f"{metric.passes(_LAYERS, Options()):,.0f}{' g' if metric.gradients else ''}"
+
+
+def scores_table(found: dict[str, Any]) -> str:
+    """Of what ``score_model`` returns: the mean score of each kind in each layer, and what the metric noted."""
+    kinds = [kind for kind in KINDS if any(group["kind"] == kind for group in found["groups"])]
+    means = {(group["layer"], group["kind"]): f"{group['mean']:.4g}" for group in found["groups"]}
+    layers = sorted({layer for layer, _ in means})
+    lines = [f"{'layer':<8}" + "".join(f"{kind:>14}" for kind in kinds)]
+    lines += [f"{layer:<8}" + "".join(f"{means.get((layer, kind), '-'):>14}" for kind in kinds) for layer in layers]
+    notes = [f"{name:<24} {value:.4g}" for name, value in found["notes"].items()]
+    return "\n".join(
+        [*lines, "", *notes, f"scored       {found['units']:,} units by {found['score']} in {found['seconds']:.1f} s"]
+    )

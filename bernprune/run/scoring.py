@@ -1,0 +1,117 @@
+"""Initial scores, and where the policy starts from them."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bernprune.config import RunConfig
+from bernprune.policy.allocation import search_shares, shares_by_importance, shares_of_groups
+from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.policy.selection import select
+from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, scope_of
+from bernprune.run.stage import Stage, set_stage
+from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
+from bernprune.scores.base import Context
+from bernprune.scores.block_influence import layer_influence
+
+_SCORED_TOKENS = 2048  # of one forward pass for a metric, which keeps float32 copies of activations
+
+
+def scores_of(stage: Stage, name: str, notes: dict[str, float] | None = None) -> torch.Tensor:
+    """Scores by a metric's name, or from a file of them, float64 ``[U]``.
+
+    Raises:
+        ConfigError: what ``initial_scores`` or ``read_scores`` refuse.
+    """
+    if name not in SCORES:
+        return read_scores(Path(name), stage.view.space)
+    return initial_scores(
+        stage.view,
+        stage.initial_windows_WT,
+        SCORES[name],
+        seed=stage.config.seed,
+        ops=stage.ops,
+        rows_per_forward=_rows(stage),
+        options=options_of(stage.config),
+        notes=notes,
+    )
+
+
+def take_start(stage: Stage) -> dict[str, torch.Tensor]:
+    """Initial scores, shares and probabilities; kept, so that a resumed run starts from the very same."""
+    config, initial = stage.config, stage.config.initial
+    scores_US = torch.stack([scores_of(stage, name) for name in (initial.score, *initial.also)], dim=1)
+    shares_G = group_shares(stage, scores_US[:, 0])
+    probs_U = initial_probs(
+        stage.view.space,
+        scores_US[:, 0],
+        keep=1 - config.budget.sparsity,
+        map_name=initial.map,
+        scope=scope_of(config),
+        sharpness=initial.sharpness,
+        ceiling=config.policy.ceiling,
+        shares_G=shares_G,
+    )
+    return {"scores_US": scores_US, "shares_G": shares_G, "probs_U": probs_U}
+
+
+def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
+    """What each group of units keeps at first where scores of layers are not compared, float64 ``[G]``."""
+    config, space, keep = stage.config, stage.view.space, 1 - stage.config.budget.sparsity
+    allocation = allocation_of(config)
+    if allocation == "search":
+        return _searched(stage, scores_U)
+    if allocation != "block-influence":
+        return torch.full((len(space.groups),), keep, dtype=torch.float64)
+    context = Context(stage.view, stage.initial_windows_WT, config.seed, stage.ops, _rows(stage), options_of(config))
+    importance_L = layer_influence(context, config.initial.influence)
+    return shares_of_groups(space, shares_by_importance(importance_L, keep))
+
+
+def _searched(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
+    """Shares by what the best units of each group lose together, within budget and limits, on some of the windows."""
+    space, keep = stage.view.space, 1 - stage.config.budget.sparsity
+
+    def mask_by(shares_G: torch.Tensor) -> torch.Tensor:
+        priorities_U = graded(space, scores_U, keep=keep, shares_G=shares_G)
+        return select(priorities_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+
+    with stage.objective() as objective:
+
+        def losses_of(shares_KG: torch.Tensor) -> torch.Tensor:
+            masks_KU = torch.stack([mask_by(shares_G) for shares_G in shares_KG])
+            losses_K = objective.losses(masks_KU, stage.initial_windows_WT[::SEARCH_EVERY])
+            return losses_K.nan_to_num(nan=math.inf)
+
+        found_G = search_shares(
+            len(space.groups), keep, losses_of, seed=stage.config.seed, evolution=evolution_of(stage.config)
+        )
+    kept = mask_by(found_G).double().split([group.count for group in space.groups])
+    return torch.stack([kept_N.mean() for kept_N in kept])  # on the budget
+
+
+def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
+    """Score a model's units as a run would, and write the scores to a file if one is given.
+
+    Returns:
+        For each layer and kind the mean score and how many units there are, and what the metric noted.
+    """
+    stage, notes, name = set_stage(config), dict[str, float](), config.initial.score
+    started = time.monotonic()
+    scores_U = scores_of(stage, name, notes)
+    seconds, space = time.monotonic() - started, stage.view.space
+    if out is not None:
+        facts = {"score": name, "model": config.model.path, "text": config.data.text, "seed": str(config.seed)}
+        write_scores(out, space, scores_U, facts)
+    groups = [
+        {"layer": group.layer, "kind": group.kind, "units": group.count, "mean": part_N.mean().item()}
+        for group, part_N in zip(space.groups, scores_U.split([g.count for g in space.groups]), strict=True)
+    ]
+    return {"score": name, "units": space.size, "seconds": seconds, "groups": groups, "notes": notes}
+
+
+def _rows(stage: Stage) -> int:
+    return max(1, _SCORED_TOKENS // stage.initial_windows_WT.shape[1])

@@ -1,0 +1,85 @@
+"""Several metrics in one: what they think of a unit's rank among the layer's units of its kind, averaged.
+
+With equal weights, or with those of a few that leave the least loss when their worst units are masked.
+
+Letters: M metrics, U units, K candidate weights, W windows.
+"""
+
+import torch
+
+from bernprune.objective import masked_objective
+from bernprune.scores.base import PARTS, Context, Metric
+from bernprune.scores.cfsp import CFSP
+from bernprune.scores.flap import FLAP
+from bernprune.scores.goa import GOA_MOMENT
+from bernprune.scores.wanda_sp import WANDA_SP
+from bernprune.seeding import generator
+from bernprune.units import UnitSpace
+
+MEMBERS = (WANDA_SP, FLAP, GOA_MOMENT, CFSP)
+_DRAWN = 24 - len(MEMBERS) - 1  # mixtures that are tried beside each metric alone and all alike
+_EVERY = 4  # window is one that they are tried on
+
+
+def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
+    """Of each unit among those of its group, from above 0 to below 1, float64 ``[U]``."""
+    ranks_U = torch.zeros_like(scores_U, dtype=torch.float64)
+    for start, group in zip(space.starts, space.groups, strict=False):
+        units = slice(start, start + group.count)
+        ranks_U[units] = (scores_U[units].argsort(stable=True).argsort(stable=True).double() + 0.5) / group.count
+    return ranks_U
+
+
+def ranks_of_members(context: Context) -> torch.Tensor:
+    """What each metric says, ``[M, U]``."""
+    return torch.stack([ranks(context.view.space, metric.run(context)) for metric in MEMBERS])
+
+
+def _rank_average(context: Context) -> torch.Tensor:
+    return ranks_of_members(context).mean(0)
+
+
+def _learned(context: Context) -> torch.Tensor:
+    space, ranks_MU = context.view.space, ranks_of_members(context)
+    uniform = torch.rand(_DRAWN, len(MEMBERS), generator=generator(context.seed, "fused"), dtype=torch.float64)
+    drawn = -(1 - uniform).log()  # of a flat Dirichlet distribution
+    alone = torch.eye(len(MEMBERS), dtype=torch.float64)
+    weights_KM = torch.cat([alone, torch.ones_like(alone[:1]), drawn])
+    mixed_KU = (weights_KM / weights_KM.sum(1, keepdim=True)) @ ranks_MU
+    masks_KU = torch.stack([without_worst(space, mixed_U, context.options.sparsity) for mixed_U in mixed_KU])
+    with masked_objective(context.view, context.ops, rows_per_forward=context.rows_per_forward) as objective:
+        losses_K = objective.losses(masks_KU, context.windows_WT[::_EVERY])
+    best = int(losses_K.argmin())
+    for metric, weight in zip(MEMBERS, weights_KM[best] / weights_KM[best].sum(), strict=True):
+        context.notes[f"weight of {metric.name}"] = float(weight)
+    return mixed_KU[best]
+
+
+def without_worst(space: UnitSpace, scores_U: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The mask, bool ``[U]``, that removes this share of the units of each group."""
+    mask_U = torch.ones(space.size, dtype=torch.bool)
+    for start, group in zip(space.starts, space.groups, strict=False):
+        order = scores_U[start : start + group.count].argsort(stable=True)
+        mask_U[start + order[: int(sparsity * group.count)]] = False
+    return mask_U
+
+
+RANK_AVERAGE = Metric(
+    "rank-average",
+    f"mean rank by {', '.join(metric.name for metric in MEMBERS)}",
+    "folklore",
+    _rank_average,
+    kinds=PARTS,
+    passes=lambda layers, options: float(len(MEMBERS)),
+    layerwise=True,
+)
+FUSED = Metric(
+    "fused",
+    "the same, with weights that a few masked forward passes choose",
+    "after Liu et al., 2024",
+    _learned,
+    kinds=PARTS,
+    passes=lambda layers, options: len(MEMBERS) + (_DRAWN + len(MEMBERS) + 1) / _EVERY,
+    reads=("sparsity",),
+    layerwise=True,
+)

@@ -1,0 +1,99 @@
+"""What a unit is worth after its repair: judged by the error that is left once the others have made up for it.
+
+That is the point of influence functions (Cheng, Zhang and Shi, 2024, arXiv 2308.06755) in closed form: the least
+squared error of the projection that reads a unit, once the columns of all others are fitted to what it gave. It is
+W_j' ([H^-1]_jj)^-1 W_j, with H the second moments of the inputs (Hassibi and Stork, 1993; in blocks, Kurtic et al.,
+2023), here relative to the energy of what the layer hands on.
+
+Letters: D output width of a projection, E its inputs, N units of C columns, R rows, T tokens.
+"""
+
+import math
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from bernprune.errors import ConfigError
+from bernprune.models.statistics import POINTS
+from bernprune.scores.base import Context, Metric
+from bernprune.scores.stream import LayerPass, Scores, by_layer, of_parts
+
+_DAMPING = 0.01  # of the mean of the diagonal
+
+
+def repaired_error(weight_DE: torch.Tensor, moments_EE: torch.Tensor, units: int) -> torch.Tensor:
+    """Least mean squared error of W x without each unit's columns, the others fitted to make up for it, ``[N]``.
+
+    Args:
+        weight_DE: float64.
+        moments_EE: second moments of x, float64; damped by a hundredth of the mean of their diagonal.
+        units: that own equal numbers of adjacent columns.
+    """
+    damping = _DAMPING * moments_EE.diagonal().mean().clamp(min=1e-300)
+    damped_EE = moments_EE + damping * torch.eye(len(moments_EE), dtype=moments_EE.dtype, device=moments_EE.device)
+    inverse_EE = torch.cholesky_inverse(torch.linalg.cholesky(damped_EE))
+    width = len(moments_EE) // units
+    blocks_NCC = inverse_EE.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    columns_NCD = weight_DE.T.reshape(units, width, -1)
+    errors_N: torch.Tensor = (columns_NCD * torch.linalg.solve(blocks_NCC, columns_NCD)).sum((1, 2))
+    return errors_N
+
+
+class _Moments:
+    """Running second moments of what enters a projection, float64 ``[E, E]`` on its device."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        size, device = projection.in_features, projection.weight.device
+        self.total_EE, self.count = torch.zeros(size, size, dtype=torch.float64, device=device), 0
+
+    def add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        x_NE = inputs[0].flatten(0, -2)
+        x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
+        self.total_EE += x_NE.T @ x_NE
+        self.count += len(x_NE)
+
+
+def _repaired(context: Context) -> torch.Tensor:
+    _check_tokens(context)
+    return by_layer(_repaired_of_layer)(context)
+
+
+def _repaired_of_layer(at: LayerPass) -> Scores:
+    moments, energy = {point: _Moments(at.projection(point)) for point in POINTS}, list[float]()
+
+    def weigh(module: nn.Module, inputs: Any, output_RTD: torch.Tensor) -> None:
+        energy.append(output_RTD.double().square().sum().item())
+
+    with ExitStack() as hooks:
+        for point in POINTS:
+            hooks.callback(at.projection(point).register_forward_pre_hook(moments[point].add).remove)
+        hooks.callback(at.layer.layer.register_forward_hook(weigh).remove)
+        seen = at.moments(POINTS)
+    tokens, shape = seen["down"].count, at.layer.shape
+    errors = {}
+    for point, units in (("output", shape.kv_groups), ("down", shape.channels)):
+        weight_DE = at.weight(point)
+        errors[point] = repaired_error(weight_DE, moments[point].total_EE / tokens, units) * tokens / sum(energy)
+    return of_parts(errors["output"], errors["down"])
+
+
+def _check_tokens(context: Context) -> None:
+    """Raises ``ConfigError`` if there are fewer tokens than entries to tell apart."""
+    layers, (windows, window) = context.view.layers, context.windows_WT.shape
+    widest = max(getattr(layer, point).in_features for layer in layers for point in POINTS)
+    if windows * window < widest:
+        raise ConfigError(
+            f"{windows * window:,} tokens of calibration text are too few for a stable Gram matrix of {widest:,} "
+            f"inputs: at least {widest:,} are needed, which are {math.ceil(widest / window):,} windows of {window}"
+        )
+
+
+IFSO_REPAIRED = Metric(
+    "ifso-repaired",
+    "error of what reads a unit after the columns of the others have been fitted to make up for it",
+    "after Cheng, Zhang and Shi, 2024",
+    _repaired,
+    layerwise=True,
+)

@@ -1,0 +1,167 @@
+"""MINI-LLM: magnitude times activation times gradient, the gradient estimated by forward passes only (Cheng, Zhang and
+Shi, 2024, arXiv 2407.11681), from differences of the loss in random directions (SPSA: Spall, 1992; with noise that is
+made again rather than kept: Malladi et al., 2023).
+
+An estimate from P directions among n numbers has a variance of about n / P times the mean squared gradient. A model
+has hundreds of thousands of gates of units, but billions of weights: ``mini-llm`` moves gates, ``mini-llm-weights``
+weights, of which only sums over a unit mean anything. Training has made the mean gradients small, beside those of
+single windows: the note on signal to noise tells what is left.
+
+Letters: P directions, B windows of a batch, U units, O, I rows and columns of a weight, R rows, T tokens.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bernprune.losses import token_losses
+from bernprune.models.statistics import POINTS, InputStatistics
+from bernprune.names import Kind
+from bernprune.objective import masked_objective
+from bernprune.scores.base import Context, Metric
+from bernprune.scores.stream import COUPLED, LayerPass, Scores, by_layer, of_parts, of_units, projection_of
+from bernprune.scores.wanda_sp import WANDA_SP
+from bernprune.seeding import generator
+
+_READ = {"key": "query", "value": "query", "up": "gate"}  # projections that read what another one does
+GATE_STEP = 2**-4  # which every number format holds exactly
+WEIGHT_STEP = 1e-3
+
+
+def gate_gradients(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the loss by a gate on each unit, and the variance of each estimate, float64 ``[U]`` both.
+
+    Every window has directions of its own, of plus and minus one a gate: the mean over them of z (L(1 + step z) -
+    L(1 - step z)) / (2 step).
+    """
+    step, size = context.options.step or GATE_STEP, context.view.space.size
+    sum_U, squares, count = torch.zeros(size, dtype=torch.float64), 0.0, 0
+    with masked_objective(context.view, context.ops, rows_per_forward=context.rows_per_forward) as objective:
+        for pair in range(context.options.pairs):
+            for batch, tokens_BT in enumerate(context.windows_WT.split(context.rows_per_forward)):
+                source = generator(context.seed, "mini-llm", pair, batch)
+                signs_BU = torch.randint(0, 2, (len(tokens_BT), size), generator=source).float() * 2 - 1
+                gates_B2CU = torch.stack([1 + step * signs_BU, 1 - step * signs_BU], dim=1)[:, :, None]
+                above_B, below_B = objective.token_shares(gates_B2CU, tokens_BT).sum(-1).T
+                slope_B = (above_B - below_B) / (2 * step)
+                sum_U += slope_B @ signs_BU.double()
+                squares, count = squares + slope_B.square().sum().item(), count + len(tokens_BT)
+    mean_U = sum_U / count
+    return mean_U, (squares / count - mean_U.square()).clamp(min=0) / max(1, count - 1)
+
+
+def _of_gates(context: Context) -> torch.Tensor:
+    grad_U, variance_U = gate_gradients(context)
+    _note(context, grad_U, variance_U)
+    return WANDA_SP.run(context) * grad_U.abs()
+
+
+def _note(context: Context, grad_U: torch.Tensor, variance_U: torch.Tensor) -> None:
+    """How sure the gradients are: of their mean square, what is variance is none of theirs."""
+    noise, observed = variance_U.mean().item(), grad_U.square().mean().item()
+    context.notes["standard error of a gradient"] = noise**0.5
+    context.notes["signal to noise of gradients, in variances"] = max(0.0, observed - noise) / max(noise, 1e-300)
+
+
+class _Direction:
+    """Noise for every weight that belongs to a unit, made from the same numbers whenever it is asked for."""
+
+    def __init__(self, context: Context, pair: int, batch: int) -> None:
+        self._context, self._labels = context, (pair, batch)
+
+    def of(self, layer: int, name: str, weight: torch.Tensor) -> torch.Tensor:
+        seed = generator(self._context.seed, "mini-llm-weights", *self._labels, layer, name).initial_seed()
+        source = torch.Generator(weight.device).manual_seed(seed)
+        return torch.randn(weight.shape, generator=source, device=weight.device, dtype=torch.float32)
+
+    @contextmanager
+    def applied(self, step: float) -> Iterator[None]:
+        """For the length of the block, weights are that far along; they are not written to."""
+        view, names = self._context.view, [name for names in COUPLED.values() for name in names]
+        with ExitStack() as moved:
+            for (index, layer), name in itertools.product(enumerate(view.layers), names):
+                projection = projection_of(view, layer, name)
+                self._move(projection, index, name, step)
+                moved.callback(projection.__dict__.pop, "forward")
+            yield
+
+    def _move(self, projection: nn.Linear, layer: int, name: str, step: float) -> None:
+        def forward(x_RTI: torch.Tensor) -> torch.Tensor:
+            weight_OI = projection.weight
+            noise_OI = self.of(layer, name, weight_OI)
+            return F.linear(x_RTI, (weight_OI + step * noise_OI).to(weight_OI.dtype), projection.bias)
+
+        projection.__dict__["forward"] = forward
+
+
+def _slopes(context: Context) -> list[tuple[_Direction, float]]:
+    """Of every direction how fast the loss of its windows grows along it, times their share of the text."""
+    step, slopes = context.options.step or WEIGHT_STEP, []
+    for pair in range(context.options.pairs):
+        for batch, tokens_BT in enumerate(context.windows_WT.split(context.rows_per_forward)):
+            direction, losses = _Direction(context, pair, batch), []
+            for sign in (1, -1):
+                with direction.applied(sign * step):
+                    losses.append(_loss(context, tokens_BT))
+            share = len(tokens_BT) / (context.options.pairs * len(context.windows_WT))
+            slopes.append((direction, share * (losses[0] - losses[1]) / (2 * step)))
+    return slopes
+
+
+@torch.inference_mode()
+def _loss(context: Context, tokens_BT: torch.Tensor) -> float:
+    tokens_BT = tokens_BT.to(next(context.view.model.parameters()).device)
+    hidden_BTD = context.view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
+    head = context.view.model.get_output_embeddings()
+    return token_losses(head, hidden_BTD, tokens_BT).double().mean().item()
+
+
+def _of_weights(context: Context) -> torch.Tensor:
+    slopes = _slopes(context)
+
+    def of_layer(at: LayerPass) -> Scores:
+        seen = at.moments(("query", "output", "gate", "down"))
+
+        def of_kind(kind: Kind, count: int) -> torch.Tensor:
+            return of_units([_salience(at, name, seen[_READ.get(name, name)], slopes) for name in COUPLED[kind]], count)
+
+        return of_parts(of_kind("kv_group", at.layer.shape.kv_groups), of_kind("channel", at.layer.shape.channels))
+
+    return by_layer(of_layer)(context)
+
+
+def _salience(
+    at: LayerPass, name: str, inputs: InputStatistics, slopes: list[tuple[_Direction, float]]
+) -> torch.Tensor:
+    """Sums of |W_ij| |g_ij| |x_j| over each row of a projection, or each column of those that read units, ``[O]``."""
+    weight_OI = at.projection(name).weight.detach()
+    grad_OI = torch.zeros_like(weight_OI, dtype=torch.float32)
+    for direction, slope in slopes:
+        grad_OI += slope * direction.of(at.index, name, weight_OI)
+    salience_OI = (weight_OI * grad_OI).abs().double() * inputs.second_moment_E.sqrt().to(weight_OI.device)
+    return salience_OI.sum(0 if name in POINTS else 1)
+
+
+_SOURCE = "Cheng, Zhang and Shi, 2024"
+
+MINI_LLM = Metric(
+    "mini-llm",
+    "wanda-sp times the size of the loss's gradient by a gate on the unit, estimated by forward passes",
+    _SOURCE,
+    _of_gates,
+    passes=lambda layers, options: 2.0 * options.pairs + 1,
+    reads=("pairs", "step"),
+)
+MINI_LLM_WEIGHTS = Metric(
+    "mini-llm-weights",
+    "weight times activation times gradient over a unit's weights, estimated by forward passes: mostly noise",
+    _SOURCE,
+    _of_weights,
+    plain=True,
+    passes=lambda layers, options: 2.0 * options.pairs + 1,
+    reads=("pairs", "step"),
+)

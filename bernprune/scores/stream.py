@@ -1,0 +1,212 @@
+"""Metrics that go layer by layer: what is gathered of a layer is used, and dropped, before the next one runs.
+
+A unit's importance shows at the projection that reads it: kv groups at the attention output projection, channels at
+the FFN down projection. A metric may score the columns of such a weight; units follow by averaging.
+
+Letters: D, E output and input width of a projection, U units.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from bernprune.errors import ConfigError, ModelError
+from bernprune.models.linear import weight_of
+from bernprune.models.masking import masked
+from bernprune.models.statistics import POINTS, InputStatistics, moments
+from bernprune.models.streaming import LayerStream
+from bernprune.models.view import LayerView, ModelView
+from bernprune.names import Kind
+from bernprune.scores.base import PARTS, Context
+
+COUPLED: dict[Kind, tuple[str, ...]] = {  # projections that have something of a unit: columns of the last, or rows
+    "kv_group": ("query", "key", "value", "output"),
+    "channel": ("gate", "up", "down"),
+}
+_KINDS: dict[str, Kind] = {"output": "kv_group", "down": "channel"}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a metric of columns may look at.
+
+    Attributes:
+        weight_DE: float32 weight of the attention output (``kind`` kv_group) or FFN down projection (channel).
+        inputs: moments of its input over the calibration text.
+        seed: for metrics that draw numbers.
+    """
+
+    weight_DE: torch.Tensor
+    inputs: InputStatistics
+    kind: Kind
+    layer: int
+    seed: int
+
+
+def projection_of(view: ModelView, layer: LayerView, name: str) -> nn.Linear:
+    """A projection of a layer by its name in ``Family``; what is masked for the moment is shown as it is without."""
+    block = layer.attention if name in ("query", "key", "value") else layer.ffn
+    found: nn.Linear = getattr(layer, name) if name in POINTS else getattr(block, getattr(view.family, name))
+    return found
+
+
+@dataclass(frozen=True)
+class LayerPass:
+    """What a metric of layers is given of each: it hooks what it likes, and then calls ``run``, once.
+
+    Attributes:
+        run: sends all windows through the layer.
+    """
+
+    context: Context
+    index: int
+    run: Callable[[], None]
+
+    @property
+    def view(self) -> ModelView:
+        return self.context.view
+
+    @property
+    def layer(self) -> LayerView:
+        return self.view.layers[self.index]
+
+    def moments(self, inputs: tuple[str, ...], outputs: tuple[str, ...] = ()) -> dict[str, InputStatistics]:
+        """Run the layer; of what enters and leaves projections, by their names in ``Family``, the moments.
+
+        Raises:
+            ConfigError: nothing came by.
+            ModelError: something was not finite.
+        """
+        with moments(
+            {name: self.projection(name) for name in inputs}, {n: self.projection(n) for n in outputs}
+        ) as seen:
+            self.run()
+        for statistics in seen.values():
+            self.check(statistics)
+        return seen
+
+    def projection(self, name: str) -> nn.Linear:
+        """``query``, ``key``, ``value``, ``output``, ``gate``, ``up`` or ``down``."""
+        return projection_of(self.view, self.layer, name)
+
+    def weight(self, name: str) -> torch.Tensor:
+        """Of a projection, float64 ``[D, E]`` on the model's device; also of a quantised one."""
+        return weight_of(self.projection(name), self.view.model.dtype).double()
+
+    def check(self, statistics: InputStatistics) -> None:
+        """Raises unless there is something to score on."""
+        if not statistics.count:
+            raise ConfigError(
+                f"no calibration text reached layer {self.index}: scores cannot be taken while the model is under masks"
+            )
+        if not statistics.second_moment_E.isfinite().all():
+            raise ModelError(
+                f"the activations of layer {self.index} are not finite on the calibration text, so it cannot be scored"
+            )
+
+
+Scores = Mapping[Kind, torch.Tensor]  # by kind, of the units of one layer
+Score = Callable[[Projection], torch.Tensor]  # of the columns of one projection, [E]
+LayerScore = Callable[[LayerPass], Scores]
+
+
+def by_layer(score: LayerScore) -> Callable[[Context], torch.Tensor]:
+    """A metric that goes layer by layer, in one pass over the text, or in two if each layer is pruned meanwhile."""
+
+    def run(context: Context) -> torch.Tensor:
+        view, rows = context.view, context.rows_per_forward
+        stream = LayerStream(view, context.windows_WT, rows_per_forward=rows)
+        scores_U = torch.zeros(view.space.size, dtype=torch.float64)
+        for index in range(len(view.layers)):
+            pruned = context.options.pruned_inputs
+            fill(view, index, score(LayerPass(context, index, stream.run if pruned else stream.advance)), scores_U)
+            if pruned:
+                _advance_pruned(context, stream, scores_U)
+            elif stream.index == index:  # it looked at no activations
+                stream.advance()
+        return scores_U
+
+    return run
+
+
+def by_column(score: Score) -> Callable[[Context], torch.Tensor]:
+    """A metric of the columns that read a unit, lifted to units."""
+
+    def of_layer(at: LayerPass) -> Scores:
+        seen = at.moments(POINTS)
+        return _of_projections(at.context, at.layer, at.index, score, seen)
+
+    return by_layer(of_layer)
+
+
+def by_weights(score: Score) -> Callable[[Context], torch.Tensor]:
+    """As ``by_column``, of a metric that looks at no inputs: no text is run."""
+
+    def run(context: Context) -> torch.Tensor:
+        scores_U = torch.zeros(context.view.space.size, dtype=torch.float64)
+        for index, layer in enumerate(context.view.layers):
+            unseen = {point: InputStatistics(getattr(layer, point).in_features) for point in POINTS}
+            fill(context.view, index, _of_projections(context, layer, index, score, unseen), scores_U)
+        return scores_U
+
+    return run
+
+
+def _of_projections(
+    context: Context, layer: LayerView, index: int, score: Score, seen: Mapping[str, InputStatistics]
+) -> Scores:
+    columns = {}
+    for point in POINTS:
+        weight_DE = weight_of(getattr(layer, point), context.view.model.dtype).float().cpu()
+        columns[point] = score(Projection(weight_DE, seen[point], _KINDS[point], index, context.seed)).double()
+    return of_columns(layer, columns["output"], columns["down"])
+
+
+def _advance_pruned(context: Context, stream: LayerStream, scores_U: torch.Tensor) -> None:
+    """Go on through the layer without what it has scored worst."""
+    view, mask_U = context.view, torch.ones(len(scores_U), dtype=torch.bool)
+    for kind in PARTS:
+        span = view.space.span(kind, stream.index)
+        if span is not None:
+            order = scores_U[span].argsort(stable=True)
+            mask_U[span.start + order[: int(context.options.sparsity * len(order))]] = False
+    with masked(view, context.ops, layers=[stream.index]) as live:
+        live.set(mask_U[None])
+        stream.advance()
+
+
+def of_columns(layer: LayerView, output_E: torch.Tensor, down_E: torch.Tensor) -> Scores:
+    """Scores of units from those of columns: a kv group has its columns' mean, a block or layer its columns' sum."""
+    return {
+        "kv_group": output_E.view(layer.shape.kv_groups, -1).mean(1),
+        "channel": down_E,
+        "attention": output_E.sum(),
+        "ffn": down_E.sum(),
+        "layer": output_E.sum() + down_E.sum(),
+    }
+
+
+def of_parts(kv_groups_N: torch.Tensor, channels_N: torch.Tensor) -> Scores:
+    """A block or layer has the sum of its kv groups and channels."""
+    return {
+        "kv_group": kv_groups_N,
+        "channel": channels_N,
+        "attention": kv_groups_N.sum(),
+        "ffn": channels_N.sum(),
+        "layer": kv_groups_N.sum() + channels_N.sum(),
+    }
+
+
+def of_units(saliences: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Sums over what belongs to each of so many units, which lies side by side in each vector, float64 ``[N]``."""
+    return torch.stack([salience_O.double().view(count, -1).sum(1).cpu() for salience_O in saliences]).sum(0)
+
+
+def fill(view: ModelView, layer: int, scored: Scores, scores_U: torch.Tensor) -> None:
+    """Write the scores of one layer's units to where they belong."""
+    for kind, values in scored.items():
+        span = view.space.span(kind, layer)
+        if span is not None:
+            scores_U[span] = values.double().cpu()

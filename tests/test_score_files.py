@@ -1,0 +1,154 @@
+"""Scores of one's own: written, read, refused; and metrics on the command line, from the list to a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_models import random_tokens, tiny_model
+from tiny_run import Place, read_json, run, succeed
+
+from bernprune.errors import ConfigError
+from bernprune.models.view import describe
+from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.run.checkpoint import read_state
+from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
+from bernprune.units import UnitSpace
+
+
+def space_of(**changes: int) -> UnitSpace:
+    return describe(tiny_model("llama", **changes)).space
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    """To the bit."""
+    view = describe(tiny_model("llama"))
+    scores_U = initial_scores(view, random_tokens(2, 9), SCORES["wanda-sp"])
+    write_scores(tmp_path / "a.safetensors", view.space, scores_U, {"score": "wanda-sp"})
+    assert torch.equal(read_scores(tmp_path / "a.safetensors", view.space), scores_U)
+
+
+def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    """Of another model, without scores or fingerprint, not finite, no such file, not of this format."""
+    space, path = space_of(), tmp_path / "a.safetensors"
+    write_scores(path, space, torch.ones(space.size))
+    for other in (space_of(intermediate_size=20), space_of(hidden_size=48)):
+        with pytest.raises(ConfigError, match="holds 88 scores of another model's units"):
+            read_scores(path, other)
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_scores(tmp_path / "b.safetensors", space)
+    for tensors in ({"scores": torch.ones(88)}, {"other": torch.ones(88)}):
+        save_file(tensors, path)
+        with pytest.raises(ConfigError, match="needs a tensor 'scores' and the metadata 'fingerprint'"):
+            read_scores(path, space)
+    write_scores(path, space, torch.full((space.size,), float("nan")))
+    with pytest.raises(ConfigError, match="must hold finite"):
+        read_scores(path, space)
+    path.write_bytes(b"no such format")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_scores(path, space)
+
+
+def test_the_list_has_every_metric() -> None:
+    """With what it costs, where it comes from and what it says."""
+    told = succeed("scores").out
+    for metric in SCORES.values():
+        (line,) = [line for line in told.splitlines() if line.startswith(f"{metric.name} ")]
+        assert metric.source in line and metric.allocation in line and f"    {metric.about}\n" in told
+
+
+def test_scores_of_the_command_line_start_a_run(place: Place) -> None:
+    """A file written by it starts a run as its metric does, and only on the same units."""
+    given = [f"--set={setting}" for setting in ("data.window=16", "initial.windows=4", "search.windows=2")]
+    out = place.folder / "flap.safetensors"
+    told = succeed("scores", str(place.model), "--text", str(place.text), "--score=flap", f"--out={out}", *given).out
+    assert "units by flap in" in told and str(out) in told
+    starts = []
+    for name, score in (("by-name", "flap"), ("by-file", str(out))):
+        allocated = (f"initial.score={score}", "initial.allocation=global", "search.sequences=0")
+        succeed(*place.prune(*allocated, out=place.folder / name))
+        starts.append(read_state(place.folder / name / "initial.safetensors"))
+    assert all(torch.equal(starts[0][key], starts[1][key]) for key in ("scores_US", "probs_U"))
+    refused = run(*place.prune(f"initial.score={out}", "granularity=channel", out=place.folder / "refused"))
+    assert refused.code == 2 and "of another granularity" in refused.err
+
+
+def test_mistakes_on_the_command_line(place: Place) -> None:
+    """One sentence each."""
+    said = {
+        ("scores", "--score=flap"): "without a model lists the metrics, and takes no options",
+        ("scores", str(place.model), "--out=scores.bin"): "must end in .safetensors, but is 'scores.bin'",
+        ("scores", str(place.model), "--score=flop"): "did you mean 'flap'?",
+        ("scores", str(place.model), "--score=no.safetensors"): "score file no.safetensors does not exist",
+        ("scores", str(place.model), "--set=initial.influence=mse"): "initial.influence has no meaning",
+    }
+    for arguments, sentence in said.items():
+        done = run(*arguments)
+        assert done.code == 2 and sentence in done.err and done.err.count("\n") == 1
+
+
+# How much each layer keeps
+
+
+def test_layers_keep_shares_of_their_own() -> None:
+    """At the start, the best of each group; and by priorities, at any sparsity, powers of those shares."""
+    space = space_of(intermediate_size=50)
+    scores_U = torch.rand(space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares_G = torch.tensor([0.2 + 0.1 * group.layer for group in space.groups], dtype=torch.float64)
+    kept_U = initial_probs(space, scores_U, keep=0.35, map_name="const", sharpness=1.0, shares_G=shares_G) > 0.5
+    priorities_U = graded(space, scores_U, keep=0.35, shares_G=shares_G)
+    for group, share in enumerate(shares_G.tolist()):
+        units_U = space.group_U == group
+        best = scores_U[units_U].argsort(descending=True)[: round(share * int(units_U.sum()))]
+        assert set(kept_U[units_U].nonzero()[:, 0].tolist()) == set(best.tolist())
+        assert kept_U[units_U].equal(priorities_U[units_U] > 1 - 0.35)
+        for keep in (0.1, 0.6, 0.99):
+            taken = (priorities_U[units_U] > 1 - keep).double().mean().item()
+            assert (
+                abs(taken - keep ** (torch.log(shares_G[group]) / torch.log(torch.tensor(0.35))).item()) <= 1 / 6 + 1e-9
+            )
+
+
+def test_an_allocation_that_is_searched_for(place: Place) -> None:
+    """It lies on the budget, and loses no more on its windows than equal shares."""
+    losses = {}
+    for allocation in ("uniform", "search"):
+        out = place.folder / allocation
+        more = ("initial.generations=3",) if allocation == "search" else ()
+        settings = ("search.sequences=0", f"initial.allocation={allocation}", "budget.sparsity=0.4", *more)
+        succeed(*place.prune(*settings, "initial.windows=32", "data.eval_tokens=512", out=out))
+        losses[allocation] = read_json(out / "report.json")["loss"]["initial"]
+        shares_G = read_state(out / "initial.safetensors")["shares_G"]
+        assert (shares_G.std() > 0) == (allocation == "search")
+    assert losses["search"] < losses["uniform"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (
+            ["initial.allocation=search", "granularity=[attention, ffn]"],
+            "'search' says how many units each layer keeps",
+        ),
+        (["initial.generations=4"], "initial.generations has no meaning for initial.allocation 'uniform'"),
+        (["initial.pairs=4"], "initial.pairs has no meaning for the score wanda-sp"),
+        (["initial.score=taylor-vector", "initial.inputs=pruned"], "'taylor-vector' does not go layer by layer"),
+        (["initial.score=block-influence"], "'block-influence' cannot rank units of kind kv_group, channel"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_errors(given: list[str], said: str, place: Place) -> None:
+    """Before a model is loaded."""
+    done = run(*place.prune(*given))
+    assert done.code == 2 and said in done.err
+
+
+def test_a_run_gives_more_to_layers_that_change_more(place: Place) -> None:
+    """CFSP's allocation by default, and for any other metric when asked for; their sum is the same."""
+    shares = {}
+    for name, more in {"cfsp": (), "wanda-sp": ("initial.allocation=block-influence", "initial.influence=mae")}.items():
+        out = place.folder / name
+        succeed(*place.prune("search.sequences=0", f"initial.score={name}", *more, out=out))
+        shares[name] = read_state(out / "initial.safetensors")["shares_G"]
+    for shares_G in shares.values():
+        assert shares_G.mean().item() == pytest.approx(0.7) and shares_G.std() > 0.001
+    assert not torch.allclose(shares["cfsp"], shares["wanda-sp"])
