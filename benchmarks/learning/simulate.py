@@ -40,7 +40,8 @@ from bernprune.evaluation.latency import machine
 from bernprune.policy.bernoulli import even_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
-from bernprune.run.workload import Work, make_budget, make_search, plan_work, start_probs
+from bernprune.run.initial import start_probs
+from bernprune.run.workload import Work, make_budget, make_search, plan_work
 from bernprune.seeding import generator
 from bernprune.units import Architecture, LayerShape, UnitGroup, UnitSpace
 

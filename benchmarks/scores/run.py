@@ -23,7 +23,7 @@ from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows
 from benchmarks.learning.task import SOURCES, Task
 from benchmarks.scores.show import KEY, show
 from bernprune.config import make_config
-from bernprune.errors import BernpruneError
+from bernprune.errors import BernpruneError, ModelError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
 from bernprune.policy.bernoulli import even_probs
@@ -182,7 +182,12 @@ def _fill(results: Path, bench: Bench, model: str, seed: int, given: argparse.Na
             ]
             if not wanted:
                 continue
-            for row in bench.rows(name, sparsity, wanted):
+            try:
+                rows = list(bench.rows(name, sparsity, wanted))
+            except ModelError as error:  # gradients' differences of a model in bfloat16, for one
+                print(f"{model} without {name}: {error}", file=sys.stderr)
+                continue
+            for row in rows:
                 append_row(results, row)
             print(f"{model} {sparsity} seed {seed}: {name}", flush=True)
 

@@ -3,12 +3,15 @@
 import math
 from pathlib import Path
 
+import torch
+
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.names import Allocation, Scope
 from bernprune.policy.allocation import Evolution
+from bernprune.policy.bernoulli import initial_probs
 from bernprune.scores import SCORES, Metric, Options
-from bernprune.units import finest
+from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
 SEARCH_EVERY = 4  # calibration window is one that an allocation is searched on
@@ -75,6 +78,22 @@ def evolution_of(config: RunConfig) -> Evolution:
 def scope_of(config: RunConfig) -> Scope:
     """Which scores are compared; where layers have shares of their own, those of a layer and kind."""
     return _SCOPES.get(allocation_of(config), "layer")
+
+
+def start_probs(
+    config: RunConfig, space: UnitSpace, scores_U: torch.Tensor, shares_G: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Where the policy starts, float64 ``[U]``, not yet on the budget; see ``initial_probs``."""
+    return initial_probs(
+        space,
+        scores_U,
+        keep=1 - config.budget.sparsity,
+        map_name=config.initial.map,
+        scope=scope_of(config),
+        sharpness=config.initial.sharpness,
+        ceiling=config.policy.ceiling,
+        shares_G=shares_G,
+    )
 
 
 def scoring_sequences(config: RunConfig, num_layers: int) -> int:

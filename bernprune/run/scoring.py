@@ -9,9 +9,9 @@ import torch
 
 from bernprune.config import RunConfig
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_of_groups
-from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.policy.bernoulli import graded
 from bernprune.policy.selection import select
-from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, scope_of
+from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, start_probs
 from bernprune.run.stage import Stage, set_stage
 from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
 from bernprune.scores.base import Context
@@ -45,16 +45,7 @@ def take_start(stage: Stage) -> dict[str, torch.Tensor]:
     config, initial = stage.config, stage.config.initial
     scores_US = torch.stack([scores_of(stage, name) for name in (initial.score, *initial.also)], dim=1)
     shares_G = group_shares(stage, scores_US[:, 0])
-    probs_U = initial_probs(
-        stage.view.space,
-        scores_US[:, 0],
-        keep=1 - config.budget.sparsity,
-        map_name=initial.map,
-        scope=scope_of(config),
-        sharpness=initial.sharpness,
-        ceiling=config.policy.ceiling,
-        shares_G=shares_G,
-    )
+    probs_U = start_probs(config, stage.view.space, scores_US[:, 0], shares_G)
     return {"scores_US": scores_US, "shares_G": shares_G, "probs_U": probs_U}
 
 
