@@ -19,6 +19,8 @@ ReferenceName = Literal["initial", "dense", "current", "mean-field"]
 Scaling = Literal["raw", "sqrt-fisher", "natural"]
 ObjectiveName = Literal["cross-entropy", "kl"]
 BackendName = Literal["auto", "torch", "triton"]
+RepairName = Literal["none", "bias", "ridge", "two-step", "scale", "admm", "auto"]
+TargetName = Literal["own", "dense", "residual"]
 PresetName = Literal["default", "reinforce", "paper"]
 
 

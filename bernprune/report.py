@@ -2,7 +2,13 @@
 
 from typing import Any
 
-ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metric", "pruned": "learned"}
+ROWS = {
+    "dense": "dense",
+    "uniform": "metric, uniform",
+    "initial": "initial metric",
+    "unrepaired": "not repaired",
+    "pruned": "learned",
+}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -10,7 +16,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
     same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
     for name, title in titles(report).items():
-        if name == "uniform" and same_start:
+        if (name == "uniform" and same_start) or name not in report["perplexity"]:
             continue
         figure = report["latency"].get(name)
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
@@ -55,6 +61,22 @@ def _choice(search: dict[str, Any]) -> list[str]:
     return lines
 
 
+def repaired(repair: dict[str, Any]) -> list[str]:
+    """A line on what was repaired, if that was asked for."""
+    if repair["method"] == "none":
+        return []
+    judged = f"on {repair['judging_windows']:,} windows that it was not fitted on"
+    losses, chosen = repair["losses"], repair["chosen"]
+    if chosen == "none":
+        tried = " and ".join(name for name in losses if name != "none") or "nothing"
+        return [f"repair       none: {tried} did not lower the loss {judged}"]
+    before, after = (shown(losses[name], 4) for name in ("none", chosen))
+    return [
+        f"repair       {chosen}, from {repair['windows']:,} windows in {repair['seconds']:.0f} s: loss {before} before "
+        f"and {after} after, {judged}"
+    ]
+
+
 def _stopped(ended: str) -> str:
     """In words, from a word and a clause."""
     return f"stopped because {ended.partition(': ')[2]}"
@@ -73,6 +95,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
         f"{search['seconds']:.0f} s; {_stopped(search['ended'])}",
         *_choice(search),
+        *repaired(report["repair"]),
         f"verified     reloaded in a clean process, largest logit difference "
         f"{report['verified']['max_logit_difference']:.1e}",
     ]

@@ -110,6 +110,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     ),
     "bernprune.models.modeling_bernprune": (),  # copied into every saved folder
     "bernprune.scores": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.scores"),
+    "bernprune.repair": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.repair"),
     "bernprune.losses": ("bernprune.backends",),
     "bernprune.costs": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.losses"),
     "bernprune.objective": (

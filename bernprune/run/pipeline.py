@@ -31,6 +31,7 @@ from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, check_writable, open_run, versions, whole_or_gone
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
+from bernprune.run.repairs import Workshop
 from bernprune.run.stage import Stage, check_family, open_model, open_tokenizer, set_stage
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.run.workload import Work, make_search, scope_of, start_probs
@@ -103,6 +104,7 @@ def resume(
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
+    workshop = Workshop.of_stage(stage)
     losses: dict[str, float | None] = {"dense": mean_loss(stage.view.model, stage.eval_windows_WT)}
     known = _known_stage(stage, folder) if continued else None
     stage = known or replace(stage, costs=stage.measured_costs())
@@ -138,7 +140,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
     finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
-    report = _report_head(stage, work, finals, initial_U)
+    judged = _judge_repaired(stage, workshop, finals, finalists)
+    report = _report_head(stage, work, finals, initial_U) | {"repair": judged}
     report["diagnostics"] = _last_round(folder)
     priorities_U = finals.priorities_U
     if priorities_U is None:
@@ -148,8 +151,10 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     plan = stage.view.space.plan(finals.mask_U)
     write_json(folder.plan, plan.to_dict())
     report["plans"] = _plans(stage, folder, learned)
+    if workshop is not None:
+        losses["unrepaired"] = mask_loss(stage, finals.mask_U, "before its repair")
     try:
-        _finish(stage, folder, plan, stage.view.space.plan(initial_U), report, losses)
+        _finish(stage, folder, plan, stage.view.space.plan(initial_U), workshop, report, losses)
         _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
@@ -157,6 +162,20 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
+
+
+def _judge_repaired(
+    stage: Stage, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Keep what is best after repair, if that is asked for; what was kept so far must be beaten beyond the error."""
+    if workshop is None or not stage.config.repair.judge_finalists:
+        return {}
+    others = {name: mask_U for name, mask_U in finalists.items() if not mask_U.equal(finals.mask_U)}
+    plans = {name: stage.view.space.plan(mask_U) for name, mask_U in {"kept": finals.mask_U, **others}.items()}
+    best, losses = workshop.prefer(plans)
+    if best in others:
+        finals.kept, finals.mask_U, finals.priorities_U = best, others[best], None
+    return {"finalists": losses}
 
 
 def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
@@ -290,14 +309,16 @@ def _finish(
     folder: RunFolder,
     plan: KeepPlan,
     initial_plan: KeepPlan,
+    workshop: Workshop | None,
     report: dict[str, Any],
     losses: dict[str, float | None],
 ) -> None:
-    """Slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
+    """Repair, slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
     settings = stage.config.report
     rows = stage.eval_windows_WT[: settings.latency_rows]
     device = next(stage.view.model.parameters()).device
     times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
+    report["repair"] |= {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(stage.view.model, plan)
     losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
@@ -341,12 +362,16 @@ def read_plan(path: str | Path) -> KeepPlan:
         raise ModelError(f"plan {path} cannot be read: {error}") from None
 
 
-def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, Any]:
+def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path, *, repair: bool = False) -> dict[str, Any]:
     """Slice any copy of a model by a plan, save it in the new folder ``out`` and verify it there.
+
+    Args:
+        repair: whether the model is repaired before that, as ``config.repair`` says, on ``config.data.text``.
 
     Raises:
         ModelError: a plan of another architecture.
         RunError: ``out`` exists or cannot be written.
+        DataError: text that is missing, or too short for the repair.
     """
     out = Path(out)
     check_writable(out)
@@ -356,6 +381,8 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
     model = open_model(config, find_device(config.model.device))
     tokenizer = open_tokenizer(config)
     dense = count_parameters(model)
+    workshop = Workshop.of_model(config, model, tokenizer) if repair else None
+    record = {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(model, plan)
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
     try:
@@ -363,4 +390,5 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
             verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written: {reason(error)}") from error
-    return {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced), **verified}
+    counts = {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced)}
+    return {**counts, "repair": record, **verified}
