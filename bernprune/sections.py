@@ -196,7 +196,7 @@ class RepairConfig(Section):
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's."""
-    ridges: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+    ridges: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """ridge, two-step, scale: strengths to choose from, in mean squares of an input."""
     biases: Literal["auto", "never", "always"] = "auto"
     """Whether projections get biases that the family does not know; the saved config then declares them, and other

@@ -24,7 +24,7 @@ from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass
