@@ -61,40 +61,44 @@ def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
     raise DataError(f"{LEARNED} has no plan of {plan} for {model} at {task.budget.sparsity:g}, seed {task.seed}")
 
 
-def judged(task: Task, mask_U: torch.Tensor, judging_WT: torch.Tensor) -> torch.Tensor:
-    """Losses of the live model under a mask, ``[W]``."""
-    with masked_objective(task.view, task.stage.ops) as objective:
-        return objective.window_losses(mask_U[None], judging_WT)[0]
+class Bench:
+    """One mask of a task: what it loses unrepaired, and after each repair."""
 
+    def __init__(self, task: Task, mask_U: torch.Tensor) -> None:
+        self.task, self.mask_U = task, mask_U
+        task.rewind()
+        self.windows_WT, self.judging_WT = task.text(WINDOWS + JUDGING).split([WINDOWS, JUDGING])
+        self.before_W, self.unrepaired = self.judged(), self.held_out()
 
-def measure(task: Task, mask_U: torch.Tensor, name: str) -> Row:
-    """Repair, look, and undo."""
-    method, target, biases = REPAIRS[name]
-    windows_WT = task.text(WINDOWS + JUDGING)
-    judging_WT = windows_WT[WINDOWS:]
-    before_W = judged(task, mask_U, judging_WT)
-    (dense, unrepaired), _ = task.report(torch.stack([torch.ones_like(mask_U), mask_U]), held_out=True)
-    started = time.monotonic()
-    done = Repairer(task.view, windows_WT[:WINDOWS], target=target, biases=biases).repair(
-        task.space.plan(mask_U), method
-    )
-    seconds = time.monotonic() - started
-    gains_W = before_W - judged(task, mask_U, judging_WT)
-    (loss,), protocol = task.report(mask_U[None], held_out=True)
-    done.undo()
-    return {
-        "loss": loss,
-        "unrepaired": unrepaired,
-        "dense": dense,
-        "judged_gain": gains_W.mean().item(),
-        "judged_error": gains_W.std().item() / JUDGING**0.5,
-        "seconds": round(seconds, 1),
-        "windows": WINDOWS,
-        "judging_windows": JUDGING,
-        "protocol": protocol.to_dict(),
-        "machine": machine(task.view.model.device),
-        "threads": torch.get_num_threads(),
-    }
+    def judged(self) -> torch.Tensor:
+        """Losses of the live model under the mask, ``[W]``."""
+        with masked_objective(self.task.view, self.task.stage.ops) as objective:
+            return objective.window_losses(self.mask_U[None], self.judging_WT)[0]
+
+    def held_out(self) -> float:
+        """Loss on text that nothing else has seen."""
+        return self.task.report(self.mask_U[None], held_out=True)[0][0]
+
+    def measure(self, name: str) -> Row:
+        """Repair, look, and undo."""
+        method, target, biases = REPAIRS[name]
+        plan, started = self.task.space.plan(self.mask_U), time.monotonic()
+        done = Repairer(self.task.view, self.windows_WT, target=target, biases=biases).repair(plan, method)
+        seconds, gains_W = time.monotonic() - started, self.before_W - self.judged()
+        (loss,), protocol = self.task.report(self.mask_U[None], held_out=True)
+        done.undo()
+        return {
+            "loss": loss,
+            "unrepaired": self.unrepaired,
+            "judged_gain": gains_W.mean().item(),
+            "judged_error": gains_W.std().item() / JUDGING**0.5,
+            "seconds": round(seconds, 1),
+            "windows": WINDOWS,
+            "judging_windows": JUDGING,
+            "protocol": protocol.to_dict(),
+            "machine": machine(self.task.view.model.device),
+            "threads": torch.get_num_threads(),
+        }
 
 
 def _values(kind: type) -> Any:
@@ -118,18 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
                 continue
             task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=10_000)
-            for plan, name in itertools.product(given.plan, given.repair):
-                method, target, biases = REPAIRS[name]
-                place = {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}
-                key = {**place, "repair": method, "target": target, "biases": biases}
-                if any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY)):
-                    continue
-                task.rewind()
-                row = {**key, **measure(task, mask_of(task, model, plan), name), "commit": version}
-                append_row(results, row)
-                print(
-                    f"{model} {sparsity} {plan} {name} {seed}: {row['unrepaired']:.4f} to {row['loss']:.4f}", flush=True
-                )
+            for plan in given.plan:
+                _fill(results, version, task, {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}, given)
+
+
+def _fill(results: Path, version: str, task: Task, place: Row, given: argparse.Namespace) -> None:
+    """The rows of one plan."""
+    bench = None
+    for name in given.repair:
+        method, target, biases = REPAIRS[name]
+        key = {**place, "repair": method, "target": target, "biases": biases}
+        if any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY)):
+            continue
+        bench = bench or Bench(task, mask_of(task, place["model"], place["plan"]))
+        row = {**key, **bench.measure(name), "commit": version}
+        append_row(results, row)
+        print(f"{list(place.values())} {name}: {row['unrepaired']:.4f} to {row['loss']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

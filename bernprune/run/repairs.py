@@ -49,9 +49,11 @@ class Workshop:
         """Raises ``DataError`` or ``ConfigError`` if the method asked for may be impossible for what will be kept."""
         settings, window = config.repair, train.window
         widest = max(max(layer.output.in_features, layer.down.in_features) for layer in view.layers)
-        wanted = settings.windows or max(_WINDOWS, needed_windows(widest, window))
-        count = min(wanted + -(-wanted // (_JUDGED - 1)), train.num_windows)
-        judging = max(1, count // _JUDGED)
+        fitted = settings.windows or max(_WINDOWS, needed_windows(widest, window))
+        judging = -(-fitted // (_JUDGED - 1))
+        if fitted + judging > train.num_windows:
+            judging = max(1, train.num_windows // _JUDGED)
+        count = min(fitted + judging, train.num_windows)
         if count < 3:
             raise DataError(
                 f"repair needs at least 3 windows of {window} tokens of calibration text, but there are "
