@@ -20,7 +20,7 @@ from bernprune.run import pipeline
 from bernprune.run.repairs import Workshop
 from bernprune.run.stage import open_model, open_tokenizer
 
-WINDOWS = 40
+WINDOWS = 60
 METHODS: dict[str, tuple[str, ...]] = {
     "bias": (),
     "ridge": ("repair.target=own",),
@@ -41,7 +41,7 @@ def test_a_run_repairs_what_it_keeps(method: str, prepared: Place, tmp_path: Pat
     out = finish(prepared, tmp_path, *repairing_by(method, *METHODS[method]))
     report = read_json(out / "report.json")
     repair, losses = report["repair"], report["loss"]
-    assert (repair["method"], repair["windows"], repair["judging_windows"]) == (method, WINDOWS, 14)
+    assert (repair["method"], repair["windows"], repair["judging_windows"]) == (method, WINDOWS, 20)
     assert repair["chosen"] in (("none", "ridge", "two-step") if method == "auto" else (method,))
     assert len(repair["layers"]) == (3 if repair["chosen"] != "none" else 0)
     assert set(repair["losses"]) == ({"none", "ridge", "two-step"} if method == "auto" else {"none", method})
@@ -103,7 +103,7 @@ def test_finalists_are_judged_by_what_repair_makes_of_them(
 
     def prefer(workshop: Any, plans: dict[str, Any]) -> tuple[str, dict[str, float]]:
         asked.append(list(plans))
-        return "uniform", dict.fromkeys(plans, 1.0)
+        return "initial", dict.fromkeys(plans, 1.0)
 
     monkeypatch.setattr(pipeline.Workshop, "prefer", prefer)
     out = finish(prepared, tmp_path, *repairing_by("ridge", "repair.judge_finalists=true"))
