@@ -24,6 +24,7 @@ from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
+from bernprune.repair import Repairer
 from bernprune.run.pipeline import apply_plan, prune, read_plan, resume
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KeepPlan, UnitSpace
@@ -40,6 +41,7 @@ __all__ = [
     "MaskSearch",
     "PosteriorSearch",
     "ReinforceSearch",
+    "Repairer",
     "RunConfig",
     "UnitSpace",
     "apply_plan",

@@ -180,6 +180,7 @@ def test_public_names() -> None:
         "MaskSearch",
         "PosteriorSearch",
         "ReinforceSearch",
+        "Repairer",
         "RunConfig",
         "UnitSpace",
         "apply_plan",

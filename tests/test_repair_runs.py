@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_run import WINDOW, Place, finish, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text
+from tiny_run import WINDOW, Place, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text, verify_here
 from transformers import AutoModelForCausalLM
 
 from bernprune.config import make_config
@@ -16,7 +16,7 @@ from bernprune.models.view import describe
 from bernprune.repair import repairing
 from bernprune.repair.fitting import Fitter
 from bernprune.report import table
-from bernprune.run import pipeline
+from bernprune.run import pipeline, verification
 from bernprune.run.repairs import Workshop
 from bernprune.run.stage import open_model, open_tokenizer
 
@@ -35,10 +35,19 @@ def repairing_by(method: str, *more: str) -> tuple[str, ...]:
     return (f"repair.method={method}", f"repair.windows={WINDOWS}", *more)
 
 
+def end(prepared: Place, folder: Path, *more: str) -> Path:
+    """As ``finish``, whatever is said of a repair that makes things worse, as it may with so little text."""
+    held_out = tiny_text(folder / "held-out.txt", 400, seed=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "verify_saved", verify_here)
+        succeed(*prepared.prune(*more, out=folder / "out"), "--eval-text", str(held_out))
+    return folder / "out"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_repairs_what_it_keeps(method: str, prepared: Place, tmp_path: Path) -> None:
     """The saved model has the loss that the report tells, and biases where they were asked for."""
-    out = finish(prepared, tmp_path, *repairing_by(method, *METHODS[method]))
+    out = end(prepared, tmp_path, *repairing_by(method, *METHODS[method]))
     report = read_json(out / "report.json")
     repair, losses = report["repair"], report["loss"]
     assert (repair["method"], repair["windows"], repair["judging_windows"]) == (method, WINDOWS, 20)
@@ -67,7 +76,7 @@ def test_without_repair_nothing_is_told_of_it(finished: Path) -> None:
 
 
 def test_an_interrupted_repair_is_repeated(prepared: Place, place: Place, tmp_path: Path) -> None:
-    whole = finish(prepared, tmp_path, *repairing_by("two-step"))
+    whole = end(prepared, tmp_path, *repairing_by("two-step"))
     held_out, last, left = tiny_text(place.folder / "held-out.txt", 400, seed=9), Fitter.last, [3]
 
     def interrupted(fitter: Any, at: Any) -> Any:
@@ -106,7 +115,7 @@ def test_finalists_are_judged_by_what_repair_makes_of_them(
         return "initial", dict.fromkeys(plans, 1.0)
 
     monkeypatch.setattr(pipeline.Workshop, "prefer", prefer)
-    out = finish(prepared, tmp_path, *repairing_by("ridge", "repair.judge_finalists=true"))
+    out = end(prepared, tmp_path, *repairing_by("ridge", "repair.judge_finalists=true"))
     report = read_json(out / "report.json")
     assert asked[0][0] == "kept" and "initial" in asked[0]
     assert report["search"]["kept"] == "initial" and report["repair"]["finalists"].keys() == set(asked[0])
@@ -172,13 +181,12 @@ def test_a_plan_is_applied_with_repair(place: Place) -> None:
     assert not (place.folder / "other").exists()
 
 
-def test_auto_makes_do_with_little_text(prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_makes_do_with_little_text(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """It tries what the text suffices for, and the run goes on."""
     tried: list[Any] = []
     repair = repairing.Repairer.repair
     monkeypatch.setattr(
         repairing.Repairer, "repair", lambda self, plan, method: tried.append(method) or repair(self, plan, method)
     )
-    place = Place(prepared.folder)
-    done = run(*place.prune("repair.method=auto", "repair.windows=4", out=tmp_path / "out"))
+    done = run(*place.prune("repair.method=auto", "repair.windows=4"))
     assert done.code == 0 and done.err.count("too short for repair") == 2 and tried == ["scale"]
