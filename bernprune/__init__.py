@@ -24,7 +24,9 @@ from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
-from bernprune.run.pipeline import apply_plan, prune, read_plan, resume
+from bernprune.repair import Repairer
+from bernprune.run.applying import apply_plan, read_plan
+from bernprune.run.pipeline import prune, resume
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KeepPlan, UnitSpace
 
@@ -40,6 +42,7 @@ __all__ = [
     "MaskSearch",
     "PosteriorSearch",
     "ReinforceSearch",
+    "Repairer",
     "RunConfig",
     "UnitSpace",
     "apply_plan",

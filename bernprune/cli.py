@@ -9,7 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, get_args
 
 import torch
 import typer
@@ -22,8 +22,9 @@ from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation import perplexity
 from bernprune.manual import manual
-from bernprune.report import table
-from bernprune.run import pipeline
+from bernprune.names import RepairName
+from bernprune.report import repaired, table
+from bernprune.run import applying, pipeline
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
 from bernprune.run.metrics import metrics_table, scores_table
@@ -254,18 +255,32 @@ def apply(
     plan: Annotated[Path, typer.Argument(help="plan.json of a run.")],
     model: Annotated[str, typer.Argument(help="Local folder, Hugging Face name, or 'embedded'.")],
     out: Annotated[Path, typer.Argument(help="New folder for the pruned model.")],
-    settings: SetOfModel = None,
+    repair: Annotated[
+        str, typer.Option(help=f"Repair without training, on --text: {', '.join(get_args(RepairName))}.")
+    ] = "none",
+    text: Annotated[
+        str | None, typer.Option(help="Calibration text of the repair; by default the embedded one.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="A setting of the model, the data or the repair."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Slice any copy of a model by a plan, save and verify."""
-    checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
+    """Slice any copy of a model by a plan, save and verify; repaired before that if asked."""
+    flags = without_none({"model": {"path": model}, "repair": {"method": repair}, "data": {"text": text}})
+    checked = make_config(merge(flags, parse_settings(settings or [], only=["model", "data", "repair"])))
+    if text is not None and checked.repair.method == "none":
+        raise ConfigError("--text is the text of a repair, but --repair is 'none'")
     _quiet_libraries()
-    done = pipeline.apply_plan(checked, pipeline.read_plan(plan), out)
-    _show(
-        f"parameters   {done['dense_parameters']:,} before, {done['pruned_parameters']:,} after\n"
-        f"verified     reloaded in a clean process, largest logit difference {done['max_logit_difference']:.1e}\n"
-        f"result       {out}"
-    )
+    done = applying.apply_plan(checked, applying.read_plan(plan), out, repair=True)
+    lines = [
+        f"parameters   {done['dense_parameters']:,} before, {done['pruned_parameters']:,} after",
+        *repaired(done["repair"]),
+        f"verified     reloaded in a clean process, largest logit difference {done['max_logit_difference']:.1e}",
+        f"result       {out}",
+    ]
+    _show("\n".join(lines))
 
 
 @app.command()

@@ -20,6 +20,7 @@ from bernprune.sections import (
     ModelConfig,
     PlansConfig,
     PolicyConfig,
+    RepairConfig,
     ReportConfig,
     SearchConfig,
     Section,
@@ -45,6 +46,11 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "search.reference": ("search.baseline", ("matched",)),
     "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published")),
     "search.epsilon": ("search.scaling", ("sqrt-fisher",)),
+    "repair.windows": ("repair.method", ("bias", "scale", "ridge", "two-step", "admm", "auto")),
+    "repair.target": ("repair.method", ("ridge", "two-step", "admm", "auto")),
+    "repair.ridges": ("repair.method", ("scale", "ridge", "two-step", "auto")),
+    "repair.biases": ("repair.method", ("bias", "scale", "ridge", "two-step", "admm", "auto")),
+    "repair.judge_finalists": ("repair.method", ("bias", "scale", "ridge", "two-step", "admm", "auto")),
 }
 
 
@@ -68,6 +74,8 @@ class RunConfig(Section):
     """Where it may go."""
     search: SearchConfig = SearchConfig()
     """How it learns."""
+    repair: RepairConfig = RepairConfig()
+    """How what is kept makes up for the rest."""
     plans: PlansConfig = PlansConfig()
     """What else is selected from what was learned."""
     report: ReportConfig = ReportConfig()

@@ -47,6 +47,8 @@ ObjectiveName = Literal["cross-entropy", "kl"]
 BackendName = Literal["auto", "torch", "triton"]
 SearchDtype = Literal["auto", "same", "bfloat16", "int8"]
 ShortDtype = Literal["bfloat16", "int8"]
+RepairName = Literal["none", "bias", "ridge", "two-step", "scale", "admm", "auto"]
+TargetName = Literal["own", "dense", "residual"]
 PresetName = Literal["default", "reinforce", "paper"]
 
 

@@ -30,5 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
             "non_finite": "drop",
             "selection": 0.0,
         },
+        "repair": {"method": "none"},
     },
 }

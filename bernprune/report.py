@@ -3,7 +3,13 @@
 import math
 from typing import Any
 
-ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metric", "pruned": "learned"}
+ROWS = {
+    "dense": "dense",
+    "uniform": "metric, uniform",
+    "initial": "initial metric",
+    "unrepaired": "not repaired",
+    "pruned": "learned",
+}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -11,7 +17,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
     same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
     for name, title in titles(report).items():
-        if name == "uniform" and same_start:
+        if (name == "uniform" and same_start) or name not in report["perplexity"]:
             continue
         figure = report["latency"].get(name)
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
@@ -67,6 +73,22 @@ def _weights(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def repaired(repair: dict[str, Any]) -> list[str]:
+    """A line on what was repaired, if that was asked for."""
+    if repair["method"] == "none":
+        return []
+    judged = f"on {repair['judging_windows']:,} windows that it was not fitted on"
+    losses, chosen = repair["losses"], repair["chosen"]
+    if chosen == "none":
+        tried = " and ".join(name for name in losses if name != "none") or "nothing"
+        return [f"repair       none: {tried} did not lower the loss {judged}"]
+    before, after = (shown(losses[name], 4) for name in ("none", chosen))
+    return [
+        f"repair       {chosen}, from {repair['windows']:,} windows in {repair['seconds']:.0f} s: loss {before} before "
+        f"and {after} after, {judged}"
+    ]
+
+
 def _stopped(ended: str) -> str:
     """In words, from a word and a clause."""
     return f"stopped because {ended.partition(': ')[2]}"
@@ -86,6 +108,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"{search['seconds']:.0f} s; {_stopped(search['ended'])}",
         *_weights(report),
         *_choice(search),
+        *repaired(report["repair"]),
         f"verified     reloaded in a clean process, largest logit difference "
         f"{report['verified']['max_logit_difference']:.1e}",
     ]

@@ -20,15 +20,20 @@ from bernprune.names import (
     Pools,
     Projection,
     ReferenceName,
+    RepairName,
     Sampling,
     Scaling,
     ScoreName,
     SearchDtype,
+    TargetName,
     nearest,
 )
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -207,6 +212,26 @@ class SearchConfig(Section):
     """Seconds between checkpoints of the search, each after a whole step; the final choice is saved after each heat."""
     checkpoint_steps: Count | None = None
     """Also write a checkpoint every so many steps."""
+
+
+class RepairConfig(Section):
+    method: RepairName = "auto"
+    """How what is kept makes up for what is removed, in closed form. Of the two projections that add to the residual
+    stream, refit: the 'bias'; the weights, by 'ridge' regression or by 'admm'; or one 'scale' a unit. 'two-step' refits
+    those before them, too; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
+    windows: Count | None = None
+    """Calibration windows; by default 128, or what the model's widest projection needs. One in four chooses the ridge.
+    A third as many more are read to judge by."""
+    target: TargetName = "residual"
+    """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
+    model, or to what makes the 'residual' stream the dense one's."""
+    ridges: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    """ridge, two-step, scale: strengths to choose from, in mean squares of an input."""
+    biases: Literal["auto", "never", "always"] = "auto"
+    """Whether projections get biases that the family does not know; the saved config then declares them, and other
+    engines may not. 'auto': for 'bias' alone, which is nothing without."""
+    judge_finalists: bool = False
+    """Repair every finalist of the search, and keep the one with the least loss afterwards."""
 
 
 class PlansConfig(Section):

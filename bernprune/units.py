@@ -253,6 +253,19 @@ class UnitSpace:
             ),
         )
 
+    def mask(self, plan: "KeepPlan") -> torch.Tensor:
+        """A mask that keeps what a plan keeps, bool ``[U]``; of a block, if any part of it stays."""
+        mask_U = torch.zeros(self.size, dtype=torch.bool)
+        for group, start in zip(self.groups, self.starts, strict=False):
+            kept = plan.layers[group.layer]
+            parts = {"kv_group": kept.kv_groups, "channel": kept.channels}
+            whole = {"attention": bool(kept.kv_groups), "ffn": bool(kept.channels), "layer": not kept.is_empty}
+            if group.kind in parts:
+                mask_U[[start + index for index in parts[group.kind]]] = True
+            else:
+                mask_U[start] = whole[group.kind]
+        return mask_U
+
     def _kept(self, alive_U: torch.Tensor, layer: int, kind: Kind, count: int) -> tuple[int, ...]:
         """Indices alive in one layer; where the space has no such units, their finest ancestor speaks for all."""
         span = self.span(kind, layer)

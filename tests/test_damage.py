@@ -37,7 +37,7 @@ from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
-from bernprune.run import loop, opening, pipeline, verification
+from bernprune.run import applying, loop, opening, pipeline, verification
 from bernprune.run.checkpoint import write_state
 from bernprune.run.folder import RunFolder
 
@@ -197,7 +197,7 @@ def test_how_far_logits_may_differ(
     tensors = load_file(weights)
     tensors["lm_head.weight"] *= scale
     save_file(tensors, weights, metadata={"format": "pt"})
-    plan, config = pipeline.read_plan(undisturbed / "plan.json"), make_config({"model": {"path": str(weights.parent)}})
+    plan, config = applying.read_plan(undisturbed / "plan.json"), make_config({"model": {"path": str(weights.parent)}})
     largest, differences = list[float](), iter([0.0, 0.9e-5, 1.1e-5, math.inf])
 
     def verify(folder: Path, tokens_BT: torch.Tensor, logits: torch.Tensor, **_: Any) -> float:
@@ -206,10 +206,10 @@ def test_how_far_logits_may_differ(
 
     monkeypatch.setattr(verification, "verify_saved", verify)
     for name in ("a", "b"):
-        assert pipeline.apply_plan(config, plan, name)["tolerance"] == pytest.approx(1e-5 * largest[-1])
+        assert applying.apply_plan(config, plan, name)["tolerance"] == pytest.approx(1e-5 * largest[-1])
     for name in ("c", "d"):
         with pytest.raises(RunError, match="not the one in memory"):
-            pipeline.apply_plan(config, plan, name)
+            applying.apply_plan(config, plan, name)
 
 
 def test_a_saved_model_is_compared_in_full_precision(

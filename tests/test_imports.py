@@ -119,6 +119,7 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.scores",
         "bernprune.storage",
     ),
+    "bernprune.repair": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.repair"),
     "bernprune.losses": ("bernprune.backends",),
     "bernprune.costs": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.losses"),
     "bernprune.objective": (
@@ -188,6 +189,7 @@ def test_public_names() -> None:
         "MaskSearch",
         "PosteriorSearch",
         "ReinforceSearch",
+        "Repairer",
         "RunConfig",
         "UnitSpace",
         "apply_plan",

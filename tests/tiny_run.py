@@ -53,6 +53,7 @@ SETTINGS = (
     "report.latency_rows=2",
     "report.latency_repeats=2",
     "report.initial_latency=false",
+    "repair.method=none",
 )
 # What makes a tiny run one of the other method, or of masks that last longer. A round has several observations.
 NO_CHUNKS = "search.chunk=null"

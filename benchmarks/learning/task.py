@@ -142,6 +142,10 @@ class Task:
         first, self._read = self._read, self._read + count
         return self.stage.train.windows(first, count)
 
+    def rewind(self) -> None:
+        """Read from the first window again."""
+        self._read = 0
+
     def losses(self, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each mask, float64 ``[K]``, nats per token."""
         self.meter.spend(len(masks_KU) * len(tokens_BT))

@@ -4,6 +4,9 @@ A pruned model is a stock model whose decoder layers differ in size. So nothing 
 builds everything but the layers, and each layer is built by the stock layer class from its own view of the config,
 ``config.per_layer_config[i]`` (transformers 5.14 or later). The global fields hold the largest layer. A layer may skip
 its ``"attention"`` or its ``"mlp"``: that block and its norm are gone and the residual passes unchanged.
+
+``config.bernprune["added_biases"]`` says, for each layer, the last projection of which of these blocks has a bias that
+the family's own has not: what repair found that the outputs of removed units came to.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -56,6 +59,9 @@ class SkippedBlock(nn.Module):
         return (nothing, None) if self.gives_weights else nothing
 
 
+LAST_PROJECTIONS = {"attention": ("self_attn", "o_proj"), "mlp": ("mlp", "down_proj")}
+
+
 def layer_config(config: PreTrainedConfig, index: int) -> PreTrainedConfig:
     """What layer ``index`` is built from; transformers 5.14 gives no views of a config whose layers are all equal."""
     views = config.per_layer_config
@@ -71,6 +77,11 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, index: i
         layer.self_attn, layer.input_layernorm = SkippedBlock(gives_weights=True), nn.Identity()
     if "mlp" in skipped:
         layer.mlp, layer.post_attention_layernorm = SkippedBlock(gives_weights=False), nn.Identity()
+    added = (getattr(config, "bernprune", None) or {}).get("added_biases")
+    for block in added[index] if added else ():
+        owner, name = (getattr(layer, LAST_PROJECTIONS[block][0]), LAST_PROJECTIONS[block][1])
+        bare = getattr(owner, name)
+        setattr(owner, name, nn.Linear(bare.in_features, bare.out_features, bias=True))
     return layer
 
 

@@ -38,7 +38,8 @@ def slice_model(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     ``name_or_path``; hooks on sliced modules and an enabled gradient checkpointing are not.
 
     A layer without kv group loses its attention block and norm, one without channel its FFN and norm (and with a
-    block goes the bias of its last projection); a layer with neither is dropped and the following ones move up.
+    block goes the bias of its last projection); a layer with neither is dropped and the following ones move up. A bias
+    of a last projection that the family does not know, as repair gives, is kept and declared in the config.
 
     Raises:
         ModelError: the plan is for another architecture, leaves the first kept layer without attention or keeps
@@ -46,6 +47,8 @@ def slice_model(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     """
     _check(model, plan)
     config = pruned_config(model.config, plan)
+    if any(added := _added_biases(model, plan)):
+        config.bernprune["added_biases"] = added
     family = family_of(plan.architecture.model_type)
     with torch.device("meta"):
         pruned = FAMILIES[plan.architecture.model_type][2](config)
@@ -89,6 +92,22 @@ def pruned_config(config: PreTrainedConfig, plan: KeepPlan) -> Any:
         auto_map=auto_map(model_type),
         bernprune={"format": FORMAT, "plan_hash": plan_hash(plan), "base_model": _public_name(config.name_or_path)},
     )
+
+
+def _added_biases(model: PreTrainedModel, plan: KeepPlan) -> list[list[str]]:
+    """Of each layer that remains the blocks whose last projection has a bias, where the family's own has none."""
+    family, layer_class = family_of(plan.architecture.model_type), FAMILIES[plan.architecture.model_type][2].layer_class
+    with torch.device("meta"):
+        stock = layer_class(model.config, 0)
+    places = {"attention": (family.attention, family.output), "mlp": (family.ffn, family.down)}
+    unknown = [block for block, place in places.items() if part(stock, *place).bias is None]
+    found = []
+    for layer, kept in zip(part(model, family.decoder, family.layers), plan.layers, strict=True):
+        remaining = {"attention": kept.kv_groups, "mlp": kept.channels}
+        if not kept.is_empty:
+            added = [block for block in unknown if remaining[block] and part(layer, *places[block]).bias is not None]
+            found.append(added)
+    return found
 
 
 def plan_hash(plan: KeepPlan) -> str:

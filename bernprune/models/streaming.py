@@ -6,7 +6,7 @@ Letters: W windows, T tokens, R rows of one forward pass, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,10 +38,14 @@ class LayerStream:
         """The layer that comes next."""
         return self._view.layers[self.index]
 
-    def run(self) -> None:
-        """Run the next layer for the sake of hooks, and stay before it."""
-        for hidden_RTD in self.hidden_RTD:
-            self._through(hidden_RTD)
+    def run(self, until: nn.Module | None = None) -> None:
+        """Run the next layer, or as far as one of its modules, for the sake of hooks, and stay before it."""
+        with ExitStack() as hooked:
+            if until is not None:
+                hooked.callback(until.register_forward_hook(_stop).remove)
+            for hidden_RTD in self.hidden_RTD:
+                with suppress(_FarEnough):
+                    self._through(hidden_RTD)
 
     def advance(self) -> None:
         """Go through the next layer, as it is now."""
@@ -68,6 +72,14 @@ class LayerStream:
             self._view.decoder(input_ids=tokens_RT.to(self._device), use_cache=False)
         self._calls.setdefault(len(tokens_RT), [told for _, told in calls])
         return calls[0][0].cpu()
+
+
+class _FarEnough(Exception):
+    """Ends a pass in which nobody looks at what follows."""
+
+
+def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise _FarEnough
 
 
 @contextmanager

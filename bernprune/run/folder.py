@@ -40,13 +40,14 @@ COSTS = "costs.json"
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
 _OURS |= {COSTS}
 
-# What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, and what is
-# measured beside the result.
+# What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, the repair, which
+# comes last, and what is measured beside the result.
 FREE_SETTINGS = (
     "search.rows_per_forward",
     "search.checkpoint_seconds",
     "search.checkpoint_steps",
     "search.non_finite",
+    "repair",
     "report",
 )
 

@@ -13,10 +13,9 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 
-from bernprune.backends import find_device
 from bernprune.config import RunConfig, make_config
 from bernprune.costs import Costs
-from bernprune.errors import BernpruneError, ModelError, RunError
+from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.slicing import slice_model
@@ -28,11 +27,12 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
-from bernprune.run.folder import RunFolder, check_writable, open_run, versions, whole_or_gone
+from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.initial import scope_of
 from bernprune.run.loop import current_selection, run_search
-from bernprune.run.opening import check_family, open_model, open_tokenizer
+from bernprune.run.opening import open_model
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
+from bernprune.run.repairs import Workshop
 from bernprune.run.scoring import take_start
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason, save_and_verify
@@ -104,6 +104,7 @@ def resume(
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
+    Workshop.of_stage(stage)  # whether there is text enough
     known = _known_stage(stage, folder) if continued else None
     stage = known or replace(stage, costs=stage.measured_costs())
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
@@ -125,34 +126,27 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     if stored is None:
         write_state(folder.initial, start)
     work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
-    learned_U = current_selection(search, scores_U, stage.limits)
-    widths_U = select(
-        reordered(stage.view.space, search.priorities_U, scores_U),
-        stage.budget,
-        limits=stage.limits,
-        tie_break_U=scores_U,
-    )
-    finalists = {"learned": learned_U}
-    for name, mask_U in (("widths", widths_U), ("initial", initial_U), ("uniform", uniform_U)):
-        if not any(mask_U.equal(other_U) for other_U in finalists.values()):
-            finalists[name] = mask_U
+    finalists = _finalists(stage, search, scores_U, {"initial": initial_U, "uniform": uniform_U})
     finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
+    followed = _followed(stage, search, start_U, start)
+    learned = _write_kept(stage, folder, finals, followed, scores_U)
     report: dict[str, Any] = {
-        "search": _search_report(stage, dense_loss, work, finals, initial_U),
+        "search": _search_report(stage, dense_loss, work, finals),
         "diagnostics": _last_round(folder),
     }
-    priorities_U = finals.priorities_U
-    if priorities_U is None:
-        priorities_U = _followed(stage, search, start_U, start)[finals.kept]
-    learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
-    learned.write(folder.learned)
-    write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
     full = stage.with_weights("same")
-    losses = _masked_losses(full, dense_loss if full is stage else None, initial_U, uniform_U)
+    workshop = Workshop.of_stage(full)
+    report["repair"] = _judge_repaired(full, workshop, finals, finalists)
+    if report["repair"]:
+        learned = _write_kept(full, folder, finals, followed, scores_U)  # which may be another now
+    report["search"] |= {"kept": finals.kept, "changed_units": int((initial_U != finals.mask_U).sum())}
     report |= _report_head(full, finals.mask_U)
+    losses = _masked_losses(full, dense_loss if full is stage else None, initial_U, uniform_U)
+    if workshop is not None:
+        losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
     report["plans"] = _plans(full, folder, learned)
     try:
-        _finish(full, folder, finals.mask_U, initial_U, report, losses)
+        _finish(full, folder, finals.mask_U, initial_U, workshop, report, losses)
         _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
@@ -160,6 +154,48 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
+
+
+def _finalists(
+    stage: Stage, search: MaskSearch, scores_U: torch.Tensor, metric: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What may be kept, by name: what was learned, its widths in the metric's order, and the metric's own."""
+    widths_U = reordered(stage.view.space, search.priorities_U, scores_U)
+    candidates = {
+        "learned": current_selection(search, scores_U, stage.limits),
+        "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=scores_U),
+        **metric,
+    }
+    finalists: dict[str, torch.Tensor] = {}
+    for name, mask_U in candidates.items():
+        if not any(mask_U.equal(other_U) for other_U in finalists.values()):
+            finalists[name] = mask_U
+    return finalists
+
+
+def _write_kept(
+    stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], scores_U: torch.Tensor
+) -> Learned:
+    """The plan, and what decides at other sparsities."""
+    priorities_U = followed[finals.kept] if finals.priorities_U is None else finals.priorities_U
+    learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
+    learned.write(folder.learned)
+    write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
+    return learned
+
+
+def _judge_repaired(
+    stage: Stage, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """Keep what is best after repair, if that is asked for; what was kept so far must be beaten beyond the error."""
+    if workshop is None or not stage.config.repair.judge_finalists:
+        return {}
+    others = {name: mask_U for name, mask_U in finalists.items() if not mask_U.equal(finals.mask_U)}
+    plans = {name: stage.view.space.plan(mask_U) for name, mask_U in {"kept": finals.mask_U, **others}.items()}
+    best, losses = workshop.prefer(plans)
+    if best in others:
+        finals.kept, finals.mask_U, finals.priorities_U = best, others[best], None
+    return {"finalists": losses}
 
 
 def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
@@ -255,9 +291,7 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
     return loss
 
 
-def _search_report(
-    stage: Stage, dense_loss: float, work: Work, finals: Finals, initial_U: torch.Tensor
-) -> dict[str, Any]:
+def _search_report(stage: Stage, dense_loss: float, work: Work, finals: Finals) -> dict[str, Any]:
     model, sequences = stage.view.model, work.sequences + finals.sequences
     return {
         "dtype": stage.dtype if stage.dtype != "same" else str(model.dtype).removeprefix("torch."),
@@ -267,8 +301,6 @@ def _search_report(
         "seconds": round(work.seconds + finals.seconds, 2),
         "steps": work.step,
         "ended": stage.workload.why_over(work),
-        "kept": finals.kept,
-        "changed_units": int((initial_U != finals.mask_U).sum()),
         "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},
         "machine": machine(model.device),
     }
@@ -297,15 +329,17 @@ def _finish(
     folder: RunFolder,
     mask_U: torch.Tensor,
     initial_U: torch.Tensor,
+    workshop: Workshop | None,
     report: dict[str, Any],
     losses: dict[str, float | None],
 ) -> None:
-    """Slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
+    """Repair, slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
     settings = stage.config.report
     rows = stage.eval_windows_WT[: settings.latency_rows]
     plan, initial_plan = (stage.view.space.plan(each_U) for each_U in (mask_U, initial_U))
     device = next(stage.view.model.parameters()).device
     times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
+    report["repair"] |= {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(stage.view.model, plan)
     losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
@@ -337,38 +371,3 @@ def _time_initial(
         report["parameters"]["initial"] = count_parameters(initial)
     except (BernpruneError, OSError, RuntimeError) as error:
         logger.warning("the initial metric's model could not be timed: %s", error)
-
-
-def read_plan(path: str | Path) -> KeepPlan:
-    """A plan from its JSON file. Raises ``ModelError`` if there is none or it is not one."""
-    try:
-        return KeepPlan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ModelError(f"plan {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"plan {path} cannot be read: {error}") from None
-
-
-def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, Any]:
-    """Slice any copy of a model by a plan, save it in the new folder ``out`` and verify it there.
-
-    Raises:
-        ModelError: a plan of another architecture.
-        RunError: ``out`` exists or cannot be written.
-    """
-    out = Path(out)
-    check_writable(out)
-    if out.exists():
-        raise RunError(f"output {out} exists already; give a folder that does not")
-    check_family(config)
-    model = open_model(config, find_device(config.model.device))
-    tokenizer = open_tokenizer(config)
-    dense = count_parameters(model)
-    sliced = slice_model(model, plan)
-    tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
-    try:
-        with whole_or_gone(out):
-            verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written: {reason(error)}") from error
-    return {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced), **verified}

@@ -21,6 +21,7 @@ from bernprune.settings import merge
 _REPORT = {
     "data": {"eval_tokens": 1024},  # the run's own report is on development text, and not looked at
     "report": {"initial_latency": False, "latency_repeats": 2, "latency_rows": 1},
+    "repair": {"method": "none"},  # what is measured is the choice
 }
 
 

@@ -1,0 +1,147 @@
+"""Run what is missing of the benchmark of repairs; README.md says what it is.
+
+python benchmarks/repair/run.py                                                   # everything
+python benchmarks/repair/run.py --model stories --repair ridge,two-step --sparsity 0.3 --seed 0,1
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
+
+from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows
+from benchmarks.learning.task import SOURCES, Task
+from bernprune.errors import BernpruneError, DataError
+from bernprune.evaluation.latency import machine
+from bernprune.objective import masked_objective
+from bernprune.repair import Repairer
+
+HERE = Path(__file__).parent
+LEARNED = HERE.parent / "learning" / "results.jsonl"
+KEY = ("model", "plan", "sparsity", "seed", "repair", "target", "biases")
+SEEDS, SPARSITIES, PLANS = [0, 1, 2, 3, 4], [0.3, 0.2, 0.5], ["wanda-sp", "flap", "default"]
+WINDOWS, JUDGING = 128, 43  # as a run has by default
+# Method, what outputs are fitted to, and whether there are biases that the family has not.
+REPAIRS: dict[str, tuple[Any, Any, bool]] = {
+    "two-step": ("two-step", "residual", False),
+    "ridge": ("ridge", "residual", False),
+    "bias": ("bias", "own", True),
+    "scale": ("scale", "own", False),
+    "admm": ("admm", "residual", False),
+    "ridge-own": ("ridge", "own", False),
+    "ridge-dense": ("ridge", "dense", False),
+    "ridge-biases": ("ridge", "residual", True),
+}
+
+
+def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
+    """What is kept, bool ``[U]``: by a metric, uniform or pooled as its authors do, or as the learning benchmark found.
+
+    Raises:
+        DataError: the benchmark has no row for it.
+    """
+    if plan == "wanda-sp":
+        return task.uniform_mask()
+    if plan == "flap":
+        return task.select_by(task.scores("flap"), "pooled")
+    for row in read_rows(LEARNED):
+        here = row["model"], row["method"], row["sparsity"], row["seed"]
+        if here == (model, plan, task.budget.sparsity, task.seed) and row["removed"]["of"] == task.space.size:
+            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["removed"]["bitmap"]), np.uint8))
+            return torch.tensor(bits[: task.space.size] == 0)
+    raise DataError(f"{LEARNED} has no plan of {plan} for {model} at {task.budget.sparsity:g}, seed {task.seed}")
+
+
+class Bench:
+    """One mask of a task: what it loses unrepaired, and after each repair."""
+
+    def __init__(self, task: Task, mask_U: torch.Tensor) -> None:
+        self.task, self.mask_U = task, mask_U
+        task.rewind()
+        self.windows_WT, self.judging_WT = task.text(WINDOWS + JUDGING).split([WINDOWS, JUDGING])
+        self.before_W, self.unrepaired = self.judged(), self.held_out()
+
+    def judged(self) -> torch.Tensor:
+        """Losses of the live model under the mask, ``[W]``."""
+        with masked_objective(self.task.view, self.task.stage.ops) as objective:
+            return objective.window_losses(self.mask_U[None], self.judging_WT)[0]
+
+    def held_out(self) -> float:
+        """Loss on text that nothing else has seen."""
+        return self.task.report(self.mask_U[None], held_out=True)[0][0]
+
+    def measure(self, name: str) -> Row:
+        """Repair, look, and undo."""
+        method, target, biases = REPAIRS[name]
+        plan, started = self.task.space.plan(self.mask_U), time.monotonic()
+        done = Repairer(self.task.view, self.windows_WT, target=target, biases=biases).repair(plan, method)
+        seconds, gains_W = time.monotonic() - started, self.before_W - self.judged()
+        (loss,), protocol = self.task.report(self.mask_U[None], held_out=True)
+        done.undo()
+        return {
+            "loss": loss,
+            "unrepaired": self.unrepaired,
+            "judged_gain": gains_W.mean().item(),
+            "judged_error": gains_W.std().item() / JUDGING**0.5,
+            "seconds": round(seconds, 1),
+            "windows": WINDOWS,
+            "judging_windows": JUDGING,
+            "protocol": protocol.to_dict(),
+            "machine": machine(self.task.view.model.device),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def _values(kind: type) -> Any:
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill ``results.jsonl``; what stands in it is not run again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=_values(str), default=list(SOURCES))
+    parser.add_argument("--plan", type=_values(str), default=PLANS)
+    parser.add_argument("--repair", type=_values(str), default=list(REPAIRS))
+    parser.add_argument("--sparsity", type=_values(float), default=SPARSITIES)
+    parser.add_argument("--seed", type=_values(int), default=SEEDS)
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the rows lie")
+    given = parser.parse_args(arguments)
+    results, version = given.folder / "results.jsonl", commit()
+    with TemporaryDirectory() as scratch:
+        for sparsity, seed, model in itertools.product(given.sparsity, given.seed, given.model):
+            if SOURCES[model].missing:
+                print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
+                continue
+            task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=10_000)
+            for plan in given.plan:
+                _fill(results, version, task, {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}, given)
+
+
+def _fill(results: Path, version: str, task: Task, place: Row, given: argparse.Namespace) -> None:
+    """The rows of one plan."""
+    bench = None
+    for name in given.repair:
+        method, target, biases = REPAIRS[name]
+        key = {**place, "repair": method, "target": target, "biases": biases}
+        if any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY)):
+            continue
+        bench = bench or Bench(task, mask_of(task, place["model"], place["plan"]))
+        row = {**key, **bench.measure(name), "commit": version}
+        append_row(results, row)
+        print(f"{list(place.values())} {name}: {row['unrepaired']:.4f} to {row['loss']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BernpruneError as error:
+        sys.exit(str(error))

@@ -1,0 +1,105 @@
+"""Make ``table.md`` from the rows of ``results.jsonl`` alone.
+
+python benchmarks/repair/show.py
+"""
+
+import argparse
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks.learning.rows import Row, read_rows
+from benchmarks.repair.run import HERE, KEY, REPAIRS
+from bernprune.errors import BernpruneError, DataError
+from bernprune.storage import write_bytes
+
+AUTO = ("ridge", "two-step")  # what 'auto' tries
+TITLES = {(method, target, biases): name for name, (method, target, biases) in REPAIRS.items()}
+
+
+def title(row: Row) -> str:
+    """The name of a row's repair."""
+    return TITLES[row["repair"], row["target"], row["biases"]]
+
+
+def auto(rows: dict[str, Row]) -> tuple[str, float] | None:
+    """What ``auto`` takes of the repairs of one plan, and its loss on held-out text; None if it was not all tried.
+
+    That is what gained most on the judging windows, if more than the standard error of the gain.
+    """
+    if not all(name in rows for name in AUTO):
+        return None
+    clear = [rows[name] for name in AUTO if rows[name]["judged_gain"] > rows[name]["judged_error"]]
+    best = max(clear, key=lambda row: row["judged_gain"], default=None)
+    return ("none", rows[AUTO[0]]["unrepaired"]) if best is None else (title(best), best["loss"])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """All models and sparsities in Markdown."""
+    places: dict[tuple[str, float], dict[str, dict[int, dict[str, Row]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    for row in rows:
+        places[row["model"], row["sparsity"]][row["plan"]][row["seed"]][title(row)] = row
+    parts = ["# What repair brings\n\nMade by `show.py`; README.md says how to read it.\n"]
+    for (model, sparsity), plans in sorted(places.items()):
+        protocols = {
+            str(row["protocol"]) for seeds in plans.values() for found in seeds.values() for row in found.values()
+        }
+        if len(protocols) > 1:
+            raise DataError(f"the losses of {model} at sparsity {sparsity} were taken by {len(protocols)} protocols")
+        lines = [f"| {' | '.join(cells)} |" for plan, seeds in plans.items() for cells in _cells(plan, seeds)]
+        parts.append(
+            f"## {model}, {sparsity:.0%} removed\n\n"
+            "| plan | repair | loss | less than unrepaired | worst seed | regressions | seeds | seconds |\n"
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "\n".join(lines) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def _cells(plan: str, seeds: dict[int, dict[str, Row]]) -> list[list[str]]:
+    """A line for no repair, for each repair, and for ``auto``."""
+    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for rows in seeds.values():
+        before = next(iter(rows.values()))["unrepaired"]
+        found["none"].append((before, 0.0, 0.0))
+        for name, row in rows.items():
+            found[name].append((row["loss"], before - row["loss"], row["seconds"]))
+        if (chosen := auto(rows)) is not None:
+            seconds = sum(rows[name]["seconds"] for name in AUTO)
+            found["auto"].append((chosen[1], before - chosen[1], seconds))
+    return [
+        [
+            plan,
+            f"`{name}`",
+            f"{statistics.fmean(loss for loss, _, _ in each):.4f}",
+            f"{statistics.fmean(gain for _, gain, _ in each):+.4f}",
+            f"{min(gain for _, gain, _ in each):+.4f}",
+            f"{sum(gain < 0 for _, gain, _ in each)}",
+            f"{len(each)}",
+            f"{statistics.fmean(seconds for _, _, seconds in each):.0f}",
+        ]
+        for name, each in ((name, found[name]) for name in ("none", "auto", *REPAIRS) if name in found)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the table beside the rows. Raises ``DataError`` if there are none."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=HERE, help="where the rows lie")
+    folder: Path = parser.parse_args(arguments).folder
+    rows = read_rows(folder / "results.jsonl", KEY)
+    if not rows:
+        raise DataError(f"{folder / 'results.jsonl'} holds no rows yet; run run.py first")
+    write_bytes(folder / "table.md", table(rows).encode())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BernpruneError as error:
+        sys.exit(str(error))

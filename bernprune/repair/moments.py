@@ -1,0 +1,67 @@
+"""What the closed forms of repair are made from: second moments of a projection's inputs and of what it should give.
+
+Letters: N tokens of one forward pass, A inputs of a projection, D its outputs.
+"""
+
+import torch
+
+
+class Moments:
+    """Sums over tokens of inputs x and targets t, float64 on the device of the model.
+
+    Attributes:
+        count: tokens so far.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=device)
+
+        self.count = 0
+        self._x_A, self._t_D = zeros(inputs), zeros(outputs)
+        self._xx_AA, self._tx_DA, self._tt = zeros(inputs, inputs), zeros(outputs, inputs), zeros()
+
+    @torch.inference_mode()
+    def add(self, x_NA: torch.Tensor, t_ND: torch.Tensor) -> None:
+        # Products of one batch are exact enough in float32; adding up many batches is not.
+        x_NA, t_ND = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (x_NA, t_ND))
+        self._x_A += x_NA.sum(0)
+        self._t_D += t_ND.sum(0)
+        self._xx_AA += x_NA.T @ x_NA
+        self._tx_DA += t_ND.T @ x_NA
+        self._tt += t_ND.square().sum()
+        self.count += len(x_NA)
+
+    def merge(self, other: "Moments") -> None:
+        """Take in the tokens of ``other``."""
+        self.count += other.count
+        for mine, theirs in zip(self._sums, other._sums, strict=True):
+            mine += theirs
+
+    @property
+    def finite(self) -> bool:
+        return all(bool(sums.isfinite().all()) for sums in self._sums)
+
+    @property
+    def means(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of inputs and targets, ``[A]`` and ``[D]``."""
+        return self._x_A / self.count, self._t_D / self.count
+
+    def about(self, x_A: torch.Tensor, t_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """E[(x - x0)(x - x0)'] and E[(t - t0)(x - x0)'] about the given points, ``[A, A]`` and ``[D, A]``."""
+        mean_A, mean_D = self.means
+        gram_AA, cross_DA = self._xx_AA / self.count, self._tx_DA / self.count
+        gram_AA += torch.outer(x_A - mean_A, x_A - mean_A) - torch.outer(mean_A, mean_A)
+        cross_DA += torch.outer(t_D - mean_D, x_A - mean_A) - torch.outer(mean_D, mean_A)
+        return gram_AA, cross_DA
+
+    def error(self, weight_DA: torch.Tensor, bias_D: torch.Tensor | None) -> float:
+        """E|t - W x - b|^2, summed over outputs, mean over tokens."""
+        total = self._tt - 2 * (weight_DA * self._tx_DA).sum() + ((weight_DA @ self._xx_AA) * weight_DA).sum()
+        if bias_D is not None:
+            total += 2 * bias_D @ (weight_DA @ self._x_A - self._t_D) + self.count * bias_D @ bias_D
+        return max(0.0, total.item() / self.count)
+
+    @property
+    def _sums(self) -> tuple[torch.Tensor, ...]:
+        return self._x_A, self._t_D, self._xx_AA, self._tx_DA, self._tt

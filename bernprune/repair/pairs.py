@@ -1,0 +1,120 @@
+"""The same text on its way through the dense model and through the pruned one, layer by layer.
+
+Letters: R rows of one forward pass, T tokens, D hidden size, A kept inputs of a projection.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bernprune.errors import ModelError
+from bernprune.models.streaming import LayerStream
+from bernprune.models.view import ModelView
+from bernprune.names import TargetName
+from bernprune.repair.moments import Moments
+from bernprune.repair.places import Place
+
+
+class Pair:
+    """Windows before a layer, as the dense model sees them and as the repaired one does; they rest on the CPU.
+
+    For each layer: ``enter`` while it is still what it was, then whatever is asked and changed, then ``leave``.
+    """
+
+    def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
+        self._device = view.model.device
+        self._dense, self._pruned = (
+            LayerStream(view, windows_WT, rows_per_forward=rows_per_forward) for _ in ("dense", "pruned")
+        )
+        self._before: list[list[torch.Tensor]] = []  # each branch: the dense residual stream, one pass after the other
+        self._normed: list[list[torch.Tensor]] = []  # and what the branch makes of it first
+        self._after: Sequence[torch.Tensor] = ()  # the last branch
+
+    def enter(self, places: Sequence[Place], *, first: bool = False) -> None:
+        """Take the dense windows through the layer; ``first`` keeps what ``first`` needs, too."""
+        self._before, self._normed = [[] for _ in places], [[] for _ in places]
+
+        def note(at: int) -> Callable[..., None]:
+            def noting(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                self._before[at].append(inputs[0].cpu())
+                if first:
+                    self._normed[at].append(output.cpu())
+
+            return noting
+
+        with _hooked(*((place.norm, note(at)) for at, place in enumerate(places))):
+            self._dense.advance()
+        self._after = list(self._dense.hidden_RTD)
+
+    def leave(self) -> None:
+        """Take the other windows through the layer, as it is now."""
+        self._pruned.advance()
+
+    def last(self, place: Place, inputs_A: torch.Tensor, target: TargetName) -> Moments:
+        """Of what the branch's last projection takes in now, and of what it should give.
+
+        Args:
+            inputs_A: which of its inputs.
+            target: ``own``: what it gives on these very inputs; ``dense``: what it gives in the dense model;
+                ``residual``: what makes the residual stream that of the dense model.
+
+        Raises:
+            ModelError: not all of it is finite.
+        """
+        at = int(place.branch == "ffn")
+        before, after = self._before[at], self._after if at else self._before[1]
+        arriving: list[torch.Tensor] = []
+        passes = iter(zip(before, after, strict=True))
+        found = Moments(len(inputs_A), place.last.out_features, self._device)
+        inputs_A = inputs_A.to(self._device)
+
+        def arrive(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            arriving[:] = inputs
+
+        def gather(last: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            before_RTD, after_RTD = (dense_RTD.to(self._device) for dense_RTD in next(passes))
+            wanted = {
+                "own": lambda: output,
+                "dense": lambda: after_RTD - before_RTD,
+                "residual": lambda: after_RTD - arriving[0],
+            }
+            found.add(inputs[0].flatten(0, -2)[:, inputs_A], wanted[target]().flatten(0, -2))
+
+        with _hooked((place.norm, arrive), (place.last, gather)):
+            self._pruned.run(until=place.last)
+        return _finite(found, place)
+
+    def first(self, place: Place, dense_DA: torch.Tensor, bias_D: torch.Tensor | None) -> Moments:
+        """Of what the branch takes in now, and of what projections ``dense_DA`` into it give in the dense model."""
+        normed = iter(self._normed[int(place.branch == "ffn")])
+        found = Moments(dense_DA.shape[1], dense_DA.shape[0], self._device)
+
+        def gather(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            wanted_RTD = F.linear(next(normed).to(self._device), dense_DA, bias_D)
+            found.add(output.flatten(0, -2), wanted_RTD.flatten(0, -2))
+
+        with _hooked((place.norm, gather)):
+            self._pruned.run(until=place.norm)
+        return _finite(found, place)
+
+
+def _finite(found: Moments, place: Place) -> Moments:
+    if not found.finite:
+        raise ModelError(
+            f"activations at {place.name} are not finite on the calibration text, so it cannot be repaired; another "
+            "model.dtype may do, or repair.method 'none'"
+        )
+    return found
+
+
+@contextmanager
+def _hooked(*hooks: tuple[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Tell each function what its module takes in and gives, for the length of the block."""
+    with ExitStack() as stack:
+        for module, told in hooks:
+            stack.callback(module.register_forward_hook(told).remove)
+        yield

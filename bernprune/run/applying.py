@@ -1,0 +1,61 @@
+"""A plan on any copy of the model that it was made for, without a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from bernprune.backends import find_device
+from bernprune.config import RunConfig
+from bernprune.errors import ModelError, RunError
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import count_parameters
+from bernprune.run.folder import check_writable, whole_or_gone
+from bernprune.run.opening import check_family, open_model, open_tokenizer
+from bernprune.run.repairs import Workshop
+from bernprune.run.verification import reason, save_and_verify
+from bernprune.units import KeepPlan
+
+
+def read_plan(path: str | Path) -> KeepPlan:
+    """A plan from its JSON file. Raises ``ModelError`` if there is none or it is not one."""
+    try:
+        return KeepPlan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ModelError(f"plan {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"plan {path} cannot be read: {error}") from None
+
+
+def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path, *, repair: bool = False) -> dict[str, Any]:
+    """Slice any copy of a model by a plan, save it in the new folder ``out`` and verify it there.
+
+    Args:
+        repair: whether the model is repaired before that, as ``config.repair`` says, on ``config.data.text``.
+
+    Raises:
+        ModelError: a plan of another architecture.
+        RunError: ``out`` exists or cannot be written.
+        DataError: text that is missing, or too short for the repair.
+    """
+    out = Path(out)
+    check_writable(out)
+    if out.exists():
+        raise RunError(f"output {out} exists already; give a folder that does not")
+    check_family(config)
+    model = open_model(config, find_device(config.model.device))
+    tokenizer = open_tokenizer(config)
+    dense = count_parameters(model)
+    workshop = Workshop.of_model(config, model, tokenizer) if repair else None
+    record = {"method": "none"} if workshop is None else workshop.repair(plan)
+    sliced = slice_model(model, plan)
+    tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
+    try:
+        with whole_or_gone(out):
+            verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{out} cannot be written: {reason(error)}") from error
+    counts = {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced)}
+    return {**counts, "repair": record, **verified}

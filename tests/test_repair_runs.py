@@ -1,0 +1,192 @@
+"""Repair within a run, and where a plan is applied: what is saved, what is told, and what is refused in time."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import WINDOW, Place, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text, verify_here
+from transformers import AutoModelForCausalLM
+
+from bernprune.config import make_config
+from bernprune.models.view import describe
+from bernprune.repair import repairing
+from bernprune.repair.fitting import Fitter
+from bernprune.report import table
+from bernprune.run import pipeline, verification
+from bernprune.run.repairs import Workshop
+from bernprune.run.stage import open_model, open_tokenizer
+
+WINDOWS = 60
+METHODS: dict[str, tuple[str, ...]] = {
+    "bias": (),
+    "ridge": ("repair.target=own",),
+    "two-step": ("repair.biases=always",),
+    "scale": (),
+    "admm": ("repair.target=dense",),
+    "auto": (),
+}
+
+
+def repairing_by(method: str, *more: str) -> tuple[str, ...]:
+    return (f"repair.method={method}", f"repair.windows={WINDOWS}", *more)
+
+
+def end(prepared: Place, folder: Path, *more: str) -> Path:
+    """As ``finish``, whatever is said of a repair that makes things worse, as it may with so little text."""
+    held_out = tiny_text(folder / "held-out.txt", 400, seed=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "verify_saved", verify_here)
+        succeed(*prepared.prune(*more, out=folder / "out"), "--eval-text", str(held_out))
+    return folder / "out"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_repairs_what_it_keeps(method: str, prepared: Place, tmp_path: Path) -> None:
+    """The saved model has the loss that the report tells, and biases where they were asked for."""
+    out = end(prepared, tmp_path, *repairing_by(method, *METHODS[method]))
+    report = read_json(out / "report.json")
+    repair, losses = report["repair"], report["loss"]
+    assert (repair["method"], repair["windows"], repair["judging_windows"]) == (method, WINDOWS, 20)
+    assert repair["chosen"] in (("none", "ridge", "two-step") if method == "auto" else (method,))
+    assert len(repair["layers"]) == (3 if repair["chosen"] != "none" else 0)
+    assert set(repair["losses"]) == ({"none", "ridge", "two-step"} if method == "auto" else {"none", method})
+    assert all(math.isfinite(loss) for loss in repair["losses"].values()) and repair["seconds"] >= 0
+    weights = load_file(out / "model" / "model.safetensors")
+    assert any(name.endswith("o_proj.bias") for name in weights) == (method in ("bias", "two-step"))
+    shown = table(report)
+    assert "not repaired" in shown and f"repair       {repair['chosen']}" in shown
+    if repair["chosen"] == "none":
+        assert losses["pruned"] == pytest.approx(losses["unrepaired"], rel=1e-5)
+    else:
+        assert abs(losses["pruned"] - losses["unrepaired"]) > 1e-6
+    evaluated = succeed(
+        "evaluate", str(out / "model"), "--text", report["protocol"]["text"], "--window", str(WINDOW), "--tokens", "320"
+    )
+    assert f"({losses['pruned']:.4f} nats" in evaluated.out
+
+
+def test_without_repair_nothing_is_told_of_it(finished: Path) -> None:
+    report = read_json(finished / "report.json")
+    assert report["repair"] == {"method": "none"} and "unrepaired" not in report["perplexity"]
+    assert "repair" not in table(report)
+
+
+def test_an_interrupted_repair_is_repeated(prepared: Place, place: Place, tmp_path: Path) -> None:
+    whole = end(prepared, tmp_path, *repairing_by("two-step"))
+    held_out, last, left = tiny_text(place.folder / "held-out.txt", 400, seed=9), Fitter.last, [3]
+
+    def interrupted(fitter: Any, at: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return last(fitter, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Fitter, "last", interrupted)
+        done = run(*place.prune(*repairing_by("two-step")), "--eval-text", str(held_out))
+    assert done.code == 130 and "bernprune resume" in done.err
+    assert not (place.out / "model").exists() and not (place.out / "report.json").exists()
+    succeed("resume", str(place.out))
+    same_run(place.out, whole)
+    found, expected = (load_file(out / "model" / "model.safetensors") for out in (place.out, whole))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_repair_may_change_on_the_way(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Fitter, "last", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*place.prune(*repairing_by("ridge")))
+    succeed("resume", str(place.out), *settings("repair.method=none", "repair.windows=null"))
+    assert read_json(place.out / "report.json")["repair"] == {"method": "none"}
+
+
+def test_finalists_are_judged_by_what_repair_makes_of_them(
+    prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def prefer(workshop: Any, plans: dict[str, Any]) -> tuple[str, dict[str, float]]:
+        asked.append(list(plans))
+        return "initial", dict.fromkeys(plans, 1.0)
+
+    monkeypatch.setattr(pipeline.Workshop, "prefer", prefer)
+    out = end(prepared, tmp_path, *repairing_by("ridge", "repair.judge_finalists=true"))
+    report = read_json(out / "report.json")
+    assert asked[0][0] == "kept" and "initial" in asked[0]
+    assert report["search"]["kept"] == "initial" and report["repair"]["finalists"].keys() == set(asked[0])
+    assert report["loss"]["unrepaired"] == pytest.approx(report["loss"]["initial"], rel=1e-6)
+
+
+def test_the_best_after_repair_is_preferred_and_nothing_is_left_of_it(prepared: Place, tmp_path: Path) -> None:
+    given = {"path": str(prepared.model)}, {"text": str(prepared.text), "window": WINDOW}
+    config = make_config({"model": given[0], "data": given[1], "repair": {"method": "ridge", "windows": WINDOWS}})
+    model = open_model(config, torch.device("cpu"))
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    workshop = Workshop.of_model(config, model, open_tokenizer(config))
+    assert workshop is not None
+    space = describe(model).space
+    few_U, many_U = torch.zeros(2, space.size, dtype=torch.bool)
+    many_U[:] = True
+    for layer in range(3):
+        for kind in ("kv_group", "channel"):
+            few_U[space.span(kind, layer).start] = True  # type: ignore[arg-type, union-attr]
+    best, losses = workshop.prefer({"few": space.plan(few_U), "many": space.plan(many_U)})
+    assert losses.keys() == {"few", "many"} and losses["few"] != losses["many"]
+    assert best == min(losses, key=lambda name: losses[name] or math.inf)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("repair.method=ridge", "repair.windows=4"), "too short for repair 'ridge'.*4 windows of 16 tokens, but 7"),
+        (("repair.method=bias", "repair.biases=never"), "'bias' needs biases.*llama model has not"),
+        (("repair.method=none", "repair.windows=4"), "repair.windows has no meaning for repair.method 'none'"),
+        (("repair.method=bias", "repair.ridges=[1]"), "repair.ridges has no meaning for repair.method 'bias'"),
+        (("repair.method=ridge", "repair.ridges=[0]"), "greater than 0"),
+        (("repair.method=glue",), "'repair.method'.*'bias'"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_work(more: tuple[str, ...], message: str, place: Place) -> None:
+    done = run(*place.prune(*more))
+    assert re.search(message, in_one_sentence(done)), done.err
+    assert not place.out.exists()
+
+
+def test_a_plan_is_applied_with_repair(place: Place) -> None:
+    """On the text that is named, declared to whoever loads it."""
+    succeed(*place.prune())
+    plan, more = str(place.out / "plan.json"), settings("data.window=16", f"repair.windows={WINDOWS}")
+    arguments = ("apply", plan, str(place.model))
+    bare = succeed(*arguments, str(place.folder / "bare"))
+    assert "repair" not in bare.out
+    done = succeed(*arguments, str(place.folder / "new"), "--repair", "bias", "--text", str(place.text), *more)
+    assert f"repair       bias, from {WINDOWS} windows" in done.out
+    config = read_json(place.folder / "new" / "config.json")
+    assert config["bernprune"]["added_biases"]
+    tokens = torch.arange(16)[None]
+    with torch.no_grad():
+        found, without = (
+            AutoModelForCausalLM.from_pretrained(place.folder / name)(input_ids=tokens).logits
+            for name in ("new", "bare")
+        )
+    assert (found - without).abs().max() > 1e-6
+    refused = run(*arguments, str(place.folder / "other"), "--text", str(place.text))
+    assert "--text is the text of a repair" in in_one_sentence(refused)
+    assert not (place.folder / "other").exists()
+
+
+def test_auto_makes_do_with_little_text(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tries what the text suffices for, and the run goes on."""
+    tried: list[Any] = []
+    repair = repairing.Repairer.repair
+    monkeypatch.setattr(
+        repairing.Repairer, "repair", lambda self, plan, method: tried.append(method) or repair(self, plan, method)
+    )
+    done = run(*place.prune("repair.method=auto", "repair.windows=4"))
+    assert done.code == 0 and done.err.count("too short for repair") == 2 and tried == ["scale"]
