@@ -17,8 +17,8 @@ from bernprune.repair import repairing
 from bernprune.repair.fitting import Fitter
 from bernprune.report import table
 from bernprune.run import pipeline, verification
+from bernprune.run.opening import open_model, open_tokenizer
 from bernprune.run.repairs import Workshop
-from bernprune.run.stage import open_model, open_tokenizer
 
 WINDOWS = 60
 METHODS: dict[str, tuple[str, ...]] = {
