@@ -431,7 +431,7 @@ def test_quantised_layers_are_refused() -> None:
     view, plan = view_of(Variant("llama", "llama"))
     down = view.layers[2].down
     down.weight = torch.nn.Parameter(down.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    with pytest.raises(ModelError, match=r"ffn of layer 2 is a Linear of torch\.float8_e4m3fn.*before quantising"):
+    with pytest.raises(ModelError, match=r"ffn of layer 2 is a Linear in torch\.float8_e4m3fn.*before quantising"):
         repairer(view).repair(plan, "ridge")
 
 
