@@ -67,6 +67,7 @@ class MaskSums:
         weights_RKT = weights_RKT.to(self.device, torch.float32)
         if self._kernels is not None:
             return torch.stack(self._kernels.activity_sums(active_RTF, weights_RKT, masks))
+        assert isinstance(masks, PackedMasks), "only kernels draw masks once more"
         masks_RKCF = masks.unpack().view(-1, *self._shape[1:3], masks.size)
         return torch.stack(activity_sums(active_RTF.float(), weights_RKT, masks_RKCF))
 
@@ -77,4 +78,6 @@ class MaskSums:
     def _unpacked(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """The masks of a few windows after the other, as numbers, ``[M, U]``; and which windows."""
         for windows in row_slices(self._shape):
-            yield windows, self._of(windows).unpack().double()
+            masks = self._of(windows)
+            assert isinstance(masks, PackedMasks), "only kernels draw masks once more"
+            yield windows, masks.unpack().double()
