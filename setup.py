@@ -15,6 +15,7 @@ PACKAGES = [
     "bernprune.kernels",
     "bernprune.models",
     "bernprune.policy",
+    "bernprune.repair",
     "bernprune.run",
     "bernprune.scores",
 ]

@@ -141,6 +141,16 @@ def test_imports_follow_the_flow(name: str) -> None:
         assert not {used for used in ours if not within(used, *allowed)}
 
 
+def test_every_package_is_installed() -> None:
+    """A checkout finds a room that setup.py forgot; who installs does not."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    named = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    packages = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in ROOT.glob("bernprune/**/__init__.py")
+    }
+    assert "bernprune.policy" in packages and not packages - named
+
+
 def test_the_policy_is_mathematics_alone() -> None:
     """Of other people's packages it imports torch and numpy; of the standard library nothing that reads or writes."""
     others = {

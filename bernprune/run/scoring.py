@@ -11,6 +11,7 @@ from bernprune.config import RunConfig
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_of_groups
 from bernprune.policy.bernoulli import graded
 from bernprune.policy.selection import select
+from bernprune.run.folder import check_writable
 from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, start_probs
 from bernprune.run.stage import Stage, set_stage
 from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
@@ -89,13 +90,19 @@ def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
 
     Returns:
         For each layer and kind the mean score and how many units there are, and what the metric noted.
+
+    Raises:
+        RunError: ``out`` cannot be written; before the work.
     """
+    if out is not None:
+        check_writable(out.parent)
     stage, notes, name = set_stage(config), dict[str, float](), config.initial.score
     started = time.monotonic()
     scores_U = scores_of(stage, name, notes)
     seconds, space = time.monotonic() - started, stage.view.space
     if out is not None:
         facts = {"score": name, "model": config.model.path, "text": config.data.text, "seed": str(config.seed)}
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_scores(out, space, scores_U, facts)
     groups = [
         {"layer": group.layer, "kind": group.kind, "units": group.count, "mean": part_N.mean().item()}
