@@ -279,6 +279,16 @@ def test_the_bias_is_what_the_removed_inputs_gave_on_average() -> None:
     assert torch.equal(layer.down.weight[:, kept], weight[:, kept])
 
 
+@pytest.mark.parametrize("method", ["bias", "scale"])
+def test_what_has_few_numbers_goes_by_its_own_outputs(method: Any) -> None:
+    found = []
+    for target in ("own", "residual"):
+        view, plan = view_of(Variant("llama", "llama"))
+        repairer(view, target=target, biases=True).repair(plan, method)
+        found.append(state_of(view))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_two_steps_refit_what_goes_in_by_least_squares() -> None:
     """Of the second layer's kept query, key and value rows, against explicit matrices."""
     view, plan = view_of(Variant("qwen2", "qwen2"))

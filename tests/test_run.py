@@ -491,7 +491,7 @@ LEARNING = {
 @pytest.mark.parametrize(("given", "share"), LEARNING.values(), ids=LEARNING)
 def test_a_real_model_gets_better_by_learning(given: tuple[str, ...], share: float, place: Place) -> None:
     """stories260K at 30 %: a short search already beats the metric it starts from on held-out text."""
-    small = ("data.max_characters=400000", "data.eval_tokens=8192", "report.latency_repeats=2")
+    small = ("data.max_characters=400000", "data.eval_tokens=8192", "report.latency_repeats=2", "repair.method=none")
     where = ["--model", str(STORIES), "--text", str(STORIES_TEXT / "train.jsonl"), "--out", str(place.out)]
     succeed("prune", *where, "--eval-text", str(STORIES_TEXT / "valid.jsonl"), *settings(*small, *given))
     report = read_json(place.out / "report.json")

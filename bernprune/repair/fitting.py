@@ -95,8 +95,8 @@ class Fitter:
 
     @property
     def _target(self) -> TargetName:
-        """What removed inputs gave on average is a question of these inputs alone."""
-        return "own" if self.method == "bias" else self.target
+        """One number a unit or output is too little to mend earlier layers with, and tried to makes things worse."""
+        return "own" if self.method in ("bias", "scale") else self.target
 
     def _forms(
         self, dense: Linear, kept_A: torch.Tensor, units: int, biased: bool

@@ -52,7 +52,7 @@ class Repairer:
 
     Args:
         windows_WT: calibration text, int64; every fourth window chooses between what is fitted on the others.
-        target: what a projection's outputs are fitted to; see ``Pair.last``. ``bias`` goes by ``own``.
+        target: what a projection's outputs are fitted to; see ``Pair.last``. ``bias`` and ``scale`` go by ``own``.
         ridges: to choose from, relative to the mean square of an input.
         biases: whether projections may get a bias that the family does not know.
         rows_per_forward: windows that are run at once.
