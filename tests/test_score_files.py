@@ -6,11 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, read_json, run, succeed
+from tiny_run import Place, in_one_sentence, read_json, run, succeed
 
 from bernprune.errors import ConfigError
 from bernprune.models.view import describe
 from bernprune.policy.bernoulli import graded, initial_probs
+from bernprune.run import scoring
 from bernprune.run.checkpoint import read_state
 from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
 from bernprune.units import UnitSpace
@@ -152,3 +153,16 @@ def test_a_run_gives_more_to_layers_that_change_more(place: Place) -> None:
     for shares_G in shares.values():
         assert shares_G.mean().item() == pytest.approx(0.7) and shares_G.std() > 0.001
     assert not torch.allclose(shares["cfsp"], shares["wanda-sp"])
+
+
+def test_a_place_that_cannot_be_written_is_refused_at_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a folder that is not there yet is made."""
+    (place.folder / "file").write_text("")
+    settings = ["--set", "data.window=16", "--score", "magnitude"]
+    arguments = ["scores", str(place.model), "--text", str(place.text), *settings, "--out"]
+    succeed(*arguments, str(place.folder / "new" / "scores.safetensors"))
+    assert (place.folder / "new" / "scores.safetensors").is_file()
+    monkeypatch.setattr(scoring, "set_stage", lambda config: pytest.fail("the model was loaded"))
+    for where in ("file", "file/below"):
+        sentence = in_one_sentence(run(*arguments, str(place.folder / where / "scores.safetensors")))
+        assert "is a file, but a folder is needed" in sentence or "is not a writable folder" in sentence
