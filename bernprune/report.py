@@ -3,21 +3,15 @@
 import math
 from typing import Any
 
-ROWS = {
-    "dense": "dense",
-    "uniform": "metric, uniform",
-    "initial": "initial metric",
-    "unrepaired": "not repaired",
-    "pruned": "learned",
-}
+ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metric"}
 
 
 def table(report: dict[str, Any]) -> str:
-    """Dense, initial metric, learned: perplexity, parameters, latency; and the protocol they were taken by."""
+    """Dense, initial metric, learned, repaired: perplexity, parameters, latency; and by what protocol they were taken."""
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
     same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
     for name, title in titles(report).items():
-        if (name == "uniform" and same_start) or name not in report["perplexity"]:
+        if name == "uniform" and same_start:
             continue
         figure = report["latency"].get(name)
         time = "-" if figure is None else f"{figure['median_ms']:.1f} ms"
@@ -28,8 +22,11 @@ def table(report: dict[str, Any]) -> str:
 
 
 def titles(report: dict[str, Any]) -> dict[str, str]:
-    """What each model is called; what is kept, learned only if it was."""
-    return ROWS if report["search"]["kept"] in ("learned", "widths") else ROWS | {"pruned": "kept"}
+    """What each model is called; what is kept, learned only if it was, and repaired only if it was changed by that."""
+    kept = "learned" if report["search"]["kept"] in ("learned", "widths") else "kept"
+    if report["repair"].get("chosen", "none") == "none":
+        return ROWS | {"pruned": kept}
+    return ROWS | {"unrepaired": kept, "pruned": "repaired"}
 
 
 def shown(perplexity: float | None, digits: int = 3) -> str:

@@ -58,7 +58,8 @@ def test_a_run_repairs_what_it_keeps(method: str, prepared: Place, tmp_path: Pat
     weights = load_file(out / "model" / "model.safetensors")
     assert any(name.endswith("o_proj.bias") for name in weights) == (method in ("bias", "two-step"))
     shown = table(report)
-    assert "not repaired" in shown and f"repair       {repair['chosen']}" in shown
+    names = [line.split()[0] for line in shown.partition("\n\n")[0].splitlines()[1:]]
+    assert f"repair       {repair['chosen']}" in shown and (names[-1] == "repaired") == (repair["chosen"] != "none")
     if repair["chosen"] == "none":
         assert losses["pruned"] == pytest.approx(losses["unrepaired"], rel=1e-5)
     else:

@@ -1,10 +1,11 @@
 """Results as lines of JSON, one a run; what exists is not run again."""
 
+import argparse
 import fcntl
 import hashlib
 import json
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,16 @@ def overlap(one: Row, other: Row) -> float:
     """Units that both rows remove, as a share of those that either does."""
     first, second = (np.unpackbits(np.frombuffer(bytes.fromhex(row["bitmap"]), np.uint8)) for row in (one, other))
     return float((first & second).sum() / max(1, (first | second).sum()))
+
+
+def list_of(kind: type, known: Collection[str] = ()) -> Callable[[str], list[Any]]:
+    """Parses comma-separated values, which must be among those known if any are."""
+
+    def parse(text: str) -> list[Any]:
+        parts = [kind(part) for part in text.split(",")]
+        unknown = [part for part in parts if known and part not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
+        return parts
+
+    return parse

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rivals import METHODS, RIVALS
-from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows, removed_units
+from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task
 from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.latency import machine
@@ -122,19 +122,6 @@ class Bench:
         }
 
 
-def _list_of(kind: type, known: Collection[str] = ()) -> Callable[[str], list[Any]]:
-    """Parses comma-separated values, which must be among those known if any are."""
-
-    def parse(text: str) -> list[Any]:
-        parts = [kind(part) for part in text.split(",")]
-        unknown = [part for part in parts if known and part not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown; known are {', '.join(known)}")
-        return parts
-
-    return parse
-
-
 def _jobs(given: argparse.Namespace, model: str) -> Iterator[tuple[str, float, int]]:
     """Method, sparsity and budget of all runs: those of the benchmark, or the product of what was asked for."""
     usual = SEQUENCES.get(model, min(SEQUENCES.values()))
@@ -152,11 +139,11 @@ def _jobs(given: argparse.Namespace, model: str) -> Iterator[tuple[str, float, i
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fill the files; what stands in them is not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=_list_of(str, SOURCES), default=list(SOURCES))
-    parser.add_argument("--method", type=_list_of(str, METHODS))
-    parser.add_argument("--sparsity", type=_list_of(float))
-    parser.add_argument("--seed", type=_list_of(int), default=SEEDS)
-    parser.add_argument("--sequences", type=_list_of(int))
+    parser.add_argument("--model", type=list_of(str, SOURCES), default=list(SOURCES))
+    parser.add_argument("--method", type=list_of(str, METHODS))
+    parser.add_argument("--sparsity", type=list_of(float))
+    parser.add_argument("--seed", type=list_of(int), default=SEEDS)
+    parser.add_argument("--sequences", type=list_of(int))
     parser.add_argument("--development", action="store_true", help="report on development text, among the sweeps")
     parser.add_argument("--folder", type=Path, default=HERE, help="where the files lie")
     given = parser.parse_args(arguments)

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
-from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows
+from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.task import SOURCES, Task
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.latency import machine
@@ -101,18 +101,14 @@ class Bench:
         }
 
 
-def _values(kind: type) -> Any:
-    return lambda text: [kind(part) for part in text.split(",")]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fill ``results.jsonl``; what stands in it is not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=_values(str), default=list(SOURCES))
-    parser.add_argument("--plan", type=_values(str), default=PLANS)
-    parser.add_argument("--repair", type=_values(str), default=list(REPAIRS))
-    parser.add_argument("--sparsity", type=_values(float), default=SPARSITIES)
-    parser.add_argument("--seed", type=_values(int), default=SEEDS)
+    parser.add_argument("--model", type=list_of(str, SOURCES), default=list(SOURCES))
+    parser.add_argument("--plan", type=list_of(str, PLANS), default=PLANS)
+    parser.add_argument("--repair", type=list_of(str, REPAIRS), default=list(REPAIRS))
+    parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
+    parser.add_argument("--seed", type=list_of(int), default=SEEDS)
     parser.add_argument("--folder", type=Path, default=HERE, help="where the rows lie")
     given = parser.parse_args(arguments)
     results, version = given.folder / "results.jsonl", commit()

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
-from benchmarks.learning.rows import Row, append_row, commit, key_of, read_rows
+from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.task import SOURCES, Task
 from benchmarks.scores.show import KEY, show
 from bernprune.config import make_config
@@ -153,10 +153,10 @@ class Bench:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fill the rows; what stands in them is not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=lambda text: text.split(","), default=list(SOURCES))
-    parser.add_argument("--score", type=lambda text: text.split(","), default=list(SCORES))
-    parser.add_argument("--sparsity", type=lambda text: [float(part) for part in text.split(",")], default=SPARSITIES)
-    parser.add_argument("--seed", type=lambda text: [int(part) for part in text.split(",")], default=SEEDS)
+    parser.add_argument("--model", type=list_of(str, SOURCES), default=list(SOURCES))
+    parser.add_argument("--score", type=list_of(str, SCORES), default=list(SCORES))
+    parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
+    parser.add_argument("--seed", type=list_of(int), default=SEEDS)
     parser.add_argument("--folder", type=Path, default=HERE, help="where results.jsonl and table.md lie")
     given = parser.parse_args(arguments)
     results = given.folder / "results.jsonl"
