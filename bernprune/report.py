@@ -7,7 +7,7 @@ ROWS = {"dense": "dense", "uniform": "metric, uniform", "initial": "initial metr
 
 
 def table(report: dict[str, Any]) -> str:
-    """Dense, initial metric, learned, repaired: perplexity, parameters, latency; and by what protocol they were taken."""
+    """Dense, initial metric, learned, repaired: perplexity, parameters, latency; and the protocol of these figures."""
     lines = [f"{'':<16}{'perplexity':>12}{'parameters':>16}{'latency':>12}"]
     same_start = report["perplexity"]["uniform"] == report["perplexity"]["initial"]
     for name, title in titles(report).items():
