@@ -9,13 +9,13 @@ import pytest
 import torch
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
 from tolerances import EXACT, LOGITS, assert_close
+from whole_passes import input_statistics, run_windows, watching
 
 from bernprune import scores
 from bernprune.backends import load_backend
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
-from bernprune.models.statistics import input_statistics, run_windows, watching
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind, ScoreName
 from bernprune.scores import SCORES, Context, Metric, Options, Projection, initial_scores

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
+from whole_passes import input_statistics, watching
 
 from bernprune.backends import load_backend
 from bernprune.models.masking import masked
-from bernprune.models.statistics import input_statistics, watching
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import describe
 

@@ -3,19 +3,17 @@
 Letters: N tokens of one forward pass, E input entries of a projection, W windows, T tokens.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from bernprune.models.view import LayerView, ModelView
-
 POINTS = ("output", "down")
 
 
-class InputStatistics:
+class RunningMoments:
     """Running moments of what enters, or leaves, one projection, float64 ``[E]`` on the CPU."""
 
     def __init__(self, width: int) -> None:
@@ -46,52 +44,28 @@ class InputStatistics:
 @contextmanager
 def moments(
     inputs: Mapping[str, nn.Linear], outputs: Mapping[str, nn.Linear] | None = None
-) -> Iterator[dict[str, InputStatistics]]:
+) -> Iterator[dict[str, RunningMoments]]:
     """For the length of the block, gather what enters some projections, and what leaves others, by their names."""
     with ExitStack() as hooks:
         gathered = {}
         for name, projection in inputs.items():
-            entering = gathered[name] = InputStatistics(projection.in_features)
+            entering = gathered[name] = RunningMoments(projection.in_features)
             hooks.callback(projection.register_forward_pre_hook(_recorder(entering)).remove)
         for name, projection in (outputs or {}).items():
-            leaving = gathered[name] = InputStatistics(projection.out_features)
+            leaving = gathered[name] = RunningMoments(projection.out_features)
             hooks.callback(projection.register_forward_hook(_recorder_of_output(leaving)).remove)
         yield gathered
 
 
-@contextmanager
-def watching(layers: Sequence[LayerView]) -> Iterator[list[dict[str, InputStatistics]]]:
-    """Gather the inputs of both projections of the given layers."""
-    with ExitStack() as hooks:
-        yield [hooks.enter_context(moments({point: getattr(layer, point) for point in POINTS})) for layer in layers]
-
-
-def _recorder(statistics: InputStatistics) -> Any:
+def _recorder(statistics: RunningMoments) -> Any:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         statistics.add(inputs[0].flatten(0, -2))
 
     return record
 
 
-def _recorder_of_output(statistics: InputStatistics) -> Any:
+def _recorder_of_output(statistics: RunningMoments) -> Any:
     def record(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         statistics.add(output.flatten(0, -2))
 
     return record
-
-
-@torch.inference_mode()
-def run_windows(view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
-    """Run text through the decoder for the sake of hooks; the output embedding is not touched."""
-    device = next(view.model.parameters()).device
-    for tokens_RT in windows_WT.split(rows_per_forward):
-        view.decoder(input_ids=tokens_RT.to(device), use_cache=False)
-
-
-def input_statistics(
-    view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int = 64
-) -> list[dict[str, InputStatistics]]:
-    """Statistics of every layer in one pass of the dense model; one dict a layer, keys ``output`` and ``down``."""
-    with watching(view.layers) as gathered:
-        run_windows(view, windows_WT, rows_per_forward=rows_per_forward)
-    return gathered

@@ -41,7 +41,7 @@ def repaired_error(weight_DE: torch.Tensor, moments_EE: torch.Tensor, units: int
     return errors_N
 
 
-class _Moments:
+class _Gram:
     """Running second moments of what enters a projection, float64 ``[E, E]`` on its device."""
 
     def __init__(self, projection: nn.Linear) -> None:
@@ -61,7 +61,7 @@ def _repaired(context: Context) -> torch.Tensor:
 
 
 def _repaired_of_layer(at: LayerPass) -> Scores:
-    moments, energy = {point: _Moments(at.projection(point)) for point in POINTS}, list[float]()
+    moments, energy = {point: _Gram(at.projection(point)) for point in POINTS}, list[float]()
 
     def weigh(module: nn.Module, inputs: Any, output_RTD: torch.Tensor) -> None:
         energy.append(output_RTD.double().square().sum().item())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bernprune.losses import token_losses
-from bernprune.models.statistics import POINTS, InputStatistics
+from bernprune.models.statistics import POINTS, RunningMoments
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
 from bernprune.scores.base import Context, Metric
@@ -134,9 +134,7 @@ def _of_weights(context: Context) -> torch.Tensor:
     return by_layer(of_layer)(context)
 
 
-def _salience(
-    at: LayerPass, name: str, inputs: InputStatistics, slopes: list[tuple[_Direction, float]]
-) -> torch.Tensor:
+def _salience(at: LayerPass, name: str, inputs: RunningMoments, slopes: list[tuple[_Direction, float]]) -> torch.Tensor:
     """Sums of |W_ij| |g_ij| |x_j| over each row of a projection, or each column of those that read units, ``[O]``."""
     weight_OI = at.projection(name).weight.detach()
     grad_OI = torch.zeros_like(weight_OI, dtype=torch.float32)

@@ -15,7 +15,7 @@ from torch import nn
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.linear import weight_of
 from bernprune.models.masking import masked
-from bernprune.models.statistics import POINTS, InputStatistics, moments
+from bernprune.models.statistics import POINTS, RunningMoments, moments
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
@@ -39,7 +39,7 @@ class Projection:
     """
 
     weight_DE: torch.Tensor
-    inputs: InputStatistics
+    inputs: RunningMoments
     kind: Kind
     layer: int
     seed: int
@@ -72,7 +72,7 @@ class LayerPass:
     def layer(self) -> LayerView:
         return self.view.layers[self.index]
 
-    def moments(self, inputs: tuple[str, ...], outputs: tuple[str, ...] = ()) -> dict[str, InputStatistics]:
+    def moments(self, inputs: tuple[str, ...], outputs: tuple[str, ...] = ()) -> dict[str, RunningMoments]:
         """Run the layer; of what enters and leaves projections, by their names in ``Family``, the moments.
 
         Raises:
@@ -95,7 +95,7 @@ class LayerPass:
         """Of a projection, float64 ``[D, E]`` on the model's device; also of a quantised one."""
         return weight_of(self.projection(name), self.view.model.dtype).double()
 
-    def check(self, statistics: InputStatistics) -> None:
+    def check(self, statistics: RunningMoments) -> None:
         """Raises unless there is something to score on."""
         if not statistics.count:
             raise ConfigError(
@@ -147,7 +147,7 @@ def by_weights(score: Score) -> Callable[[Context], torch.Tensor]:
     def run(context: Context) -> torch.Tensor:
         scores_U = torch.zeros(context.view.space.size, dtype=torch.float64)
         for index, layer in enumerate(context.view.layers):
-            unseen = {point: InputStatistics(getattr(layer, point).in_features) for point in POINTS}
+            unseen = {point: RunningMoments(getattr(layer, point).in_features) for point in POINTS}
             fill(context.view, index, _of_projections(context, layer, index, score, unseen), scores_U)
         return scores_U
 
@@ -155,7 +155,7 @@ def by_weights(score: Score) -> Callable[[Context], torch.Tensor]:
 
 
 def _of_projections(
-    context: Context, layer: LayerView, index: int, score: Score, seen: Mapping[str, InputStatistics]
+    context: Context, layer: LayerView, index: int, score: Score, seen: Mapping[str, RunningMoments]
 ) -> Scores:
     columns = {}
     for point in POINTS:
