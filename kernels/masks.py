@@ -51,9 +51,11 @@ class PackedMasks:
 
     def unpack(self) -> torch.Tensor:
         """Bool ``[M, N]``."""
+        low, high = self.first // BITS, -(-(self.first + self.size) // BITS)
         places = torch.arange(BITS, dtype=torch.int32, device=self.words_MW.device)
-        bits_MU = ((self.words_MW[..., None] >> places) & 1).flatten(1)
-        return bits_MU[:, self.first : self.first + self.size].bool()
+        bits_MU = ((self.words_MW[:, low:high, None] >> places) & 1).flatten(1)
+        start = self.first - low * BITS
+        return bits_MU[:, start : start + self.size].bool()
 
 
 @dataclass(frozen=True)

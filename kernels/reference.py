@@ -125,7 +125,8 @@ class SumKernels(NamedTuple):
 
 def score_sums(weights_BR: torch.Tensor, masks_BRU: torch.Tensor, probs_U: torch.Tensor) -> torch.Tensor:
     """Sum over the R masks of each window of weight times (mask - probability), ``[B, U]``."""
-    return torch.einsum("br,bru->bu", weights_BR, masks_BRU.to(weights_BR.dtype) - probs_U)
+    kept_BU = torch.einsum("br,bru->bu", weights_BR, masks_BRU.to(weights_BR.dtype))
+    return kept_BU - weights_BR.sum(1, keepdim=True) * probs_U  # so that masks are not copied
 
 
 def kept_sums(values_U: torch.Tensor, masks_MU: torch.Tensor) -> torch.Tensor:

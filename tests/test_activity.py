@@ -4,6 +4,7 @@ Letters: B windows, K masks, C chunks, T tokens, U units, N channels, L layers.
 """
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,18 @@ def test_a_channel_that_is_never_active_is_survived() -> None:
     others_N = SPACE.by_layer("channel")[0][3:]
     near, far = ((other.worth_U - told.worth_U)[others_N].abs().mean() for other in (dead, plain))
     assert near < far / 2
+
+
+def test_what_a_round_was_told_in_vain_is_forgotten() -> None:
+    """Losses that are all alike end a round that nothing is learned from, and whose activities are of no use later."""
+    search = reading_search()
+    for step in range(2):
+        masks_BKCU = search.ask(step)
+        reading = reading_of(search, masks_BKCU, step)
+        alike = replace(reading, losses_BKT=torch.full_like(reading.losses_BKT, 2.0))
+        losses_BKC = alike.losses_BKT.unflatten(2, (CHUNKS, -1)).sum(-1)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=0, reading=alike)
+    assert search.rounds == 0 and not search._active._sums.count
 
 
 @pytest.mark.parametrize("space", [SPACE, LAYERED_BLOCKS], ids=["flat", "nested"])

@@ -210,7 +210,7 @@ def test_a_text_that_nobody_chose_is_said(
 ) -> None:
     """The embedded text is the embedded model's; of another it keeps what nobody may want."""
     monkeypatch.setattr(stage, "_tokens", lambda *_, **__: torch.arange(100))
-    stage._text(make_config(given), None, 100)
+    stage.read_texts(make_config(given), None, 100)
     assert ("no calibration text was given" in caplog.text) == said
 
 

@@ -38,7 +38,7 @@ from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
 from bernprune.run import applying, loop, opening, pipeline, verification
-from bernprune.run.checkpoint import write_state
+from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
 
 # 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
@@ -306,6 +306,21 @@ def test_a_checkpoint_of_another_text_is_refused(place: Place, undisturbed: Path
     assert old is not None
     (place.out / "config.yaml").write_text(stored.replace(old[1], str(tiny_text(place.folder / "new.txt", seed=1))))
     assert "training text" in in_one_sentence(run("resume", str(place.out)))
+
+
+@pytest.mark.parametrize("missing", ["settled", "search.beliefs.spread_L", "search"])
+def test_a_checkpoint_of_another_version_is_refused(missing: str, place: Place, undisturbed: Path) -> None:
+    """What it lacks, at any depth, is noticed before anything is taken over."""
+    _stopped_after_its_search(place, undisturbed)
+    for folder in sorted((place.out / "checkpoints").iterdir()):
+        state = read_state(folder)
+        within = state
+        *outer, last = missing.split(".")
+        for name in outer:
+            within = within[name]
+        del within[last]
+        write_state(folder, state)
+    assert "version" in in_one_sentence(run("resume", str(place.out)))
 
 
 def test_a_checkpoint_of_other_units_is_refused(place: Place, undisturbed: Path) -> None:

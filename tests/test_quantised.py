@@ -191,14 +191,19 @@ def test_nothing_is_gathered(way: str) -> None:
 NEEDS_PLAIN = {name for name, metric in SCORES.items() if metric.plain or metric.gradients}
 
 
+INPUTS = [
+    pytest.param(name, pruned, id=f"{name}-{'pruned' if pruned else 'dense'}")
+    for name in sorted(SCORES.keys() - NEEDS_PLAIN)
+    for pruned in (False, True)
+    if SCORES[name].layerwise or not pruned
+]
+
+
 @all_ways
-@pytest.mark.parametrize("pruned", [False, True], ids=["dense", "pruned"])
-@pytest.mark.parametrize("name", sorted(SCORES.keys() - NEEDS_PLAIN))
+@pytest.mark.parametrize(("name", "pruned"), INPUTS)
 def test_scores_are_those_of_plain_weights(name: str, pruned: bool, way: str) -> None:
     """By every metric, from the text as the dense model, or the already pruned one, hands it on."""
     metric = SCORES[name]
-    if pruned and not metric.layerwise:
-        pytest.skip("it does not go layer by layer")
     blocks = "channel" not in metric.kinds
     view = quantised_view(Variant("", "llama", BIASED), way, ("attention", "ffn") if blocks else PARTS)
     found, expected = (

@@ -11,14 +11,22 @@ from safetensors.torch import load_file
 from tiny_run import WINDOW, Place, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text, verify_here
 from transformers import AutoModelForCausalLM
 
+from bernprune.backends import load_backend
 from bernprune.config import make_config
+from bernprune.data import TokenWindows
+from bernprune.models.loading import load_model
 from bernprune.models.view import describe
+from bernprune.objective import masked_objective
 from bernprune.repair import repairing
 from bernprune.repair.fitting import Fitter
 from bernprune.report import table
 from bernprune.run import pipeline, verification
+from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model, open_tokenizer
-from bernprune.run.repairs import Workshop
+from bernprune.run.plans import Learned
+from bernprune.run.repairs import Workshop, repair_text
+from bernprune.run.stage import set_stage
+from bernprune.units import KeepPlan
 
 WINDOWS = 60
 METHODS: dict[str, tuple[str, ...]] = {
@@ -121,25 +129,72 @@ def test_finalists_are_judged_by_what_repair_makes_of_them(
     assert asked[0][0] == "kept" and "initial" in asked[0]
     assert report["search"]["kept"] == "initial" and report["repair"]["finalists"].keys() == set(asked[0])
     assert report["loss"]["unrepaired"] == pytest.approx(report["loss"]["initial"], rel=1e-6)
+    view = describe(load_model(str(prepared.model)))
+    plan = KeepPlan.from_dict(read_json(out / "plan.json"))
+    learned, config = Learned.read(out / "learned.safetensors"), RunFolder(out).read_config()
+    with masked_objective(view) as objective:
+        eval_WT = set_stage(config).eval_windows_WT
+        loss = objective.losses(view.space.mask(plan)[None], eval_WT).item()
+    assert report["loss"]["unrepaired"] == pytest.approx(loss, rel=1e-6)
+    assert learned.mask_U.equal(view.space.mask(plan))
+    assert learned.select(config, config.budget.sparsity).equal(learned.mask_U)
 
 
-def test_the_best_after_repair_is_preferred_and_nothing_is_left_of_it(prepared: Place, tmp_path: Path) -> None:
-    given = {"path": str(prepared.model)}, {"text": str(prepared.text), "window": WINDOW}
-    config = make_config({"model": given[0], "data": given[1], "repair": {"method": "ridge", "windows": WINDOWS}})
+def workshop_at(place: Place, kept_back: TokenWindows | None = None, method: str = "ridge") -> Workshop:
+    """Of the tiny model, on the text of a run."""
+    given = {"path": str(place.model)}, {"text": str(place.text), "window": WINDOW}
+    config = make_config({"model": given[0], "data": given[1], "repair": {"method": method, "windows": WINDOWS}})
     model = open_model(config, torch.device("cpu"))
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    workshop = Workshop.of_model(config, model, open_tokenizer(config))
-    assert workshop is not None
-    space = describe(model).space
+    stream_N = repair_text(config, open_tokenizer(config), model.config)
+    view, train = describe(model), TokenWindows(stream_N, window=WINDOW, seed=config.seed)
+    return Workshop.of(config, view, train, load_backend("torch", model.device), 4, kept_back)
+
+
+def plans_of(workshop: Workshop) -> dict[str, KeepPlan]:
+    """One that keeps a single unit of a kind in a layer, and one that keeps all."""
+    space = workshop.repairer.view.space
     few_U, many_U = torch.zeros(2, space.size, dtype=torch.bool)
     many_U[:] = True
-    for layer in range(3):
+    for layer in range(len(space.architecture.layers)):
         for kind in ("kv_group", "channel"):
             few_U[space.span(kind, layer).start] = True  # type: ignore[arg-type, union-attr]
-    best, losses = workshop.prefer({"few": space.plan(few_U), "many": space.plan(many_U)})
-    assert losses.keys() == {"few", "many"} and losses["few"] != losses["many"]
-    assert best == min(losses, key=lambda name: losses[name] or math.inf)
-    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    return {"few": space.plan(few_U), "many": space.plan(many_U)}
+
+
+def test_what_judges_a_repair_was_not_fitted_on(prepared: Place) -> None:
+    """Windows that nothing was learned from if there are any; else others of those that were."""
+    kept_back = TokenWindows(torch.arange(5 * WINDOW) % 7, window=WINDOW, seed=1)
+    plain, held = workshop_at(prepared), workshop_at(prepared, kept_back)
+    fitted = {tuple(window_T.tolist()) for window_T in plain.repairer.windows_WT}
+    assert len(fitted) == WINDOWS and fitted.isdisjoint(tuple(window_T.tolist()) for window_T in plain.judging_WT)
+    assert len(plain.judging_WT) == WINDOWS // 3
+    assert torch.equal(held.judging_WT, kept_back.windows(0, 5))
+    assert torch.equal(held.repairer.windows_WT, plain.repairer.windows_WT)
+
+
+@pytest.mark.parametrize(
+    ("ahead_W", "preferred"),
+    [
+        ([1.0, 1.1, 0.9, 1.0], "many"),
+        ([2.0, -1.5, 1.5, -1.0], "few"),  # ahead by less than a standard error
+        ([0.0, 0.0, 0.0, 0.0], "few"),
+        ([-1.0, -1.1, -0.9, -1.0], "few"),
+        ([math.nan, 1.0, 1.0, 1.0], "few"),
+    ],
+)
+def test_a_rival_is_preferred_if_it_is_clearly_better_and_nothing_is_left_of_it(
+    ahead_W: list[float], preferred: str, prepared: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop = workshop_at(prepared)
+    before = {name: parameter.clone() for name, parameter in workshop.repairer.view.model.named_parameters()}
+    plans, first_W = plans_of(workshop), torch.full((4,), 5.0, dtype=torch.float64)
+    losses = {plans["few"]: first_W, plans["many"]: first_W - torch.tensor(ahead_W, dtype=torch.float64)}
+    monkeypatch.setattr(Workshop, "losses", lambda _, plan: losses[plan])
+    best, told = workshop.prefer(plans)
+    expected = losses[plans["many"]].mean().item()
+    assert best == preferred and told == {"few": 5.0, "many": expected if math.isfinite(expected) else None}
+    parameters = dict(workshop.repairer.view.model.named_parameters())
+    assert all(torch.equal(parameters[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize(

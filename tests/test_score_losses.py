@@ -8,13 +8,19 @@ import torch
 from tiny_models import random_tokens, tiny_model
 from tolerances import assert_close
 
+from bernprune.backends import load_backend
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.view import describe
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
 from bernprune.scores import SCORES, Options, initial_scores
+from bernprune.scores.base import Context
+from bernprune.scores.block_influence import layer_influence
+from bernprune.scores.fusion import ranks_of_members
 from bernprune.scores.ifso_repaired import repaired_error
+from bernprune.scores.stream import without_worst
 
+CPU = torch.device("cpu")
 WINDOWS_WT = random_tokens(6, 9)
 SMALL: dict[str, Any] = {"num_hidden_layers": 2, "intermediate_size": 5}
 
@@ -90,6 +96,34 @@ def test_too_few_tokens_say_how_many_are_needed() -> None:
     said = r"45 tokens .* Gram matrix of 48 inputs: at least 48 are needed, which are 6 windows of 9"
     with pytest.raises(ConfigError, match=said):
         initial_scores(view, WINDOWS_WT[:5], SCORES["ifso-repaired"])
+
+
+def test_a_fusion_is_the_best_that_was_tried() -> None:
+    """Of masks that it leaves none of its members', nor that of all alike, has a lower loss; on every fourth window."""
+    view = describe(tiny_model("llama", seed=4))
+    options, windows_WT = Options(sparsity=0.5), random_tokens(8, 9)
+    context = Context(view, windows_WT, 0, load_backend("torch", CPU), 4, options)
+    members_MU = ranks_of_members(context)
+    candidates = {"all": members_MU.mean(0), **dict(zip("abcd", members_MU, strict=True))}
+    candidates["fused"] = initial_scores(view, windows_WT, SCORES["fused"], rows_per_forward=4, options=options)
+    masks_KU = torch.stack([without_worst(view.space, scores_U, 0.5) for scores_U in candidates.values()])
+    with masked_objective(view) as objective:
+        *losses, least = objective.losses(masks_KU, windows_WT[::4]).tolist()
+    assert least <= min(losses) + 1e-9 < max(losses)
+
+
+def test_a_layers_influence_is_what_it_does_to_the_stream() -> None:
+    """From what transformers says enters each layer; of a layer whose FFN does nothing, all its attention does."""
+    model = tiny_model("llama", torch.float64)
+    model.model.layers[1].mlp.down_proj.weight.data.zero_()
+    model.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    view = describe(model)
+    context = Context(view, WINDOWS_WT, 0, load_backend("torch", CPU), 4, Options())
+    found_L = layer_influence(context, "cosine")
+    states = model(WINDOWS_WT, output_hidden_states=True, use_cache=False).hidden_states
+    expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(states[:-1])]
+    assert_close(found_L[: len(expected)], torch.stack(expected), 1e-9)
+    assert found_L.min() > 1e-4
 
 
 @pytest.mark.parametrize("granularity", [("attention", "ffn"), ("layer", "attention", "ffn")], ids="+".join)

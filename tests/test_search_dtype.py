@@ -10,16 +10,17 @@ import pytest
 import torch
 from quantised import needs_torchao
 from safetensors.torch import load_file
-from tiny_models import random_tokens
+from tiny_models import random_tokens, tiny_model
 from tiny_run import VOCABULARY, Place, in_one_sentence, read_json, run, succeed
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bernprune.config import make_config
 from bernprune.errors import ConfigError
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.loading import load_model
-from bernprune.run import opening
+from bernprune.models.view import describe
+from bernprune.run import forecast, opening
 from bernprune.run.stage import set_stage
 
 all_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=needs_torchao)])
@@ -182,6 +183,44 @@ def test_what_does_not_fit_on_a_gpu_stays_on_the_processor(
     told = "cuda has no room for the model in torch.float32: it stays on the processor"
     assert [record.getMessage() for record in caplog.records] == ([] if expected else [told])
     assert opening._fits(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("failing", ["no room", "full on the way", None])
+def test_the_model_itself_is_sliced_where_there_is_room(
+    failing: str | None, place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the device, or else on the processor, also if the device was full only on the way."""
+    moved: list[str] = []
+
+    class Watched(LlamaForCausalLM):
+        def to(self, device: Any) -> Any:  # type: ignore[override]
+            moved.append(str(device))
+            if failing == "full on the way" and str(device) == "meta":
+                raise torch.OutOfMemoryError
+            return self
+
+    def load(*_: Any, **__: Any) -> Any:
+        model = load_model(str(place.model))
+        model.__class__ = Watched
+        return model
+
+    monkeypatch.setattr(opening, "load_model", load)
+    monkeypatch.setattr(opening, "_fits", lambda model, device: failing != "no room")
+    opened = opening.open_view(make_config(given(place)), torch.device("meta"), "same", anywhere=True)
+    assert opened.view.space.size > 0
+    assert moved == {"no room": [], "full on the way": ["meta", "cpu"], None: ["meta"]}[failing]
+    assert ("it stays on the processor" in caplog.text) == (failing == "full on the way")
+
+
+def test_memory_is_that_of_the_model_twice_and_of_what_a_step_sums() -> None:
+    """A clean process loads the result again; a GPU gives the first one up before that."""
+    assert forecast._to_verify(torch.device("cpu"), 700) == 1400
+    assert forecast._to_verify(torch.device("cuda"), 700) == 0
+    view = describe(tiny_model("llama"))
+    reading, plain = (make_config({"search": {"by_activity": by_activity}}) for by_activity in (True, False))
+    channels = sum(layer.channels for layer in view.architecture.layers)
+    more = forecast._activations(view, reading) - forecast._activations(view, plain)
+    assert more == 3 * 8 * reading.search.windows * channels
 
 
 @all_dtypes

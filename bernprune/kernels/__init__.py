@@ -1,4 +1,7 @@
-"""Masked matrix products. Installed, they lie beside this file; in a checkout, in the top-level folder ``kernels``."""
+"""Products, sums and losses under masks.
+
+Installed, they lie beside this file; in a checkout, in the top-level folder ``kernels``.
+"""
 
 from pathlib import Path
 

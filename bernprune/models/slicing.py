@@ -45,7 +45,7 @@ def slice_model(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
         ModelError: the plan is for another architecture, leaves the first kept layer without attention or keeps
             nothing; or the model is pruned, quantised, adapted or spread over devices.
     """
-    _check(model, plan)
+    check_plan(model, plan)
     config = pruned_config(model.config, plan)
     if any(added := _added_biases(model, plan)):
         config.bernprune["added_biases"] = added
@@ -159,7 +159,8 @@ def _layer_types(dense: list[str], plan: KeepPlan) -> list[str]:
     return types
 
 
-def _check(model: PreTrainedModel, plan: KeepPlan) -> None:
+def check_plan(model: PreTrainedModel, plan: KeepPlan) -> None:
+    """Raises ``ModelError`` unless the model can be sliced by the plan."""
     architecture, opaque = architecture_of(model), first_opaque(model)
     if opaque is not None:
         raise ModelError(

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from bernprune.models.hooks import hooked
+
 POINTS = ("output", "down")
 
 
@@ -50,15 +52,15 @@ def moments(
         gathered = {}
         for name, projection in inputs.items():
             entering = gathered[name] = RunningMoments(projection.in_features)
-            hooks.callback(projection.register_forward_pre_hook(_recorder(entering)).remove)
+            hooks.enter_context(hooked((projection, _recorder(entering))))
         for name, projection in (outputs or {}).items():
             leaving = gathered[name] = RunningMoments(projection.out_features)
-            hooks.callback(projection.register_forward_hook(_recorder_of_output(leaving)).remove)
+            hooks.enter_context(hooked((projection, _recorder_of_output(leaving))))
         yield gathered
 
 
 def _recorder(statistics: RunningMoments) -> Any:
-    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def record(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         statistics.add(inputs[0].flatten(0, -2))
 
     return record

@@ -177,6 +177,10 @@ class ActiveTokens:
         self._sums.add(*found_3BN[:, fine_B], tokens=window)
         return windows - int(fine_B.sum())
 
+    def forget_round(self) -> None:
+        """Of a round that told nothing."""
+        self._sums = ActivitySums(int(self._channels_U.sum()))
+
     def conclude_round(
         self,
         observed_U: torch.Tensor,
@@ -195,7 +199,8 @@ class ActiveTokens:
             worth_U: by which losses were predicted.
             means: what all tokens told of the channels of each layer together.
         """
-        sums, self._sums = self._sums.to(CPU), ActivitySums(int(self._channels_U.sum()))
+        sums = self._sums.to(CPU)
+        self.forget_round()
         if not sums.count:
             return False
         at, contrast_N = self._channels_U, contrast_U[self._channels_U]

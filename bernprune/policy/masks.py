@@ -287,7 +287,7 @@ def amplitude(probs_U: torch.Tensor, design: Design, space: UnitSpace) -> torch.
 
 
 def row_slices(shape: torch.Size) -> Iterator[slice]:
-    """Slices of the first dimension, for who turns masks into numbers; each of few entries, or of one of its masks."""
+    """Slices of the first dimension for who turns masks into numbers: of few entries, or of one window's masks."""
     size = max(1, _ENTRIES // math.prod(shape[1:]))
     for first in range(0, shape[0], size):
         yield slice(first, min(first + size, shape[0]))

@@ -284,6 +284,7 @@ class PosteriorSearch(MaskSearch):
         observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
         self._sums, means = Sums.empty(len(observed_U)), self._group_means()
         if not noise_U.any():
+            self._active.forget_round()
             return  # the losses did not differ: nothing was learned
         seen = self._active.conclude_round(
             observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, means=means

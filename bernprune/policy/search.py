@@ -161,7 +161,7 @@ class MaskSearch(ABC):
 
     def _check_state(self, state: dict[str, Any]) -> None:
         ours = self._belonging()
-        if state.keys() != self.state_dict().keys():
+        if not _alike(state, self.state_dict()):
             raise RunError(f"the checkpoint was not written by a {type(self).__name__} of this version")
         if state["fingerprint"] != ours["fingerprint"]:
             raise RunError("the checkpoint was written for another model or another granularity")
@@ -178,6 +178,15 @@ class MaskSearch(ABC):
             expected_sparsity=self.budget.removed_share(self.probs_U),
             entropy=entropy(self.probs_U),
         )
+
+
+def _alike(state: Any, other: Any) -> bool:
+    """Whether dictionaries have the same keys, and so have those within them, but for what was last found."""
+    if not isinstance(state, dict) or not isinstance(other, dict):
+        return isinstance(state, dict) == isinstance(other, dict)
+    return state.keys() == other.keys() and all(
+        name == "last_round" or _alike(value, other[name]) for name, value in state.items()
+    )
 
 
 def rewards_to_go(losses_C: torch.Tensor, discount: float) -> torch.Tensor:

@@ -4,6 +4,6 @@
 masks as ever and sliced as it is. The closed forms stand in ``closed``, what they are computed from in ``moments``.
 """
 
-from bernprune.repair.repairing import RIDGES, Repair, Repairer
+from bernprune.repair.repairing import RIDGES, Repair, Repairer, clearly_better
 
-__all__ = ["RIDGES", "Repair", "Repairer"]
+__all__ = ["RIDGES", "Repair", "Repairer", "clearly_better"]

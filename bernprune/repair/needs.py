@@ -17,8 +17,8 @@ def check_biases(view: ModelView) -> None:
         if layer.output.bias is None or layer.down.bias is None:
             raise ConfigError(
                 f"repair.method 'bias' needs biases of the attention output and down projections, which this "
-                f"{view.architecture.model_type} model has not; with repair.biases true it gets them, as the saved "
-                "config declares, and 'ridge' can do without"
+                f"{view.architecture.model_type} model has not; with repair.biases 'always' it gets them, as the "
+                "saved config declares, and 'ridge' can do without"
             )
 
 
@@ -56,7 +56,7 @@ def _inputs(architecture: Architecture, method: RepairName, kept: Sequence[Layer
     sizes = [architecture.hidden_size] if method == "two-step" else [0]
     everything = kept is None or method == "admm"
     for index, shape in enumerate(architecture.layers):
-        layer = _all_of(shape) if everything or kept is None else kept[index]
+        layer = _all_of(shape) if kept is None or everything else kept[index]
         group = 1 if method == "scale" else shape.query_heads // shape.kv_groups * architecture.head_dim
         sizes += [group * len(layer.kv_groups), len(layer.channels)]
     return max(sizes)

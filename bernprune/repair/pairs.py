@@ -3,15 +3,14 @@
 Letters: R rows of one forward pass, T tokens, D hidden size, A kept inputs of a projection.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bernprune.errors import ModelError
+from bernprune.models.hooks import hooked
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.names import TargetName
@@ -46,7 +45,7 @@ class Pair:
 
             return noting
 
-        with _hooked(*((place.norm, note(at)) for at, place in enumerate(places))):
+        with hooked(*((place.norm, note(at)) for at, place in enumerate(places))):
             self._dense.advance()
         self._after = list(self._dense.hidden_RTD)
 
@@ -84,7 +83,7 @@ class Pair:
             }
             found.add(inputs[0].flatten(0, -2)[:, inputs_A], wanted[target]().flatten(0, -2))
 
-        with _hooked((place.norm, arrive), (place.last, gather)):
+        with hooked((place.norm, arrive), (place.last, gather)):
             self._pruned.run(until=place.last)
         return _finite(found, place)
 
@@ -97,7 +96,7 @@ class Pair:
             wanted_RTD = F.linear(next(normed).to(self._device), dense_DA, bias_D)
             found.add(output.flatten(0, -2), wanted_RTD.flatten(0, -2))
 
-        with _hooked((place.norm, gather)):
+        with hooked((place.norm, gather)):
             self._pruned.run(until=place.norm)
         return _finite(found, place)
 
@@ -109,12 +108,3 @@ def _finite(found: Moments, place: Place) -> Moments:
             "model.dtype may do, or repair.method 'none'"
         )
     return found
-
-
-@contextmanager
-def _hooked(*hooks: tuple[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Tell each function what its module takes in and gives, for the length of the block."""
-    with ExitStack() as stack:
-        for module, told in hooks:
-            stack.callback(module.register_forward_hook(told).remove)
-        yield

@@ -88,7 +88,7 @@ class Repairer:
 
         Args:
             judge: losses of the pruned model as it is now, on windows that are not those of the repair, ``[W]``. No
-                repair at all must be beaten by a standard error of the mean difference.
+                repair at all must be clearly worse.
 
         Returns the repair, and the mean loss of each method that could be tried, nats per token, ``none`` among them.
         """
@@ -101,10 +101,9 @@ class Repairer:
                 logger.warning("repair %r was not tried: %s", method, error)
                 continue
             with done.originals.put_back_on_error():
-                gains_W = losses_W - judge()
-                found[method] = found["none"] - gains_W.mean().item()
-                clear = gains_W.mean() > gains_W.std() / len(gains_W) ** 0.5
-                if clear and (best is None or found[method] < found[best.method]):
+                repaired_W = judge()
+                found[method] = repaired_W.mean().item()
+                if clearly_better(repaired_W, losses_W) and (best is None or found[method] < found[best.method]):
                     best, repaired = done, Weights(done.originals.projections)
                 done.undo()
         if best is not None:
@@ -136,6 +135,17 @@ class Repairer:
             done.layers.append({place.branch: _repaired(fitter, place, done.originals) for place in branches})
             for pair in (fit, check):
                 pair.leave()
+
+
+def clearly_better(losses_W: torch.Tensor, others_W: torch.Tensor) -> bool:
+    """Whether losses on the same windows, two or more, are lower by more than a standard error of the mean difference.
+
+    Losses that are finite are better than ones that are not.
+    """
+    if not losses_W.isfinite().all() or not others_W.isfinite().all():
+        return bool(losses_W.isfinite().all())
+    gains_W = others_W - losses_W
+    return bool(gains_W.mean() > gains_W.std() / len(gains_W) ** 0.5)
 
 
 def _repaired(fitter: Fitter, place: Place, originals: Weights) -> dict[str, Any] | None:

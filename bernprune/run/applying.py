@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
 from bernprune.errors import ModelError, RunError
-from bernprune.models.slicing import slice_model
+from bernprune.models.slicing import check_plan, slice_model
 from bernprune.models.view import count_parameters
 from bernprune.run.folder import check_writable, whole_or_gone
 from bernprune.run.opening import check_family, open_model, open_tokenizer
-from bernprune.run.repairs import Workshop
+from bernprune.run.repairs import Workshop, repair_text
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.units import KeepPlan
 
@@ -39,16 +39,19 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path, *, repair: bo
         ModelError: a plan of another architecture.
         RunError: ``out`` exists or cannot be written.
         DataError: text that is missing, or too short for the repair.
+        ConfigError: ``repair`` with finalists to judge, of which there are none.
     """
     out = Path(out)
     check_writable(out)
     if out.exists():
         raise RunError(f"output {out} exists already; give a folder that does not")
-    check_family(config)
+    model_config, tokenizer = check_family(config), open_tokenizer(config)
+    repairs = repair and config.repair.method != "none"
+    stream_N = repair_text(config, tokenizer, model_config) if repairs else None  # before weights are read
     model = open_model(config, find_device(config.model.device))
-    tokenizer = open_tokenizer(config)
+    check_plan(model, plan)
     dense = count_parameters(model)
-    workshop = Workshop.of_model(config, model, tokenizer) if repair else None
+    workshop = None if stream_N is None else Workshop.of_model(config, model, stream_N)
     record = {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(model, plan)
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size

@@ -7,10 +7,12 @@ import torch
 
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
+from bernprune.models.view import ModelView
 from bernprune.names import Allocation, Scope
 from bernprune.policy.allocation import Evolution
 from bernprune.policy.bernoulli import initial_probs
-from bernprune.scores import SCORES, Metric, Options
+from bernprune.scores import SCORES, Metric, Options, read_scores
+from bernprune.scores.base import PARTS
 from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
@@ -52,6 +54,13 @@ def check_scores(config: RunConfig) -> None:
         if getattr(initial, name) != default and name not in told:
             raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
     given, allocation = finest(config.granularity), allocation_of(config)
+    if initial.cost_power is not None and not metrics_of(config):
+        raise ConfigError("initial.cost_power has no meaning for a file of scores, which are taken as they are")
+    if initial.inputs == "pruned" and not set(PARTS) & set(config.granularity):
+        raise ConfigError(
+            "initial.inputs 'pruned' prunes kv groups and channels of the earlier layers, but granularity is "
+            f"{', '.join(config.granularity)}; use 'dense'"
+        )
     for name, meant in (("influence", "block-influence"), ("generations", "search")):
         if getattr(initial, name) != type(initial).model_fields[name].default and allocation != meant:
             raise ConfigError(
@@ -62,6 +71,20 @@ def check_scores(config: RunConfig) -> None:
             f"initial.allocation {allocation!r} says how many units each layer keeps, but with granularity "
             f"{', '.join(config.granularity)} a layer has one of a kind; take another, or add kv_group and channel"
         )
+
+
+def check_scoring(config: RunConfig, view: ModelView, windows_WT: torch.Tensor) -> None:
+    """What can be told of metrics and files of scores once model and text are there, before the work.
+
+    Raises:
+        ConfigError: a file of other scores, or too little text for a metric.
+        ModelError: a model that a metric cannot score.
+    """
+    for metric in metrics_of(config):
+        metric.check_model(view, windows_WT)
+    for name in score_names(config):
+        if name not in SCORES:
+            read_scores(Path(name), view.space)
 
 
 def allocation_of(config: RunConfig) -> Allocation:

@@ -250,6 +250,10 @@ def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> Work:
     state = read_latest(folder.checkpoints)
     if state is None:
         return Work()
+    if state.keys() != {"step", "sequences", "seconds", "settled", "text_sha256", "search"}:
+        raise RunError(
+            f"the checkpoints in {folder.checkpoints} are of another version; delete that folder to start over"
+        )
     if state["text_sha256"] != text_sha256:
         raise RunError(f"the training text is not the one that the checkpoints in {folder.path} were made with")
     search.load_state_dict(state["search"])

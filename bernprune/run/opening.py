@@ -12,7 +12,7 @@ from bernprune.config import RunConfig
 from bernprune.errors import ModelError
 from bernprune.models.families import family_of
 from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
-from bernprune.models.shortening import shorten, stored_bytes
+from bernprune.models.shortening import int8_quantiser, shorten, stored_bytes
 from bernprune.models.view import ModelView, describe
 from bernprune.names import SearchDtype
 
@@ -85,6 +85,8 @@ def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, an
     Raises:
         ModelError: as ``open_model``, or the weights cannot have this format.
     """
+    if dtype == "int8":
+        int8_quantiser()  # whether there is one, before weights are read
     direct = not anywhere and dtype in ("auto", "same")
     model = open_model(config, device if direct else torch.device("cpu"))
     view, full = _describe(config, model), model.dtype
@@ -94,9 +96,15 @@ def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, an
     if chosen in ("bfloat16", "int8"):
         shorten(model, chosen)
         view = _describe(config, model)
-    if not anywhere or _fits(model, device):
+    if not anywhere:
         with _room_for(config, device):
             model.to(device)
+    elif _fits(model, device):
+        try:
+            model.to(device)
+        except torch.OutOfMemoryError:
+            model.to("cpu")
+            _warn_of_processor(model, device)
     return Opened(view, chosen, full)
 
 
@@ -117,8 +125,12 @@ def _fits(model: Any, device: torch.device) -> bool:
     torch.cuda.empty_cache()
     fits: bool = torch.cuda.mem_get_info(device)[0] >= stored_bytes(model) + _SPARE_BYTES
     if not fits:
-        logger.warning("%s has no room for the model in %s: it stays on the processor", device, model.dtype)
+        _warn_of_processor(model, device)
     return fits
+
+
+def _warn_of_processor(model: Any, device: torch.device) -> None:
+    logger.warning("%s has no room for the model in %s: it stays on the processor", device, model.dtype)
 
 
 def is_large(view: ModelView) -> bool:

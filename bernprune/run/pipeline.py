@@ -134,7 +134,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         "search": _search_report(stage, dense_loss, work, finals),
         "diagnostics": _last_round(folder),
     }
-    full = stage.with_weights("same")
+    folder.remove_model()  # of an earlier try that did not reach its report
+    full = _with_own_weights(stage, folder)
     workshop = Workshop.of_stage(full)
     report["repair"] = _judge_repaired(full, workshop, finals, finalists)
     if report["repair"]:
@@ -154,6 +155,14 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
+
+
+def _with_own_weights(stage: Stage, folder: RunFolder) -> Stage:
+    """The model itself. Raises ``RunError`` with how to go on, as all but the result is there."""
+    try:
+        return stage.with_weights("same")
+    except BernpruneError as error:
+        raise RunError(f"{error}{_how_to_continue(folder)}") from error
 
 
 def _finalists(
@@ -344,7 +353,6 @@ def _finish(
     losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
     report["parameters"]["pruned"] = count_parameters(sliced)
-    folder.remove_model()  # of an earlier try that did not reach its report
     verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
     del sliced
     gc.collect()

@@ -1,7 +1,7 @@
 """Repair as part of a run: on which text, by which method, and what the report says of it.
 
-The windows are the first that the search reads. The last of them are not fitted on: they judge. None is of the text
-that the run is evaluated on.
+The windows are the first that the search reads. Others judge, which are not fitted on: of the text that is kept back
+from the search, if some is, and otherwise those that come next. None is of the text that the run is evaluated on.
 """
 
 import logging
@@ -15,22 +15,22 @@ import torch
 
 from bernprune.backends import MaskedOps, load_backend
 from bernprune.config import RunConfig
-from bernprune.data import TokenWindows, tokenize
-from bernprune.errors import DataError
+from bernprune.data import TokenWindows
+from bernprune.errors import ConfigError, DataError
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
-from bernprune.repair import Repair, Repairer
+from bernprune.repair import Repair, Repairer, clearly_better
 from bernprune.repair.needs import check_biases, check_tokens, needed_windows
-from bernprune.run.stage import Stage, rows_per_forward
-from bernprune.text import load_documents
+from bernprune.run.stage import Stage, read_texts, rows_per_forward
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
 _WINDOWS = 128
 _JUDGED = 4  # of so many windows, one judges
+_LEAST_FITTING, _LEAST_JUDGING = 2, 2  # one to fit on and one to check; and two for a standard error
 _AUTO: tuple[RepairName, ...] = ("ridge", "two-step")
 _LESS: tuple[RepairName, ...] = ("scale",)  # where the text is too short for either
 
@@ -45,24 +45,27 @@ class Workshop:
     ops: MaskedOps
 
     @classmethod
-    def of(cls, config: RunConfig, view: ModelView, train: TokenWindows, ops: MaskedOps, rows: int) -> "Workshop":
-        """Raises ``DataError`` or ``ConfigError`` if the method asked for may be impossible for what will be kept."""
+    def of(
+        cls,
+        config: RunConfig,
+        view: ModelView,
+        train: TokenWindows,
+        ops: MaskedOps,
+        rows: int,
+        kept_back: TokenWindows | None = None,
+    ) -> "Workshop":
+        """Raises ``DataError`` or ``ConfigError`` if the method asked for may be impossible for what will be kept.
+
+        Args:
+            kept_back: windows that nothing was learned from, which judge, if there are any.
+        """
         settings, window = config.repair, train.window
         widest = max(max(layer.output.in_features, layer.down.in_features) for layer in view.layers)
-        fitted = settings.windows or max(_WINDOWS, needed_windows(widest, window))
-        judging = -(-fitted // (_JUDGED - 1))
-        if fitted + judging > train.num_windows:
-            judging = max(1, train.num_windows // _JUDGED)
-        count = min(fitted + judging, train.num_windows)
-        if count < 3:
-            raise DataError(
-                f"repair needs at least 3 windows of {window} tokens of calibration text, but there are "
-                f"{train.num_windows}; give more text, or repair.method 'none'"
-            )
-        windows_WT = train.windows(0, count)
+        fitted = settings.windows or max(_WINDOWS, needed_windows(max(widest, view.architecture.hidden_size), window))
+        fitting_WT, judging_WT = _shared_out(train, kept_back, fitted)
         repairer = Repairer(
             view,
-            windows_WT[:-judging],
+            fitting_WT,
             target=settings.target,
             ridges=settings.ridges,
             biases=settings.biases == "always" or (settings.biases == "auto" and settings.method == "bias"),
@@ -72,23 +75,18 @@ class Workshop:
             check_biases(view)
         if settings.method not in ("auto", "none"):
             check_tokens(view.architecture, repairer.windows_WT.shape, settings.method)
-        return cls(settings.method, repairer, windows_WT[-judging:], ops)
+        return cls(settings.method, repairer, judging_WT, ops)
 
     @classmethod
     def of_stage(cls, stage: Stage) -> "Workshop | None":
         """None where nothing is to be repaired."""
         if stage.config.repair.method == "none":
             return None
-        return cls.of(stage.config, stage.view, stage.train, stage.ops, stage.rows)
+        return cls.of(stage.config, stage.view, stage.train, stage.ops, stage.rows, stage.kept_back)
 
     @classmethod
-    def of_model(cls, config: RunConfig, model: Any, tokenizer: Any) -> "Workshop | None":
-        """Without a run: on the whole text, in windows as a run would read them."""
-        if config.repair.method == "none":
-            return None
-        check_window(model.config, config.data.window)
-        documents = load_documents(config.data.text, split="train", max_characters=config.data.max_characters)
-        stream_N = tokenize(tokenizer, documents, vocab_size=model.config.vocab_size)
+    def of_model(cls, config: RunConfig, model: Any, stream_N: torch.Tensor) -> "Workshop":
+        """Without a run: on the windows of ``repair_text`` that a run with these settings would read first."""
         view, ops = describe(model), load_backend(config.backend, model.device)
         train = TokenWindows(stream_N, window=config.data.window, seed=config.seed)
         return cls.of(config, view, train, ops, rows_per_forward(config, view))
@@ -104,7 +102,7 @@ class Workshop:
 
         The first must be beaten by a standard error of the mean difference. The model is left as it was.
         """
-        best, first_W, losses = next(iter(plans)), torch.empty(0), dict[str, float]()
+        best, first_W, losses = next(iter(plans)), None, dict[str, float]()
         for name, plan in plans.items():
             done, _ = self._repair(plan)
             try:
@@ -113,9 +111,8 @@ class Workshop:
                 if done is not None:
                     done.undo()
             losses[name] = losses_W.mean().item()
-            first_W = first_W if len(first_W) else losses_W
-            gains_W = first_W - losses_W
-            if gains_W.mean() > gains_W.std() / len(gains_W) ** 0.5 and losses[name] < losses[best]:
+            first_W = losses_W if first_W is None else first_W
+            if clearly_better(losses_W, first_W) and not losses[name] >= losses[best]:
                 best = name
         return best, _finite(losses)
 
@@ -164,6 +161,41 @@ class Workshop:
             "target": self.repairer.target,
             "layers": [] if done is None else done.layers,
         }
+
+
+def repair_text(config: RunConfig, tokenizer: Any, model_config: Any) -> torch.Tensor:
+    """What a run with these settings would learn from, int64 ``[N]``, for a repair without one.
+
+    Raises:
+        DataError: text that is missing, or windows that the model cannot take.
+        ConfigError: finalists that are to be judged, as there are none.
+    """
+    if config.repair.judge_finalists:
+        raise ConfigError("repair.judge_finalists has no meaning where a plan is applied, which has no rivals")
+    check_window(model_config, config.data.window)
+    return read_texts(config, tokenizer, model_config.vocab_size)[0]
+
+
+def _shared_out(train: TokenWindows, kept_back: TokenWindows | None, fitted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows to fit on, at most so many, and a third as many others to judge by.
+
+    Raises:
+        DataError: there are not two of each.
+    """
+    judging, available = max(_LEAST_JUDGING, -(-fitted // (_JUDGED - 1))), train.num_windows
+    if kept_back is not None:
+        judging, fitted = min(judging, kept_back.num_windows), min(fitted, available)
+        return train.windows(0, fitted), kept_back.windows(0, judging)
+    if fitted + judging > available:
+        judging = max(_LEAST_JUDGING, available // _JUDGED)
+    fitted = min(fitted, available - judging)
+    if fitted < _LEAST_FITTING:
+        raise DataError(
+            f"repair needs at least {_LEAST_FITTING + _LEAST_JUDGING} windows of {train.window} tokens of calibration "
+            f"text, but there are {available}; give more text, or repair.method 'none'"
+        )
+    windows_WT = train.windows(0, fitted + judging)
+    return windows_WT[:fitted], windows_WT[fitted:]
 
 
 def _finite(losses: Mapping[str, float]) -> dict[str, float | None]:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
         return _searched(stage, scores_U)
     if allocation != "block-influence":
         return torch.full((len(space.groups),), keep, dtype=torch.float64)
-    context = Context(stage.view, stage.initial_windows_WT, config.seed, stage.ops, _rows(stage), options_of(config))
+    options = replace(options_of(config), pruned_inputs=False)  # whole layers are compared, and nothing is pruned
+    context = Context(stage.view, stage.initial_windows_WT, config.seed, stage.ops, _rows(stage), options)
     importance_L = layer_influence(context, config.initial.influence)
     return shares_of_groups(space, shares_by_importance(importance_L, keep))
 

@@ -22,7 +22,7 @@ from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
-from bernprune.run.initial import check_scores
+from bernprune.run.initial import check_scores, check_scoring
 from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
 from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
 from bernprune.text import load_documents
@@ -74,13 +74,17 @@ class Stage:
         """
         if dtype == self.dtype:
             return self
+        device = self.view.model.device
         release(self.view.model)
         opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
+        known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
+        same = known and opened.view.model.device == device
+        ops = self.ops if same else load_backend("auto", opened.view.model.device)
         return replace(
             self,
             view=opened.view,
             dtype=opened.dtype,
-            ops=load_backend("auto", opened.view.model.device),  # kernels need not know this format
+            ops=ops,
             rows=rows_per_forward(self.config, opened.view),
             costs=Costs(),
         )
@@ -138,10 +142,10 @@ def set_stage(config: RunConfig) -> Stage:
     model_config = check_family(config)
     check_window(model_config, config.longest_window)
     if config.search.dtype == "int8":
-        int8_quantiser()
+        int8_quantiser()  # before text is read
     tokenizer = open_tokenizer(config)
     # Text before weights: a typing error in its name must not cost the loading of a large model.
-    stream, held_out, eval_name = _text(config, tokenizer, model_config.vocab_size)
+    stream, held_out, eval_name = read_texts(config, tokenizer, model_config.vocab_size)
     with _naming(config.data.text):
         _windows(config, stream)
         _initial_windows(config, stream)
@@ -156,6 +160,7 @@ def set_stage(config: RunConfig) -> Stage:
     learned, kept_back = _keep_back(config, stream, workload, view.space)
     with _naming(config.data.text):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
+    check_scoring(config, view, initial_WT)
     logger.info(
         "%s on %s, %d units, %d training windows", config.model.path, device, view.space.size, train.num_windows
     )
@@ -198,7 +203,7 @@ def _naming(source: str) -> Iterator[None]:
         raise DataError(f"{source}: {error}") from None
 
 
-def _text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The stream to learn from, the stream to evaluate on, and the name of the latter."""
     data = config.data
     if config.model.path != EMBEDDED and "text" not in data.model_fields_set:

@@ -61,6 +61,10 @@ class Context:
     notes: dict[str, float] = field(default_factory=dict)
 
 
+def _any_model(view: ModelView, windows_WT: torch.Tensor) -> None:
+    pass
+
+
 def _one_pass(layers: int, options: Options) -> float:
     return 1.0
 
@@ -82,6 +86,7 @@ class Metric:
         reads: of ``Options``, what only some metrics look at.
         layerwise: whether it goes layer by layer, so that inputs of pruned layers have a meaning for it.
         cost_power: see ``Options``.
+        needs: raises ``ConfigError`` or ``ModelError`` if it cannot score a model, or not on so much text.
     """
 
     name: str
@@ -96,6 +101,7 @@ class Metric:
     reads: tuple[str, ...] = ()
     layerwise: bool = False
     cost_power: float = 0.0
+    needs: Callable[[ModelView, torch.Tensor], None] = _any_model
 
     def forwards(self, layers: int, options: Options) -> float:
         """What it costs, in forward passes over the calibration text; layers that are pruned in turn run twice."""
@@ -116,6 +122,15 @@ class Metric:
                 "use inputs 'dense', or another score"
             )
 
+    def check_model(self, view: ModelView, windows_WT: torch.Tensor) -> None:
+        """Raises ``ModelError`` or ``ConfigError`` if it cannot score the model on the text ``[W, T]``."""
+        if view.opaque is not None and (self.plain or self.gradients):
+            raise ModelError(
+                f"score {self.name!r} needs plain weights, but {view.opaque}; take another score, or search.dtype "
+                "'same'"
+            )
+        self.needs(view, windows_WT)
+
 
 def run_metric(
     metric: Metric,
@@ -130,10 +145,7 @@ def run_metric(
 ) -> torch.Tensor:
     """Scores of all units, float64 ``[U]``, checked; see ``bernprune.scores.initial_scores``."""
     metric.check(view.space.finest, options)
-    if view.opaque is not None and (metric.plain or metric.gradients):
-        raise ModelError(
-            f"score {metric.name!r} needs plain weights, but {view.opaque}; take another score, or search.dtype 'same'"
-        )
+    metric.check_model(view, windows_WT)
     ops = ops or load_backend("auto", next(view.model.parameters()).device)
     context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
     scores_U = metric.run(context).detach().double().cpu()

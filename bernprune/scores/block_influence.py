@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bernprune.models.hooks import hooked
 from bernprune.names import InfluenceName
 from bernprune.scores.base import BLOCKS, Context, Metric
 from bernprune.scores.distances import Distance, distance_of
@@ -42,15 +43,8 @@ def influence_of(at: LayerPass, distance: Distance) -> Scores:
         means["ffn"].add(distance(middle_RTD, output_RTD))
         means["layer"].add(distance(inputs[0], output_RTD))
 
-    hooks = [
-        at.layer.attention.register_forward_hook(after_attention),
-        at.layer.layer.register_forward_hook(after_layer),
-    ]
-    try:
+    with hooked((at.layer.attention, after_attention), (at.layer.layer, after_layer)):
         at.run()
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {kind: mean.value for kind, mean in means.items()}
 
 

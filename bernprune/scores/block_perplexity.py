@@ -26,7 +26,7 @@ def _block_perplexity(context: Context) -> torch.Tensor:
             masks_KU = alive_U.repeat(len(candidates), 1)
             masks_KU[torch.arange(len(candidates)), candidates] = False
             masks_KU = space.alive(masks_KU)
-            losses_K = objective.losses(masks_KU, context.windows_WT)
+            losses_K = objective.losses(masks_KU, context.windows_WT).nan_to_num(nan=math.inf)
             best = int(losses_K.argmin())
             scores_U[alive_U & ~masks_KU[best]] = rounds
             alive_U, rounds = masks_KU[best], rounds + 1

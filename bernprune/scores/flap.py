@@ -9,16 +9,12 @@ import torch
 
 from bernprune.scores.base import PARTS, Metric
 from bernprune.scores.stream import Projection, Score, by_column
+from bernprune.scores.wanda_sp import wanda_sp
 
 
 def wifv(projection: Projection) -> torch.Tensor:
     """Fluctuation times weight, Var[x_j] * sum_i W_ij^2, ``[E]``."""
     return projection.inputs.variance_E * projection.weight_DE.double().square().sum(0)
-
-
-def wifn(projection: Projection) -> torch.Tensor:
-    """Norm times weight, mean_i |W_ij| * sqrt(E[x_j^2]), ``[E]``."""
-    return projection.weight_DE.abs().mean(0).double() * projection.inputs.second_moment_E.sqrt()
 
 
 def ifv(projection: Projection) -> torch.Tensor:
@@ -45,5 +41,5 @@ def _metric(name: str, about: str, score: Score) -> Metric:
 
 
 FLAP = _metric("flap", "WIFV: variance of what a unit hands on, times the squared weights that read it", wifv)
-FLAP_WIFN = _metric("flap-wifn", "WIFN: norm of what a unit hands on, times the mean size of the weights", wifn)
+FLAP_WIFN = _metric("flap-wifn", "WIFN: norm of what a unit hands on, times the mean size of the weights", wanda_sp)
 FLAP_IFV = _metric("flap-ifv", "IFV: variance of what a unit hands on", ifv)

@@ -5,6 +5,8 @@ With equal weights, or with those of a few that leave the least loss when their 
 Letters: M metrics, U units, K candidate weights, W windows.
 """
 
+import math
+
 import torch
 
 from bernprune.objective import masked_objective
@@ -12,6 +14,7 @@ from bernprune.scores.base import PARTS, Context, Metric
 from bernprune.scores.cfsp import CFSP
 from bernprune.scores.flap import FLAP
 from bernprune.scores.goa import GOA_MOMENT
+from bernprune.scores.stream import without_worst
 from bernprune.scores.wanda_sp import WANDA_SP
 from bernprune.seeding import generator
 from bernprune.units import UnitSpace
@@ -49,19 +52,10 @@ def _learned(context: Context) -> torch.Tensor:
     masks_KU = torch.stack([without_worst(space, mixed_U, context.options.sparsity) for mixed_U in mixed_KU])
     with masked_objective(context.view, context.ops, rows_per_forward=context.rows_per_forward) as objective:
         losses_K = objective.losses(masks_KU, context.windows_WT[::_EVERY])
-    best = int(losses_K.argmin())
+    best = int(losses_K.nan_to_num(nan=math.inf).argmin())
     for metric, weight in zip(MEMBERS, weights_KM[best] / weights_KM[best].sum(), strict=True):
         context.notes[f"weight of {metric.name}"] = float(weight)
     return mixed_KU[best]
-
-
-def without_worst(space: UnitSpace, scores_U: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """The mask, bool ``[U]``, that removes this share of the units of each group."""
-    mask_U = torch.ones(space.size, dtype=torch.bool)
-    for start, group in zip(space.starts, space.groups, strict=False):
-        order = scores_U[start : start + group.count].argsort(stable=True)
-        mask_U[start + order[: int(sparsity * group.count)]] = False
-    return mask_U
 
 
 RANK_AVERAGE = Metric(

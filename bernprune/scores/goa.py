@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from bernprune.models.eager import eager_attention
+from bernprune.models.hooks import hooked
 from bernprune.scores.base import PARTS, Context, Metric
 from bernprune.scores.stream import LayerPass, Scores, by_layer, of_columns
 
@@ -83,11 +84,8 @@ def _with_similarity(at: LayerPass) -> Scores:
     def record(module: nn.Module, inputs: Any, output: Any) -> None:
         divergences.add(output[1])
 
-    hook = at.layer.attention.register_forward_hook(record)
-    try:
+    with hooked((at.layer.attention, record)):
         by_moment = _by_moment(at)
-    finally:
-        hook.remove()
     alike_G = listed_at(group_distances(divergences.mean_HH, groups))
     return {"kv_group": alike_G, "channel": by_moment["channel"]}
 

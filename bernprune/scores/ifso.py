@@ -30,17 +30,20 @@ _LENGTH = 0.01  # of a step, over that of the vector
 Vectors = list[dict[str, torch.Tensor]]  # of each layer, by the name of the projection
 
 
-def _ifso(context: Context) -> torch.Tensor:
-    view = context.view
+def _needs_precision(view: ModelView, windows_WT: torch.Tensor) -> None:
     if view.model.dtype not in (torch.float32, torch.float64):
         raise ModelError(
             f"score 'ifso' takes small differences of gradients, which {view.model.dtype} cannot hold; use model.dtype "
             "float32, or another score"
         )
+
+
+def _ifso(context: Context) -> torch.Tensor:
+    view = context.view
     step = _LENGTH / math.sqrt(sum(layer.shape.kv_groups + layer.shape.channels for layer in view.layers))
     toward = _difference(step, lambda moved: weight_gradients(context, 1 + moved))
     step = _LENGTH / max(1e-300, math.sqrt(sum(v.square().sum().item() for each in toward for v in each.values())))
-    products = _difference(step, lambda moved: gate_gradients(context, toward, moved))
+    products = _difference(step, lambda moved: gradients_of_gates(context, toward, moved))
     scores_U = torch.zeros(view.space.size, dtype=torch.float64)
     for index, product in enumerate(products):
         fill(view, index, of_parts(product["output"].abs(), product["down"].abs()), scores_U)
@@ -75,7 +78,7 @@ def weight_gradients(context: Context, gate: float) -> Vectors:
     return found
 
 
-def gate_gradients(context: Context, toward: Vectors, moved: float) -> Vectors:
+def gradients_of_gates(context: Context, toward: Vectors, moved: float) -> Vectors:
     """Of the mean loss by a gate on each unit, ``[N]`` on the CPU, with weights ``moved`` so far along ``toward``."""
     view = context.view
     gates = [
@@ -137,4 +140,5 @@ IFSO = Metric(
     passes=lambda layers, options: 4.0,
     gradients=True,
     cost_power=0.5,
+    needs=_needs_precision,
 )

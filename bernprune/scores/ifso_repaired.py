@@ -9,15 +9,16 @@ Letters: D output width of a projection, E its inputs, N units of C columns, R r
 """
 
 import math
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from bernprune.errors import ConfigError
+from bernprune.models.hooks import hooked
 from bernprune.models.statistics import POINTS
-from bernprune.scores.base import Context, Metric
+from bernprune.models.view import ModelView
+from bernprune.scores.base import Metric
 from bernprune.scores.stream import LayerPass, Scores, by_layer, of_parts
 
 _DAMPING = 0.01  # of the mean of the diagonal
@@ -48,28 +49,21 @@ class _Gram:
         size, device = projection.in_features, projection.weight.device
         self.total_EE, self.count = torch.zeros(size, size, dtype=torch.float64, device=device), 0
 
-    def add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         x_NE = inputs[0].flatten(0, -2)
         x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
         self.total_EE += x_NE.T @ x_NE
         self.count += len(x_NE)
 
 
-def _repaired(context: Context) -> torch.Tensor:
-    _check_tokens(context)
-    return by_layer(_repaired_of_layer)(context)
-
-
-def _repaired_of_layer(at: LayerPass) -> Scores:
+def _of_layer(at: LayerPass) -> Scores:
     moments, energy = {point: _Gram(at.projection(point)) for point in POINTS}, list[float]()
 
     def weigh(module: nn.Module, inputs: Any, output_RTD: torch.Tensor) -> None:
         energy.append(output_RTD.double().square().sum().item())
 
-    with ExitStack() as hooks:
-        for point in POINTS:
-            hooks.callback(at.projection(point).register_forward_pre_hook(moments[point].add).remove)
-        hooks.callback(at.layer.layer.register_forward_hook(weigh).remove)
+    grams = [(at.projection(point), moments[point].add) for point in POINTS]
+    with hooked(*grams, (at.layer.layer, weigh)):
         seen = at.moments(POINTS)
     tokens, shape = seen["down"].count, at.layer.shape
     errors = {}
@@ -79,10 +73,10 @@ def _repaired_of_layer(at: LayerPass) -> Scores:
     return of_parts(errors["output"], errors["down"])
 
 
-def _check_tokens(context: Context) -> None:
+def _needs_tokens(view: ModelView, windows_WT: torch.Tensor) -> None:
     """Raises ``ConfigError`` if there are fewer tokens than entries to tell apart."""
-    layers, (windows, window) = context.view.layers, context.windows_WT.shape
-    widest = max(getattr(layer, point).in_features for layer in layers for point in POINTS)
+    windows, window = windows_WT.shape
+    widest = max(getattr(layer, point).in_features for layer in view.layers for point in POINTS)
     if windows * window < widest:
         raise ConfigError(
             f"{windows * window:,} tokens of calibration text are too few for a stable Gram matrix of {widest:,} "
@@ -94,6 +88,7 @@ IFSO_REPAIRED = Metric(
     "ifso-repaired",
     "error of what reads a unit after the columns of the others have been fitted to make up for it",
     "after Cheng, Zhang and Shi, 2024",
-    _repaired,
+    by_layer(_of_layer),
     layerwise=True,
+    needs=_needs_tokens,
 )

@@ -19,7 +19,8 @@ from bernprune.models.statistics import POINTS, RunningMoments, moments
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
-from bernprune.scores.base import PARTS, Context
+from bernprune.scores.base import Context
+from bernprune.units import UnitSpace
 
 COUPLED: dict[Kind, tuple[str, ...]] = {  # projections that have something of a unit: columns of the last, or rows
     "kv_group": ("query", "key", "value", "output"),
@@ -166,15 +167,18 @@ def _of_projections(
 
 def _advance_pruned(context: Context, stream: LayerStream, scores_U: torch.Tensor) -> None:
     """Go on through the layer without what it has scored worst."""
-    view, mask_U = context.view, torch.ones(len(scores_U), dtype=torch.bool)
-    for kind in PARTS:
-        span = view.space.span(kind, stream.index)
-        if span is not None:
-            order = scores_U[span].argsort(stable=True)
-            mask_U[span.start + order[: int(context.options.sparsity * len(order))]] = False
-    with masked(view, context.ops, layers=[stream.index]) as live:
-        live.set(mask_U[None])
+    with masked(context.view, context.ops, layers=[stream.index]) as live:
+        live.set(without_worst(context.view.space, scores_U, context.options.sparsity)[None])
         stream.advance()
+
+
+def without_worst(space: UnitSpace, scores_U: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The mask, bool ``[U]``, that removes this share of the units of each group."""
+    mask_U = torch.ones(space.size, dtype=torch.bool)
+    for start, group in zip(space.starts, space.groups, strict=False):
+        order = scores_U[start : start + group.count].argsort(stable=True)
+        mask_U[start + order[: int(sparsity * group.count)]] = False
+    return mask_U
 
 
 def of_columns(layer: LayerView, output_E: torch.Tensor, down_E: torch.Tensor) -> Scores:
