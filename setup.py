@@ -15,11 +15,13 @@ PACKAGES = [
     "bernprune.kernels",
     "bernprune.models",
     "bernprune.policy",
+    "bernprune.recovery",
     "bernprune.repair",
     "bernprune.run",
     "bernprune.scores",
 ]
 TEST = ["pytest>=8"]
+RECOVER = ["peft>=0.15", "accelerate>=1"]
 # Not among those: where it finds no GPU, it says so in every command.
 QUANTISED = ["torchao>=0.9"]
 
@@ -48,8 +50,9 @@ setup(
     ],
     extras_require={
         "quantised": QUANTISED,
-        "test": TEST,
-        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
+        "recover": RECOVER,
+        "test": [*TEST, *RECOVER],
+        "dev": [*TEST, *RECOVER, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["bernprune = bernprune.cli:main"]},
     package_dir={"bernprune.kernels": "kernels"},

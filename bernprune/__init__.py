@@ -27,6 +27,7 @@ from bernprune.policy.selection import Limits, select
 from bernprune.repair import Repairer
 from bernprune.run.applying import apply_plan, read_plan
 from bernprune.run.pipeline import prune, resume
+from bernprune.run.recovering import recover
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KeepPlan, UnitSpace
 
@@ -56,6 +57,7 @@ __all__ = [
     "masked_objective",
     "prune",
     "read_plan",
+    "recover",
     "resume",
     "save_pruned",
     "select",

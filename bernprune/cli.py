@@ -23,12 +23,13 @@ from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation import perplexity
 from bernprune.manual import manual
 from bernprune.names import RepairName
-from bernprune.report import repaired, table
-from bernprune.run import applying, pipeline
+from bernprune.report import applied, evaluated, recovered, selected, table
+from bernprune.run import applying, pipeline, recovering
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
 from bernprune.run.metrics import metrics_table, scores_table
 from bernprune.run.plans import select_plan
+from bernprune.run.recovering import RECOVERY_SETTINGS, RecoveryFolder
 from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES
 from bernprune.scores.files import SUFFIX
@@ -54,7 +55,7 @@ def main() -> None:
 
 def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
-    _State.out = None
+    _State.out = _State.recovering = None
     _set_up_logging(debug)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -108,7 +109,9 @@ def _drop_stuck_output() -> None:
 
 
 def _how_to_resume() -> str:
-    out = _State.out
+    out, recovery = _State.out, _State.recovering
+    if recovery is not None and RecoveryFolder(recovery).unfinished:
+        return "; the same command goes on"
     if out is None or not RunFolder(out).unfinished:
         return ""
     return f"; continue with: bernprune resume {shlex.quote(str(out))}"
@@ -130,9 +133,10 @@ def _options(
 
 
 class _State:
-    """The run folder at work, for the message after Ctrl-C."""
+    """The folder at work, for the message after Ctrl-C: of a run, or of a recovery."""
 
     out: Path | None = None
+    recovering: Path | None = None
 
 
 def _set_up_logging(debug: bool) -> None:
@@ -274,13 +278,27 @@ def apply(
         raise ConfigError("--text is the text of a repair, but --repair is 'none'")
     _quiet_libraries()
     done = applying.apply_plan(checked, applying.read_plan(plan), out, repair=True)
-    lines = [
-        f"parameters   {done['dense_parameters']:,} before, {done['pruned_parameters']:,} after",
-        *repaired(done["repair"]),
-        f"verified     reloaded in a clean process, largest logit difference {done['max_logit_difference']:.1e}",
-        f"result       {out}",
-    ]
-    _show("\n".join(lines))
+    _show(f"{applied(done)}\nresult       {out}")
+
+
+@app.command()
+def recover(
+    run: Annotated[Path, typer.Argument(help="Run folder of a finished run.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the recovery.")],
+    text: Annotated[str | None, typer.Option(help="Text to train on; by default the run's calibration text.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help=f"What may differ from the run: {', '.join(RECOVERY_SETTINGS)}."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier recovery in the folder.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train what a run kept a little, by low-rank adapters, and merge them; the same command goes on."""
+    changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
+    _State.recovering = out
+    _quiet_libraries()
+    report = recovering.recover(run, out, changes=changes, overwrite=overwrite)
+    _show(f"{recovered(report)}\n\nresult       {out / 'model'}")
 
 
 @app.command()
@@ -292,17 +310,8 @@ def select(
 ) -> None:
     """The plan for another sparsity from what a run has learned, without a new search."""
     path, kept = select_plan(out, sparsity, nested=nested)
-    lines = [f"{'layer':<8}{'kv groups':>14}{'FFN channels':>18}"]
-    lines += [
-        f"{layer:<8}{_of(counts, 'kv_groups'):>14}{_of(counts, 'channels'):>18}"
-        for layer, counts in enumerate(kept["layers"])
-    ]
-    _show("\n".join([*lines, "", f"removed      {kept['removed']:.2%} of the prunable block parameters"]))
+    _show(selected(kept))
     _show(f"plan         {path}; cut a model by it with: bernprune apply {shlex.quote(str(path))} MODEL OUT")
-
-
-def _of(counts: dict[str, int], what: str) -> str:
-    return f"{counts[what]:,} of {counts['of_' + what]:,}"
 
 
 @app.command()
@@ -327,16 +336,7 @@ def evaluate(
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
     _quiet_libraries()
     result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens, joined_by=join)
-    if as_json:
-        _show(json.dumps(result, indent=2, allow_nan=False))
-        return
-    protocol = result["protocol"]
-    _show(
-        f"perplexity   {result['perplexity']:.4f} ({result['loss']:.4f} nats per token)\n"
-        f"protocol     {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
-        f"{protocol['tokens']:,} predictions, text {protocol['text_sha256']}\n"
-        f"parameters   {result['parameters']:,}"
-    )
+    _show(json.dumps(result, indent=2, allow_nan=False) if as_json else evaluated(result))
 
 
 @app.command()

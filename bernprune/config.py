@@ -20,6 +20,7 @@ from bernprune.sections import (
     ModelConfig,
     PlansConfig,
     PolicyConfig,
+    RecoverConfig,
     RepairConfig,
     ReportConfig,
     SearchConfig,
@@ -76,6 +77,8 @@ class RunConfig(Section):
     """How it learns."""
     repair: RepairConfig = RepairConfig()
     """How what is kept makes up for the rest."""
+    recover: RecoverConfig = RecoverConfig()
+    """How what was kept is trained afterwards, by bernprune recover."""
     plans: PlansConfig = PlansConfig()
     """What else is selected from what was learned."""
     report: ReportConfig = ReportConfig()

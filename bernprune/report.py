@@ -18,7 +18,7 @@ def table(report: dict[str, Any]) -> str:
         count = report["parameters"].get(name)
         size = "-" if count is None else f"{count:,}"
         lines.append(f"{title:<16}{shown(report['perplexity'][name]):>12}{size:>16}{time:>12}")
-    return "\n".join([*lines, *_plans(report["plans"]), "", *_notes(report)])
+    return "\n".join([*lines, *_plans(report), "", *_notes(report)])
 
 
 def titles(report: dict[str, Any]) -> dict[str, str]:
@@ -36,8 +36,13 @@ def shown(perplexity: float | None, digits: int = 3) -> str:
     return f"{perplexity:.{digits}f}" if perplexity < 1e7 else f"{perplexity:.3g}"
 
 
-def _plans(plans: list[dict[str, Any]]) -> list[str]:
-    return [f"{'plan ' + format(plan['sparsity'], 'g'):<16}{shown(plan['perplexity']):>12}" for plan in plans]
+def _plans(report: dict[str, Any]) -> list[str]:
+    """Plans for other sparsities; they are not repaired."""
+    note = "" if report["repair"].get("chosen", "none") == "none" else "   before a repair"
+    return [
+        f"{'plan ' + format(plan['sparsity'], 'g'):<16}{shown(plan['perplexity']):>12}{note}"
+        for plan in report["plans"]
+    ]
 
 
 def _choice(search: dict[str, Any]) -> list[str]:
@@ -70,6 +75,25 @@ def _weights(report: dict[str, Any]) -> list[str]:
     ]
 
 
+def recovered(report: dict[str, Any]) -> str:
+    """Before and after a recovery; and the protocol."""
+    figures, steps = report["perplexity"], f"{report['best_step']:,} of {report['steps']:,}"
+    lines = [f"{'':<16}{'perplexity':>12}"]
+    lines += [f"{name:<16}{shown(figures[key]):>12}" for name, key in (("pruned", "before"), ("recovered", "after"))]
+    ranks = report["ranks"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"trained      {report['tokens']:,} tokens in {report['seconds']:.0f} s: {report['ended']}; the state "
+            f"after {steps} steps was the best on held-out text",
+            f"adapters     of rank {min(ranks)} to {max(ranks)}, merged: {report['parameters']:,} parameters as before",
+            _protocol(report["protocol"]),
+            _verified(report["verified"]),
+        ]
+    )
+
+
 def repaired(repair: dict[str, Any]) -> list[str]:
     """A line on what was repaired, if that was asked for."""
     if repair["method"] == "none":
@@ -92,13 +116,12 @@ def _stopped(ended: str) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    protocol, search, sparsity = report["protocol"], report["search"], report["sparsity"]
+    search, sparsity = report["search"], report["sparsity"]
     figure = report["latency"]["dense"]
     return [
         f"removed      {sparsity['block_parameters']:.2%} of the prunable block parameters, "
         f"{sparsity['total_parameters']:.2%} of all parameters",
-        f"perplexity   {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
-        f"{protocol['tokens']:,} predictions",
+        _protocol(report["protocol"]),
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
         f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
@@ -106,6 +129,43 @@ def _notes(report: dict[str, Any]) -> list[str]:
         *_weights(report),
         *_choice(search),
         *repaired(report["repair"]),
-        f"verified     reloaded in a clean process, largest logit difference "
-        f"{report['verified']['max_logit_difference']:.1e}",
+        _verified(report["verified"]),
     ]
+
+
+def applied(done: dict[str, Any]) -> str:
+    """What was made of a model by a plan."""
+    before, after = done["dense_parameters"], done["pruned_parameters"]
+    return "\n".join([f"parameters   {before:,} before, {after:,} after", *repaired(done["repair"]), _verified(done)])
+
+
+def selected(kept: dict[str, Any]) -> str:
+    """What a plan keeps, layer by layer."""
+    lines = [f"{'layer':<8}{'kv groups':>14}{'FFN channels':>18}"]
+    for layer, counts in enumerate(kept["layers"]):
+        groups, channels = (f"{counts[what]:,} of {counts['of_' + what]:,}" for what in ("kv_groups", "channels"))
+        lines.append(f"{layer:<8}{groups:>14}{channels:>18}")
+    return "\n".join([*lines, "", f"removed      {kept['removed']:.2%} of the prunable block parameters"])
+
+
+def evaluated(result: dict[str, Any]) -> str:
+    """A perplexity with its protocol."""
+    protocol = result["protocol"]
+    return (
+        f"perplexity   {result['perplexity']:.4f} ({result['loss']:.4f} nats per token)\n"
+        f"protocol     {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
+        f"{protocol['tokens']:,} predictions, text {protocol['text_sha256']}\n"
+        f"parameters   {result['parameters']:,}"
+    )
+
+
+def _verified(found: dict[str, float]) -> str:
+    """A line on how the saved model compares with the one in memory."""
+    return f"verified     reloaded in a clean process, largest logit difference {found['max_logit_difference']:.1e}"
+
+
+def _protocol(protocol: dict[str, Any]) -> str:
+    return (
+        f"perplexity   {protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens, "
+        f"{protocol['tokens']:,} predictions"
+    )

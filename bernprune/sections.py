@@ -219,9 +219,9 @@ class RepairConfig(Section):
     """How what is kept makes up for what is removed, in closed form. Of the two projections that add to the residual
     stream, refit: the 'bias'; the weights, by 'ridge' regression or by 'admm'; or one 'scale' a unit. 'two-step' refits
     those before them, too; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
-    windows: Count | None = None
+    windows: Annotated[int, Field(ge=2)] | None = None
     """Calibration windows; by default 128, or what the model's widest projection needs. One in four chooses the ridge.
-    A third as many more are read to judge by."""
+    A third as many others are read to judge by."""
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's."""
@@ -232,6 +232,42 @@ class RepairConfig(Section):
     engines may not. 'auto': for 'bias' alone, which is nothing without."""
     judge_finalists: bool = False
     """Repair every finalist of the search, and keep the one with the least loss afterwards."""
+
+
+class RecoverConfig(Section):
+    """Of ``bernprune recover``, which trains what a run kept; prune does not read it."""
+
+    tokens: Count = 2_000_000
+    """Tokens to train on, at most."""
+    rank: Count = 8
+    """Of the adapters, in the mean over layers."""
+    ranks: Literal["influence", "uniform"] = "influence"
+    """More where a layer of the dense model changes more of what passes through it (initial.influence), or alike."""
+    scale: Positive = 2.0
+    """Of what adapters add."""
+    learning_rate: Positive = 3e-4
+    """Highest step size; models of a few million parameters take ten times as much, or more."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps in which it rises; then it falls along a cosine."""
+    batch: Count = 16
+    """Windows a step."""
+    rows: Count = 8
+    """Most windows in one pass."""
+    recompute: bool = False
+    """Compute activations again going back: less memory, a third more time."""
+    distill: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the loss that is the divergence from the dense model's predictions; above 0, both are in memory."""
+    masks: Literal["plan", "policy"] = "plan"
+    """'plan': train the run's model. 'policy': train the dense one before the cut, repairs aside, under masks that the
+    learned policy draws, nearer to the plan's from step to step; then cut."""
+    held_out: Annotated[int, Field(ge=2)] = 64
+    """Windows at the end of the text that are not trained on: by them the best state is chosen."""
+    evaluate_steps: Count | None = None
+    """Steps between such evaluations; by default a twentieth of them all."""
+    patience: Count = 5
+    """Evaluations without a lower loss that end the training."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds between checkpoints."""
 
 
 class PlansConfig(Section):

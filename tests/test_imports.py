@@ -59,6 +59,7 @@ LIBRARIES = {
     "datasets": ("bernprune.text",),
     "triton": ("kernels",),
     "torchao": ("bernprune.models",),
+    "peft": ("bernprune.models",),
     "typer": ("bernprune.cli",),
     "argparse": ("bernprune.cli",),
 }
@@ -120,6 +121,13 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.storage",
     ),
     "bernprune.repair": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.repair"),
+    "bernprune.recovery": (
+        *VOCABULARY,
+        "bernprune.data",
+        "bernprune.models",
+        "bernprune.recovery",
+        "bernprune.sections",
+    ),
     "bernprune.losses": ("bernprune.backends",),
     "bernprune.costs": (*VOCABULARY, "bernprune.backends", "bernprune.models", "bernprune.losses"),
     "bernprune.objective": (
@@ -213,6 +221,7 @@ def test_public_names() -> None:
         "masked_objective",
         "prune",
         "read_plan",
+        "recover",
         "resume",
         "save_pruned",
         "select",

@@ -48,16 +48,25 @@ FREE_SETTINGS = (
     "search.checkpoint_steps",
     "search.non_finite",
     "repair",
+    "recover",
     "report",
 )
 
 
 class RunFolder:
-    """A path with the names of what lies in it."""
+    """A path with the names of what lies in it.
+
+    Attributes:
+        FREE: settings that may change on the way.
+        WORK: what is done in it, in a word.
+    """
+
+    CONFIG, WORK, OTHER = CONFIG, "run", "give another --out"
+    FREE: tuple[str, ...] = FREE_SETTINGS
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config, self.metrics, self.plan = path / CONFIG, path / METRICS, path / PLAN
+        self.config, self.metrics, self.plan = path / self.CONFIG, path / METRICS, path / PLAN
         self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
         self.learned, self.finals, self.plans = path / LEARNED, path / FINALS, path / PLANS
@@ -85,19 +94,19 @@ class RunFolder:
         if overwrite:
             return False
         if self.finished:
-            raise RunError(f"{self.path} holds a finished run; give another --out, or --overwrite to replace it")
-        stored, given = (_without(each.to_dict(), FREE_SETTINGS) for each in (self.read_config(), config))
+            raise RunError(f"{self.path} holds a finished {self.WORK}; {self.OTHER}, or --overwrite to replace it")
+        stored, given = (_without(each.to_dict(), self.FREE) for each in (self.read_config(), config))
         difference = _difference(stored, given)
         if difference:
             raise RunError(
-                f"{self.path} holds an unfinished run of another configuration ({difference}); "
-                "give another --out, or --overwrite to replace it"
+                f"{self.path} holds an unfinished {self.WORK} of another configuration ({difference}); "
+                f"{self.OTHER}, or --overwrite to replace it"
             )
         return True
 
     def _check_is_run(self) -> None:
         if not self.config.is_file():
-            raise RunError(f"{self.path} is not empty and holds no bernprune run; give another --out")
+            raise RunError(f"{self.path} is not empty and holds no bernprune {self.WORK}; {self.OTHER}")
 
     def read_config(self) -> RunConfig:
         """The stored configuration. Raises ``ConfigError`` if it is damaged."""
@@ -125,8 +134,8 @@ class RunFolder:
             except OSError as error:
                 self._give_up(existed)
                 raise RunError(
-                    f"output {self.path} cannot be locked against other processes: {error.strerror or error}; give "
-                    "another --out, on a file system that can"
+                    f"output {self.path} cannot be locked against other processes: {error.strerror or error}; "
+                    f"{self.OTHER}, on a file system that can"
                 ) from None
             try:
                 yield
@@ -142,7 +151,7 @@ class RunFolder:
     def start(self, config: RunConfig) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
         _remove(self.report)  # first, so that what is left is not taken for a finished run
-        for name in sorted(_OURS - {LOCK, CONFIG}):  # without its configuration the rest would not be known for a run
+        for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without the latter, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
         write_json(self.versions, versions())

@@ -1,0 +1,300 @@
+"""A little training of what a run kept, in a folder of its own: load, train, merge, save, verify, report.
+
+recover.yaml           the resolved configuration
+versions.json          of the libraries that it began with
+plan.json              what the run keeps
+metrics.jsonl          one line a step
+checkpoints/           the newest two states
+model/                 the recovered model
+report.json            written last: its presence means that it is finished
+"""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from bernprune.backends import TORCH, find_device
+from bernprune.config import RunConfig, make_config
+from bernprune.data import TokenWindows, evaluation_windows, fingerprint
+from bernprune.errors import DataError, RunError
+from bernprune.evaluation.latency import machine
+from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss, perplexity
+from bernprune.models.adapters import Adapters, adapted_view, check_adaptable
+from bernprune.models.families import family_of
+from bernprune.models.loading import load_model, load_tokenizer
+from bernprune.models.masking import masked
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import ModelView, count_parameters, describe
+from bernprune.policy.allocation import shares_by_importance
+from bernprune.recovery import SampledMasks, Training, whole_ranks
+from bernprune.run.applying import read_plan
+from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint
+from bernprune.run.folder import RunFolder, open_run, versions
+from bernprune.run.opening import check_family, open_model
+from bernprune.run.signals import signals
+from bernprune.run.stage import read_texts
+from bernprune.run.verification import reason, save_and_verify
+from bernprune.scores.base import Context, Options
+from bernprune.scores.block_influence import layer_influence
+from bernprune.settings import absolute, merge
+from bernprune.storage import sync_stream, write_json
+from bernprune.units import KeepPlan
+
+logger = logging.getLogger(__name__)
+
+RECOVERY_SETTINGS = ("recover", "data", "model.device", "model.dtype", "initial.influence", "seed")
+
+_VERIFIED_WINDOWS = 2
+_INFLUENCE_WINDOWS = 32
+
+
+class RecoveryFolder(RunFolder):
+    """The folder of a recovery."""
+
+    CONFIG, WORK, OTHER = "recover.yaml", "recovery", "give another folder"
+    FREE = ("recover.rows", "recover.recompute", "recover.checkpoint_seconds")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What a run left, and the text to train and judge on."""
+
+    config: RunConfig
+    folder: RunFolder
+    plan: KeepPlan
+    tokenizer: Any
+    train: TokenWindows
+    held_out_WT: torch.Tensor
+    eval_windows_WT: torch.Tensor
+    protocol: Protocol
+    text_sha256: str
+
+
+def recover(
+    run: str | Path,
+    out: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Train what a finished run kept, as its settings ``recover`` say, in the folder ``out``; returns the report.
+
+    An unfinished recovery of the same configuration is continued. It needs the extra ``recover``.
+
+    Args:
+        changes: settings that differ from the run's, as nested plain data; of those in ``RECOVERY_SETTINGS``.
+
+    Raises:
+        BernpruneError: anything that the caller can mend; before the training starts, nothing is left behind.
+    """
+    finished, folder = _finished_run(run), RecoveryFolder(Path(out))
+    config = make_config(merge(finished.read_config().to_dict(), absolute(dict(changes or {}))))
+    check_adaptable()
+    folder.check(config, overwrite=overwrite)
+    source = _open_source(finished, config)
+    with folder.locked():
+        continued = folder.check(config, overwrite=overwrite)
+        try:
+            return _recover(source, folder, continued=continued, progress=progress)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "the GPU's memory is full; the same command goes on with less: --set recover.rows=1 or "
+                "recover.recompute=true"
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{out} cannot be written: {reason(error)}") from error
+
+
+def _finished_run(run: str | Path) -> RunFolder:
+    """Raises ``RunError`` unless the folder holds a finished run."""
+    folder = open_run(Path(run))
+    if not folder.finished:
+        raise RunError(f"the run in {run} is not finished: there is nothing to recover yet")
+    return folder
+
+
+def _open_source(folder: RunFolder, config: RunConfig) -> _Source:
+    model_config, window = check_family(config), config.data.window
+    check_window(model_config, window)
+    tokenizer = load_tokenizer(str(folder.model))
+    stream_N, held_out_N, eval_name = read_texts(config, tokenizer, model_config.vocab_size)
+    cut = len(stream_N) - config.recover.held_out * window
+    if cut < config.recover.batch * window:
+        raise DataError(
+            f"{config.data.text}: recovery needs at least recover.batch + recover.held_out = {config.recover.batch} + "
+            f"{config.recover.held_out} windows of {window} tokens, but there are {len(stream_N) // window}"
+        )
+    eval_WT = evaluation_windows(held_out_N, window, max_windows=max(1, config.data.eval_tokens // window))
+    return _Source(
+        config,
+        folder,
+        read_plan(folder.plan),
+        tokenizer,
+        TokenWindows(stream_N[:cut], window=window, seed=config.seed),
+        evaluation_windows(stream_N[cut:], window),
+        eval_WT,
+        Protocol.of(eval_name, eval_WT),
+        fingerprint(stream_N),
+    )
+
+
+def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
+    config, device = source.config, find_device(source.config.model.device)
+    if continued and folder.plan.is_file() and read_plan(folder.plan) != source.plan:
+        raise RunError(f"{folder.path} holds an unfinished recovery of another run; give another folder")
+    pruned, before = _pruned(source, device)
+    if not continued:
+        folder.start(config)
+        write_json(folder.plan, source.plan.to_dict())
+    with _training(source, pruned, device) as (training, ranks):
+        seconds = _train(training, source, folder, progress=progress)
+        report = _report(source, training, ranks, seconds)
+    model = training.finish()
+    if config.recover.masks == "policy":
+        model = slice_model(model, source.plan)
+    after = mean_loss(model, source.eval_windows_WT)
+    report["loss"] = {"before": before, "after": after}
+    report["perplexity"] = {name: perplexity(loss) for name, loss in report["loss"].items()}
+    folder.remove_model()
+    try:
+        rows = source.eval_windows_WT[:_VERIFIED_WINDOWS]
+        verified = save_and_verify(model, source.tokenizer, folder.model, source.plan, rows)
+        report |= {"parameters": count_parameters(model), "verified": verified, "versions": versions()}
+        write_json(folder.report, report)
+    except BaseException:
+        folder.report.unlink(missing_ok=True)
+        folder.remove_model()
+        raise
+    return report
+
+
+def _pruned(source: _Source, device: torch.device) -> tuple[Any, float]:
+    """The run's model, if it is what is trained, and its loss on the evaluation text."""
+    model = load_model(str(source.folder.model), dtype=source.config.model.dtype, device=device)
+    return None if source.config.recover.masks == "policy" else model, mean_loss(model, source.eval_windows_WT)
+
+
+@contextmanager
+def _training(source: _Source, pruned: Any, device: torch.device) -> Iterator[tuple[Training, list[int]]]:
+    """The training of the run's model or, before the cut, of the dense one under masks; and the ranks of its layers."""
+    config, settings, plan = source.config, source.config.recover, source.plan
+    needs_dense = pruned is None or settings.distill > 0 or settings.ranks == "influence"
+    view = describe(open_model(config, device), config.granularity) if needs_dense else None
+    ranks = _ranks(source, view, whole=pruned is None)
+    teacher = None
+    if settings.distill > 0 and view is not None:
+        teacher = open_model(config, device) if pruned is None else view.model
+    with ExitStack() as stack:
+        trained, masks = pruned, None
+        if pruned is None and view is not None:
+            trained = view.model
+        elif settings.distill == 0:
+            view = None  # the dense model has told what it was asked
+        adapters = Adapters(
+            trained, family_of(plan.architecture.model_type), ranks, scale=settings.scale, seed=config.seed
+        )
+        if pruned is None and view is not None:
+            live = stack.enter_context(masked(adapted_view(view), TORCH))
+            masks = SampledMasks(live, _policy(source), view.space.mask(plan), seed=config.seed)
+        yield (
+            Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks),
+            ranks,
+        )
+
+
+def _ranks(source: _Source, view: ModelView | None, *, whole: bool) -> list[int]:
+    """Of the layers of the dense model, if that is trained as a ``whole``, or of those that remain of it."""
+    settings, layers = source.config.recover, source.plan.layers
+    kept = [index for index, layer in enumerate(layers) if whole or not layer.is_empty]
+    if view is None or settings.ranks == "uniform" or len(kept) == 1:
+        return [settings.rank] * len(kept)
+    return whole_ranks(shares_by_importance(_influence(source, view)[kept], 1 / len(kept)), settings.rank)
+
+
+def _influence(source: _Source, view: ModelView) -> torch.Tensor:
+    """Of each layer of the dense model, on the first windows that are trained on."""
+    windows_WT = source.train.windows(0, min(_INFLUENCE_WINDOWS, source.train.num_windows))
+    context = Context(view, windows_WT, source.config.seed, TORCH, source.config.recover.rows, Options())
+    return layer_influence(context, source.config.initial.influence)
+
+
+def _policy(source: _Source) -> torch.Tensor:
+    """Keep probabilities that the run ended with; those that it began with if it searched nothing."""
+    state = read_latest(source.folder.checkpoints)
+    found: torch.Tensor = (read_state(source.folder.initial) if state is None else state["search"])["probs_U"]
+    return found
+
+
+def _train(training: Training, source: _Source, folder: RecoveryFolder, *, progress: bool | None) -> float:
+    """Up to the end, or from where it was interrupted; seconds that it took in all."""
+    seconds = _restore(training, source, folder)
+    started = saved = time.monotonic()
+    hidden = None if progress is None else not progress
+
+    def save(metrics: Any) -> None:
+        sync_stream(metrics)
+        state = {
+            "seconds": seconds + time.monotonic() - started,
+            "text_sha256": source.text_sha256,
+            "training": training.state_dict(),
+        }
+        write_checkpoint(folder.checkpoints, training.steps, state)
+
+    with (
+        tqdm(total=training.total, initial=training.steps, unit="step", desc="recover", disable=hidden) as bar,
+        folder.open_metrics(training.steps) as metrics,
+        signals() as stopping,
+    ):
+        if not training.held_out:
+            training.evaluate()
+        while training.ended is None and not stopping.is_set():
+            record = {"step": training.steps, **training.step()}
+            metrics.write(json.dumps(record) + "\n")
+            bar.update()
+            best = min(training.held_out.values())
+            bar.set_postfix(loss=f"{record['loss']:.4f}", held_out=f"{best:.4f}", refresh=False)
+            if time.monotonic() - saved >= source.config.recover.checkpoint_seconds:
+                save(metrics)
+                saved = time.monotonic()
+        save(metrics)
+    return seconds + time.monotonic() - started
+
+
+def _restore(training: Training, source: _Source, folder: RecoveryFolder) -> float:
+    """Take up the newest checkpoint, if there is one; seconds that were spent so far."""
+    state = read_latest(folder.checkpoints)
+    if state is None:
+        return 0.0
+    if state["text_sha256"] != source.text_sha256:
+        raise RunError(f"the text is not the one that the checkpoints in {folder.path} were made with")
+    training.load_state_dict(state["training"])
+    logger.info("continuing at step %d", training.steps)
+    return float(state["seconds"])
+
+
+def _report(source: _Source, training: Training, ranks: list[int], seconds: float) -> dict[str, Any]:
+    settings = source.config.recover
+    return {
+        "run": str(source.folder.path),
+        "tokens": training.tokens,
+        "steps": training.steps,
+        "best_step": training.best_step,
+        "ended": training.ended,
+        "seconds": round(seconds, 2),
+        "ranks": ranks,
+        "distill": settings.distill,
+        "masks": settings.masks,
+        "held_out": {str(step): loss for step, loss in training.held_out.items()},
+        "protocol": source.protocol.to_dict(),
+        "machine": machine(find_device(source.config.model.device)),
+    }

@@ -1,0 +1,199 @@
+"""Recovery of what a run kept, by the command line: what it saves and tells, how it goes on, and what it refuses."""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text
+from transformers import AutoModelForCausalLM
+
+from bernprune.models.slicing import slice_model
+from bernprune.recovery import Training
+from bernprune.run import recovering
+
+SMALL = ("recover.tokens=1024", "recover.batch=8", "recover.held_out=8", "recover.learning_rate=0.01", "recover.rank=2")
+STEPS = 8
+WAYS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "uniform": ("recover.ranks=uniform",),
+    "distilled": ("recover.distill=0.5", "recover.recompute=true"),
+    "before the cut": ("recover.masks=policy",),
+    "before the cut, distilled": ("recover.masks=policy", "recover.distill=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def layered(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that removes whole blocks and layers."""
+    more = ("granularity=layer,attention,ffn", "budget.sparsity=0.6", "initial.score=block-influence")
+    return finish(prepared, tmp_path_factory.mktemp("layered"), *more, "search.sequences=0")
+
+
+def recover(place: Place, folder: Path, *more: str, out: str = "recovered") -> list[str]:
+    return ["recover", str(folder), str(place.folder / out), *settings(*SMALL, *more)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", ["parts", "layers"])
+def test_what_a_run_kept_is_recovered(
+    kind: str, way: str, place: Place, finished: Path, layered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It loads like any other, has the loss that is told, and is of the same size."""
+    folder, out = finished if kind == "parts" else layered, place.folder / "recovered"
+    sliced: list[Any] = []
+    monkeypatch.setattr(recovering, "slice_model", lambda model, plan: sliced.append(plan) or slice_model(model, plan))
+    done = succeed(*recover(place, folder, *WAYS[way]))
+    report, before = read_json(out / "report.json"), read_json(folder / "report.json")
+    assert done.err == "" and f"trained      {1024:,} tokens" in done.out
+    assert report["loss"]["before"] == pytest.approx(before["loss"]["pruned"], rel=1e-6)
+    assert report["loss"]["after"] < report["loss"]["before"]
+    assert f"recovered    {report['perplexity']['after']:>15.3f}" in done.out
+    assert (report["steps"], report["tokens"]) == (STEPS, 1024) and steps_of(out) == list(range(STEPS))
+    assert len(sliced) == ("before" in way)
+    kept = [layer for layer in before["layers"] if layer["kv_groups"] or layer["channels"]]
+    assert len(report["ranks"]) == (3 if "before" in way else len(kept))
+    assert sum(report["ranks"]) == 2 * len(report["ranks"])
+    assert (out / "plan.json").read_bytes() == (folder / "plan.json").read_bytes()
+    weights, earlier = (load_file(each / "model" / "model.safetensors") for each in (out, folder))
+    assert {name: value.shape for name, value in weights.items()} == {n: v.shape for n, v in earlier.items()}
+    assert report["parameters"] == before["parameters"]["pruned"]
+    evaluated = succeed(
+        "evaluate", str(out / "model"), "--text", report["protocol"]["text"], "--window", "16", "--tokens", "320"
+    )
+    assert f"({report['loss']['after']:.4f} nats" in evaluated.out
+    loaded = AutoModelForCausalLM.from_pretrained(out / "model", trust_remote_code=True)
+    assert loaded(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_layers_were_removed(layered: Path) -> None:
+    layers = read_json(layered / "report.json")["layers"]
+    assert sum(not layer["kv_groups"] and not layer["channels"] for layer in layers) == 1, layers
+
+
+def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command ends in the same weights to the last bit; a setting that costs memory may differ."""
+    succeed(*recover(place, finished, out="whole"))
+    step, out = Training.step, place.folder / "recovered"
+
+    def interrupted(training: Training) -> Any:
+        if training.steps == 5:
+            raise KeyboardInterrupt
+        return step(training)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "step", interrupted)
+        done = run(*recover(place, finished, "recover.checkpoint_seconds=0"))
+    assert done.code == 130 and "interrupted; the same command goes on" in done.err
+    assert not (out / "model").exists() and not (out / "report.json").exists()
+    assert "another configuration" in in_one_sentence(run(*recover(place, finished, "recover.rank=3")))
+    succeed(*recover(place, finished, "recover.checkpoint_seconds=7"))
+    assert steps_of(out) == list(range(STEPS))
+    found, expected = (
+        load_file(place.folder / name / "model" / "model.safetensors") for name in ("recovered", "whole")
+    )
+    assert all(value.equal(found[name]) for name, value in expected.items())
+    reports = [read_json(place.folder / name / "report.json") for name in ("recovered", "whole")]
+    assert reports[0]["held_out"] == reports[1]["held_out"] and reports[0]["loss"] == reports[1]["loss"]
+
+
+def test_a_finished_recovery_is_replaced_on_request(place: Place, finished: Path) -> None:
+    succeed(*recover(place, finished))
+    before = (place.folder / "recovered" / "report.json").read_bytes()
+    assert "finished recovery" in in_one_sentence(run(*recover(place, finished)))
+    assert (place.folder / "recovered" / "report.json").read_bytes() == before
+    succeed(*recover(place, finished, "recover.rank=1"), "--overwrite")
+    assert read_json(place.folder / "recovered" / "report.json")["ranks"] == [1, 1, 1]
+
+
+def test_other_text_may_be_trained_on(place: Place, finished: Path) -> None:
+    """Its path is that of the moment, wherever the run was."""
+    other = tiny_text(place.folder / "other.txt", 900, seed=4)
+    succeed(*recover(place, finished), "--text", "other.txt")
+    assert str(other) in (place.folder / "recovered" / "recover.yaml").read_text()
+
+
+def test_a_failure_in_saving_leaves_no_model(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was trained is not lost."""
+    with monkeypatch.context() as patch:
+        patch.setattr(recovering, "save_and_verify", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        done = run(*recover(place, finished))
+    assert "No space left" in in_one_sentence(done)
+    assert not (place.folder / "recovered" / "model").exists()
+    monkeypatch.setattr(Training, "step", lambda _: 1 / 0)
+    succeed(*recover(place, finished))
+
+
+def _unfinished(place: Place, folder: Path) -> list[str]:
+    shutil.copytree(folder, place.out)
+    (place.out / "report.json").unlink()
+    return recover(place, place.out)
+
+
+def _without_peft(place: Place, folder: Path) -> list[str]:
+    sys.modules["peft"] = None  # type: ignore[assignment]
+    return recover(place, folder)
+
+
+def _occupied(place: Place, folder: Path) -> list[str]:
+    (place.folder / "recovered").mkdir()
+    (place.folder / "recovered" / "thesis.txt").write_text("mine")
+    return recover(place, folder)
+
+
+def _other_run(place: Place, folder: Path) -> list[str]:
+    command = recover(place, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "step", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*command)
+    plan = read_json(place.folder / "recovered" / "plan.json")
+    plan["layers"][0]["kv_groups"] = [0, 1, 2]
+    (place.folder / "recovered" / "plan.json").write_text(json.dumps(plan))
+    return command
+
+
+REFUSED: dict[str, tuple[Callable[[Place, Path], list[str]], str]] = {
+    "no run": (lambda p, f: recover(p, p.folder / "nothing"), "holds no bernprune run"),
+    "unfinished": (_unfinished, "is not finished: there is nothing to recover"),
+    "no peft": (_without_peft, r"needs peft.*bernprune\[recover\]"),
+    "occupied": (_occupied, "holds no bernprune recovery; give another folder"),
+    "a run's folder": (lambda p, f: recover(p, f, out=str(f)), "holds no bernprune recovery"),
+    "another run": (_other_run, "unfinished recovery of another run"),
+    "a setting of the run": (lambda p, f: recover(p, f, "search.masks=4"), "search.masks.*recover, data"),
+    "misspelt": (lambda p, f: recover(p, f, "recover.rang=4"), "recover.rang.*did you mean.*rank"),
+    "out of range": (lambda p, f: recover(p, f, "recover.distill=2"), "recover.distill.*less than or equal to 1"),
+    "no text": (lambda p, f: [*recover(p, f), "--text", "none.txt"], "none.txt.*does not exist"),
+    "little text": (
+        lambda p, f: recover(p, f, "recover.held_out=5000"),
+        r"at least recover.batch \+ recover.held_out = 8 \+ 5000 windows of 16 tokens, but there are \d+",
+    ),
+    "long windows": (lambda p, f: recover(p, f, "data.window=100"), "100 tokens is longer than the model's 64"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused(case: str, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one sentence, with nothing left behind that was not there."""
+    make, message = REFUSED[case]
+    if "peft" in sys.modules:
+        monkeypatch.setitem(sys.modules, "peft", sys.modules["peft"])  # whatever becomes of it
+    command = make(place, finished)
+    before = place.contents()
+    done = run(*command)
+    assert re.search(message, in_one_sentence(done)), done.err
+    assert place.contents() == before
+
+
+def test_a_recovery_is_no_run(place: Place, finished: Path) -> None:
+    succeed(*recover(place, finished))
+    out = str(place.folder / "recovered")
+    for command in (["resume", out], ["select", out, "--sparsity", "0.3"]):
+        assert "holds no bernprune run" in in_one_sentence(run(*command))
+    assert "holds no bernprune run" in in_one_sentence(run(*place.prune(out=Path(out)), "--overwrite"))
