@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bernprune.complaints import sentence
 from bernprune.errors import ConfigError
-from bernprune.names import BackendName, Kind, MethodName, PresetName
+from bernprune.names import BackendName, Kind, MethodName, PresetName, RepairName
 from bernprune.presets import PRESETS
 from bernprune.sections import (
     BudgetConfig,
@@ -30,6 +30,7 @@ from bernprune.settings import merge
 from bernprune.units import KINDS, finest
 
 EXPLORED = (0.5, 1.5)  # times its own sparsity
+REFITTING: tuple[RepairName, ...] = ("auto", "ridge", "two-step", "admm")  # repairs that write other weights
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 
 # What only one of the methods knows.
@@ -158,6 +159,8 @@ class RunConfig(Section):
             raise ValueError("search.pull needs policy.floor above 0 and policy.ceiling below 1")
         if search.dtype == "int8" and self.backend == "triton":
             raise ValueError("search.dtype 'int8' needs backend 'torch' or 'auto', but that is 'triton'")
+        if search.refit and self.refit_refused is not None:
+            raise ValueError(f"search.refit has no meaning for {self.refit_refused}")
         self._check_sampling()
         if search.method == "posterior":
             if search.masks < 2:
@@ -194,6 +197,23 @@ class RunConfig(Section):
         return low, min(high, 0.99)
 
     @property
+    def refit_refused(self) -> str | None:
+        """Why weights cannot be fitted to the policy, whatever follows; None if they can."""
+        if self.search.objective != "cross-entropy":
+            return f"search.objective {self.search.objective!r}, whose reference is the model as it is"
+        if self.search.dtype == "int8":
+            return "search.dtype 'int8'"
+        if not {"kv_group", "channel"} & set(self.granularity):
+            return f"granularity {', '.join(self.granularity)}, of blocks that nothing within them makes up for"
+        return None
+
+    @property
+    def judges_finalists(self) -> bool:
+        """Whether finalists of the search are repaired, and judged by that."""
+        given = self.repair.judge_finalists
+        return bool(self.search.refit if given is None else given)
+
+    @property
     def longest_window(self) -> int:
         """Tokens that the model must take at once."""
         return max(self.data.window, self.initial.window or 0)
@@ -219,6 +239,11 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
     try:
-        return RunConfig.model_validate(merge(PRESETS[preset], given))
+        config = RunConfig.model_validate(merge(PRESETS[preset], given))
     except ValidationError as error:
         raise ConfigError(sentence(error, RunConfig)) from None
+    if config.search.refit is not None:
+        return config
+    # Settled here: a repair that is changed on the way must not change the search.
+    refit = config.repair.method in REFITTING and config.refit_refused is None
+    return config.model_copy(update={"search": config.search.model_copy(update={"refit": refit})})

@@ -95,18 +95,22 @@ def recovered(report: dict[str, Any]) -> str:
 
 
 def repaired(repair: dict[str, Any]) -> list[str]:
-    """A line on what was repaired, if that was asked for."""
+    """What was repaired, and which finalists were tried so, if that was asked for."""
     if repair["method"] == "none":
         return []
     judged = f"on {repair['judging_windows']:,} windows that it was not fitted on"
-    losses, chosen = repair["losses"], repair["chosen"]
+    losses, chosen, lines = repair["losses"], repair["chosen"], list[str]()
+    if "finalists" in repair:
+        tried = ", ".join(f"{name} {shown(loss, 4)}" for name, loss in repair["finalists"].items())
+        lines.append(f"finalists    {tried}: loss after a repair of each, {judged}")
     if chosen == "none":
         tried = " and ".join(name for name in losses if name != "none") or "nothing"
-        return [f"repair       none: {tried} did not lower the loss {judged}"]
+        return [*lines, f"repair       none: {tried} did not lower the loss {judged}"]
     before, after = (shown(losses[name], 4) for name in ("none", chosen))
     return [
+        *lines,
         f"repair       {chosen}, from {repair['windows']:,} windows in {repair['seconds']:.0f} s: loss {before} before "
-        f"and {after} after, {judged}"
+        f"and {after} after, {judged}",
     ]
 
 

@@ -43,7 +43,8 @@ class Section(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`masks: yes` is 1 to pydantic, and a slip to us."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("input should not be true or false")
         return value
 
@@ -191,11 +192,15 @@ class SearchConfig(Section):
     """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
     selection: Annotated[float, Field(ge=0, le=0.9)] | None = None
     """Share of the sequences (or seconds) for choosing what is kept, on text not learned from; 0: no choice. By default
-    what six looks take, at most three tenths; for reinforce a tenth."""
+    what six looks take, at most three tenths; for reinforce a tenth; with search.refit nothing, as repair chooses."""
     final_windows: Annotated[int, Field(ge=2)] = 128
     """Windows on which the last two of a race of selections are compared."""
     look_windows: Annotated[int, Field(ge=2)] = 8
     """posterior: windows on which it is looked at what single changes to the selection do."""
+    refit: bool | None = None
+    """Run masks on weights that are fitted to the policy whenever it has changed: what survivors can make up for after
+    a repair then costs nothing already while it is learned. By default, where a repair follows that refits weights
+    (repair.method auto, ridge, two-step or admm) and search.objective is cross-entropy."""
     dtype: SearchDtype = "auto"
     """Number format of the weights that are searched on; what is sliced and reported is the model itself: the 'same',
     'bfloat16', or 'int8' (weights alone, by torchao); 'auto': bfloat16 on processors with units for it, of models in
@@ -230,8 +235,9 @@ class RepairConfig(Section):
     biases: Literal["auto", "never", "always"] = "auto"
     """Whether projections get biases that the family does not know; the saved config then declares them, and other
     engines may not. 'auto': for 'bias' alone, which is nothing without."""
-    judge_finalists: bool = False
-    """Repair every finalist of the search, and keep the one with the least loss afterwards."""
+    judge_finalists: bool | None = None
+    """Repair every finalist of the search, and keep the one with the least loss afterwards; by default with
+    search.refit."""
 
 
 class RecoverConfig(Section):

@@ -53,6 +53,10 @@ SLOW = (
 )
 SLOW_RUNS = {
     "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=690", "search.rounds=5"),
+    "posterior-refit": (
+        *(*SLOW, *METHODS["posterior-chunk"], "search.sequences=690", "search.rounds=5"),
+        "search.refit=true",
+    ),
     "reinforce": (*SLOW, *METHODS["reinforce"], "search.sequences=680", "search.baseline=matched"),
 }
 

@@ -5,6 +5,7 @@ python benchmarks/repair/run.py --model stories --repair ridge,two-step --sparsi
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 import time
@@ -18,17 +19,28 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
+from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.task import SOURCES, Task
+from bernprune.config import make_config
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.latency import machine
 from bernprune.objective import masked_objective
+from bernprune.policy.bernoulli import even_probs
 from bernprune.repair import Repairer
+from bernprune.run.initial import scope_of
+from bernprune.run.scoring import group_shares, scores_of
+from bernprune.settings import merge
 
 HERE = Path(__file__).parent
 LEARNED = HERE.parent / "learning" / "results.jsonl"
 KEY = ("model", "plan", "sparsity", "seed", "repair", "target", "biases")
-SEEDS, SPARSITIES, PLANS = [0, 1, 2, 3, 4], [0.3, 0.2, 0.5], ["wanda-sp", "flap", "default"]
+SEEDS, SPARSITIES, PLANS = (
+    [0, 1, 2, 3, 4],
+    [0.3, 0.2, 0.5],
+    ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search"],
+)
+LIMITS = {"stories": 20_480, "embedded": 8_192}  # sequences that a run may take, as in benchmarks/learning
 WINDOWS, JUDGING = 128, 43  # as a run has by default
 # Method, what outputs are fitted to, and whether there are biases that the family has not.
 REPAIRS: dict[str, tuple[Any, Any, bool]] = {
@@ -46,13 +58,27 @@ REPAIRS: dict[str, tuple[Any, Any, bool]] = {
 def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
     """What is kept, bool ``[U]``: by a metric, uniform or pooled as its authors do, or as the learning benchmark found.
 
+    ``metric/allocation`` is another metric, or another way to share the budget out; ``refitted`` is what a run keeps
+    that knows of its repair.
+
     Raises:
         DataError: the benchmark has no row for it.
     """
     if plan == "wanda-sp":
         return task.uniform_mask()
+    if plan == "refitted":
+        return run_preset("default", task, {"repair": {"method": "auto"}})
     if plan == "flap":
         return task.select_by(task.scores("flap"), "pooled")
+    score, _, allocation = plan.partition("/")
+    if allocation:
+        config = make_config(merge(task.given, {"initial": {"score": score, "allocation": allocation}}))
+        stage = dataclasses.replace(task.stage, config=config)
+        scores_U = scores_of(stage, score)
+        shares_G = group_shares(stage, scores_U)
+        return task.select(
+            even_probs(task.space, scores_U, 1 - task.budget.sparsity, scope_of(config), shares_G), scores_U
+        )
     for row in read_rows(LEARNED):
         here = row["model"], row["method"], row["sparsity"], row["seed"]
         if here == (model, plan, task.budget.sparsity, task.seed) and row["removed"]["of"] == task.space.size:
@@ -105,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fill ``results.jsonl``; what stands in it is not run again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=list_of(str, SOURCES), default=list(SOURCES))
-    parser.add_argument("--plan", type=list_of(str, PLANS), default=PLANS)
+    parser.add_argument("--plan", type=list_of(str), default=PLANS)
     parser.add_argument("--repair", type=list_of(str, REPAIRS), default=list(REPAIRS))
     parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
     parser.add_argument("--seed", type=list_of(int), default=SEEDS)
@@ -117,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if SOURCES[model].missing:
                 print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
                 continue
-            task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=10_000)
+            task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=LIMITS[model])
             for plan in given.plan:
                 _fill(results, version, task, {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}, given)
 

@@ -43,6 +43,25 @@ class RunningMoments:
         return (self.second_moment_E - self.mean_E.square()).clamp(min=0)
 
 
+class Gram:
+    """Running second moments of what enters a projection with one another, float64 ``[E, E]`` on its device."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        size, device = projection.in_features, projection.weight.device
+        self._total_EE, self.count = torch.zeros(size, size, dtype=torch.float64, device=device), 0
+
+    def told(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        """A forward hook. Products of one batch are exact enough in float32; adding up many batches is not."""
+        x_NE = inputs[0].flatten(0, -2)
+        x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
+        self._total_EE += x_NE.T @ x_NE
+        self.count += len(x_NE)
+
+    @property
+    def mean_EE(self) -> torch.Tensor:
+        return self._total_EE / self.count
+
+
 @contextmanager
 def moments(
     inputs: Mapping[str, nn.Linear], outputs: Mapping[str, nn.Linear] | None = None

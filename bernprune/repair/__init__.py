@@ -4,6 +4,7 @@
 masks as ever and sliced as it is. The closed forms stand in ``closed``, what they are computed from in ``moments``.
 """
 
+from bernprune.repair.expected import ExpectedWeights
 from bernprune.repair.repairing import RIDGES, Repair, Repairer, clearly_better
 
-__all__ = ["RIDGES", "Repair", "Repairer", "clearly_better"]
+__all__ = ["RIDGES", "ExpectedWeights", "Repair", "Repairer", "clearly_better"]

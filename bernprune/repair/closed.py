@@ -77,7 +77,7 @@ def reformed(moments: Moments, dense: Linear, kept_A: torch.Tensor, *, biased: b
     start_DA = dense.weight_DA * scale_A
     damping = ADMM_DAMPING * gram_AA.diagonal().mean()
     gram_AA.diagonal().add_(damping + ADMM_RHO)
-    factor_AA = _factor(gram_AA)
+    factor_AA = factor(gram_AA)
     wanted_DA, free_DA = cross_DA + damping * start_DA, torch.zeros_like(start_DA)
     kept_DA = start_DA * kept_A
     for _ in range(ADMM_STEPS):
@@ -105,11 +105,11 @@ def _solved(gram_AA: torch.Tensor, wanted_AD: torch.Tensor, ridge: float) -> tor
     """Solve (S + ridge * mean(diag S)) X = wanted."""
     ridged_AA = gram_AA.clone()
     ridged_AA.diagonal().add_(ridge * gram_AA.diagonal().mean())
-    solved_AD: torch.Tensor = torch.cholesky_solve(wanted_AD, _factor(ridged_AA))
+    solved_AD: torch.Tensor = torch.cholesky_solve(wanted_AD, factor(ridged_AA))
     return solved_AD
 
 
-def _factor(gram_AA: torch.Tensor) -> torch.Tensor:
+def factor(gram_AA: torch.Tensor) -> torch.Tensor:
     """Lower Cholesky factor, of a matrix that rounding has left a hair short of positive with a little on its diagonal.
 
     Raises:

@@ -26,6 +26,10 @@ class Weights:
                 kept_D = None if bias_D is None else _copied(bias_D)
                 self._kept[projection] = (_copied(projection.weight), kept_D)
 
+    def of(self, projection: nn.Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias as they were."""
+        return self._kept[projection]
+
     def put_back(self) -> None:
         """Give the projections what was kept of them; one that had no bias has none again."""
         for projection, (weight_DE, bias_D) in self._kept.items():

@@ -22,6 +22,7 @@ from bernprune.policy.masks import some_rows, with_reference
 from bernprune.policy.posterior import PosteriorStats
 from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
+from bernprune.repair import ExpectedWeights
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder
 from bernprune.run.signals import signals
@@ -39,6 +40,7 @@ def run_search(
     search: MaskSearch,
     scores_U: torch.Tensor,
     initial_U: torch.Tensor,
+    weights: ExpectedWeights | None = None,
     *,
     progress: bool | None = None,
 ) -> Work:
@@ -47,6 +49,7 @@ def run_search(
     Args:
         scores_U: the initial scores, which break ties and to which what is learned is compared.
         initial_U: the selection at the start.
+        weights: if given, masks are run on weights that are fitted to the policy as it changes.
         progress: None shows a bar on a terminal only.
 
     Raises:
@@ -54,8 +57,9 @@ def run_search(
         RunError: the checkpoint belongs to other text or units.
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
-    work = _restore(folder, search, stage.text_sha256)
-    loop, workload = _Loop(stage, folder, search, scores_U, initial_U, work), stage.workload
+    work, fitted_U = _restore(folder, search, stage.text_sha256)
+    loop, workload = _Loop(stage, folder, search, scores_U, initial_U, work, weights), stage.workload
+    loop.fit(search.probs_U if fitted_U is None else fitted_U)
     hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
     with (
         tqdm(total=workload.steps, initial=work.step, unit="step", desc="search", disable=hidden) as bar,
@@ -129,6 +133,8 @@ class _Loop:
     scores_U: torch.Tensor
     initial_U: torch.Tensor
     work: Work
+    weights: ExpectedWeights | None = None
+    fitted_U: torch.Tensor | None = None  # keep probabilities that the weights were last fitted to
     saved_at: float = field(default_factory=time.monotonic)
     selected_U: torch.Tensor | None = None  # what would be kept if the search ended now; None until it is asked for
 
@@ -156,10 +162,18 @@ class _Loop:
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
         ended = self._probe(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
+        if self.stage.workload.fits(step):
+            self.fit(self.search.probs_U)
         self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.stage.workload.regret or 0)
         self.work.seconds += time.monotonic() - started
         self._log(metrics, step, learning_rate, stats, dropped, ended)
         return stats
+
+    def fit(self, probs_U: torch.Tensor) -> None:
+        """Fit the weights to a policy, if they are to be."""
+        if self.weights is not None:
+            self.fitted_U = probs_U.clone()
+            self.weights.fit(self.fitted_U)
 
     def _probe(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and the loss of what would be selected now, on the text of the step."""
@@ -240,17 +254,19 @@ class _Loop:
             "settled": self.work.settled,
             "text_sha256": self.stage.text_sha256,
             "search": self.search.state_dict(),
+            "fitted_U": self.fitted_U,
         }
         sync_stream(metrics)
         write_checkpoint(self.folder.checkpoints, self.work.step, state)
         self.saved_at = time.monotonic()
 
 
-def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> Work:
+def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> tuple[Work, torch.Tensor | None]:
+    """What was done, and the keep probabilities that weights were fitted to."""
     state = read_latest(folder.checkpoints)
     if state is None:
-        return Work()
-    if state.keys() != {"step", "sequences", "seconds", "settled", "text_sha256", "search"}:
+        return Work(), None
+    if state.keys() != {"step", "sequences", "seconds", "settled", "text_sha256", "search", "fitted_U"}:
         raise RunError(
             f"the checkpoints in {folder.checkpoints} are of another version; delete that folder to start over"
         )
@@ -258,4 +274,4 @@ def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> Work:
         raise RunError(f"the training text is not the one that the checkpoints in {folder.path} were made with")
     search.load_state_dict(state["search"])
     logger.info("continuing at step %d", state["step"])
-    return Work(state["step"], state["sequences"], state["seconds"], state["settled"])
+    return Work(state["step"], state["sequences"], state["seconds"], state["settled"]), state["fitted_U"]

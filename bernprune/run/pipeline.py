@@ -26,13 +26,13 @@ from bernprune.policy.bernoulli import even_probs, graded, reordered
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.run.finals import Finals, run_finals
+from bernprune.run.finals import TO_BEAT, Finals, run_finals
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.initial import scope_of
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.opening import open_model
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
-from bernprune.run.repairs import Workshop
+from bernprune.run.repairs import Workshop, expected_weights
 from bernprune.run.scoring import take_start
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason, save_and_verify
@@ -125,9 +125,10 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
     if stored is None:
         write_state(folder.initial, start)
-    work = run_search(stage, folder, search, scores_U, initial_U, progress=progress)
-    finalists = _finalists(stage, search, scores_U, {"initial": initial_U, "uniform": uniform_U})
-    finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
+    with expected_weights(stage) as weights:
+        work = run_search(stage, folder, search, scores_U, initial_U, weights, progress=progress)
+        finalists = _finalists(stage, search, scores_U, {"initial": initial_U, "uniform": uniform_U})
+        finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
     followed = _followed(stage, search, start_U, start)
     learned = _write_kept(stage, folder, finals, followed, scores_U)
     report: dict[str, Any] = {
@@ -196,12 +197,14 @@ def _write_kept(
 def _judge_repaired(
     stage: Stage, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Keep what is best after repair, if that is asked for; what was kept so far must be beaten beyond the error."""
-    if workshop is None or not stage.config.repair.judge_finalists:
+    """Keep what is best after repair, if that is asked for; see ``Workshop.prefer`` on what the first must lose by."""
+    if workshop is None or not stage.config.judges_finalists:
         return {}
-    others = {name: mask_U for name, mask_U in finalists.items() if not mask_U.equal(finals.mask_U)}
-    plans = {name: stage.view.space.plan(mask_U) for name, mask_U in {"kept": finals.mask_U, **others}.items()}
-    best, losses = workshop.prefer(plans)
+    rivals = {name: mask_U for name, mask_U in finalists.items() if name != finals.kept}
+    others = {name: mask_U for name, mask_U in rivals.items() if not mask_U.equal(finals.mask_U)}
+    masks = {finals.kept: finals.mask_U, **others}
+    names = sorted(masks, key=lambda name: name != TO_BEAT)
+    best, losses = workshop.prefer({name: stage.view.space.plan(masks[name]) for name in names})
     if best in others:
         finals.kept, finals.mask_U, finals.priorities_U = best, others[best], None
     return {"finalists": losses}

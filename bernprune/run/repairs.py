@@ -7,7 +7,8 @@ from the search, if some is, and otherwise those that come next. None is of the 
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
-from bernprune.repair import Repair, Repairer, clearly_better
+from bernprune.repair import ExpectedWeights, Repair, Repairer, clearly_better
 from bernprune.repair.needs import check_biases, check_tokens, needed_windows
 from bernprune.run.stage import Stage, read_texts, rows_per_forward
 from bernprune.units import KeepPlan
@@ -100,16 +101,16 @@ class Workshop:
     def prefer(self, plans: Mapping[str, KeepPlan]) -> tuple[str, dict[str, float | None]]:
         """Which of several plans is the best once it is repaired, and the mean loss of each then.
 
-        The first must be beaten by a standard error of the mean difference. The model is left as it was.
+        The first must be beaten by a standard error of the mean difference. For ``auto`` the plainest of what it tries
+        decides. The model is left as it was.
         """
         best, first_W, losses = next(iter(plans)), None, dict[str, float]()
         for name, plan in plans.items():
-            done, _ = self._repair(plan)
+            done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
             try:
                 losses_W = self.losses(plan)
             finally:
-                if done is not None:
-                    done.undo()
+                done.undo()
             losses[name] = losses_W.mean().item()
             first_W = losses_W if first_W is None else first_W
             if clearly_better(losses_W, first_W) and not losses[name] >= losses[best]:
@@ -132,6 +133,8 @@ class Workshop:
     def _repair(self, plan: KeepPlan) -> tuple[Repair | None, dict[str, float]]:
         """What was done, and the mean losses of what was tried."""
         if self.method == "auto":
+            for error in self._impossible(plan).values():
+                logger.warning("%s", error)
             return self.repairer.best(plan, self._possible(plan), lambda: self.losses(plan))
         before = self.losses(plan).mean().item()
         done = self.repairer.repair(plan, self.method)
@@ -140,15 +143,17 @@ class Workshop:
 
     def _possible(self, plan: KeepPlan) -> tuple[RepairName, ...]:
         """Of the methods that ``auto`` tries, those for which there is text enough."""
-        return tuple(filter(lambda method: self._fits(plan, method), _AUTO)) or _LESS
+        return tuple(method for method in _AUTO if method not in self._impossible(plan)) or _LESS
 
-    def _fits(self, plan: KeepPlan, method: RepairName) -> bool:
-        try:
-            check_tokens(plan.architecture, self.repairer.windows_WT.shape, method, plan.layers)
-        except DataError as error:
-            logger.warning("%s", error)
-            return False
-        return True
+    def _impossible(self, plan: KeepPlan) -> dict[RepairName, DataError]:
+        """The others, and why."""
+        errors: dict[RepairName, DataError] = {}
+        for method in _AUTO:
+            try:
+                check_tokens(plan.architecture, self.repairer.windows_WT.shape, method, plan.layers)
+            except DataError as error:
+                errors[method] = error
+        return errors
 
     def _record(self, done: Repair | None, losses: Mapping[str, float]) -> dict[str, Any]:
         chosen = "none" if done is None else done.method
@@ -161,6 +166,21 @@ class Workshop:
             "target": self.repairer.target,
             "layers": [] if done is None else done.layers,
         }
+
+
+@contextmanager
+def expected_weights(stage: Stage) -> Iterator[ExpectedWeights | None]:
+    """For the length of the block, weights of the live model that can be fitted to a policy; None if none are to be."""
+    if not stage.config.search.refit or stage.workload.steps == 0:
+        yield None
+        return
+    workshop = Workshop.of_stage(stage)
+    fitting_WT = stage.initial_windows_WT if workshop is None else workshop.repairer.windows_WT
+    weights = ExpectedWeights(stage.view, fitting_WT, rows_per_forward=stage.rows)
+    try:
+        yield weights
+    finally:
+        weights.undo()
 
 
 def repair_text(config: RunConfig, tokenizer: Any, model_config: Any) -> torch.Tensor:

@@ -24,6 +24,7 @@ from bernprune.units import UnitSpace
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
+FITS = 32  # of weights to a policy, which takes as long for a large model as thousands of sequences
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 # Of the sequences, for the final choice: what so many looks take and the race before them, if it is no more than that.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # and where nothing is looked at, a tenth
@@ -76,6 +77,11 @@ class Workload:
     def round_ends(self, step: int) -> bool:
         """Whether a round ends with this step."""
         return rounds_in(step + 1, self.round_steps) > rounds_in(step, self.round_steps)
+
+    def fits(self, step: int) -> bool:
+        """Whether weights are fitted to the policy after this step: at the end of a round, at most ``FITS`` times."""
+        rounds = 1 if self.steps is None else rounds_in(self.steps, self.round_steps)
+        return self.round_ends(step) and rounds_in(step + 1, self.round_steps) % -(-rounds // FITS) == 0
 
     def selection_sequences(self, work: Work) -> int:
         """What may be run forward to choose among finalists, after a search of so much work."""
@@ -148,8 +154,8 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
 def _choosing(config: RunConfig, space: UnitSpace, available: int) -> float:
     """Share of the sequences for the final choice."""
     search, dense_pass = config.search, config.search.objective == "kl"
-    if search.selection is not None:
-        return search.selection
+    if search.selection is not None or search.refit:  # then what is chosen is judged after its repair
+        return search.selection or 0.0
     if search.method != "posterior":
         return CHOOSING
     racing = heat_sequences(MOST_FINALISTS, search.final_windows) + dense_pass * search.final_windows

@@ -16,7 +16,7 @@ from torch import nn
 
 from bernprune.errors import ConfigError
 from bernprune.models.hooks import hooked
-from bernprune.models.statistics import POINTS
+from bernprune.models.statistics import POINTS, Gram
 from bernprune.models.view import ModelView
 from bernprune.scores.base import Metric
 from bernprune.scores.stream import LayerPass, Scores, by_layer, of_parts
@@ -42,34 +42,20 @@ def repaired_error(weight_DE: torch.Tensor, moments_EE: torch.Tensor, units: int
     return errors_N
 
 
-class _Gram:
-    """Running second moments of what enters a projection, float64 ``[E, E]`` on its device."""
-
-    def __init__(self, projection: nn.Linear) -> None:
-        size, device = projection.in_features, projection.weight.device
-        self.total_EE, self.count = torch.zeros(size, size, dtype=torch.float64, device=device), 0
-
-    def add(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x_NE = inputs[0].flatten(0, -2)
-        x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
-        self.total_EE += x_NE.T @ x_NE
-        self.count += len(x_NE)
-
-
 def _of_layer(at: LayerPass) -> Scores:
-    moments, energy = {point: _Gram(at.projection(point)) for point in POINTS}, list[float]()
+    moments, energy = {point: Gram(at.projection(point)) for point in POINTS}, list[float]()
 
     def weigh(module: nn.Module, inputs: Any, output_RTD: torch.Tensor) -> None:
         energy.append(output_RTD.double().square().sum().item())
 
-    grams = [(at.projection(point), moments[point].add) for point in POINTS]
+    grams = [(at.projection(point), moments[point].told) for point in POINTS]
     with hooked(*grams, (at.layer.layer, weigh)):
         seen = at.moments(POINTS)
     tokens, shape = seen["down"].count, at.layer.shape
     errors = {}
     for point, units in (("output", shape.kv_groups), ("down", shape.channels)):
         weight_DE = at.weight(point)
-        errors[point] = repaired_error(weight_DE, moments[point].total_EE / tokens, units) * tokens / sum(energy)
+        errors[point] = repaired_error(weight_DE, moments[point].mean_EE, units) * tokens / sum(energy)
     return of_parts(errors["output"], errors["down"])
 
 

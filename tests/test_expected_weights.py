@@ -1,0 +1,196 @@
+"""Weights for a policy are right on average over its masks, and gone without a trace afterwards.
+
+Letters: N units, E inputs, D outputs, T tokens, K masks.
+"""
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
+from tiny_run import FOUR_ROUNDS, STEPS, Place, finish, read_json, without_times
+from tolerances import EXACT, LOGITS, assert_close
+
+from bernprune.backends import TORCH
+from bernprune.config import make_config
+from bernprune.errors import ConfigError, ModelError
+from bernprune.models.loading import load_model
+from bernprune.models.masking import masked
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import describe
+from bernprune.repair import ExpectedWeights
+from bernprune.repair.expected import expected_fit
+from bernprune.run import loop, workload
+from bernprune.run.applying import read_plan
+
+WINDOWS_WT = random_tokens(12, 9)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.3])
+@pytest.mark.parametrize("units", [4, 2])
+def test_they_are_least_squares_over_inputs_and_masks(units: int, ridge: float) -> None:
+    """Every mask with its probability, every token, and a row more an input that holds back."""
+    random = np.random.default_rng(0)
+    x_TE, weight_DE = random.normal(size=(30, 4)), random.normal(size=(3, 4))
+    x_TE[:, 1] += x_TE[:, 0]
+    probs_N = random.uniform(0.1, 0.9, size=units)
+    rows, targets = [], []
+    for kept in itertools.product([0, 1], repeat=units):
+        share = math.prod(p if k else 1 - p for p, k in zip(probs_N, kept, strict=True))
+        rows.append(np.sqrt(share / 30) * x_TE * np.repeat(kept, 4 // units))
+        targets.append(np.sqrt(share / 30) * x_TE @ weight_DE.T)
+    gram_EE = x_TE.T @ x_TE / 30
+    holding = np.sqrt(ridge * gram_EE.diagonal().mean()) * np.eye(4)
+    solved = np.linalg.lstsq(np.vstack([*rows, holding]), np.vstack([*targets, holding @ weight_DE.T]), rcond=None)[0]
+    found_DE = expected_fit(torch.tensor(weight_DE), torch.tensor(gram_EE), torch.tensor(probs_N), ridge)
+    assert_close(found_DE, torch.tensor(solved.T), 1e2 * EXACT)
+
+
+def test_of_a_selection_they_are_its_ridge_regression() -> None:
+    """What is kept with certainty takes over for what is not, whose own weights stay as they are."""
+    random = torch.Generator().manual_seed(0)
+    x_TE = torch.randn(40, 6, generator=random, dtype=torch.float64)
+    weight_DE = torch.randn(3, 6, generator=random, dtype=torch.float64)
+    gram_EE, kept = x_TE.T @ x_TE / 40, torch.tensor([0, 1, 3, 5])
+    gone = torch.tensor([2, 4])
+    probs_E = torch.zeros(6).index_fill(0, kept, 1.0)
+    found_DE = expected_fit(weight_DE, gram_EE, probs_E, 0.01)
+    ridged = gram_EE[kept][:, kept] + 0.01 * gram_EE.diagonal().mean() * torch.eye(4, dtype=torch.float64)
+    change_DA = torch.linalg.solve(ridged, gram_EE[kept][:, gone] @ weight_DE[:, gone].T).T
+    assert_close(found_DE[:, kept], weight_DE[:, kept] + change_DA, EXACT)
+    assert_close(found_DE[:, gone], weight_DE[:, gone], EXACT)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_they_come_nearer_to_the_dense_model_on_average(variant: Variant) -> None:
+    """In the loss of masks of the policy, which are none of those that they were computed from."""
+    model = variant.model(torch.float32)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    view = describe(model)
+    weights = ExpectedWeights(view, WINDOWS_WT, rows_per_forward=5)
+    masks_KU = torch.rand(40, view.space.size, generator=torch.Generator().manual_seed(1)) < 0.7
+
+    @torch.no_grad()
+    def error() -> float:
+        """Of the last hidden states, which nothing fits, but those that are wrong less on the way are nearer."""
+        with masked(view, TORCH) as live:
+            total = 0.0
+            for mask_U in masks_KU:
+                live.set(mask_U[None])
+                total += (model.model(WINDOWS_WT).last_hidden_state - dense_RTD).square().mean().item()
+        return total
+
+    with torch.no_grad():
+        dense_RTD = model.model(WINDOWS_WT).last_hidden_state
+    unfitted = error()
+    weights.fit(torch.full((view.space.size,), 0.7, dtype=torch.float64))
+    assert error() < 0.99 * unfitted
+    weights.fit(torch.ones(view.space.size))
+    with torch.no_grad():
+        assert_close(model.model(WINDOWS_WT).last_hidden_state, dense_RTD, 1e2 * LOGITS[torch.float32])
+    weights.undo()
+    assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
+
+
+def test_blocks_have_nothing_to_make_up_with() -> None:
+    """Their projections are left alone, and only those of the kinds that are there are fitted."""
+    model = tiny_model("llama")
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    view = describe(model, ("ffn", "channel"))
+    ExpectedWeights(view, WINDOWS_WT, rows_per_forward=5).fit(torch.full((view.space.size,), 0.5))
+    changed = {name for name, parameter in model.named_parameters() if not parameter.equal(before[name])}
+    assert changed == {f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(4)}
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.up_proj.weight.data[0] = math.inf
+    with pytest.raises(ModelError, match="activations of layer 2 are not finite"):
+        ExpectedWeights(describe(model), WINDOWS_WT, rows_per_forward=5)
+
+
+# In a run
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, True),
+        ({"repair": {"method": "ridge"}}, True),
+        ({"repair": {"method": "none"}}, False),
+        ({"repair": {"method": "bias"}}, False),
+        ({"search": {"objective": "kl"}}, False),
+        ({"search": {"dtype": "int8"}}, False),
+        ({"granularity": ["attention", "ffn"]}, False),
+        ({"granularity": ["ffn", "channel"]}, True),
+        ({"preset": "paper"}, False),
+        ({"search": {"refit": False}}, False),
+        ({"search": {"refit": True}, "repair": {"method": "none"}}, True),
+    ],
+    ids=str,
+)
+def test_when_weights_are_refitted(given: dict[str, Any], expected: bool) -> None:
+    """It is settled when a run begins, and finalists are judged after their repair if so."""
+    config = make_config(given)
+    assert config.search.refit is expected and config.judges_finalists is expected
+    assert make_config(config.to_dict() | {"repair": {"method": "none"}}).search.refit is expected
+
+
+@pytest.mark.parametrize(
+    "given", [{"search": {"objective": "kl"}}, {"search": {"dtype": "int8"}}, {"granularity": ["layer"]}], ids=str
+)
+def test_it_is_refused_where_it_cannot_be(given: dict[str, Any]) -> None:
+    given = {**given, "search": {**given.get("search", {}), "refit": True}}
+    with pytest.raises(ConfigError, match=r"search\.refit has no meaning for (search|granularity)"):
+        make_config(given)
+
+
+@pytest.fixture(scope="module")
+def refitted(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose masks saw other weights."""
+    return finish(prepared, tmp_path_factory.mktemp("refitted"), *FOUR_ROUNDS, "search.refit=true")
+
+
+def test_what_is_reported_is_of_the_model_itself(refitted: Path, prepared: Place, tmp_path: Path) -> None:
+    """The search saw other losses; what is not learned has the same figures, and the plan cuts the same model."""
+    plain = finish(prepared, tmp_path, *FOUR_ROUNDS)
+    reports = [read_json(folder / "report.json") for folder in (plain, refitted)]
+    for name in ("dense", "uniform", "initial"):
+        assert reports[0]["loss"][name] == reports[1]["loss"][name]
+    losses = [[line["loss"] for line in without_times(folder / "metrics.jsonl")] for folder in (plain, refitted)]
+    assert losses[0][0] != losses[1][0] and len(losses[0]) == len(losses[1]) == STEPS
+    model = slice_model(load_model(str(prepared.model)), read_plan(refitted / "plan.json"))
+    found = load_file(refitted / "model" / "model.safetensors")
+    assert all(found[name].equal(value) for name, value in model.state_dict().items() if name in found)
+
+
+@pytest.mark.parametrize(
+    ("fits", "expected"), [(32, [0, 2, 4, 6, 8]), (4, [0, 2, 4, 6, 8]), (2, [0, 4, 8]), (1, [0, 8])]
+)
+def test_weights_are_fitted_so_often_at_most(
+    fits: int, expected: list[int], prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the policy at the start, and where rounds end."""
+    steps: list[int] = []
+    fit = loop._Loop.fit
+
+    def noted(self: Any, probs_U: torch.Tensor) -> None:
+        steps.append(self.work.step)
+        fit(self, probs_U)
+
+    monkeypatch.setattr(loop._Loop, "fit", noted)
+    monkeypatch.setattr(workload, "FITS", fits)
+    finish(prepared, tmp_path, *FOUR_ROUNDS, "search.refit=true")
+    assert steps == expected
+
+
+def test_nothing_is_fitted_for_a_search_of_nothing(
+    prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ExpectedWeights, "__init__", lambda *_, **__: 1 / 0)
+    finish(prepared, tmp_path, "search.sequences=0", "search.refit=true")
