@@ -14,7 +14,7 @@ from bernprune.errors import DataError
 
 
 def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the plan of the learning benchmark among them, and no repair left in the model for the next."""
+    """Of every plan, that of the learning benchmark among them, and with no repair left in the model for the next."""
     source = source_of(place)
     monkeypatch.setitem(SOURCES, "tiny", source)
     monkeypatch.setattr(run, "WINDOWS", 20)
@@ -27,7 +27,7 @@ def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.
     run.main([*arguments, "--repair", "bias,ridge"])
     rows = read_rows(tmp_path / "results.jsonl", run.KEY)
     assert [(row["plan"], row["repair"]) for row in rows] == [
-        (plan, repair) for plan in ("wanda-sp", "flap", "default") for repair in ("bias", "ridge")
+        (plan, repair) for plan in run.PLANS for repair in ("bias", "ridge")
     ]
     assert rows[0]["unrepaired"] == rows[1]["unrepaired"] == rows[4]["unrepaired"] == rows[5]["unrepaired"]
     assert rows[0]["loss"] == rows[4]["loss"] != rows[1]["loss"] == rows[5]["loss"]

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 
 from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
+from benchmarks.learning.run import SEQUENCES
 from benchmarks.learning.task import SOURCES, Task
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, DataError
@@ -35,12 +36,8 @@ from bernprune.settings import merge
 HERE = Path(__file__).parent
 LEARNED = HERE.parent / "learning" / "results.jsonl"
 KEY = ("model", "plan", "sparsity", "seed", "repair", "target", "biases")
-SEEDS, SPARSITIES, PLANS = (
-    [0, 1, 2, 3, 4],
-    [0.3, 0.2, 0.5],
-    ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search"],
-)
-LIMITS = {"stories": 20_480, "embedded": 8_192}  # sequences that a run may take, as in benchmarks/learning
+SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.3, 0.2, 0.5]
+PLANS = ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search", "ifso-repaired/uniform"]
 WINDOWS, JUDGING = 128, 43  # as a run has by default
 # Method, what outputs are fitted to, and whether there are biases that the family has not.
 REPAIRS: dict[str, tuple[Any, Any, bool]] = {
@@ -143,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if SOURCES[model].missing:
                 print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
                 continue
-            task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=LIMITS[model])
+            task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=SEQUENCES.get(model, 10_000))
             for plan in given.plan:
                 _fill(results, version, task, {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}, given)
 

@@ -93,7 +93,7 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
         f"memory       about {memory / 2**30:.2f} GiB on {device} ({held})",
         f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
         f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation"
-        + ("" if config.repair.method == "none" else "; the repair is not counted, in time or memory"),
+        + ("" if config.repair.method == "none" else "; repairs, and fitting weights to the policy, are not counted, in time or memory"),
     ]
 
 
