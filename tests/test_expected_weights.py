@@ -193,4 +193,5 @@ def test_nothing_is_fitted_for_a_search_of_nothing(
     prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ExpectedWeights, "__init__", lambda *_, **__: 1 / 0)
-    finish(prepared, tmp_path, "search.sequences=0", "search.refit=true")
+    out = finish(prepared, tmp_path, "search.sequences=0", "search.refit=true")
+    assert read_json(out / "report.json")["search"]["sequences"] == 0

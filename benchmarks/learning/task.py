@@ -118,7 +118,7 @@ class Task:
         self.source, self.meter = source, Meter(limit)
         given: Settings = {
             "model": {"path": source.model},
-            "data": {"text": _as_file(source.text, folder), "eval_tokens": REPORT_TOKENS},
+            "data": {"text": learning_text(source, folder), "eval_tokens": REPORT_TOKENS},
             "budget": {"sparsity": sparsity},
             "seed": seed,
         }
@@ -208,10 +208,10 @@ class Task:
             return initial_scores(self.view, tokens_BT, SCORES[name], seed=self.stage.config.seed)
 
 
-def _as_file(text: str, folder: Path) -> str:
-    """The path of a learning text; the embedded one, which has no last tenth of its own, is written down."""
-    if text != EMBEDDED:
-        return text
+def learning_text(source: Source, folder: Path) -> str:
+    """The path of a learning text; the embedded one, which has no last tenth of its own, is written into the folder."""
+    if source.text != EMBEDDED:
+        return source.text
     path = folder / "embedded.jsonl"
     if not path.is_file():
         documents = load_documents(EMBEDDED, split="train", max_characters=64_000_000)

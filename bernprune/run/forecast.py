@@ -89,11 +89,14 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
         held += f" in {opened.dtype} while it is searched, {full / 2**30:.2f} GiB when it is sliced"
     rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
     limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
+    more = [
+        what for what, used in (("repairs", config.repair.method != "none"), ("fitting weights", search.refit)) if used
+    ]
+    uncounted = f"; {' and '.join(more)} are not counted, in time or memory" if more else ""
     return [
         f"memory       about {memory / 2**30:.2f} GiB on {device} ({held})",
         f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
-        f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation"
-        + ("" if config.repair.method == "none" else "; repairs, and fitting weights to the policy, are not counted, in time or memory"),
+        f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation" + uncounted,
     ]
 
 
