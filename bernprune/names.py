@@ -33,6 +33,7 @@ ScoreName = Literal[
     "hywia",
     "ifso",
     "ifso-repaired",
+    "ifso-halfway",
     "rank-average",
     "fused",
     "magnitude",

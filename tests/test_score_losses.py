@@ -17,7 +17,7 @@ from bernprune.scores import SCORES, Options, initial_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
 from bernprune.scores.fusion import ranks_of_members
-from bernprune.scores.ifso_repaired import repaired_error
+from bernprune.scores.ifso_repaired import errors
 from bernprune.scores.stream import without_worst
 
 CPU = torch.device("cpu")
@@ -70,13 +70,17 @@ def test_repaired_errors_are_those_of_least_squares(width: int) -> None:
     damping = 0.01 * moments_EE.diagonal().mean()
     # The damping is that of rows more, each of which sees one input alone.
     rows_NE = torch.cat([x_NE / 50**0.5, damping.sqrt() * torch.eye(6, dtype=torch.float64)])
-    expected = []
+    expected, unrepaired = [], []
     for unit in range(6 // width):
         kept = [e for e in range(6) if e // width != unit]
+        gone = [e for e in range(6) if e // width == unit]
         target = rows_NE @ weight_DE.T
         solved = torch.linalg.lstsq(rows_NE[:, kept], target).solution
         expected.append((rows_NE[:, kept] @ solved - target).square().sum().item())
-    assert_close(repaired_error(weight_DE, moments_EE, 6 // width), torch.tensor(expected, dtype=torch.float64), 1e-9)
+        unrepaired.append((rows_NE[:, gone] @ weight_DE[:, gone].T).square().sum().item())
+    plain_N, repaired_N = errors(weight_DE, moments_EE, 6 // width)
+    assert_close(repaired_N, torch.tensor(expected, dtype=torch.float64), 1e-9)
+    assert_close(plain_N, torch.tensor(unrepaired, dtype=torch.float64), 1e-9)
 
 
 def test_a_unit_that_others_can_stand_in_for_scores_low() -> None:
@@ -124,6 +128,16 @@ def test_a_layers_influence_is_what_it_does_to_the_stream() -> None:
     expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(states[:-1])]
     assert_close(found_L[: len(expected)], torch.stack(expected), 1e-9)
     assert found_L.min() > 1e-4
+
+
+def test_halfway_lies_between() -> None:
+    """Its square is the product of what a unit gives and of what is left of it once the others make up for it."""
+    view = describe(tiny_model("llama", torch.float64))
+    repaired_U, halfway_U = (
+        initial_scores(view, WINDOWS_WT, SCORES[name], rows_per_forward=4) for name in ("ifso-repaired", "ifso-halfway")
+    )
+    plain_U = halfway_U.square() / repaired_U
+    assert (plain_U > halfway_U).all() and (halfway_U > repaired_U).all()
 
 
 @pytest.mark.parametrize("granularity", [("attention", "ffn"), ("layer", "attention", "ffn")], ids="+".join)

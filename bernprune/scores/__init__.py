@@ -27,7 +27,7 @@ from bernprune.scores.fusion import FUSED, RANK_AVERAGE
 from bernprune.scores.goa import GOA, GOA_MOMENT
 from bernprune.scores.hywia import HYWIA
 from bernprune.scores.ifso import IFSO
-from bernprune.scores.ifso_repaired import IFSO_REPAIRED
+from bernprune.scores.ifso_repaired import IFSO_HALFWAY, IFSO_REPAIRED
 from bernprune.scores.magnitude import MAGNITUDE
 from bernprune.scores.mini_llm import MINI_LLM, MINI_LLM_WEIGHTS
 from bernprune.scores.random_score import RANDOM
@@ -56,6 +56,7 @@ SCORES: dict[str, Metric] = {
         HYWIA,
         IFSO,
         IFSO_REPAIRED,
+        IFSO_HALFWAY,
         RANK_AVERAGE,
         FUSED,
         MAGNITUDE,

@@ -1,0 +1,43 @@
+"""The benchmark of metrics as starts: a row for each metric and budget, once, and a table of rows alone."""
+
+from pathlib import Path
+
+import pytest
+from benchmark_tasks import source_of
+from tiny_run import Place
+
+from benchmarks.learning.rows import read_rows
+from benchmarks.learning.task import SOURCES
+from benchmarks.scores import starts
+from bernprune.scores import SCORES
+
+
+def test_rows_of_starts(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOURCES, "tiny", source_of(place))
+    monkeypatch.setitem(starts.SEQUENCES, "tiny", 400)
+    monkeypatch.setattr(starts, "SHARES", (0.0, 1.0))
+    folder = tmp_path / "rows"
+    given = [
+        "--model=tiny",
+        "--sparsity=0.3",
+        "--seed=0",
+        "--score=wanda-sp,random",
+        "--share=0,1",
+        f"--folder={folder}",
+    ]
+    starts.main(given)
+    rows = read_rows(folder / "starts.jsonl", starts.KEY)
+    assert [(row["score"], row["sequences"]) for row in rows] == [
+        (score, sequences) for score in ("wanda-sp", "random") for sequences in (0, 400)
+    ]
+    alone = rows[0]
+    assert alone["unrepaired"] == pytest.approx(alone["initial"]) and alone["seconds"] < rows[1]["seconds"]
+    assert len({row["loss"] for row in rows}) >= 2
+    text = (folder / "starts.md").read_text()
+    assert all(f"{row['loss']:.3f}" in text for row in rows) and "| metric | alone | 400 sequences | draws |" in text
+    starts.main(given)
+    assert read_rows(folder / "starts.jsonl", starts.KEY) == rows
+
+
+def test_all_metrics_of_units_can_start() -> None:
+    assert set(SCORES) - set(starts.STARTS) == {"block-influence", "block-perplexity"}
