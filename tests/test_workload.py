@@ -163,13 +163,21 @@ def test_the_choice_has_what_six_looks_take(sequences: int) -> None:
     wanted = 384 + 6 * 176
     for method, share in (("posterior", min(0.3, wanted / sequences)), ("reinforce", 0.1)):
         workload = plan_work(
-            make_config({"search": {"sequences": sequences, "method": method, **PLAIN[method]}}), units_of(UNITS)
+            make_config({"search": {"sequences": sequences, "method": method, "refit": False, **PLAIN[method]}}),
+            units_of(UNITS),
         )
         choosing = workload.selection_sequences(walk(workload)[0])
         if method == "posterior" and share < 0.3:
             assert wanted <= choosing < wanted + 50
         else:
             assert share * sequences - 150 < choosing <= share * sequences
+
+
+def test_there_is_no_choice_where_repair_chooses() -> None:
+    """Unless it is asked for."""
+    for given, share in (({}, 0.0), ({"selection": 0.2}, 0.2)):
+        workload = plan_work(make_config({"search": {"sequences": 8192, **given}}), units_of(UNITS))
+        assert workload.choosing == pytest.approx(share / (1 - share))
 
 
 def test_auto_spends_several_times_the_default() -> None:
