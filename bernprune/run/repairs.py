@@ -1,7 +1,8 @@
 """Repair as part of a run: on which text, by which method, and what the report says of it.
 
 The windows are the first that the search reads. Others judge, which are not fitted on: of the text that is kept back
-from the search, if some is, and otherwise those that come next. None is of the text that the run is evaluated on.
+from the search, if some is, otherwise those that come after what the search reads, or, if there are none, after those.
+None is of the text that the run is evaluated on.
 """
 
 import logging
@@ -23,15 +24,14 @@ from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
 from bernprune.repair import ExpectedWeights, Repair, Repairer, clearly_better
-from bernprune.repair.needs import check_biases, check_tokens, needed_windows
+from bernprune.repair.needs import check_biases, check_tokens
 from bernprune.run.stage import Stage, read_texts, rows_per_forward
+from bernprune.run.workload import fitting_windows, judging_windows
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
-_WINDOWS = 128
-_JUDGED = 4  # of so many windows, one judges
-_LEAST_FITTING, _LEAST_JUDGING = 2, 2  # one to fit on and one to check; and two for a standard error
+_LEAST_FITTING = 2  # one to fit on and one to check
 _AUTO: tuple[RepairName, ...] = ("ridge", "two-step")
 _LESS: tuple[RepairName, ...] = ("scale",)  # where the text is too short for either
 
@@ -54,16 +54,16 @@ class Workshop:
         ops: MaskedOps,
         rows: int,
         kept_back: TokenWindows | None = None,
+        learned: int = 0,
     ) -> "Workshop":
         """Raises ``DataError`` or ``ConfigError`` if the method asked for may be impossible for what will be kept.
 
         Args:
             kept_back: windows that nothing was learned from, which judge, if there are any.
+            learned: windows that were learned from, the first ones; others judge, if there are enough.
         """
-        settings, window = config.repair, train.window
-        widest = max(max(layer.output.in_features, layer.down.in_features) for layer in view.layers)
-        fitted = settings.windows or max(_WINDOWS, needed_windows(max(widest, view.architecture.hidden_size), window))
-        fitting_WT, judging_WT = _shared_out(train, kept_back, fitted)
+        settings = config.repair
+        fitting_WT, judging_WT = _shared_out(train, kept_back, fitting_windows(config, view.architecture), learned)
         repairer = Repairer(
             view,
             fitting_WT,
@@ -83,7 +83,8 @@ class Workshop:
         """None where nothing is to be repaired."""
         if stage.config.repair.method == "none":
             return None
-        return cls.of(stage.config, stage.view, stage.train, stage.ops, stage.rows, stage.kept_back)
+        learned = (stage.workload.steps or 0) * stage.config.search.windows
+        return cls.of(stage.config, stage.view, stage.train, stage.ops, stage.rows, stage.kept_back, learned)
 
     @classmethod
     def of_model(cls, config: RunConfig, model: Any, stream_N: torch.Tensor) -> "Workshop":
@@ -196,26 +197,28 @@ def repair_text(config: RunConfig, tokenizer: Any, model_config: Any) -> torch.T
     return read_texts(config, tokenizer, model_config.vocab_size)[0]
 
 
-def _shared_out(train: TokenWindows, kept_back: TokenWindows | None, fitted: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _shared_out(
+    train: TokenWindows, kept_back: TokenWindows | None, fitted: int, learned: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows to fit on, at most so many, and a third as many others to judge by.
 
     Raises:
         DataError: there are not two of each.
     """
-    judging, available = max(_LEAST_JUDGING, -(-fitted // (_JUDGED - 1))), train.num_windows
+    judging, available = judging_windows(fitted), train.num_windows
     if kept_back is not None:
         judging, fitted = min(judging, kept_back.num_windows), min(fitted, available)
         return train.windows(0, fitted), kept_back.windows(0, judging)
     if fitted + judging > available:
-        judging = max(_LEAST_JUDGING, available // _JUDGED)
+        judging = judging_windows(available * 3 // 4)
     fitted = min(fitted, available - judging)
     if fitted < _LEAST_FITTING:
         raise DataError(
-            f"repair needs at least {_LEAST_FITTING + _LEAST_JUDGING} windows of {train.window} tokens of calibration "
-            f"text, but there are {available}; give more text, or repair.method 'none'"
+            f"repair needs at least {_LEAST_FITTING + judging_windows(0)} windows of {train.window} tokens of "
+            f"calibration text, but there are {available}; give more text, or repair.method 'none'"
         )
-    windows_WT = train.windows(0, fitted + judging)
-    return windows_WT[:fitted], windows_WT[fitted:]
+    first = max(fitted, min(learned, available - judging))
+    return train.windows(0, fitted), train.windows(first, judging)
 
 
 def _finite(losses: Mapping[str, float]) -> dict[str, float | None]:

@@ -24,7 +24,14 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.run.initial import check_scores, check_scoring
 from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
-from bernprune.run.workload import Workload, make_budget, make_limits, plan_work
+from bernprune.run.workload import (
+    Workload,
+    fitting_windows,
+    judging_windows,
+    make_budget,
+    make_limits,
+    plan_work,
+)
 from bernprune.text import load_documents
 from bernprune.units import UnitSpace
 
@@ -236,6 +243,8 @@ def _keep_back(
     """The stream to learn from and, if it may be read more than once, what of it the final choice has for itself."""
     window, num_windows = config.data.window, len(stream) // config.data.window
     learning, choosing = workload.windows_read(config.search, space)
+    if config.judges_finalists and config.repair.method != "none" and workload.steps != 0:
+        choosing = max(choosing, judging_windows(fitting_windows(config, space.architecture)))
     if not choosing or learning + choosing <= num_windows:
         return stream, None
     count = int(

@@ -18,13 +18,15 @@ from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits
+from bernprune.repair.needs import needed_windows
 from bernprune.sections import SearchConfig
-from bernprune.units import UnitSpace
+from bernprune.units import Architecture, UnitSpace
 
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
 FITS = 32  # of weights to a policy, which takes as long for a large model as thousands of sequences
+REPAIR_WINDOWS = 128
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 # Of the sequences, for the final choice: what so many looks take and the race before them, if it is no more than that.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # and where nothing is looked at, a tenth
@@ -187,6 +189,19 @@ def _least_round(config: RunConfig) -> int:
 def default_sequences(num_units: int) -> int:
     """A sensible number of windows to run forward for so many units."""
     return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
+
+
+def fitting_windows(config: RunConfig, architecture: Architecture) -> int:
+    """Calibration windows of a repair: as many as the widest matrix that it solves with needs, whatever is kept."""
+    shapes = architecture.layers
+    widest = max(max(shape.channels, shape.query_heads * architecture.head_dim) for shape in shapes)
+    needed = needed_windows(max(widest, architecture.hidden_size), config.data.window)
+    return config.repair.windows or max(REPAIR_WINDOWS, needed)
+
+
+def judging_windows(fitted: int) -> int:
+    """Others by which repairs on so many are judged: a third as many, and two for a standard error."""
+    return max(2, -(-fitted // 3))
 
 
 def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = None) -> Budget:
