@@ -20,7 +20,7 @@ PACKAGES = [
     "bernprune.run",
     "bernprune.scores",
 ]
-TEST = ["pytest>=8"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6"]
 RECOVER = ["peft>=0.15", "accelerate>=1"]
 # Not among those: where it finds no GPU, it says so in every command.
 QUANTISED = ["torchao>=0.9"]

@@ -111,7 +111,7 @@ def _drop_stuck_output() -> None:
 def _how_to_resume() -> str:
     out, recovery = _State.out, _State.recovering
     if recovery is not None and RecoveryFolder(recovery).unfinished:
-        return "; the same command goes on"
+        return "; the same command, without --overwrite, goes on"
     if out is None or not RunFolder(out).unfinished:
         return ""
     return f"; continue with: bernprune resume {shlex.quote(str(out))}"
@@ -285,7 +285,9 @@ def apply(
 def recover(
     run: Annotated[Path, typer.Argument(help="Run folder of a finished run.")],
     out: Annotated[Path, typer.Argument(help="Folder of the recovery.")],
-    text: Annotated[str | None, typer.Option(help="Text to train on; by default the run's calibration text.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text to train on, all of it; by default the run's, less what is evaluated on.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help=f"What may differ from the run: {', '.join(RECOVERY_SETTINGS)}."),

@@ -96,6 +96,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
+        if self.search.refit is None:  # settled here: a repair that is changed on the way must not change the search
+            refit = self.repair.method in REFITTING and self.refit_refused is None
+            object.__setattr__(self, "search", self.search.model_copy(update={"refit": refit}))
         if self.data.eval_join is not None and self.data.eval_text is None:
             raise ValueError("data.eval_join is for data.eval_text, which is not given")
         if not self.granularity or len(set(self.granularity)) != len(self.granularity):
@@ -133,8 +136,9 @@ class RunConfig(Section):
             if self._changed(setting) and self._value(other) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
         for name in ("search.final_windows", "search.look_windows"):
-            if self._changed(name) and self.search.selection == 0:
-                raise ValueError(f"{name} has no meaning for search.selection 0")
+            if self._changed(name) and not self.search.selection and (self.search.refit or self.search.selection == 0):
+                why = "" if self.search.selection == 0 else ", which is the default with search.refit"
+                raise ValueError(f"{name} has no meaning for search.selection 0{why}")
 
     def _value(self, setting: str) -> Any:
         section, name = setting.split(".")
@@ -210,8 +214,8 @@ class RunConfig(Section):
     @property
     def judges_finalists(self) -> bool:
         """Whether finalists of the search are repaired, and judged by that."""
-        given = self.repair.judge_finalists
-        return bool(self.search.refit if given is None else given)
+        given, searches = self.repair.judge_finalists, self.search.sequences != 0
+        return self.repair.method != "none" and bool(self.search.refit and searches if given is None else given)
 
     @property
     def longest_window(self) -> int:
@@ -239,11 +243,6 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
     try:
-        config = RunConfig.model_validate(merge(PRESETS[preset], given))
+        return RunConfig.model_validate(merge(PRESETS[preset], given))
     except ValidationError as error:
         raise ConfigError(sentence(error, RunConfig)) from None
-    if config.search.refit is not None:
-        return config
-    # Settled here: a repair that is changed on the way must not change the search.
-    refit = config.repair.method in REFITTING and config.refit_refused is None
-    return config.model_copy(update={"search": config.search.model_copy(update={"refit": refit})})

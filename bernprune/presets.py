@@ -10,7 +10,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "reinforce": {
         "initial": {"map": "sigmap"},
         "policy": {"floor": 0.01, "ceiling": 0.99},
-        "search": {"method": "reinforce", "masks_per": "batch", "sampling": "independent", "masks": 16, "windows": 1},
+        "search": {
+            "method": "reinforce",
+            "masks_per": "batch",
+            "sampling": "independent",
+            "masks": 16,
+            "windows": 1,
+            "refit": False,
+        },
     },
     "paper": {
         "budget": {"pools": "separate", "min_kv_groups": 0, "min_channels": 0},

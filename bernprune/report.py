@@ -45,22 +45,23 @@ def _plans(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _choice(search: dict[str, Any]) -> list[str]:
-    finals, lines = search["finals"], []
+def _choice(report: dict[str, Any]) -> list[str]:
+    search, lines = report["search"], list[str]()
+    finals, judged = search["finals"], "on text not learned from"
+    if "finalists" in report["repair"]:
+        judged = "after a repair of each"
     if finals["sequences"]:
         rounds, won = len(finals["heats"]), sum(heat["winner"] > 0 for heat in finals["heats"])
         tried = f"changes tried in {rounds} round{'s' * (rounds > 1)}, kept in {won}" if rounds else "no changes tried"
         lines.append(f"choice       {finals['sequences']:,} of these sequences: {tried}; {_stopped(finals['ended'])}")
     if search["kept"] == "widths":
         lines.append(
-            "kept         in each layer as many channels as were learned, but the best by the metric: on text not "
-            "learned from, the learned ones were not clearly better"
+            f"kept         in each layer as many channels as were learned, but the best by the metric: {judged}, the "
+            "learned ones were not clearly better"
         )
     elif search["kept"] != "learned":
         row = ROWS[search["kept"]]
-        lines.append(
-            f"kept         comes from the row '{row}': on text not learned from, what was learned did not beat it"
-        )
+        lines.append(f"kept         comes from the row '{row}': {judged}, what was learned did not beat it")
     return lines
 
 
@@ -131,7 +132,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
         f"{search['seconds']:.0f} s; {_stopped(search['ended'])}",
         *_weights(report),
-        *_choice(search),
+        *_choice(report),
         *repaired(report["repair"]),
         _verified(report["verified"]),
     ]

@@ -200,7 +200,7 @@ class SearchConfig(Section):
     refit: bool | None = None
     """Run masks on weights that are fitted to the policy whenever it has changed: what survivors can make up for after
     a repair then costs nothing already while it is learned. By default, where a repair follows that refits weights
-    (repair.method auto, ridge, two-step or admm) and search.objective is cross-entropy."""
+    (repair.method auto, ridge, two-step or admm); not for search.objective kl, search.dtype int8, or blocks alone."""
     dtype: SearchDtype = "auto"
     """Number format of the weights that are searched on; what is sliced and reported is the model itself: the 'same',
     'bfloat16', or 'int8' (weights alone, by torchao); 'auto': bfloat16 on processors with units for it, of models in
@@ -244,7 +244,7 @@ class RecoverConfig(Section):
     """Of ``bernprune recover``, which trains what a run kept; prune does not read it."""
 
     tokens: Count = 2_000_000
-    """Tokens to train on, at most."""
+    """Tokens to train on, at most, in whole steps, and in one at least."""
     rank: Count = 8
     """Of the adapters, in the mean over layers."""
     ranks: Literal["influence", "uniform"] = "influence"
@@ -262,7 +262,7 @@ class RecoverConfig(Section):
     recompute: bool = False
     """Compute activations again going back: less memory, a third more time."""
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the loss that is the divergence from the dense model's predictions; above 0, both are in memory."""
+    """Share of the loss that is the divergence from the dense model's predictions; above 0 that stays in memory."""
     masks: Literal["plan", "policy"] = "plan"
     """'plan': train the run's model. 'policy': train the dense one before the cut, repairs aside, under masks that the
     learned policy draws, nearer to the plan's from step to step; then cut."""

@@ -51,7 +51,7 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
             raise ConfigError(f"--set {setting!r} must have the form section.key=value")
-        if only and not any(f"{key}.".startswith(f"{allowed}.") for allowed in only):
+        if only and not _among(key, only):
             raise ConfigError(f"--set {setting!r} is not possible here; what can be set is {', '.join(only)}")
         try:
             value = yaml.safe_load(text)
@@ -61,6 +61,20 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
             value = {part: value}
         nested = merge(nested, value)
     return nested
+
+
+def check_only(data: Mapping[str, Any], only: Sequence[str], within: str = "") -> None:
+    """Raises ``ConfigError`` if nested data hold another setting than these, or than those of these sections."""
+    for name, value in data.items():
+        key = f"{within}{name}"
+        if isinstance(value, Mapping) and not _among(key, only):
+            check_only(value, only, f"{key}.")
+        elif not _among(key, only):
+            raise ConfigError(f"setting {key!r} is not possible here; what can be set is {', '.join(only)}")
+
+
+def _among(key: str, only: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{allowed}.") for allowed in only)
 
 
 def without_none(data: dict[str, Any]) -> dict[str, Any]:

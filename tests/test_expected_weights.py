@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
-from tiny_run import FOUR_ROUNDS, STEPS, Place, finish, read_json, without_times
+from tiny_run import FOUR_ROUNDS, STEPS, Place, finish, read_json, run, settings, succeed, without_times
 from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.backends import TORCH
@@ -23,10 +23,13 @@ from bernprune.models.loading import load_model
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import describe
-from bernprune.repair import ExpectedWeights
+from bernprune.repair import ExpectedWeights, Repairer
 from bernprune.repair.expected import expected_fit
 from bernprune.run import loop, workload
 from bernprune.run.applying import read_plan
+from bernprune.run.repairs import Workshop
+from bernprune.settings import merge, read_yaml
+from bernprune.units import KeepPlan
 
 WINDOWS_WT = random_tokens(12, 9)
 
@@ -137,8 +140,10 @@ def test_what_is_not_finite_is_named() -> None:
 def test_when_weights_are_refitted(given: dict[str, Any], expected: bool) -> None:
     """It is settled when a run begins, and finalists are judged after their repair if so."""
     config = make_config(given)
-    assert config.search.refit is expected and config.judges_finalists is expected
+    assert config.search.refit is expected
+    assert config.judges_finalists is (expected and config.repair.method != "none")
     assert make_config(config.to_dict() | {"repair": {"method": "none"}}).search.refit is expected
+    assert not make_config(merge(config.to_dict(), {"search": {"sequences": 0}})).judges_finalists
 
 
 @pytest.mark.parametrize(
@@ -195,3 +200,66 @@ def test_nothing_is_fitted_for_a_search_of_nothing(
     monkeypatch.setattr(ExpectedWeights, "__init__", lambda *_, **__: 1 / 0)
     out = finish(prepared, tmp_path, "search.sequences=0", "search.refit=true")
     assert read_json(out / "report.json")["search"]["sequences"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes", [("repair.method=none",), ("repair.windows=20",), ("repair.judge_finalists=false",)]
+)
+def test_a_repair_that_changes_on_the_way_changes_no_search(
+    changes: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the weights that masks are run on, nor the text that is kept back."""
+    given = (*FOUR_ROUNDS, "repair.method=ridge", "search.checkpoint_steps=1")
+    succeed(*place.prune(*given, out=place.folder / "whole"))
+    step = loop._Loop.step
+
+    def interrupted(self: Any, *more: Any) -> Any:
+        if self.work.step == 5:
+            raise KeyboardInterrupt
+        return step(self, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "step", interrupted)
+        assert run(*place.prune(*given)).code == 130
+    succeed("resume", str(place.out), *settings(*changes))
+    assert make_config(read_yaml(place.out / "config.yaml")).search.refit
+    assert without_times(place.out / "metrics.jsonl") == without_times(place.folder / "whole" / "metrics.jsonl")
+
+
+def test_nothing_of_them_is_held_after_the_search(
+    prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[ExpectedWeights] = []
+    undo = ExpectedWeights.undo
+
+    def noted(self: ExpectedWeights) -> None:
+        assert self._places
+        undo(self)
+        made.append(self)
+
+    monkeypatch.setattr(ExpectedWeights, "undo", noted)
+    finish(prepared, tmp_path, *FOUR_ROUNDS, "search.refit=true")
+    (weights,) = made
+    assert not weights._places and not weights._originals.projections
+
+
+def test_a_finalist_that_cannot_be_repaired_loses(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    repair = Repairer.repair
+
+    def failing(self: Repairer, plan: KeepPlan, method: Any) -> Any:
+        if plan == plans[0]:
+            raise ModelError("singular")
+        return repair(self, plan, method)
+
+    plans: list[KeepPlan] = []
+    prefer = Workshop.prefer
+
+    def noted(self: Workshop, given: dict[str, KeepPlan]) -> Any:
+        plans.append(given["initial"])
+        return prefer(self, given)
+
+    monkeypatch.setattr(Workshop, "prefer", noted)
+    monkeypatch.setattr(Repairer, "repair", failing)
+    done = run(*place.prune(*FOUR_ROUNDS, "repair.method=ridge"))
+    assert done.code == 0 and "the finalist 'initial' loses, as it cannot be repaired: singular" in done.err
+    assert read_json(place.out / "report.json")["repair"]["finalists"]["initial"] is None

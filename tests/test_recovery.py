@@ -3,6 +3,8 @@
 Letters: L layers, U units, R rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
+from tiny_run import state_of
 from tolerances import EXACT, LOGITS, SAMPLED, assert_close
 
 from bernprune.backends import TORCH
@@ -154,22 +157,44 @@ def text(seed: int = 0) -> torch.Tensor:
     return random_tokens(1, 20 * WINDOW, seed=seed)[0] % 11
 
 
-def pupil(teacher: Any = None, sampled: bool = False, held_out: torch.Tensor | None = None, **given: Any) -> Pupil:
+def pupil(
+    teacher: Any = None, masks: SampledMasks | None = None, held_out: torch.Tensor | None = None, **given: Any
+) -> Pupil:
     """A tiny model that learns which few tokens its text is of."""
     model = tiny_model("llama", torch.float32)
+    adapters = adapted(model, "llama")
+    return Pupil(model, adapters, training_of(model, adapters, teacher, masks, held_out, **given))
+
+
+def training_of(
+    model: Any,
+    adapters: Adapters,
+    teacher: Any = None,
+    masks: SampledMasks | None = None,
+    held_out: torch.Tensor | None = None,
+    **given: Any,
+) -> Training:
     settings = RecoverConfig(
         **{"tokens": 8 * 4 * WINDOW, "batch": 4, "rows": 4, "evaluate_steps": 2, "learning_rate": 0.02, **given}
     )
-    adapters = adapted(model, "llama")
-    masks = None
     train = TokenWindows(text(), window=WINDOW, seed=0)
     judged_WT = text(seed=1).view(-1, WINDOW)[:3] if held_out is None else held_out
-    if sampled:
-        masks = sampled_masks()
-    return Pupil(model, adapters, Training(model, adapters, train, judged_WT, settings, teacher=teacher, masks=masks))
+    return Training(model, adapters, train, judged_WT, settings, teacher=teacher, masks=masks)
 
 
-def sampled_masks() -> Any:
+@contextmanager
+def masked_pupil() -> Iterator[Pupil]:
+    """One that is trained before it is cut."""
+    model = tiny_model("llama", torch.float32)
+    view = describe(model)
+    adapters = adapted(model, "llama")
+    plan_U = view.space.mask(random_plan(view.architecture, seed=4))
+    with masked(adapted_view(view), TORCH) as live:
+        masks = SampledMasks(live, torch.full((view.space.size,), 0.6), plan_U, seed=0)
+        yield Pupil(model, adapters, training_of(model, adapters, masks=masks))
+
+
+def sampled_masks() -> SampledMasks:
     return SampledMasks(Noted(), torch.tensor([0.5, 0.5]), torch.tensor([True, False]), seed=0)  # type: ignore[arg-type]
 
 
@@ -214,19 +239,37 @@ def test_steps_rise_and_fall() -> None:
 
 
 @pytest.mark.parametrize("stop", [1, 2, 5])
-@pytest.mark.parametrize("sampled", [False, True], ids=["plan", "policy"])
-def test_training_may_stop_and_go_on(stop: int, sampled: bool, tmp_path: Path) -> None:
-    """To the last bit, whatever came between."""
-    whole, first, second = (pupil(sampled=sampled) for _ in range(3))
-    records = run(whole.training)
-    first.training.evaluate()
-    begun = [first.training.step() for _ in range(stop)]
-    write_state(tmp_path / "state.safetensors", first.training.state_dict())
-    first.training.step()  # of which nothing may be left
-    second.training.load_state_dict(read_state(tmp_path / "state.safetensors"))
-    assert begun + run(second.training) == records
+@pytest.mark.parametrize("before_the_cut", [False, True], ids=["plan", "policy"])
+def test_training_may_stop_and_go_on(stop: int, before_the_cut: bool, tmp_path: Path) -> None:
+    """To the last bit, whatever came between; nothing of a state that was stored changes with the training."""
+    make = masked_pupil if before_the_cut else lambda: nullcontext(pupil())
+    with make() as whole:
+        records = run(whole.training)
+    with make() as first:
+        first.training.evaluate()
+        begun = [first.training.step() for _ in range(stop)]
+        state = first.training.state_dict()
+        write_state(tmp_path / "state.safetensors", state)
+        first.training.step()  # of which nothing may be left
+        write_state(tmp_path / "later.safetensors", state)
+    assert state_of(tmp_path / "later.safetensors") == state_of(tmp_path / "state.safetensors")
+    with make() as second:
+        second.training.load_state_dict(read_state(tmp_path / "state.safetensors"))
+        assert begun + run(second.training) == records
     states = [each.training.finish().state_dict() for each in (whole, second)]
     assert all(value.equal(states[1][name]) for name, value in states[0].items())
+    assert before_the_cut == (records != run(pupil().training))
+
+
+def test_recomputing_drops_nothing_out() -> None:
+    """Of a model that would while it is trained."""
+    losses = []
+    for _ in range(2):
+        model = tiny_model("llama", torch.float32, attention_dropout=0.5)
+        adapters = adapted(model, "llama")
+        losses.append([r["loss"] for r in run(training_of(model, adapters, recompute=True))])
+    assert losses[0] == losses[1]
+    assert_close(losses[0], [record["loss"] for record in run(pupil().training)], LOGITS[torch.float32])
 
 
 def test_what_gets_worse_ends_early_and_is_not_kept() -> None:
@@ -261,7 +304,7 @@ def test_the_loss_is_shared_between_text_and_teacher() -> None:
 
 
 def test_masks_are_set_row_by_row_and_the_plan_judges() -> None:
-    found = pupil(rows=3, sampled=True)
+    found = pupil(masks=sampled_masks(), rows=3)
     training, noted = found.training, found.training._masks._live  # type: ignore[union-attr]
     training.evaluate()
     training.step()

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text
 from transformers import AutoModelForCausalLM
 
+import bernprune
+from bernprune.errors import ConfigError
 from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
 from bernprune.run import recovering
@@ -90,7 +92,7 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Training, "step", interrupted)
         done = run(*recover(place, finished, "recover.checkpoint_seconds=0"))
-    assert done.code == 130 and "interrupted; the same command goes on" in done.err
+    assert done.code == 130 and "interrupted; the same command, without --overwrite, goes on" in done.err
     assert not (out / "model").exists() and not (out / "report.json").exists()
     assert "another configuration" in in_one_sentence(run(*recover(place, finished, "recover.rank=3")))
     succeed(*recover(place, finished, "recover.checkpoint_seconds=7"))
@@ -130,15 +132,42 @@ def test_a_failure_in_saving_leaves_no_model(place: Place, finished: Path, monke
     succeed(*recover(place, finished))
 
 
+@pytest.mark.parametrize("overwritten", [False, True], ids=["new", "finished"])
+def test_a_recovery_that_cannot_begin_leaves_all_as_it_was(overwritten: bool, place: Place, finished: Path) -> None:
+    if overwritten:
+        succeed(*recover(place, finished))
+    (place.folder / "model" / "model.safetensors").unlink()
+    folder = place.folder / "run"
+    shutil.copytree(finished, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(re.sub(r"path: \S+", f"path: {place.model}", config, count=1))
+    before = place.contents()
+    done = run(*recover(place, folder), *(["--overwrite"] if overwritten else []))
+    assert str(place.model) in in_one_sentence(done)
+    assert place.contents() == before
+
+
+def test_what_it_was_evaluated_on_stays(place: Place) -> None:
+    """Where the run had no text for that, it is the last tenth of its own, whatever is trained on."""
+    succeed(*place.prune())
+    other = tiny_text(place.folder / "other.txt", 900, seed=4)
+    succeed(*recover(place, place.out), "--text", str(other))
+    found, before = (read_json(folder / "report.json") for folder in (place.folder / "recovered", place.out))
+    assert found["protocol"] == before["protocol"]
+    assert found["loss"]["before"] == pytest.approx(before["loss"]["pruned"], rel=1e-6)
+
+
+def test_only_what_may_differ_from_the_run_may_be_given(place: Place, finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"setting 'granularity' is not possible here; what can be set is recover"):
+        bernprune.recover(finished, place.folder / "recovered", changes={"granularity": "ffn"})
+    with pytest.raises(ConfigError, match=r"setting 'model.path' is not possible"):
+        bernprune.recover(finished, place.folder / "recovered", changes={"model": {"dtype": "auto", "path": "x"}})
+
+
 def _unfinished(place: Place, folder: Path) -> list[str]:
     shutil.copytree(folder, place.out)
     (place.out / "report.json").unlink()
     return recover(place, place.out)
-
-
-def _without_peft(place: Place, folder: Path) -> list[str]:
-    sys.modules["peft"] = None  # type: ignore[assignment]
-    return recover(place, folder)
 
 
 def _occupied(place: Place, folder: Path) -> list[str]:
@@ -162,7 +191,7 @@ def _other_run(place: Place, folder: Path) -> list[str]:
 REFUSED: dict[str, tuple[Callable[[Place, Path], list[str]], str]] = {
     "no run": (lambda p, f: recover(p, p.folder / "nothing"), "holds no bernprune run"),
     "unfinished": (_unfinished, "is not finished: there is nothing to recover"),
-    "no peft": (_without_peft, r"needs peft.*bernprune\[recover\]"),
+    "no peft": (lambda p, f: recover(p, f), r"needs peft.*bernprune\[recover\]"),
     "occupied": (_occupied, "holds no bernprune recovery; give another folder"),
     "a run's folder": (lambda p, f: recover(p, f, out=str(f)), "holds no bernprune recovery"),
     "another run": (_other_run, "unfinished recovery of another run"),
@@ -182,8 +211,8 @@ REFUSED: dict[str, tuple[Callable[[Place, Path], list[str]], str]] = {
 def test_what_cannot_be_is_refused(case: str, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one sentence, with nothing left behind that was not there."""
     make, message = REFUSED[case]
-    if "peft" in sys.modules:
-        monkeypatch.setitem(sys.modules, "peft", sys.modules["peft"])  # whatever becomes of it
+    if case == "no peft":
+        monkeypatch.setitem(sys.modules, "peft", None)
     command = make(place, finished)
     before = place.contents()
     done = run(*command)

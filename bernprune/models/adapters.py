@@ -30,7 +30,7 @@ class Adapters:
     """Adapters on every linear projection of a model's layers: each adds ``scale * B A x`` to what it gives.
 
     A is random at first and B zero, so that nothing changes. All other parameters are frozen. They are trained in
-    float32, whatever the model is in.
+    float32 at least.
 
     Attributes:
         parameters: by name, those that are trained; also while masks hide them from the model.
@@ -52,13 +52,21 @@ class Adapters:
             rank_pattern=ranks,
             alpha_pattern={name: scale * rank for name, rank in ranks.items()},
         )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of transformers, which peft asks for what is renamed
-            torch.manual_seed(generator(seed, "adapters").initial_seed())
             self._adapted = peft.get_peft_model(model, settings)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
         }
+        self._draw(generator(seed, "adapters"))
+
+    @torch.no_grad()
+    def _draw(self, random: torch.Generator) -> None:
+        """A as peft draws it, but from a generator of its own."""
+        for name, parameter in self.parameters.items():
+            if ".lora_A." in name:
+                bound = parameter.shape[1] ** -0.5
+                parameter.copy_((2 * torch.rand(parameter.shape, generator=random, dtype=torch.float64) - 1) * bound)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A copy on the processor."""

@@ -141,7 +141,10 @@ class Training:
             "held_out": {str(step): loss for step, loss in self.held_out.items()},
             "adapters": self._adapters.state_dict(),
             "best": self._best,
-            "optimizer": {str(index): dict(state) for index, state in states.items()},
+            "optimizer": {
+                str(index): {name: value.detach().cpu().clone() for name, value in state.items()}
+                for index, state in states.items()
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -178,12 +181,16 @@ class Training:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Recompute activations going back, if that is asked for: transformers does so in training mode alone."""
-        self._model.train(self._settings.recompute)
+        """Recompute activations going back, if that is asked for: layers in training mode do so, and only they are, as
+        what they are made of would drop out units."""
+        layers = [module for module in self._model.modules() if getattr(module, "gradient_checkpointing", False)]
+        for layer in layers:
+            layer.training = True
         try:
             yield
         finally:
-            self._model.eval()
+            for layer in layers:
+                layer.training = False
 
 
 def _precise(logits: torch.Tensor) -> torch.Tensor:

@@ -29,10 +29,11 @@ RIDGE = 0.01  # of the mean square of an input
 def expected_fit(weight_DE: torch.Tensor, gram_EE: torch.Tensor, probs_N: torch.Tensor, ridge: float) -> torch.Tensor:
     """The weights W' with the least E|W x - W'(m * x)|^2 + r|W' - W|^2, over inputs and masks, ``[D, E]``.
 
-    Units are kept independently of each other, each with its probability p. With S = E[xx'], M = E[mm'] and P = diag(p)
-    of the inputs, W' = (W S P + r W)(S * M + r)^-1. Where every p is 0 or 1, that is ridge regression of what the
-    removed inputs gave on the kept ones (LIAR, 2024, arXiv 2407.13331); in between, the penalty that drop-out comes to
-    (Wager, Wang and Liang, 2013, arXiv 1307.1493) is on top.
+    Units are kept independently of each other, each with its probability p; that masks of a search may swing together
+    is left out. With S = E[xx'], M = E[mm'] and P = diag(p) of the inputs, W' = (W S P + r W)(S * M + r)^-1. Where
+    every p is 0 or 1, that is ridge regression of what the removed inputs gave on the kept ones (LIAR, 2024, arXiv
+    2407.13331); in between, the penalty that drop-out comes to (Wager, Wang and Liang, 2013, arXiv 1307.1493) is on
+    top.
 
     Args:
         gram_EE: S, of the dtype that is computed in.
@@ -86,12 +87,22 @@ class ExpectedWeights:
         for place in self._places:
             weight_DE, bias_D = self._originals.of(place.projection)
             device = place.projection.weight.device
-            given = weight_DE.to(device), place.gram_EE.to(device), probs_U[place.units].to(device)
-            put(place.projection, expected_fit(*given, self._ridge), bias_D)
+            try:
+                fitted_DE = self._fitted(place, weight_DE, probs_U, device)
+            except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
+                fitted_DE = self._fitted(place, weight_DE, probs_U, torch.device("cpu"))
+            put(place.projection, fitted_DE, bias_D)
+
+    def _fitted(
+        self, place: _Place, weight_DE: torch.Tensor, probs_U: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
+        return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
 
     def undo(self) -> None:
-        """Give the model back the weights that it had, to the bit."""
+        """Give the model back the weights that it had, to the bit, and all memory."""
         self._originals.put_back()
+        self._originals, self._places = Weights(), []
 
 
 @torch.no_grad()

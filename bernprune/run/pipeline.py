@@ -115,17 +115,17 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)
     uniform_U = select(even_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    if continued:
-        folder.write_config(stage.config)  # some settings may change
-        if changed := folder.changed_versions():
-            logger.warning("the run began with %s: it may not go on to the bit", changed)
-    else:
-        folder.start(stage.config)
-    if known is None:
-        write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
-    if stored is None:
-        write_state(folder.initial, start)
-    with expected_weights(stage) as weights:
+    with expected_weights(stage) as weights:  # before the start, as it may fail on its input
+        if continued:
+            folder.write_config(stage.config)  # some settings may change
+            if changed := folder.changed_versions():
+                logger.warning("the run began with %s: it may not go on to the bit", changed)
+        else:
+            folder.start(stage.config)
+        if known is None:
+            write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
+        if stored is None:
+            write_state(folder.initial, start)
         work = run_search(stage, folder, search, scores_U, initial_U, weights, progress=progress)
         finalists = _finalists(stage, search, scores_U, {"initial": initial_U, "uniform": uniform_U})
         finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)

@@ -11,6 +11,7 @@ report.json            written last: its presence means that it is finished
 
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -30,7 +31,7 @@ from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss, perplexity
 from bernprune.models.adapters import Adapters, adapted_view, check_adaptable
 from bernprune.models.families import family_of
-from bernprune.models.loading import load_model, load_tokenizer
+from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, count_parameters, describe
@@ -39,13 +40,13 @@ from bernprune.recovery import SampledMasks, Training, whole_ranks
 from bernprune.run.applying import read_plan
 from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint
 from bernprune.run.folder import RunFolder, open_run, versions
-from bernprune.run.opening import check_family, open_model
+from bernprune.run.opening import open_model
 from bernprune.run.signals import signals
-from bernprune.run.stage import read_texts
+from bernprune.run.stage import naming, read_texts
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
-from bernprune.settings import absolute, merge
+from bernprune.settings import absolute, check_only, merge
 from bernprune.storage import sync_stream, write_json
 from bernprune.units import KeepPlan
 
@@ -97,19 +98,23 @@ def recover(
     Raises:
         BernpruneError: anything that the caller can mend; before the training starts, nothing is left behind.
     """
+    check_only(changes or {}, RECOVERY_SETTINGS)
     finished, folder = _finished_run(run), RecoveryFolder(Path(out))
-    config = make_config(merge(finished.read_config().to_dict(), absolute(dict(changes or {}))))
+    of_run = finished.read_config()
+    # The search is over, and what divided its windows need not divide others.
+    given = merge(merge(of_run.to_dict(), {"search": {"chunk": None}}), absolute(dict(changes or {})))
+    config = make_config(given)
     check_adaptable()
     folder.check(config, overwrite=overwrite)
-    source = _open_source(finished, config)
+    source = _open_source(finished, config, of_run)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)
         try:
             return _recover(source, folder, continued=continued, progress=progress)
         except torch.OutOfMemoryError as error:
             raise RunError(
-                "the GPU's memory is full; the same command goes on with less: --set recover.rows=1 or "
-                "recover.recompute=true"
+                "the GPU's memory is full; the same command, without --overwrite, goes on with less: --set "
+                "recover.rows=1 or recover.recompute=true"
             ) from error
         except (OSError, SafetensorError) as error:
             raise RunError(f"{out} cannot be written: {reason(error)}") from error
@@ -123,18 +128,22 @@ def _finished_run(run: str | Path) -> RunFolder:
     return folder
 
 
-def _open_source(folder: RunFolder, config: RunConfig) -> _Source:
-    model_config, window = check_family(config), config.data.window
+def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _Source:
+    """Raises ``DataError`` for text that is missing or too short, and ``ModelError`` for windows that are too long."""
+    model_config, window = load_config(str(folder.model)), config.data.window
     check_window(model_config, window)
-    tokenizer = load_tokenizer(str(folder.model))
-    stream_N, held_out_N, eval_name = read_texts(config, tokenizer, model_config.vocab_size)
+    tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
+    stream_N, held_out_N, eval_name = read_texts(config, tokenizer, vocabulary)
+    if config.data.eval_text is None and config.data.text != of_run.data.text:  # which is trained on, all of it
+        held_out_N, eval_name = read_texts(of_run, tokenizer, vocabulary)[1:]
     cut = len(stream_N) - config.recover.held_out * window
     if cut < config.recover.batch * window:
         raise DataError(
             f"{config.data.text}: recovery needs at least recover.batch + recover.held_out = {config.recover.batch} + "
             f"{config.recover.held_out} windows of {window} tokens, but there are {len(stream_N) // window}"
         )
-    eval_WT = evaluation_windows(held_out_N, window, max_windows=max(1, config.data.eval_tokens // window))
+    with naming(eval_name):
+        eval_WT = evaluation_windows(held_out_N, window, max_windows=max(1, config.data.eval_tokens // window))
     return _Source(
         config,
         folder,
@@ -149,21 +158,19 @@ def _open_source(folder: RunFolder, config: RunConfig) -> _Source:
 
 
 def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
-    config, device = source.config, find_device(source.config.model.device)
-    if continued and folder.plan.is_file() and read_plan(folder.plan) != source.plan:
-        raise RunError(f"{folder.path} holds an unfinished recovery of another run; give another folder")
-    pruned, before = _pruned(source, device)
-    if not continued:
-        folder.start(config)
-        write_json(folder.plan, source.plan.to_dict())
-    with _training(source, pruned, device) as (training, ranks):
-        seconds = _train(training, source, folder, progress=progress)
-        report = _report(source, training, ranks, seconds)
-    model = training.finish()
-    if config.recover.masks == "policy":
+    state = _stored(source, folder) if continued else None
+    with _prepared(source, None if state is None else state["ranks"]) as prepared:
+        if not continued:  # what can fail on its input has not
+            folder.start(source.config)
+            write_json(folder.plan, source.plan.to_dict())
+        seconds = _train(prepared, source, folder, state, progress=progress)
+        report = _report(source, prepared, seconds)
+    model = prepared.training.finish()
+    if source.config.recover.masks == "policy":
         model = slice_model(model, source.plan)
-    after = mean_loss(model, source.eval_windows_WT)
-    report["loss"] = {"before": before, "after": after}
+    report["loss"] = {"before": prepared.before, "after": mean_loss(model, source.eval_windows_WT)}
+    if not report["loss"]["after"] < prepared.before:
+        logger.warning("nothing was recovered: of %s, the model that the run kept is the better one", folder.path)
     report["perplexity"] = {name: perplexity(loss) for name, loss in report["loss"].items()}
     folder.remove_model()
     try:
@@ -178,38 +185,54 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progre
     return report
 
 
-def _pruned(source: _Source, device: torch.device) -> tuple[Any, float]:
-    """The run's model, if it is what is trained, and its loss on the evaluation text."""
-    model = load_model(str(source.folder.model), dtype=source.config.model.dtype, device=device)
-    return None if source.config.recover.masks == "policy" else model, mean_loss(model, source.eval_windows_WT)
+def _stored(source: _Source, folder: RecoveryFolder) -> dict[str, Any] | None:
+    """The newest checkpoint; None if there is none. Raises ``RunError`` if it belongs to something else."""
+    if folder.plan.is_file() and read_plan(folder.plan) != source.plan:
+        raise RunError(f"{folder.path} holds an unfinished recovery of another run; give another folder")
+    state = read_latest(folder.checkpoints)
+    if state is not None and state["text_sha256"] != source.text_sha256:
+        raise RunError(f"the text is not the one that the checkpoints in {folder.path} were made with")
+    return state
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A training, the ranks of the layers, and the loss of what the run kept on the evaluation text."""
+
+    training: Training
+    ranks: list[int]
+    before: float
 
 
 @contextmanager
-def _training(source: _Source, pruned: Any, device: torch.device) -> Iterator[tuple[Training, list[int]]]:
-    """The training of the run's model or, before the cut, of the dense one under masks; and the ranks of its layers."""
-    config, settings, plan = source.config, source.config.recover, source.plan
-    needs_dense = pruned is None or settings.distill > 0 or settings.ranks == "influence"
-    view = describe(open_model(config, device), config.granularity) if needs_dense else None
-    ranks = _ranks(source, view, whole=pruned is None)
-    teacher = None
-    if settings.distill > 0 and view is not None:
-        teacher = open_model(config, device) if pruned is None else view.model
+def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
+    """What is trained: the run's model or, before the cut, the dense one under masks. Ranks are computed if unknown."""
+    config, settings, device = source.config, source.config.recover, find_device(source.config.model.device)
+    whole, family = settings.masks == "policy", family_of(source.plan.architecture.model_type)
+    before = mean_loss(_pruned(source, device), source.eval_windows_WT) if whole else math.nan
+    view = None  # of the dense model, which is not held beside the pruned one unless it teaches
+    if whole or settings.distill > 0 or (ranks is None and settings.ranks == "influence"):
+        view = describe(open_model(config, device), config.granularity)
+    ranks = ranks or _ranks(source, view, whole=whole)
+    teacher = None if view is None or settings.distill == 0 else view.model
     with ExitStack() as stack:
-        trained, masks = pruned, None
-        if pruned is None and view is not None:
+        if whole:
+            assert view is not None
+            teacher = teacher and open_model(config, device)
             trained = view.model
-        elif settings.distill == 0:
-            view = None  # the dense model has told what it was asked
-        adapters = Adapters(
-            trained, family_of(plan.architecture.model_type), ranks, scale=settings.scale, seed=config.seed
-        )
-        if pruned is None and view is not None:
+            adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
             live = stack.enter_context(masked(adapted_view(view), TORCH))
-            masks = SampledMasks(live, _policy(source), view.space.mask(plan), seed=config.seed)
-        yield (
-            Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks),
-            ranks,
-        )
+            masks = SampledMasks(live, _policy(source), view.space.mask(source.plan), seed=config.seed)
+        else:
+            view, masks, trained = None, None, _pruned(source, device)
+            before = mean_loss(trained, source.eval_windows_WT)
+            adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
+        training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks)
+        yield _Prepared(training, ranks, before)
+
+
+def _pruned(source: _Source, device: torch.device) -> Any:
+    return load_model(str(source.folder.model), dtype=source.config.model.dtype, device=device)
 
 
 def _ranks(source: _Source, view: ModelView | None, *, whole: bool) -> list[int]:
@@ -230,14 +253,30 @@ def _influence(source: _Source, view: ModelView) -> torch.Tensor:
 
 def _policy(source: _Source) -> torch.Tensor:
     """Keep probabilities that the run ended with; those that it began with if it searched nothing."""
-    state = read_latest(source.folder.checkpoints)
-    found: torch.Tensor = (read_state(source.folder.initial) if state is None else state["search"])["probs_U"]
+    try:
+        state = read_latest(source.folder.checkpoints)
+        found: torch.Tensor = (read_state(source.folder.initial) if state is None else state["search"])["probs_U"]
+    except RunError as error:
+        raise RunError(
+            f"the policy that the run has learned cannot be read, which recover.masks 'policy' needs: {error}"
+        ) from None
     return found
 
 
-def _train(training: Training, source: _Source, folder: RecoveryFolder, *, progress: bool | None) -> float:
+def _train(
+    prepared: _Prepared,
+    source: _Source,
+    folder: RecoveryFolder,
+    state: dict[str, Any] | None,
+    *,
+    progress: bool | None,
+) -> float:
     """Up to the end, or from where it was interrupted; seconds that it took in all."""
-    seconds = _restore(training, source, folder)
+    training, seconds = prepared.training, 0.0
+    if state is not None:
+        training.load_state_dict(state["training"])
+        seconds = float(state["seconds"])
+        logger.info("continuing at step %d", training.steps)
     started = saved = time.monotonic()
     hidden = None if progress is None else not progress
 
@@ -246,6 +285,7 @@ def _train(training: Training, source: _Source, folder: RecoveryFolder, *, progr
         state = {
             "seconds": seconds + time.monotonic() - started,
             "text_sha256": source.text_sha256,
+            "ranks": prepared.ranks,
             "training": training.state_dict(),
         }
         write_checkpoint(folder.checkpoints, training.steps, state)
@@ -270,20 +310,8 @@ def _train(training: Training, source: _Source, folder: RecoveryFolder, *, progr
     return seconds + time.monotonic() - started
 
 
-def _restore(training: Training, source: _Source, folder: RecoveryFolder) -> float:
-    """Take up the newest checkpoint, if there is one; seconds that were spent so far."""
-    state = read_latest(folder.checkpoints)
-    if state is None:
-        return 0.0
-    if state["text_sha256"] != source.text_sha256:
-        raise RunError(f"the text is not the one that the checkpoints in {folder.path} were made with")
-    training.load_state_dict(state["training"])
-    logger.info("continuing at step %d", training.steps)
-    return float(state["seconds"])
-
-
-def _report(source: _Source, training: Training, ranks: list[int], seconds: float) -> dict[str, Any]:
-    settings = source.config.recover
+def _report(source: _Source, prepared: _Prepared, seconds: float) -> dict[str, Any]:
+    settings, training = source.config.recover, prepared.training
     return {
         "run": str(source.folder.path),
         "tokens": training.tokens,
@@ -291,7 +319,7 @@ def _report(source: _Source, training: Training, ranks: list[int], seconds: floa
         "best_step": training.best_step,
         "ended": training.ended,
         "seconds": round(seconds, 2),
-        "ranks": ranks,
+        "ranks": prepared.ranks,
         "distill": settings.distill,
         "masks": settings.masks,
         "held_out": {str(step): loss for step, loss in training.held_out.items()},

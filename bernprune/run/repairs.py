@@ -18,7 +18,7 @@ import torch
 from bernprune.backends import MaskedOps, load_backend
 from bernprune.config import RunConfig
 from bernprune.data import TokenWindows
-from bernprune.errors import ConfigError, DataError
+from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
@@ -63,7 +63,8 @@ class Workshop:
             learned: windows that were learned from, the first ones; others judge, if there are enough.
         """
         settings = config.repair
-        fitting_WT, judging_WT = _shared_out(train, kept_back, fitting_windows(config, view.architecture), learned)
+        fitted = settings.windows or fitting_windows(view.architecture, train.window)
+        fitting_WT, judging_WT = _shared_out(train, kept_back, fitted, learned)
         repairer = Repairer(
             view,
             fitting_WT,
@@ -107,16 +108,24 @@ class Workshop:
         """
         best, first_W, losses = next(iter(plans)), None, dict[str, float]()
         for name, plan in plans.items():
-            done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
-            try:
-                losses_W = self.losses(plan)
-            finally:
-                done.undo()
+            losses_W = self._losses_repaired(name, plan)
             losses[name] = losses_W.mean().item()
             first_W = losses_W if first_W is None else first_W
             if clearly_better(losses_W, first_W) and not losses[name] >= losses[best]:
                 best = name
         return best, _finite(losses)
+
+    def _losses_repaired(self, name: str, plan: KeepPlan) -> torch.Tensor:
+        """Of a finalist, ``[W]``; infinite if it cannot be repaired, so that it just loses."""
+        try:
+            done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
+        except BernpruneError as error:
+            logger.warning("the finalist %r loses, as it cannot be repaired: %s", name, error)
+            return torch.full((len(self.judging_WT),), math.inf, dtype=torch.float64)
+        try:
+            return self.losses(plan)
+        finally:
+            done.undo()
 
     def repair(self, plan: KeepPlan) -> dict[str, Any]:
         """Repair the live model for a plan; what the report says of it."""
@@ -175,9 +184,9 @@ def expected_weights(stage: Stage) -> Iterator[ExpectedWeights | None]:
     if not stage.config.search.refit or stage.workload.steps == 0:
         yield None
         return
-    workshop = Workshop.of_stage(stage)
-    fitting_WT = stage.initial_windows_WT if workshop is None else workshop.repairer.windows_WT
-    weights = ExpectedWeights(stage.view, fitting_WT, rows_per_forward=stage.rows)
+    count = fitting_windows(stage.view.architecture, stage.train.window)
+    windows_WT = stage.train.windows(0, min(count, stage.train.num_windows))
+    weights = ExpectedWeights(stage.view, windows_WT, rows_per_forward=stage.rows)
     try:
         yield weights
     finally:

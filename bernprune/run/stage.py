@@ -153,10 +153,10 @@ def set_stage(config: RunConfig) -> Stage:
     tokenizer = open_tokenizer(config)
     # Text before weights: a typing error in its name must not cost the loading of a large model.
     stream, held_out, eval_name = read_texts(config, tokenizer, model_config.vocab_size)
-    with _naming(config.data.text):
+    with naming(config.data.text):
         _windows(config, stream)
         _initial_windows(config, stream)
-    with _naming(eval_name):
+    with naming(eval_name):
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
         )
@@ -165,7 +165,7 @@ def set_stage(config: RunConfig) -> Stage:
     _try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
     learned, kept_back = _keep_back(config, stream, workload, view.space)
-    with _naming(config.data.text):
+    with naming(config.data.text):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     check_scoring(config, view, initial_WT)
     logger.info(
@@ -202,7 +202,7 @@ def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
 
 
 @contextmanager
-def _naming(source: str) -> Iterator[None]:
+def naming(source: str) -> Iterator[None]:
     """Say which of the texts is meant."""
     try:
         yield
@@ -243,8 +243,8 @@ def _keep_back(
     """The stream to learn from and, if it may be read more than once, what of it the final choice has for itself."""
     window, num_windows = config.data.window, len(stream) // config.data.window
     learning, choosing = workload.windows_read(config.search, space)
-    if config.judges_finalists and config.repair.method != "none" and workload.steps != 0:
-        choosing = max(choosing, judging_windows(fitting_windows(config, space.architecture)))
+    if config.search.refit and workload.steps != 0:  # whatever repair follows: that may change on the way
+        choosing = max(choosing, judging_windows(fitting_windows(space.architecture, config.data.window)))
     if not choosing or learning + choosing <= num_windows:
         return stream, None
     count = int(

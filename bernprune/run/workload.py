@@ -26,7 +26,7 @@ from bernprune.units import Architecture, UnitSpace
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
 FITS = 32  # of weights to a policy, which takes as long for a large model as thousands of sequences
-REPAIR_WINDOWS = 128
+FITTING_WINDOWS = 128
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 # Of the sequences, for the final choice: what so many looks take and the race before them, if it is no more than that.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # and where nothing is looked at, a tenth
@@ -59,6 +59,7 @@ class Workload:
     learning_rate: float
     choosing: float
     regret: float | None
+    fit_rounds: int
 
     def progress(self, work: Work) -> float:
         """Share of the work that is done; 1 or more when it is over."""
@@ -81,9 +82,8 @@ class Workload:
         return rounds_in(step + 1, self.round_steps) > rounds_in(step, self.round_steps)
 
     def fits(self, step: int) -> bool:
-        """Whether weights are fitted to the policy after this step: at the end of a round, at most ``FITS`` times."""
-        rounds = 1 if self.steps is None else rounds_in(self.steps, self.round_steps)
-        return self.round_ends(step) and rounds_in(step + 1, self.round_steps) % -(-rounds // FITS) == 0
+        """Whether weights are fitted to the policy after this step: where every ``fit_rounds``-th round ends."""
+        return self.round_ends(step) and rounds_in(step + 1, self.round_steps) % self.fit_rounds == 0
 
     def selection_sequences(self, work: Work) -> int:
         """What may be run forward to choose among finalists, after a search of so much work."""
@@ -150,6 +150,7 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
         learning_rate=search.learning_rate,
         choosing=choosing / searching,
         regret=regret,
+        fit_rounds=-(-max(1, rounds) // FITS),
     )
 
 
@@ -191,12 +192,11 @@ def default_sequences(num_units: int) -> int:
     return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
 
 
-def fitting_windows(config: RunConfig, architecture: Architecture) -> int:
-    """Calibration windows of a repair: as many as the widest matrix that it solves with needs, whatever is kept."""
+def fitting_windows(architecture: Architecture, window: int) -> int:
+    """Calibration windows to fit weights on, by default: enough for the widest matrix, whatever is kept."""
     shapes = architecture.layers
     widest = max(max(shape.channels, shape.query_heads * architecture.head_dim) for shape in shapes)
-    needed = needed_windows(max(widest, architecture.hidden_size), config.data.window)
-    return config.repair.windows or max(REPAIR_WINDOWS, needed)
+    return max(FITTING_WINDOWS, needed_windows(max(widest, architecture.hidden_size), window))
 
 
 def judging_windows(fitted: int) -> int:
