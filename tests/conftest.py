@@ -12,6 +12,8 @@ from tiny_run import Place, finish, prepare, visit
 
 from bernprune.costs import Planner
 
+torch.set_num_threads(1)  # there is a worker for each core
+
 
 @pytest.fixture
 def device() -> torch.device:

@@ -345,7 +345,16 @@ def test_a_second_process_is_refused(place: Place) -> None:
     with folder.locked():
         assert "another process" in in_one_sentence(run(*place.prune()))
         data = {"text": str(place.text), "window": 16}
-        folder.start(make_config({"model": {"path": str(place.model)}, "data": data, "search": {"selection": 0}}))
+        folder.start(
+            make_config(
+                {
+                    "model": {"path": str(place.model)},
+                    "data": data,
+                    "repair": {"method": "none"},
+                    "search": {"selection": 0},
+                }
+            )
+        )
         before = place.contents()
         assert "another process" in in_one_sentence(run("resume", str(place.out)))
         assert place.contents() == before

@@ -252,7 +252,7 @@ def _keep_back(
     )
     if count < _LEAST_KEPT_BACK:
         logger.warning(
-            "%d windows of text are too few to keep some back: the final choice is made on text that was learned from",
+            "%d windows of text are too few to keep some back: finalists are judged on text that was learned from",
             num_windows,
         )
         return stream, None
