@@ -202,27 +202,43 @@ def test_nothing_is_fitted_for_a_search_of_nothing(
     assert read_json(out / "report.json")["search"]["sequences"] == 0
 
 
+def interrupted_at(step: int, monkeypatch: pytest.MonkeyPatch, command: list[str]) -> None:
+    """The run, as far as that step."""
+    whole = loop._Loop.step
+
+    def until(self: Any, *more: Any) -> Any:
+        if self.work.step == step:
+            raise KeyboardInterrupt
+        return whole(self, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Loop, "step", until)
+        assert run(*command).code == 130
+
+
+REFITTED = (*FOUR_ROUNDS, "repair.method=ridge", "search.checkpoint_steps=1")
+
+
 @pytest.mark.parametrize(
-    "changes", [("repair.method=none",), ("repair.windows=20",), ("repair.judge_finalists=false",)]
+    "changes", [("repair.method=none",), ("repair.windows=20",), ("repair.judge_finalists=false",)], ids="".join
 )
 def test_a_repair_that_changes_on_the_way_changes_no_search(
     changes: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the weights that masks are run on, nor the text that is kept back."""
-    given = (*FOUR_ROUNDS, "repair.method=ridge", "search.checkpoint_steps=1")
-    succeed(*place.prune(*given, out=place.folder / "whole"))
-    step = loop._Loop.step
-
-    def interrupted(self: Any, *more: Any) -> Any:
-        if self.work.step == 5:
-            raise KeyboardInterrupt
-        return step(self, *more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop._Loop, "step", interrupted)
-        assert run(*place.prune(*given)).code == 130
+    succeed(*place.prune(*REFITTED, out=place.folder / "whole"))
+    interrupted_at(5, monkeypatch, place.prune(*REFITTED))
     succeed("resume", str(place.out), *settings(*changes))
     assert make_config(read_yaml(place.out / "config.yaml")).search.refit
+    assert without_times(place.out / "metrics.jsonl") == without_times(place.folder / "whole" / "metrics.jsonl")
+
+
+def test_a_run_goes_on_with_the_weights_that_it_had(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the policy has changed since they were fitted."""
+    monkeypatch.setattr(workload, "FITS", 2)
+    succeed(*place.prune(*REFITTED, out=place.folder / "whole"))
+    interrupted_at(7, monkeypatch, place.prune(*REFITTED))
+    succeed("resume", str(place.out))
     assert without_times(place.out / "metrics.jsonl") == without_times(place.folder / "whole" / "metrics.jsonl")
 
 
