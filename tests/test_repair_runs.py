@@ -172,6 +172,22 @@ def test_what_judges_a_repair_was_not_fitted_on(prepared: Place) -> None:
     assert torch.equal(held.repairer.windows_WT, plain.repairer.windows_WT)
 
 
+@pytest.mark.parametrize(("sequences", "kept_back"), [(900, False), (12_000, True)], ids=["some", "all of it"])
+def test_finalists_are_judged_on_text_that_was_not_learned_from(sequences: int, kept_back: bool, place: Place) -> None:
+    """What the search does not come to or, where it reads all, what is kept back from it."""
+    tiny_text(place.text, 6000)
+    search = {"masks": 3, "windows": 2, "chunk": 4, "sequences": sequences}
+    given = {"path": str(place.model)}, {"text": str(place.text), "window": WINDOW}
+    stage = set_stage(make_config({"model": given[0], "data": given[1], "search": search, "repair": {"windows": 6}}))
+    workshop = Workshop.of_stage(stage)
+    assert workshop is not None and stage.workload.steps is not None
+    read_WT = stage.train.windows(0, 2 * stage.workload.steps)
+    read, judging = ({tuple(row_T.tolist()) for row_T in rows_WT} for rows_WT in (read_WT, workshop.judging_WT))
+    assert (stage.kept_back is not None) == kept_back and (len(read_WT) > stage.train.num_windows) == kept_back
+    assert len(judging) == len(workshop.judging_WT) == 2 and read.isdisjoint(judging)
+    assert {tuple(row_T.tolist()) for row_T in workshop.repairer.windows_WT} <= read
+
+
 @pytest.mark.parametrize(
     ("ahead_W", "preferred"),
     [
