@@ -226,7 +226,7 @@ class RepairConfig(Section):
     those before them, too; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
     windows: Annotated[int, Field(ge=2)] | None = None
     """Calibration windows; by default 128, or what the model's widest projection needs. One in four chooses the ridge.
-    A third as many others are read to judge by."""
+    As many others are read to judge by, where there are so many."""
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's."""

@@ -32,7 +32,7 @@ from bernprune.seeding import generator
 
 logger = logging.getLogger(__name__)
 
-TO_BEAT = "widths"  # if it is a finalist: single channels have been learned only if that clearly shows
+_TO_BEAT = "widths"  # if it is a finalist: single channels have been learned only if that clearly shows
 _READINGS = 4  # of what was kept back, at most
 _MARGIN = 1.0  # standard errors by which what is new must win: the best of several looks better than it is
 
@@ -98,7 +98,7 @@ def run_finals(
         if not finals.sequences:
             windows = _affordable(text, len(names), budget)
             if len(names) > 1 and windows:
-                names.sort(key=lambda name: name != TO_BEAT)
+                names.sort(key=lambda name: name != _TO_BEAT)
                 heat = race(torch.stack([finalists[name] for name in names]), windows, text.losses, margin=_MARGIN)
                 finals.kept = names[heat.winner]
                 finals.mask_U = finalists[finals.kept]

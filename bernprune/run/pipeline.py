@@ -26,7 +26,7 @@ from bernprune.policy.bernoulli import even_probs, graded, reordered
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.run.finals import TO_BEAT, Finals, run_finals
+from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.initial import scope_of
 from bernprune.run.loop import current_selection, run_search
@@ -197,14 +197,13 @@ def _write_kept(
 def _judge_repaired(
     stage: Stage, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Keep what is best after repair, if that is asked for; see ``Workshop.prefer`` on what the first must lose by."""
+    """Keep what is best after repair, if that is asked for."""
     if workshop is None or not stage.config.judges_finalists:
         return {}
     rivals = {name: mask_U for name, mask_U in finalists.items() if name != finals.kept}
     others = {name: mask_U for name, mask_U in rivals.items() if not mask_U.equal(finals.mask_U)}
     masks = {finals.kept: finals.mask_U, **others}
-    names = sorted(masks, key=lambda name: name != TO_BEAT)
-    best, losses = workshop.prefer({name: stage.view.space.plan(masks[name]) for name in names})
+    best, losses = workshop.prefer({name: stage.view.space.plan(mask_U) for name, mask_U in masks.items()})
     if best in others:
         finals.kept, finals.mask_U, finals.priorities_U = best, others[best], None
     return {"finalists": losses}

@@ -23,10 +23,10 @@ from bernprune.evaluation.perplexity import check_window
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
-from bernprune.repair import ExpectedWeights, Repair, Repairer, clearly_better
+from bernprune.repair import ExpectedWeights, Repair, Repairer
 from bernprune.repair.needs import check_biases, check_tokens
 from bernprune.run.stage import Stage, read_texts, rows_per_forward
-from bernprune.run.workload import fitting_windows, judging_windows
+from bernprune.run.workload import LEAST_JUDGING, fitting_windows
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
@@ -101,29 +101,22 @@ class Workshop:
             return objective.window_losses(view.space.mask(plan)[None], self.judging_WT)[0]
 
     def prefer(self, plans: Mapping[str, KeepPlan]) -> tuple[str, dict[str, float | None]]:
-        """Which of several plans is the best once it is repaired, and the mean loss of each then.
+        """Which of several plans has the least loss once it is repaired, and the mean loss of each then.
 
-        The first must be beaten by a standard error of the mean difference. For ``auto`` the plainest of what it tries
-        decides. The model is left as it was.
+        For ``auto`` the plainest of what it tries decides. The model is left as it was.
         """
-        best, first_W, losses = next(iter(plans)), None, dict[str, float]()
-        for name, plan in plans.items():
-            losses_W = self._losses_repaired(name, plan)
-            losses[name] = losses_W.mean().item()
-            first_W = losses_W if first_W is None else first_W
-            if clearly_better(losses_W, first_W) and not losses[name] >= losses[best]:
-                best = name
-        return best, _finite(losses)
+        losses = {name: self._loss_repaired(name, plan) for name, plan in plans.items()}
+        return min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf), _finite(losses)
 
-    def _losses_repaired(self, name: str, plan: KeepPlan) -> torch.Tensor:
-        """Of a finalist, ``[W]``; infinite if it cannot be repaired, so that it just loses."""
+    def _loss_repaired(self, name: str, plan: KeepPlan) -> float:
+        """Of a finalist; infinite if it cannot be repaired, so that it just loses."""
         try:
             done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
         except BernpruneError as error:
             logger.warning("the finalist %r loses, as it cannot be repaired: %s", name, error)
-            return torch.full((len(self.judging_WT),), math.inf, dtype=torch.float64)
+            return math.inf
         try:
-            return self.losses(plan)
+            return self.losses(plan).mean().item()
         finally:
             done.undo()
 
@@ -209,21 +202,21 @@ def repair_text(config: RunConfig, tokenizer: Any, model_config: Any) -> torch.T
 def _shared_out(
     train: TokenWindows, kept_back: TokenWindows | None, fitted: int, learned: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to fit on, at most so many, and a third as many others to judge by.
+    """Windows to fit on, at most so many, and as many others to judge by; of little text, a third as many.
 
     Raises:
         DataError: there are not two of each.
     """
-    judging, available = judging_windows(fitted), train.num_windows
+    judging, available = max(LEAST_JUDGING, fitted), train.num_windows
     if kept_back is not None:
         judging, fitted = min(judging, kept_back.num_windows), min(fitted, available)
         return train.windows(0, fitted), kept_back.windows(0, judging)
     if fitted + judging > available:
-        judging = judging_windows(available * 3 // 4)
+        judging = max(LEAST_JUDGING, available // 4)
     fitted = min(fitted, available - judging)
     if fitted < _LEAST_FITTING:
         raise DataError(
-            f"repair needs at least {_LEAST_FITTING + judging_windows(0)} windows of {train.window} tokens of "
+            f"repair needs at least {_LEAST_FITTING + LEAST_JUDGING} windows of {train.window} tokens of "
             f"calibration text, but there are {available}; give more text, or repair.method 'none'"
         )
     first = max(fitted, min(learned, available - judging))

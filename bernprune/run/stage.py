@@ -27,7 +27,6 @@ from bernprune.run.opening import check_family, is_large, open_tokenizer, open_v
 from bernprune.run.workload import (
     Workload,
     fitting_windows,
-    judging_windows,
     make_budget,
     make_limits,
     plan_work,
@@ -244,7 +243,7 @@ def _keep_back(
     window, num_windows = config.data.window, len(stream) // config.data.window
     learning, choosing = workload.windows_read(config.search, space)
     if config.search.refit and workload.steps != 0:  # whatever repair follows: that may change on the way
-        choosing = max(choosing, judging_windows(fitting_windows(space.architecture, config.data.window)))
+        choosing = max(choosing, fitting_windows(space.architecture, config.data.window))
     if not choosing or learning + choosing <= num_windows:
         return stream, None
     count = int(

@@ -26,7 +26,7 @@ from bernprune.units import Architecture, UnitSpace
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
 FITS = 32  # of weights to a policy, which takes as long for a large model as thousands of sequences
-FITTING_WINDOWS = 128
+FITTING_WINDOWS, LEAST_JUDGING = 128, 2  # two for a standard error
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 # Of the sequences, for the final choice: what so many looks take and the race before them, if it is no more than that.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # and where nothing is looked at, a tenth
@@ -197,11 +197,6 @@ def fitting_windows(architecture: Architecture, window: int) -> int:
     shapes = architecture.layers
     widest = max(max(shape.channels, shape.query_heads * architecture.head_dim) for shape in shapes)
     return max(FITTING_WINDOWS, needed_windows(max(widest, architecture.hidden_size), window))
-
-
-def judging_windows(fitted: int) -> int:
-    """Others by which repairs on so many are judged: a third as many, and two for a standard error."""
-    return max(2, -(-fitted // 3))
 
 
 def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = None) -> Budget:
