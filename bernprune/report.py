@@ -47,9 +47,9 @@ def _plans(report: dict[str, Any]) -> list[str]:
 
 def _choice(report: dict[str, Any]) -> list[str]:
     search, lines = report["search"], list[str]()
-    finals, judged = search["finals"], "on text not learned from"
+    finals, judged, beaten = search["finals"], "on text not learned from", "not clearly better"
     if "finalists" in report["repair"]:
-        judged = "after a repair of each"
+        judged, beaten = "after a repair of each", "not better"
     if finals["sequences"]:
         rounds, won = len(finals["heats"]), sum(heat["winner"] > 0 for heat in finals["heats"])
         tried = f"changes tried in {rounds} round{'s' * (rounds > 1)}, kept in {won}" if rounds else "no changes tried"
@@ -57,7 +57,7 @@ def _choice(report: dict[str, Any]) -> list[str]:
     if search["kept"] == "widths":
         lines.append(
             f"kept         in each layer as many channels as were learned, but the best by the metric: {judged}, the "
-            "learned ones were not clearly better"
+            f"learned ones were {beaten}"
         )
     elif search["kept"] != "learned":
         row = ROWS[search["kept"]]
