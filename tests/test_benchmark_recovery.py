@@ -36,7 +36,10 @@ def test_rows_are_filled_once(tiny: list[str], tmp_path: Path) -> None:
     assert [row["learning_rate"] for row in sweep] == run.RATES
     best = min(sweep, key=lambda row: row["loss"]["after"])
     assert rows[0]["learning_rate"] == best["learning_rate"] == 1e-2
-    assert rows[0]["protocol"]["text"] != sweep[0]["protocol"]["text"]
+    texts = {row["protocol"]["text"] for row in rows}, {row["protocol"]["text"] for row in sweep}
+    assert texts == ({"held-out"}, {"development"})
+    assert rows[0]["protocol"]["text_sha256"] != sweep[0]["protocol"]["text_sha256"]
+    assert str(tmp_path) not in (folder / "results.jsonl").read_text() + (folder / "sweeps.jsonl").read_text()
     assert rows[0]["loss"]["after"] < rows[0]["loss"]["before"]
     before = (folder / "results.jsonl").read_bytes()
     run.main([*tiny, "--folder", str(folder)])

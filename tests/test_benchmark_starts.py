@@ -30,6 +30,7 @@ def test_rows_of_starts(place: Place, tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(row["score"], row["sequences"]) for row in rows] == [
         (score, sequences) for score in ("wanda-sp", "random") for sequences in (0, 400)
     ]
+    assert {row["protocol"]["text"] for row in rows} == {"held-out"}
     alone = rows[0]
     assert alone["unrepaired"] == pytest.approx(alone["initial"]) and alone["seconds"] < rows[1]["seconds"]
     assert len({row["loss"] for row in rows}) >= 2

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 
 from benchmarks.learning.rivals import METHODS, RIVALS
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows, removed_units
-from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task
+from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task, at_hand
 from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
@@ -149,10 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     with TemporaryDirectory() as scratch:
         bench = Bench(given.folder, Path(scratch))
-        for model in given.model:
-            if SOURCES[model].missing:
-                print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
-                continue
+        for model in at_hand(given.model):
             for name, sparsity, sequences in _jobs(given, model):
                 try:
                     settings = bench.best_settings(model, name, sparsity, sequences)

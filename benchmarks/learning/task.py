@@ -9,7 +9,7 @@ Letters: K masks, U units, B windows, T tokens.
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,15 @@ SOURCES = {
     ),
     "embedded": Source(EMBEDDED, EMBEDDED, EMBEDDED),
 }
+
+
+def at_hand(models: Iterable[str]) -> Iterator[str]:
+    """Those whose files are there; of the others it is said that they are skipped."""
+    for model in models:
+        if SOURCES[model].missing is None:
+            yield model
+        else:
+            print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
 
 
 class Meter:

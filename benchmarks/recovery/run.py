@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.run import SEQUENCES
-from benchmarks.learning.task import REPORT_TOKENS, SOURCES, Settings, learning_text
+from benchmarks.learning.task import SOURCES, Settings, at_hand
+from benchmarks.learning.whole import named, run_settings
 from benchmarks.recovery.show import KEY, show
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError
@@ -52,8 +53,13 @@ class Bench:
         settings = {**WAYS[key["way"]], "tokens": key["tokens"], "learning_rate": key["learning_rate"]}
         with TemporaryDirectory(dir=self._scratch) as folder:
             report = recover(run, Path(folder) / "recovered", changes={"recover": settings}, progress=False)
-        kept = ("loss", "best_step", "steps", "ended", "seconds", "ranks", "machine", "protocol")
-        row = {**key, **{name: report[name] for name in kept}, "commit": self._commit}
+        kept = ("loss", "best_step", "steps", "ended", "seconds", "ranks", "machine")
+        row = {
+            **key,
+            **{name: report[name] for name in kept},
+            "protocol": named(report["protocol"], held_out=held_out),
+            "commit": self._commit,
+        }
         append_row(path, row)
         print(f"{list(key.values())}: {row['loss']['before']:.4f} to {row['loss']['after']:.4f}", flush=True)
         return row
@@ -68,16 +74,9 @@ class Bench:
         """The folder of a run as it ships, which is repaired."""
         folder = self._scratch / f"{model}-{plan}-{sparsity}-{seed}-{held_out}"
         if not folder.exists():
-            source = SOURCES[model]
-            data: Settings = {"text": learning_text(source, self._scratch), "eval_tokens": REPORT_TOKENS}
-            given: Settings = {
-                "model": {"path": source.model},
-                "data": data | ({"eval_text": source.held_out} if held_out else {}),
-                "budget": {"sparsity": sparsity},
-                "search": {"sequences": SEQUENCES[model]},
-                "report": {"initial_latency": False, "latency_repeats": 2, "latency_rows": 1},
-                "seed": seed,
-            }
+            source, sequences = SOURCES[model], {"search": {"sequences": SEQUENCES[model]}}
+            given = run_settings(source, self._scratch, sparsity=sparsity, seed=seed, held_out=held_out)
+            given = merge(given, sequences)
             prune(make_config(merge(given, PLANS[plan])), folder, progress=False)
         return folder
 
@@ -95,10 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     with TemporaryDirectory() as scratch:
         bench = Bench(given.folder, Path(scratch))
-        for model in given.model:
-            if SOURCES[model].missing is not None:
-                print(f"{model} is skipped: {SOURCES[model].missing} does not exist", file=sys.stderr)
-                continue
+        for model in at_hand(given.model):
             for tokens, sparsity, way in itertools.product(given.tokens, given.sparsity, given.way):
                 key = {"model": model, "way": way, "sparsity": sparsity, "tokens": tokens}
                 rate = bench.best_rate(plan=given.plan[-1], **key)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.run import SEQUENCES
-from benchmarks.learning.task import SOURCES, Task
+from benchmarks.learning.task import SOURCES, Task, at_hand
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.latency import machine
@@ -38,7 +38,7 @@ LEARNED = HERE.parent / "learning" / "results.jsonl"
 KEY = ("model", "plan", "sparsity", "seed", "repair", "target", "biases")
 SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.3, 0.2, 0.5]
 PLANS = ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search", "ifso-repaired/uniform"]
-WINDOWS, JUDGING = 128, 43  # as a run has by default
+WINDOWS, JUDGING = 128, 43
 # Method, what outputs are fitted to, and whether there are biases that the family has not.
 REPAIRS: dict[str, tuple[Any, Any, bool]] = {
     "two-step": ("two-step", "residual", False),
@@ -136,10 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     results, version = given.folder / "results.jsonl", commit()
     with TemporaryDirectory() as scratch:
-        for sparsity, seed, model in itertools.product(given.sparsity, given.seed, given.model):
-            if SOURCES[model].missing:
-                print(f"{model} is skipped: {SOURCES[model].missing} does not exist")
-                continue
+        for sparsity, seed, model in itertools.product(given.sparsity, given.seed, list(at_hand(given.model))):
             task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=SEQUENCES.get(model, 10_000))
             for plan in given.plan:
                 _fill(results, version, task, {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}, given)

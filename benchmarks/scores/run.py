@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
-from benchmarks.learning.task import SOURCES, Task
+from benchmarks.learning.task import SOURCES, Task, at_hand
 from benchmarks.scores.show import KEY, show
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
@@ -161,10 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     results = given.folder / "results.jsonl"
     with TemporaryDirectory() as scratch:
-        for model in given.model:
-            if SOURCES[model].missing is not None:
-                print(f"{model} is skipped: {SOURCES[model].missing} does not exist", file=sys.stderr)
-                continue
+        for model in at_hand(given.model):
             for seed in given.seed:
                 _fill(results, Bench(model, seed, Path(scratch)), model, seed, given)
     show(results)

@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.run import SEQUENCES
-from benchmarks.learning.task import REPORT_TOKENS, SOURCES, Settings, learning_text
+from benchmarks.learning.task import SOURCES, at_hand
+from benchmarks.learning.whole import named, run_settings
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
 from bernprune.run.pipeline import prune
@@ -36,22 +37,11 @@ STARTS = [name for name, metric in SCORES.items() if not set(metric.kinds) <= se
 
 def run(scratch: Path, key: Row) -> Row:
     """A run as it ships, but for its start: losses on held-out text before and after its repair."""
-    source = SOURCES[key["model"]]
-    given: Settings = {
-        "model": {"path": source.model},
-        "data": {
-            "text": learning_text(source, scratch),
-            "eval_text": source.held_out,
-            "eval_tokens": REPORT_TOKENS,
-        },
-        "budget": {"sparsity": key["sparsity"]},
-        "initial": {"score": key["score"]},
-        "search": {"sequences": key["sequences"]},
-        "report": {"initial_latency": False, "latency_repeats": 2, "latency_rows": 1},
-        "seed": key["seed"],
-    }
+    source, start = SOURCES[key["model"]], {"initial": {"score": key["score"]}}
+    given = run_settings(source, scratch, sparsity=key["sparsity"], seed=key["seed"], held_out=True)
+    given = merge(given, {**start, "search": {"sequences": key["sequences"]}})
     with TemporaryDirectory(dir=scratch) as folder:
-        report = prune(make_config(merge(given, source.config)), Path(folder) / "run", progress=False)
+        report = prune(make_config(given), Path(folder) / "run", progress=False)
     return {
         **key,
         "loss": report["loss"]["pruned"],
@@ -61,7 +51,7 @@ def run(scratch: Path, key: Row) -> Row:
         "repair": report["repair"]["chosen"],
         "seconds": report["search"]["seconds"],
         "machine": report["machine"],
-        "protocol": report["protocol"],
+        "protocol": named(report["protocol"], held_out=True),
         "commit": commit(),
     }
 
@@ -110,10 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     results = given.folder / "starts.jsonl"
     with TemporaryDirectory() as scratch:
-        for model in given.model:
-            if SOURCES[model].missing is not None:
-                print(f"{model} is skipped: {SOURCES[model].missing} does not exist", file=sys.stderr)
-                continue
+        for model in at_hand(given.model):
             for sparsity, seed, score, share in itertools.product(given.sparsity, given.seed, given.score, given.share):
                 sequences = int(share * SEQUENCES[model])
                 key = {"model": model, "score": score, "sparsity": sparsity, "sequences": sequences, "seed": seed}
