@@ -285,9 +285,7 @@ def apply(
 def recover(
     run: Annotated[Path, typer.Argument(help="Run folder of a finished run.")],
     out: Annotated[Path, typer.Argument(help="Folder of the recovery.")],
-    text: Annotated[
-        str | None, typer.Option(help="Text to train on, all of it; by default the run's, less what is evaluated on.")
-    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text to train on; by default the run's calibration text.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help=f"What may differ from the run: {', '.join(RECOVERY_SETTINGS)}."),

@@ -95,7 +95,9 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     assert done.code == 130 and "interrupted; the same command, without --overwrite, goes on" in done.err
     assert not (out / "model").exists() and not (out / "report.json").exists()
     assert "another configuration" in in_one_sentence(run(*recover(place, finished, "recover.rank=3")))
-    succeed(*recover(place, finished, "recover.checkpoint_seconds=7"))
+    with monkeypatch.context() as patch:  # ranks that are known are not computed again, and not otherwise
+        patch.setattr(recovering, "_ranks", lambda *_, **__: 1 / 0)
+        succeed(*recover(place, finished, "recover.checkpoint_seconds=7"))
     assert steps_of(out) == list(range(STEPS))
     found, expected = (
         load_file(place.folder / name / "model" / "model.safetensors") for name in ("recovered", "whole")
@@ -112,6 +114,14 @@ def test_a_finished_recovery_is_replaced_on_request(place: Place, finished: Path
     assert (place.folder / "recovered" / "report.json").read_bytes() == before
     succeed(*recover(place, finished, "recover.rank=1"), "--overwrite")
     assert read_json(place.folder / "recovered" / "report.json")["ranks"] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("rate", "said"), [("1e-30", True), ("0.01", False)])
+def test_it_is_said_if_nothing_was_gained(rate: str, said: bool, place: Place, finished: Path) -> None:
+    done = succeed(*recover(place, finished, f"recover.learning_rate={rate}"))
+    loss = read_json(place.folder / "recovered" / "report.json")["loss"]
+    assert (loss["after"] >= loss["before"]) == said
+    assert (f"nothing was recovered: the loss on the evaluation text is {loss['after']:.4f}" in done.err) == said
 
 
 def test_other_text_may_be_trained_on(place: Place, finished: Path) -> None:

@@ -43,8 +43,8 @@ def expected_fit(weight_DE: torch.Tensor, gram_EE: torch.Tensor, probs_N: torch.
     probs_E = probs_N.to(gram_EE).repeat_interleave(len(gram_EE) // len(probs_N))
     together_EE = torch.outer(probs_E, probs_E)
     width = len(gram_EE) // len(probs_N)
-    blocks_NCC = together_EE.view(len(probs_N), width, len(probs_N), width).diagonal(dim1=0, dim2=2)
-    blocks_NCC.copy_(probs_N.to(gram_EE).expand_as(blocks_NCC))  # inputs of one unit are kept together
+    blocks_CCN = together_EE.view(len(probs_N), width, len(probs_N), width).diagonal(dim1=0, dim2=2)
+    blocks_CCN.copy_(probs_N.to(gram_EE).expand_as(blocks_CCN))  # inputs of one unit are kept together
     damping = ridge * gram_EE.diagonal().mean().clamp(min=torch.finfo(gram_EE.dtype).tiny)
     matrix_EE = gram_EE * together_EE
     matrix_EE.diagonal().add_(damping)

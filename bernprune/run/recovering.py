@@ -11,7 +11,6 @@ report.json            written last: its presence means that it is finished
 
 import json
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -134,7 +133,7 @@ def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _So
     check_window(model_config, window)
     tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
     stream_N, held_out_N, eval_name = read_texts(config, tokenizer, vocabulary)
-    if config.data.eval_text is None and config.data.text != of_run.data.text:  # which is trained on, all of it
+    if config.data.eval_text is None and config.data.text != of_run.data.text:  # so that figures compare
         held_out_N, eval_name = read_texts(of_run, tokenizer, vocabulary)[1:]
     cut = len(stream_N) - config.recover.held_out * window
     if cut < config.recover.batch * window:
@@ -168,9 +167,10 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progre
     model = prepared.training.finish()
     if source.config.recover.masks == "policy":
         model = slice_model(model, source.plan)
-    report["loss"] = {"before": prepared.before, "after": mean_loss(model, source.eval_windows_WT)}
-    if not report["loss"]["after"] < prepared.before:
-        logger.warning("nothing was recovered: of %s, the model that the run kept is the better one", folder.path)
+    before, after = prepared.before, mean_loss(model, source.eval_windows_WT)
+    if not after < before:
+        logger.warning("nothing was recovered: the loss on the evaluation text is %.4f, and was %.4f", after, before)
+    report["loss"] = {"before": before, "after": after}
     report["perplexity"] = {name: perplexity(loss) for name, loss in report["loss"].items()}
     folder.remove_model()
     try:
@@ -209,25 +209,24 @@ def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
     """What is trained: the run's model or, before the cut, the dense one under masks. Ranks are computed if unknown."""
     config, settings, device = source.config, source.config.recover, find_device(source.config.model.device)
     whole, family = settings.masks == "policy", family_of(source.plan.architecture.model_type)
-    before = mean_loss(_pruned(source, device), source.eval_windows_WT) if whole else math.nan
+    before = mean_loss(_pruned(source, device), source.eval_windows_WT) if whole else None
     view = None  # of the dense model, which is not held beside the pruned one unless it teaches
     if whole or settings.distill > 0 or (ranks is None and settings.ranks == "influence"):
         view = describe(open_model(config, device), config.granularity)
     ranks = ranks or _ranks(source, view, whole=whole)
-    teacher = None if view is None or settings.distill == 0 else view.model
+    teacher, masks = None if view is None or settings.distill == 0 else view.model, None
     with ExitStack() as stack:
-        if whole:
-            assert view is not None
-            teacher = teacher and open_model(config, device)
-            trained = view.model
-            adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
+        if whole and view is not None:
+            trained, teacher = view.model, teacher and open_model(config, device)
+        else:
+            view, trained = None, _pruned(source, device)
+            before = mean_loss(trained, source.eval_windows_WT)
+        adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
+        if view is not None:
             live = stack.enter_context(masked(adapted_view(view), TORCH))
             masks = SampledMasks(live, _policy(source), view.space.mask(source.plan), seed=config.seed)
-        else:
-            view, masks, trained = None, None, _pruned(source, device)
-            before = mean_loss(trained, source.eval_windows_WT)
-            adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
         training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks)
+        assert before is not None, "what the run kept was evaluated"
         yield _Prepared(training, ranks, before)
 
 
