@@ -74,9 +74,8 @@ class Bench:
         """The folder of a run as it ships, which is repaired."""
         folder = self._scratch / f"{model}-{plan}-{sparsity}-{seed}-{held_out}"
         if not folder.exists():
-            source, sequences = SOURCES[model], {"search": {"sequences": SEQUENCES[model]}}
-            given = run_settings(source, self._scratch, sparsity=sparsity, seed=seed, held_out=held_out)
-            given = merge(given, sequences)
+            given = run_settings(SOURCES[model], self._scratch, sparsity=sparsity, seed=seed, held_out=held_out)
+            given = merge(given, {"search": {"sequences": SEQUENCES[model]}})
             prune(make_config(merge(given, PLANS[plan])), folder, progress=False)
         return folder
 

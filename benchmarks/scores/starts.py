@@ -37,9 +37,9 @@ STARTS = [name for name, metric in SCORES.items() if not set(metric.kinds) <= se
 
 def run(scratch: Path, key: Row) -> Row:
     """A run as it ships, but for its start: losses on held-out text before and after its repair."""
-    source, start = SOURCES[key["model"]], {"initial": {"score": key["score"]}}
+    source = SOURCES[key["model"]]
     given = run_settings(source, scratch, sparsity=key["sparsity"], seed=key["seed"], held_out=True)
-    given = merge(given, {**start, "search": {"sequences": key["sequences"]}})
+    given = merge(given, {"initial": {"score": key["score"]}, "search": {"sequences": key["sequences"]}})
     with TemporaryDirectory(dir=scratch) as folder:
         report = prune(make_config(given), Path(folder) / "run", progress=False)
     return {
