@@ -109,6 +109,7 @@ class RunConfig(Section):
                 f"{', '.join(self.initial.also)}"
             )
         self._check_meaning()
+        self._check_budget()
         self._check_search()
         (low, high), own = self.explored, self.budget.sparsity
         shown = [f"{sparsity:g}" for sparsity in self.plans.sparsities]  # as in the names of the files
@@ -124,6 +125,26 @@ class RunConfig(Section):
                 f"policy.floor {self.policy.floor:g} and policy.ceiling {self.policy.ceiling:g}"
             )
         return self
+
+    def _check_budget(self) -> None:
+        """What else must go, beside the sparsity."""
+        given = self.budget
+        if given.measure in given.also:
+            raise ValueError(
+                f"budget.also_{given.measure} has no meaning for budget.measure {given.measure!r}, of which "
+                "budget.sparsity says how much goes"
+            )
+        if given.also and (given.pools == "separate" or self.policy.projection == "published"):
+            raise ValueError(
+                f"budget.also_{next(iter(given.also))} needs budget.pools 'joint' and policy.projection "
+                f"'cost-weighted', but they are {given.pools!r} and {self.policy.projection!r}"
+            )
+        for name, share in given.also.items():
+            if not self.policy.floor < 1 - share:
+                raise ValueError(
+                    f"budget.also_{name} {share:g} leaves {1 - share:g}, which must be above policy.floor "
+                    f"{self.policy.floor:g}"
+                )
 
     def _check_meaning(self) -> None:
         """A setting that would be ignored is an error."""

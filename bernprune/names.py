@@ -7,6 +7,7 @@ from bernprune.errors import ConfigError
 
 Kind = Literal["channel", "kv_group", "attention", "ffn", "layer"]
 Measure = Literal["parameters", "flops"]
+CapName = Literal["parameters", "flops", "kv_cache"]
 Pools = Literal["joint", "separate"]
 Projection = Literal["cost-weighted", "published"]
 MethodName = Literal["posterior", "reinforce"]

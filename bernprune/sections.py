@@ -11,6 +11,7 @@ from bernprune.embedded import EMBEDDED
 from bernprune.names import (
     Allocation,
     BaselineName,
+    CapName,
     InfluenceName,
     MapName,
     MasksPer,
@@ -86,12 +87,25 @@ class BudgetConfig(Section):
     """Sequence length at which attention FLOPs are counted."""
     pools: Pools = "joint"
     """'joint': one budget over all units; 'separate': each kind loses the same share (published)."""
+    also_parameters: Share | None = None
+    """Share of the prunable parameters that must go at least, beside the sparsity of another measure."""
+    also_flops: Share | None = None
+    """Share of the prunable forward FLOPs that must go at least, beside the sparsity of another measure."""
+    also_kv_cache: Share | None = None
+    """Share of the key/value cache that must go at least; a policy keeps to it on average, what is selected exactly."""
     min_kv_groups: Annotated[int, Field(ge=0)] = 1
     """Kept in each layer unless a coarser unit removes the block; the first layer always keeps one."""
     min_channels: Annotated[int, Field(ge=0)] = 1
     """Kept in each layer unless a coarser unit removes the block."""
     channel_multiple: Count = 1
     """Kept channels of each layer are a multiple of this, e.g. 64 or 128 for tensor cores."""
+
+    @property
+    def also(self) -> dict[CapName, float]:
+        """Other costs, and what must go of them."""
+        names: tuple[CapName, ...] = get_args(CapName)
+        shares = {name: getattr(self, f"also_{name}") for name in names}
+        return {name: share for name, share in shares.items() if share is not None}
 
 
 class InitialConfig(Section):

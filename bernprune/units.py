@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bernprune.errors import ModelError
-from bernprune.names import Kind, Measure
+from bernprune.names import CapName, Kind
 
 # Coarse before fine: the order of the groups within a layer, so that a parent always precedes its children.
 KINDS: tuple[Kind, ...] = ("layer", "attention", "kv_group", "ffn", "channel")
@@ -188,10 +188,20 @@ class UnitSpace:
         spans = (self.span(ancestor, layer) for ancestor in ANCESTORS[kind])
         return next((span.start for span in spans if span is not None), None)
 
-    def costs_U(self, measure: Measure = "parameters") -> torch.Tensor:
-        """What each unit owns, float64 ``[U]``."""
-        values = [float(getattr(group, measure)) for group in self.groups]
+    def costs_U(self, measure: CapName = "parameters") -> torch.Tensor:
+        """What each unit owns, float64 ``[U]``; of the ``kv_cache`` in numbers that a token adds to it."""
+        values = [
+            self._cached(group) if measure == "kv_cache" else float(getattr(group, measure)) for group in self.groups
+        ]
         return self._spread(torch.tensor(values, dtype=torch.float64))
+
+    def _cached(self, group: UnitGroup) -> float:
+        """Keys and values are the finest level's that holds them."""
+        holders = [kind for kind in ("kv_group", *ANCESTORS["kv_group"]) if (kind, group.layer) in self._index]
+        if not holders or group.kind != holders[0]:
+            return 0.0
+        groups = self.architecture.layers[group.layer].kv_groups
+        return 2.0 * self.architecture.head_dim * groups / group.count
 
     @functools.cached_property
     def group_U(self) -> torch.Tensor:

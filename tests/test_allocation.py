@@ -11,7 +11,7 @@ from tiny_models import tiny_model
 from bernprune.errors import BudgetError
 from bernprune.models.view import describe
 from bernprune.policy.allocation import Evolution, search_shares, shares_by_importance
-from bernprune.policy.within import kv_entries_U, select_within
+from bernprune.policy.within import select_within
 
 
 def losses_of(shares_KG: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_a_budget_that_leaves_room_does_not_matter() -> None:
 def test_parameters_flops_and_cache_together() -> None:
     """Of a model: half the cache goes, though parameters alone would take channels."""
     space = describe(tiny_model("llama")).space
-    costs_MU = torch.stack([space.costs_U(), space.costs_U("flops"), kv_entries_U(space)])
+    costs_MU = torch.stack([space.costs_U(), space.costs_U("flops"), space.costs_U("kv_cache")])
     assert costs_MU[2].sum().item() == 4 * 3 * 2 * 8  # layers, groups, keys and values, head size
     worth_U = torch.rand(space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     worth_U[space.of_kind("kv_group")] += 10

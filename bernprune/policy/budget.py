@@ -2,24 +2,27 @@
 
 A budget limits the *expected cost alive* of each of its pools, sum over units u of c_u * P(u alive), where c_u is the
 cost that u owns and P(u alive) is the product of its keep probability and of those of all units it lies in. Without
-nesting that is the plain weighted sum.
+nesting that is the plain weighted sum. Beside it there may be caps, on other costs, which hold a policy in expectation
+and what is selected exactly; they have prices of their own (Meng et al., 2024, FALCON, arXiv 2403.07094).
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from bernprune.errors import BudgetError
-from bernprune.names import Measure, Pools, check_name
+from bernprune.names import CapName, Measure, Pools, check_name
 from bernprune.units import UnitSpace
 
 _SLACK = 1e-9  # share of a pool's cost by which a bound may miss the limit before that is an error
 _RESOLUTION = 1e-15  # share of a pool's cost that counts as having met it
+_CAP_RESOLUTION = 1e-6  # share of a capped cost by which a policy may miss what is allowed
 _MOST_EVALUATIONS = 200
+_MOST_DOUBLINGS = 64  # of a cap's price
 _ROUNDING = 1e-12  # of a sum of costs
 _SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 in float64
 
@@ -39,6 +42,24 @@ class Pool:
         return self.limit * (1 + _ROUNDING)
 
 
+@dataclass(frozen=True)
+class Cap:
+    """Another cost of the units, of which no more than a limit may stay."""
+
+    name: CapName
+    costs_U: torch.Tensor
+    total: float
+    limit: float
+
+    @property
+    def most(self) -> float:
+        """What a selection may cost, see ``Pool.most``."""
+        return self.limit * (1 + _ROUNDING)
+
+    def allows(self, mask_U: torch.Tensor) -> bool:
+        return torch.dot(self.costs_U, mask_U.double()).item() <= self.most
+
+
 class Budget:
     """The share of the space's cost that must go.
 
@@ -48,14 +69,22 @@ class Budget:
         measure: ``parameters``, or ``flops`` at the sequence length that the space was described for.
         pools: ``joint`` lets all units trade with each other; ``separate`` gives each kind the same sparsity, as the
             published method does (Gao et al., 2024, arXiv 2406.10576).
+        also: of other costs, ``kv_cache`` among them, the share that must go at least.
 
     Raises:
         ConfigError: an unknown measure or kind of pools.
-        BudgetError: nothing to prune, or separate pools over units that lie in one another.
+        BudgetError: nothing to prune; separate pools or caps over units that lie in one another, or both of them; or
+            a cap on a cost that no unit has.
     """
 
     def __init__(
-        self, space: UnitSpace, sparsity: float, *, measure: Measure = "parameters", pools: Pools = "joint"
+        self,
+        space: UnitSpace,
+        sparsity: float,
+        *,
+        measure: Measure = "parameters",
+        pools: Pools = "joint",
+        also: Mapping[CapName, float] | None = None,
     ) -> None:
         check_name("measure", measure, Measure)
         check_name("pools", pools, Pools)
@@ -73,6 +102,12 @@ class Budget:
             self.pools = [self._pool("all units", everything)]
         else:
             self.pools = [self._pool(kind, space.of_kind(kind)) for kind in space.kinds]
+        if also and (pools == "separate" or space.nested):
+            raise BudgetError(
+                "caps on other costs need joint pools, and units that do not lie in one another, but got "
+                f"{pools} pools of {', '.join(space.kinds)}"
+            )
+        self.caps = [self._cap(name, share) for name, share in (also or {}).items()]
 
     @property
     def most(self) -> float:
@@ -81,11 +116,22 @@ class Budget:
 
     def __str__(self) -> str:
         pools = f" of each of {', '.join(pool.name for pool in self.pools)}" if len(self.pools) > 1 else ""
-        return f"{self.sparsity:.6g} of all {self.measure}{pools}"
+        caps = "".join(f", {1 - cap.limit / cap.total:.6g} of {cap.name}" for cap in self.caps)
+        return f"{self.sparsity:.6g} of all {self.measure}{pools}{caps}"
 
     def _pool(self, name: str, members_U: torch.Tensor) -> Pool:
         total = self.costs_U[members_U].sum().item()
         return Pool(name, members_U, total, (1 - self.sparsity) * total)
+
+    def _cap(self, name: CapName, share: float) -> Cap:
+        check_name("cost", name, CapName)
+        if not (math.isfinite(share) and 0 < share < 1):
+            raise BudgetError(f"the share of {name} to remove must lie strictly between 0 and 1, but is {share}")
+        costs_U = self.space.costs_U(name)
+        total = costs_U.sum().item()
+        if not total:
+            raise BudgetError(f"none of the units, {', '.join(self.space.kinds)}, has a part in {name}")
+        return Cap(name, costs_U, total, (1 - share) * total)
 
     @functools.cached_property
     def metric_U(self) -> torch.Tensor:
@@ -114,14 +160,18 @@ class Budget:
         Solves, per pool: minimise sum c_u (s_u - z_u)^2 subject to sum c_u s_u = limit, floor <= s_u <= ceiling. The
         solution shifts every unit equally, s_u = clip(z_u - v), so that an expensive unit is not pushed further than
         the many cheap ones that cost as much. With nesting, the same equal shift is chosen such that the expected
-        cost alive meets the limit.
+        cost alive meets the limit. A cap shifts units further by its price times what they have in it for their cost.
 
         Args:
             probs_U: float64 ``[U]``, any real numbers.
 
         Raises:
-            BudgetError: the limit cannot be met between floor and ceiling.
+            BudgetError: the limit or a cap cannot be met between floor and ceiling.
         """
+        return self._within_caps(lambda charge_U: self._nearest(probs_U - charge_U / self.metric_U, floor, ceiling))
+
+    def _nearest(self, probs_U: torch.Tensor, floor: float, ceiling: float) -> torch.Tensor:
+        """Without caps."""
         shifted = probs_U.clone()
         for pool in self.pools:
             members, values = pool.members_U, probs_U[pool.members_U]
@@ -140,15 +190,23 @@ class Budget:
         """The policy on the budget that keeps a unit with the probability that it is worth its price.
 
         s_u = clip(Phi((worth_u - price * cost_u) / deviation_u)), for normally distributed worths; each pool has the
-        price at which its expected cost alive meets the limit.
+        price at which its expected cost alive meets the limit, and each cap one more, which is 0 if it does not bind.
 
         Args:
             worth_U, deviation_U: mean and standard deviation of what is believed of each unit.
             costs_U: what each unit is charged for, positive.
 
         Raises:
-            BudgetError: the limit cannot be met between floor and ceiling.
+            BudgetError: the limit or a cap cannot be met between floor and ceiling.
         """
+        return self._within_caps(
+            lambda charge_U: self._priced(worth_U - charge_U, deviation_U, costs_U, floor, ceiling)
+        )
+
+    def _priced(
+        self, worth_U: torch.Tensor, deviation_U: torch.Tensor, costs_U: torch.Tensor, floor: float, ceiling: float
+    ) -> torch.Tensor:
+        """Without caps."""
         probs_U = torch.full_like(worth_U, ceiling)
         for pool in self.pools:
             worth, deviation, costs = (values_U[pool.members_U] for values_U in (worth_U, deviation_U, costs_U))
@@ -168,6 +226,8 @@ class Budget:
         Solves, per pool: minimise sum (s_u - z_u)^2 subject to sum c_u s_u <= limit, floor <= s_u <= ceiling, by
         s_u = clip(z_u - v c_u), v >= 0. For units of equal cost (separate pools) this is Gao et al., 2024.
         """
+        if self.caps:
+            raise BudgetError("the published projection knows no caps on other costs")
         if self.space.nested:
             raise BudgetError(f"the published projection needs units that do not nest, but got {self.space.kinds}")
         shifted = probs_U.clone()
@@ -183,6 +243,39 @@ class Budget:
             if self._pool_cost(shifted, pool) > pool.limit:
                 shifted[members] = clipped(self._solve(clipped, shifted, pool, 0.0, high))
         return shifted
+
+    def _within_caps(self, policy: Callable[[torch.Tensor], torch.Tensor], number: int = 0) -> torch.Tensor:
+        """The policy, on the budget, that follows when units are charged the lowest prices at which the caps hold.
+
+        Args:
+            policy: of what units are charged, ``[U]``.
+            number: of the cap whose price is found here, with those behind it found at each price that is tried.
+        """
+        if number == len(self.caps):
+            return policy(torch.zeros_like(self.costs_U))
+        cap = self.caps[number]
+        shares_U = cap.costs_U * (self.total / cap.total)
+
+        def at(price: float) -> torch.Tensor:
+            return self._within_caps(lambda charge_U: policy(charge_U + price * shares_U), number + 1)
+
+        def excess(price: float) -> float:
+            return (torch.dot(cap.costs_U, at(price)).item() - cap.limit) / cap.total
+
+        above = below = excess(0.0)
+        if above <= _CAP_RESOLUTION:
+            return at(0.0)
+        low, high = 0.0, 1e-9
+        for _ in range(_MOST_DOUBLINGS):
+            if (below := excess(high)) <= 0:
+                break
+            low, above, high = high, below, 2 * high
+        if below > _CAP_RESOLUTION:
+            raise BudgetError(
+                f"no probabilities between the floor and the ceiling of the policy keep {self} within its caps: at "
+                f"least {cap.limit / cap.total + below:.3g} of {cap.name} stays, and {cap.limit / cap.total:.3g} may"
+            )
+        return at(_falling_root(excess, low, high, above, below, resolution=_CAP_RESOLUTION))
 
     def _pool_cost(self, probs_U: torch.Tensor, pool: Pool) -> float:
         alive_U = self.space.inherit(probs_U, torch.mul)
@@ -220,7 +313,15 @@ class Budget:
         return _falling_root(excess, low, high, above, below)
 
 
-def _falling_root(function: Callable[[float], float], low: float, high: float, above: float, below: float) -> float:
+def _falling_root(
+    function: Callable[[float], float],
+    low: float,
+    high: float,
+    above: float,
+    below: float,
+    *,
+    resolution: float = _RESOLUTION,
+) -> float:
     """Where a falling function is zero that has the values ``above`` at ``low`` and ``below`` at ``high``.
 
     Regula falsi in the Illinois form (Dowell and Jarratt, 1971), and a bisection at every third step, which bounds the
@@ -238,7 +339,7 @@ def _falling_root(function: Callable[[float], float], low: float, high: float, a
         if not low < middle < high:
             break  # the bracket is as narrow as float64 allows
         value = function(middle)
-        if abs(value) <= _RESOLUTION:
+        if abs(value) <= resolution:
             return middle
         side = 1 if value > 0 else -1
         if side > 0:

@@ -2,10 +2,12 @@
 
 Units are taken in order of their priority until the budget is full; one that no longer fits is passed over for a
 smaller one behind it. A unit counts as wanted only as much as the least wanted thing it lies in, which is the order in
-which lowering one threshold over all levels would let units in.
+which lowering one threshold over all levels would let units in. Where that would break a cap of the budget on another
+cost, units come later by a price of what they have in it, and what no longer fits into it is passed over, too.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +15,8 @@ import torch
 
 from bernprune.errors import BudgetError
 from bernprune.names import Kind
-from bernprune.policy.budget import Budget
+from bernprune.policy.budget import Budget, Cap
+from bernprune.policy.within import at_best_prices
 from bernprune.units import KINDS
 
 
@@ -79,22 +82,37 @@ def select(
             raise BudgetError(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
-    parts = _parts(priorities_U, budget, limits or Limits(), tie_break_U, core_U)
+    limits = limits or Limits()
+    mask_U = _taken(_parts(priorities_U, budget, limits, tie_break_U, core_U), budget, (), nested=core_U is not None)
+    if all(cap.allows(mask_U) for cap in budget.caps):
+        return mask_U
+    parts = _parts(_charged(priorities_U, budget), budget, limits, tie_break_U, core_U)
+    return _taken(parts, budget, budget.caps, nested=core_U is not None)
+
+
+def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) -> torch.Tensor:
+    """Part after part, what fits; where it is ``nested``, up to the first that does not."""
     left, least = [pool.most for pool in budget.pools], parts.cost_P.min(initial=math.inf)
-    kept, closed, ranked = bytearray(size), set[int](), parts.ranked_U.tolist()
+    kept, closed, ranked = bytearray(budget.space.size), set[int](), parts.ranked_U.tolist()
+    capped_M = np.array([cap.most for cap in caps])
+    best_P = parts.ranked_U[parts.first_P]
+    capped_PM = np.array([cap.costs_U.numpy()[best_P] * parts.size_P for cap in caps]).T.reshape(len(best_P), len(caps))
     columns = (parts.first_P, parts.size_P, parts.cost_P, parts.group_P, parts.pool_P, parts.parent_P, parts.forced_P)
-    for first, count, cost, group, pool, parent, forced in zip(*(column.tolist() for column in columns), strict=True):
+    rows = zip(*(column.tolist() for column in columns), capped_PM, strict=True)
+    for first, count, cost, group, pool, parent, forced, cost_M in rows:
         if group in closed or (parent >= 0 and not kept[parent]):
             continue
-        if cost <= left[pool]:
+        within = not caps or bool((cost_M <= capped_M).all())
+        if cost <= left[pool] and within:
             left[pool] -= cost
+            capped_M -= cost_M
             for unit in ranked[first : first + count]:
                 kept[unit] = 1
             continue
         if forced:
-            raise _impossible(parts, budget, pool)
+            raise _impossible(parts, budget, pool) if within else _over_a_cap(caps, capped_PM[parts.forced_P].sum(0))
         closed.add(group)  # what follows in the group costs as much, or stands on the minimum just refused
-        if core_U is not None:
+        if nested and within:
             left[pool] = -math.inf
         if max(left) < least:
             break
@@ -108,6 +126,25 @@ def _impossible(parts: _Parts, budget: Budget, index: int) -> BudgetError:
         f"the minimums per layer keep {forced / pool.total:.1%} of the {budget.measure} of {pool.name}, more than the "
         f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity"
     )
+
+
+def _over_a_cap(caps: Sequence[Cap], forced_M: np.ndarray) -> BudgetError:
+    cap, forced = next(pair for pair in zip(caps, forced_M, strict=True) if pair[1] > pair[0].most)
+    return BudgetError(
+        f"the minimums per layer keep {forced / cap.total:.1%} of {cap.name}, more than the "
+        f"{cap.limit / cap.total:.1%} that may stay of it; lower the minimums, or how much of it must go"
+    )
+
+
+def _charged(priorities_U: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """Priorities less the prices of the caps, each times what a unit has in it for its cost."""
+    values_U = priorities_U.double().cpu()
+    span = max(float(values_U.max() - values_U.min()), 1e-9)
+    worth_U = (values_U - values_U.min() + span) * budget.costs_U  # all worth something: the budget is to be filled
+    costs_MU = torch.stack([budget.costs_U / budget.total, *(cap.costs_U / cap.total for cap in budget.caps)])
+    limits_M = [budget.most / budget.total, *(cap.most / cap.total for cap in budget.caps)]
+    _, reduced_U = at_best_prices(worth_U, costs_MU, torch.tensor(limits_M, dtype=torch.float64))
+    return reduced_U / budget.costs_U
 
 
 def _parts(

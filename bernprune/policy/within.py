@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 
 from bernprune.errors import BudgetError
-from bernprune.units import UnitSpace
 
 _STEPS = 60  # of a bisection
 
@@ -41,20 +40,23 @@ def select_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: Seque
         raise BudgetError("costs and limits must not be negative")
     totals_M = costs_MU.sum(1).clamp(min=1e-300)
     costs_MU, limits = costs_MU / totals_M[:, None], limits / totals_M
-    mask_U, reduced_U = _at_best_prices(worth_U, costs_MU, limits)
+    mask_U, reduced_U = at_best_prices(worth_U, costs_MU, limits)
     return _filled(mask_U, worth_U, reduced_U, costs_MU, limits)
 
 
-def _at_best_prices(
+def at_best_prices(
     worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept at the lowest prices that keep within all budgets, and what of each unit's worth they leave."""
+    """What is kept at the lowest prices that keep within all budgets, and what of each unit's worth they leave.
+
+    Of the first budget the price is found from one order of all units; of each other one by a bisection around that.
+    """
     costs_U, limit = costs_MU[-1], float(limits_M[-1])
     if len(limits_M) == 1:
         return _at_best_price(worth_U, costs_U, limit)
 
     def at(price: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return _at_best_prices(worth_U - price * costs_U, costs_MU[:-1], limits_M[:-1])
+        return at_best_prices(worth_U - price * costs_U, costs_MU[:-1], limits_M[:-1])
 
     kept_U, reduced_U = at(0.0)
     if float(costs_U[kept_U].sum()) <= limit:
@@ -95,9 +97,3 @@ def _filled(
             mask_U[unit] = True
             left_M -= costs_MU[:, unit]
     return mask_U
-
-
-def kv_entries_U(space: UnitSpace) -> torch.Tensor:
-    """Numbers a token that each unit adds to the key/value cache, float64 ``[U]``; times their size, its bytes."""
-    entries = [2.0 * space.architecture.head_dim if group.kind == "kv_group" else 0.0 for group in space.groups]
-    return torch.tensor(entries, dtype=torch.float64)[space.group_U]

@@ -202,7 +202,8 @@ def fitting_windows(architecture: Architecture, window: int) -> int:
 def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = None) -> Budget:
     """That of a run, or one like it for another sparsity. Raises ``BudgetError`` if units and pools do not fit."""
     given = config.budget
-    return Budget(space, given.sparsity if sparsity is None else sparsity, measure=given.measure, pools=given.pools)
+    share = given.sparsity if sparsity is None else sparsity
+    return Budget(space, share, measure=given.measure, pools=given.pools, also=given.also)
 
 
 def make_limits(config: RunConfig) -> Limits:
