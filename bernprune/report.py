@@ -123,9 +123,10 @@ def _stopped(ended: str) -> str:
 def _notes(report: dict[str, Any]) -> list[str]:
     search, sparsity = report["search"], report["sparsity"]
     figure = report["latency"]["dense"]
+    also = "".join(f", {cap['achieved']:.2%} of the prunable {name}" for name, cap in sparsity["also"].items())
     return [
         f"removed      {sparsity['block_parameters']:.2%} of the prunable block parameters, "
-        f"{sparsity['total_parameters']:.2%} of all parameters",
+        f"{sparsity['total_parameters']:.2%} of all parameters{also}",
         _protocol(report["protocol"]),
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",

@@ -4,13 +4,14 @@ import itertools
 
 import pytest
 import torch
-from spaces import FLAT, NESTED
+from spaces import FLAT_KINDS, NESTED, make_space
 from tiny_models import tiny_model
+from tiny_run import Place, read_json, succeed
 
 from bernprune.config import make_config
 from bernprune.errors import BudgetError, ConfigError
 from bernprune.models.view import describe
-from bernprune.names import CapName
+from bernprune.names import CapName, Kind
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.units import UnitSpace
@@ -62,32 +63,40 @@ def test_a_cap_that_holds_anyway_changes_nothing(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_no_more_goes_of_a_capped_cost_than_must(seed: int) -> None:
     """The price is the lowest: a policy meets the cap, a selection within a unit."""
-    budget = Budget(SPACE, 0.3, also={"kv_cache": 0.7})
+    budget = Budget(SPACE, 0.3, also={"kv_cache": 0.38})
     for probs_U in policies(budget, seed):
-        assert removed(SPACE, probs_U, "kv_cache") == pytest.approx(0.7, abs=2e-6)
+        assert removed(SPACE, probs_U, "kv_cache") == pytest.approx(0.38, abs=2e-6)
     costs_U = SPACE.costs_U("kv_cache")
-    assert removed(SPACE, select(numbers(seed), budget), "kv_cache") < 0.7 + (costs_U.max() / costs_U.sum()).item()
+    assert removed(SPACE, select(numbers(seed), budget), "kv_cache") < 0.38 + (costs_U.max() / costs_U.sum()).item()
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_selections_are_the_best_within_a_unit_a_limit(seed: int) -> None:
     """Of all masks of a dozen units none within the limits is worth more by more than two units."""
-    priorities_U = numbers(seed, FLAT.size)
-    budget = Budget(FLAT, 0.3, also={"kv_cache": 0.6})
+    space = make_space(FLAT_KINDS, [(3, 2), (2, 5)])
+    priorities_U = numbers(seed, space.size)
+    budget = Budget(space, 0.3, also={"kv_cache": 0.6})
     mask_U = select(priorities_U, budget, limits=Limits(min_kv_groups=0, min_channels=0))
     worth_U = priorities_U * budget.costs_U
-    masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=FLAT.size)), dtype=torch.float64)
+    masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=space.size)), dtype=torch.float64)
     fits = (masks @ budget.costs_U <= budget.most) & (masks @ budget.caps[0].costs_U <= budget.caps[0].most)
     best = (masks @ worth_U)[fits].max()
     assert worth_U[mask_U].sum() >= best - 2 * worth_U.max()
 
 
-def test_keys_and_values_belong_to_the_finest_level_that_holds_them() -> None:
-    """Whatever the granularity, all of them are counted once."""
-    view = tiny_model("llama")
-    entries = 4 * 3 * 2 * 8  # layers, groups, keys and values, head size
-    for kinds in (("kv_group", "channel"), ("attention", "channel"), ("layer",), ("attention", "kv_group", "ffn")):
-        assert describe(view, granularity=kinds).space.costs_U("kv_cache").sum().item() == entries
+@pytest.mark.parametrize(
+    ("kinds", "layers"),
+    [
+        (("kv_group", "channel"), 4),
+        (("attention", "kv_group", "ffn"), 4),
+        (("attention", "channel"), 3),  # the attention of the first layer always stays
+        (("layer",), 3),
+    ],
+)
+def test_keys_and_values_belong_to_the_finest_level_that_holds_them(kinds: tuple[Kind, ...], layers: int) -> None:
+    """Whatever the granularity, all that can go of them are counted once."""
+    space = describe(tiny_model("llama"), granularity=kinds).space
+    assert space.costs_U("kv_cache").sum().item() == layers * 3 * 2 * 8  # groups, keys and values, head size
 
 
 def test_caps_that_cannot_be_are_refused() -> None:
@@ -116,3 +125,18 @@ def test_caps_that_cannot_be_are_refused() -> None:
 def test_settings_that_contradict_each_other_are_refused(budget: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         make_config({"budget": budget})
+
+
+@pytest.mark.parametrize("method", ["posterior", "reinforce"])
+def test_a_run_keeps_within_its_cap(place: Place, method: str) -> None:
+    """What it cuts, and what it selects for other sparsities."""
+    capped = ("budget.also_kv_cache=0.5", "budget.sparsity=0.4", "plans.sparsities=[0.3]")
+    done = succeed(*place.prune(*capped, f"search.method={method}"))
+    sparsity = read_json(place.out / "report.json")["sparsity"]
+    assert sparsity["also"]["kv_cache"]["target"] == 0.5
+    assert sparsity["achieved"] >= 0.4 and sparsity["also"]["kv_cache"]["achieved"] >= 0.5
+    assert f"{sparsity['also']['kv_cache']['achieved']:.2%} of the prunable kv_cache" in done.out
+    for name in ("plan.json", "plans/0.3.json"):
+        layers = read_json(place.out / name)["layers"]
+        kept = sum(len(layer["kv_groups"]) for layer in layers)
+        assert kept <= 0.5 * len(layers) * 3

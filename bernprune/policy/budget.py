@@ -22,7 +22,8 @@ _SLACK = 1e-9  # share of a pool's cost by which a bound may miss the limit befo
 _RESOLUTION = 1e-15  # share of a pool's cost that counts as having met it
 _CAP_RESOLUTION = 1e-6  # share of a capped cost by which a policy may miss what is allowed
 _MOST_EVALUATIONS = 200
-_MOST_DOUBLINGS = 64  # of a cap's price
+_FIRST_PRICE = 1e-9  # of a cap that is tried; each one after it is four times as high
+_MOST_STEPS = 32
 _ROUNDING = 1e-12  # of a sum of costs
 _SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 in float64
 
@@ -56,8 +57,16 @@ class Cap:
         """What a selection may cost, see ``Pool.most``."""
         return self.limit * (1 + _ROUNDING)
 
+    @property
+    def share(self) -> float:
+        """What must go, of all."""
+        return 1 - self.limit / self.total
+
     def allows(self, mask_U: torch.Tensor) -> bool:
         return torch.dot(self.costs_U, mask_U.double()).item() <= self.most
+
+    def removed_share(self, mask_U: torch.Tensor) -> float:
+        return 1 - torch.dot(self.costs_U, mask_U.double()).item() / self.total
 
 
 class Budget:
@@ -116,7 +125,7 @@ class Budget:
 
     def __str__(self) -> str:
         pools = f" of each of {', '.join(pool.name for pool in self.pools)}" if len(self.pools) > 1 else ""
-        caps = "".join(f", {1 - cap.limit / cap.total:.6g} of {cap.name}" for cap in self.caps)
+        caps = "".join(f", {cap.share:.6g} of {cap.name}" for cap in self.caps)
         return f"{self.sparsity:.6g} of all {self.measure}{pools}{caps}"
 
     def _pool(self, name: str, members_U: torch.Tensor) -> Pool:
@@ -259,23 +268,25 @@ class Budget:
         def at(price: float) -> torch.Tensor:
             return self._within_caps(lambda charge_U: policy(charge_U + price * shares_U), number + 1)
 
-        def excess(price: float) -> float:
-            return (torch.dot(cap.costs_U, at(price)).item() - cap.limit) / cap.total
+        def excess(probs_U: torch.Tensor) -> float:
+            return (torch.dot(cap.costs_U, probs_U).item() - cap.limit) / cap.total
 
-        above = below = excess(0.0)
+        free_U = at(0.0)
+        above = below = excess(free_U)
         if above <= _CAP_RESOLUTION:
-            return at(0.0)
-        low, high = 0.0, 1e-9
-        for _ in range(_MOST_DOUBLINGS):
-            if (below := excess(high)) <= 0:
+            return free_U
+        low, high = 0.0, _FIRST_PRICE
+        for _ in range(_MOST_STEPS):
+            if (below := excess(at(high))) <= 0:
                 break
-            low, above, high = high, below, 2 * high
+            low, above, high = high, below, 4 * high
         if below > _CAP_RESOLUTION:
             raise BudgetError(
                 f"no probabilities between the floor and the ceiling of the policy keep {self} within its caps: at "
-                f"least {cap.limit / cap.total + below:.3g} of {cap.name} stays, and {cap.limit / cap.total:.3g} may"
+                f"least {1 - cap.share + below:.3g} of {cap.name} stays, and {1 - cap.share:.3g} may"
             )
-        return at(_falling_root(excess, low, high, above, below, resolution=_CAP_RESOLUTION))
+        price = _falling_root(lambda price: excess(at(price)), low, high, above, below, resolution=_CAP_RESOLUTION)
+        return at(price)
 
     def _pool_cost(self, probs_U: torch.Tensor, pool: Pool) -> float:
         alive_U = self.space.inherit(probs_U, torch.mul)

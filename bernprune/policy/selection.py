@@ -132,7 +132,7 @@ def _over_a_cap(caps: Sequence[Cap], forced_M: np.ndarray) -> BudgetError:
     cap, forced = next(pair for pair in zip(caps, forced_M, strict=True) if pair[1] > pair[0].most)
     return BudgetError(
         f"the minimums per layer keep {forced / cap.total:.1%} of {cap.name}, more than the "
-        f"{cap.limit / cap.total:.1%} that may stay of it; lower the minimums, or how much of it must go"
+        f"{1 - cap.share:.1%} that may stay of it; lower the minimums, or how much of it must go"
     )
 
 

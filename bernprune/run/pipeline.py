@@ -327,6 +327,7 @@ def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
             "measure": config.budget.measure,
             "achieved": budget.removed_share(mask_U),
             "block_parameters": removed_parameter_share(space, mask_U),
+            "also": {cap.name: {"target": cap.share, "achieved": cap.removed_share(mask_U)} for cap in budget.caps},
         },
         "parameters": {"prunable": prunable, "dense": full.view.num_parameters},
         "protocol": full.protocol.to_dict(),
