@@ -119,6 +119,9 @@ class InitialConfig(Section):
     """How many units each layer keeps at first: of each kind the same share ('uniform'), the best of each kind in all
     layers ('global') or of all units ('pooled'), more where a layer changes more of what passes through it
     ('block-influence'), or what an evolution finds to lose least ('search'); by default what suits the metric."""
+    kv_sparsity: Share | None = None
+    """Allocations 'uniform' and 'global': share of the kv groups that goes at first, of the channels what the budget
+    needs then (FLAP's manual modules, MM); by default the same share of both."""
     influence: InfluenceName = "angular"
     """How that change is measured: by angle, 1 - cosine, or mean squared or absolute difference."""
     generations: Count = 8

@@ -110,6 +110,20 @@ def test_layers_keep_shares_of_their_own() -> None:
             )
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_kv_groups_of_which_a_share_goes(place: Place, allocation: str) -> None:
+    """As many as were asked for, of each layer or of all; channels are what is left to the budget (FLAP's MM)."""
+    shared = ("initial.score=flap", f"initial.allocation={allocation}", "budget.sparsity=0.5", "search.sequences=0")
+    kept = {}
+    for kv_sparsity in ("null", "0.67"):
+        out = place.folder / kv_sparsity
+        succeed(*place.prune(*shared, f"initial.kv_sparsity={kv_sparsity}", out=out))
+        assert 0.5 <= read_json(out / "report.json")["sparsity"]["achieved"] < 0.51
+        kept[kv_sparsity] = [len(layer["kv_groups"]) for layer in read_json(out / "plan.json")["layers"]]
+    assert sum(kept["0.67"]) == 3 < sum(kept["null"])
+    assert kept["0.67"] == [1, 1, 1] or allocation == "global"
+
+
 def test_an_allocation_that_is_searched_for(place: Place) -> None:
     """It lies on the budget, and loses no more on its windows than equal shares."""
     losses = {}
@@ -132,13 +146,19 @@ def test_an_allocation_that_is_searched_for(place: Place) -> None:
             "'search' says how many units each layer keeps",
         ),
         (["initial.generations=4"], "initial.generations has no meaning for initial.allocation 'uniform'"),
+        (["initial.kv_sparsity=0.5", "initial.score=flap"], "initial.kv_sparsity needs kv_group and channel"),
+        (["initial.kv_sparsity=0.5", "granularity=channel"], "but they are channel and 'uniform'"),
+        (
+            ["initial.kv_sparsity=0.9"],
+            "with 0.9 of the kv groups gone, no share of the channels removes 0.3 of all cost",
+        ),
         (["initial.pairs=4"], "initial.pairs has no meaning for the score wanda-sp"),
         (["initial.score=taylor-vector", "initial.inputs=pruned"], "'taylor-vector' does not go layer by layer"),
         (["initial.score=block-influence"], "'block-influence' cannot rank units of kind kv_group, channel"),
     ],
 )
 def test_settings_that_would_be_ignored_are_errors(given: list[str], said: str, place: Place) -> None:
-    """Before a model is loaded."""
+    """Before the work."""
     done = run(*place.prune(*given))
     assert done.code == 2 and said in done.err
 

@@ -41,6 +41,29 @@ def shares_of_groups(space: UnitSpace, shares_L: torch.Tensor) -> torch.Tensor:
     return torch.stack([shares_L[group.layer] for group in space.groups]).double()
 
 
+def shares_by_kind(space: UnitSpace, costs_U: torch.Tensor, keep: float, kv_keep: float) -> torch.Tensor:
+    """Of kv groups the given share, of channels what the budget leaves, float64 ``[G]``.
+
+    The manual modules (MM) of FLAP, which are told how many heads go (An et al., 2023, arXiv 2312.11983, released
+    code); there the share of channels is told as well, here it follows.
+
+    Raises:
+        BudgetError: no share of the channels meets the budget.
+    """
+    heads = costs_U[space.of_kind("kv_group")].sum().item()
+    channels = costs_U[space.of_kind("channel")].sum().item()
+    kept = keep * (heads + channels)
+    channel_keep = (kept - kv_keep * heads) / channels
+    if not 0 < channel_keep < 1:
+        least, most = max(0.0, (kept - channels) / heads), min(1.0, kept / heads)
+        raise BudgetError(
+            f"with {1 - kv_keep:g} of the kv groups gone, no share of the channels removes {1 - keep:g} of all cost; "
+            f"of the kv groups more than {1 - most:.3g} and less than {1 - least:.3g} may go"
+        )
+    of_kind = {"kv_group": kv_keep, "channel": channel_keep}
+    return torch.tensor([of_kind.get(group.kind, keep) for group in space.groups], dtype=torch.float64)
+
+
 @dataclass(frozen=True)
 class Evolution:
     """How long shares are searched for.

@@ -59,8 +59,8 @@ def initial_probs(
             kinds. A kind with one unit a layer is never mapped layer by layer.
         sharpness: the high probability of the map ``const``.
         ceiling: the start of units that contain others: what to remove is left to the finer ones at first.
-        shares_G: what each group of units is to keep in place of ``keep``, for scope ``layer``; see
-            ``bernprune.policy.allocation``.
+        shares_G: what each group of units is to keep in place of ``keep``, where all that are mapped at once keep the
+            same; see ``bernprune.policy.allocation``.
 
     Raises:
         ConfigError: an unknown map or scope.
@@ -74,9 +74,9 @@ def initial_probs(
 
 
 def _share(space: UnitSpace, units_N: torch.Tensor, keep: float, shares_G: torch.Tensor | None) -> float:
-    """What a set of units keeps: that of its group, if it is one."""
-    groups = space.group_U[units_N].unique()
-    return keep if shares_G is None or len(groups) > 1 else float(shares_G[groups[0]])
+    """What a set of units keeps: that of its groups, if they have one in common."""
+    shares = None if shares_G is None else shares_G[space.group_U[units_N].unique()]
+    return keep if shares is None or bool((shares != shares[0]).any()) else float(shares[0])
 
 
 def even_probs(

@@ -16,6 +16,7 @@ from bernprune.scores.base import PARTS
 from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
+_BY_KIND: tuple[Allocation, ...] = ("uniform", "global")  # in which kinds do not compete
 SEARCH_EVERY = 4  # calibration window is one that an allocation is searched on
 _SCOPES: dict[Allocation, Scope] = {"uniform": "layer", "global": "global", "pooled": "pooled"}
 
@@ -66,6 +67,11 @@ def check_scores(config: RunConfig) -> None:
             raise ConfigError(
                 f"initial.{name} has no meaning for initial.allocation {allocation!r}, only for {meant!r}"
             )
+    if initial.kv_sparsity is not None and (allocation not in _BY_KIND or set(given) != set(PARTS)):
+        raise ConfigError(
+            f"initial.kv_sparsity needs kv_group and channel as the finest granularity, and initial.allocation "
+            f"{' or '.join(map(repr, _BY_KIND))}, but they are {', '.join(given)} and {allocation!r}"
+        )
     if allocation in _BY_LAYER and not set(given) <= {"kv_group", "channel"}:
         raise ConfigError(
             f"initial.allocation {allocation!r} says how many units each layer keeps, but with granularity "

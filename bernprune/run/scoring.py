@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.policy.allocation import search_shares, shares_by_importance, shares_of_groups
+from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
 from bernprune.policy.bernoulli import graded
 from bernprune.policy.selection import select
 from bernprune.run.folder import check_writable
@@ -55,6 +55,8 @@ def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
     """What each group of units keeps at first where scores of layers are not compared, float64 ``[G]``."""
     config, space, keep = stage.config, stage.view.space, 1 - stage.config.budget.sparsity
     allocation = allocation_of(config)
+    if config.initial.kv_sparsity is not None:
+        return shares_by_kind(space, stage.budget.costs_U, keep, 1 - config.initial.kv_sparsity)
     if allocation == "search":
         return _searched(stage, scores_U)
     if allocation != "block-influence":

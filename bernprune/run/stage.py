@@ -20,6 +20,7 @@ from bernprune.models.shortening import int8_quantiser, release
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.policy.allocation import shares_by_kind
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.run.initial import check_scores, check_scoring
@@ -194,6 +195,8 @@ def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     """An impossible budget fails before the work, not after it."""
     probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
     select(probs_U, budget, limits=limits)
+    if config.initial.kv_sparsity is not None:
+        shares_by_kind(budget.space, budget.costs_U, 1 - budget.sparsity, 1 - config.initial.kv_sparsity)
     for sparsity in config.plans.sparsities:
         select(probs_U, make_budget(config, budget.space, sparsity), limits=limits)
     project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published

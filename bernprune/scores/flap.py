@@ -1,8 +1,8 @@
 """FLAP: how much an input fluctuates around its mean, weighted by what reads it (An et al., 2023, arXiv 2312.11983, and
 its released code). Standardised within each projection, so that scores compare across layers and kinds.
 
-Its modes are allocations: UL-UM is ``uniform``, AL-MM with equal shares is ``global``, AL-AM, the published one, is
-``pooled``.
+Its modes are allocations: UL-UM is ``uniform``, UL-MM that with ``initial.kv_sparsity``, AL-MM ``global`` with it, and
+AL-AM, the published one, ``pooled``.
 """
 
 import torch
