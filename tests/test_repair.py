@@ -83,6 +83,17 @@ def test_merged_moments_are_those_of_all_tokens() -> None:
         assert_close(found, expected, 1e2 * EXACT)
 
 
+def test_moments_of_some_outputs_are_those_of_a_projection_that_has_no_others() -> None:
+    whole, x, t, dense = sample()
+    chosen_S, alone = torch.tensor([1, 2, 4]), Moments(6, 3, CPU)
+    alone.add(torch.tensor(x), torch.tensor(t)[:, chosen_S])
+    part = whole.of_outputs(chosen_S)
+    for found, expected in zip(part.about(*part.means), alone.about(*alone.means), strict=True):
+        assert_close(found, expected, 1e2 * EXACT)
+    few = Linear(dense.weight_DA[chosen_S], None)
+    assert part.error(*vars(few).values()) == pytest.approx(alone.error(*vars(few).values()), rel=1e-10)
+
+
 def test_a_compensated_bias_has_the_right_mean() -> None:
     moments, x, t, dense = sample()
     found = compensated(moments, dense)
@@ -367,6 +378,22 @@ def test_the_ridge_is_the_best_on_what_was_not_fitted(monkeypatch: pytest.Monkey
         done = Repairer(view, random_tokens(count, 12), ridges=(1e-6, 1e3)).repair(plan, "ridge")
         chosen.append(done.layers[0]["ffn"]["ridge"])
     assert chosen == [1e3, 1e-6]
+
+
+@pytest.mark.parametrize("method", ["bias", "ridge", "scale", "admm"])
+def test_a_part_of_many_outputs_decides_for_all(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are fitted by the ridge that it prefers; a scale belongs to all outputs, which decide together."""
+    changed, errors = [], []
+    for deciding in (fitting.DECIDING, 30, 7):
+        monkeypatch.setattr(fitting, "DECIDING", deciding)
+        view, plan = view_of(Variant("llama", "llama"), **REMOVED)
+        done = Repairer(view, random_tokens(200, 12), ridges=(1e-3,), biases=True).repair(plan, method)
+        changed.append(state_of(view))
+        errors.append([layer[branch]["after"] for layer in done.layers for branch in layer if layer[branch]])
+    for other, after in zip(changed[1:], errors[1:], strict=True):
+        assert all(torch.equal(changed[0][name], weight) for name, weight in other.items())
+        assert (after == errors[0]) == (method == "scale")
+        assert after == pytest.approx(errors[0], rel=0.6), "an estimate of the sum"
 
 
 # What may go wrong

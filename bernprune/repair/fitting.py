@@ -1,8 +1,9 @@
 """Which of the closed forms a projection gets: the one with the least error on text that it was not fitted on.
 
-Weaker ones come first, and a stronger one must be better. Then it is fitted once more, on both texts.
+Weaker ones come first, and a stronger one must be better. Then it is fitted once more, on both texts. Where outputs are
+many, a random part of them decides: all are fitted on the same inputs, each by itself, and so by the same ridge.
 
-Letters: A kept inputs of a projection, E all its inputs, D its outputs.
+Letters: A kept inputs of a projection, E all its inputs, D its outputs, S those that decide.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,15 +18,19 @@ from bernprune.repair.moments import Moments
 from bernprune.repair.pairs import Pair
 from bernprune.repair.places import Place
 from bernprune.repair.weights import put
+from bernprune.seeding import generator
 
-Form = Callable[[Moments], Linear]
+Form = Callable[[Moments, Linear], Linear]  # of what the projection did before
+
+DECIDING = 512  # outputs
 
 
 @dataclass(frozen=True)
 class Choice:
     """What a projection got: the repair, its ridge if it has one, and the mean squared error on the checking text.
 
-    ``before`` is that of the projection without any repair, summed over outputs, as is ``after``.
+    ``before`` is that of the projection without any repair, summed over outputs, as is ``after``; both are estimates
+    where not all outputs decide.
     """
 
     repair: str
@@ -61,12 +66,11 @@ class Fitter:
         kept = torch.zeros(projection.in_features, dtype=torch.bool)
         kept[place.kept_A] = True
         kept_A = kept[inputs_A].to(dense.weight_DA.device)
-        as_it_is = Linear(dense.weight_DA * kept_A, dense.bias_D)
-        forms: list[tuple[str, float | None, Form]] = [("none", None, lambda _: as_it_is)]
+        forms: list[tuple[str, float | None, Form]] = [("none", None, _without(kept_A))]
         if biased:
-            forms.append(("bias", None, lambda moments: compensated(moments, as_it_is)))
-        forms += self._forms(dense, kept_A, place.units, biased)
-        choice, chosen = _choose(forms, fit, check)
+            forms.append(("bias", None, _compensating(kept_A)))
+        forms += self._forms(kept_A, place.units, biased)
+        choice, chosen = _choose(forms, dense, fit, check, alone=self.method != "scale")
         weight_DE = torch.zeros_like(projection.weight, dtype=torch.float64)
         weight_DE[:, inputs_A.to(weight_DE.device)] = chosen.weight_DA
         put(projection, weight_DE, chosen.bias_D)
@@ -83,7 +87,8 @@ class Fitter:
         bias_D = torch.cat([projection.bias[rows] for projection, rows in rows]).detach() if biased else None
         fit, check = (pair.first(place, weight_DA, bias_D) for pair in (self.fit, self.check))
         dense = Linear(weight_DA.double(), None if bias_D is None else bias_D.double())
-        choice, chosen = _choose([("none", None, lambda _: dense), *self._ridges(dense, biased)], fit, check)
+        forms: list[tuple[str, float | None, Form]] = [("none", None, lambda _, dense: dense), *self._ridges(biased)]
+        choice, chosen = _choose(forms, dense, fit, check)
         start = 0
         for projection, kept in rows:
             span = slice(start, start + len(kept))
@@ -98,41 +103,61 @@ class Fitter:
         """One number a unit or output is too little to mend earlier layers with, and tried to makes things worse."""
         return "own" if self.method in ("bias", "scale") else self.target
 
-    def _forms(
-        self, dense: Linear, kept_A: torch.Tensor, units: int, biased: bool
-    ) -> Iterator[tuple[str, float | None, Form]]:
+    def _forms(self, kept_A: torch.Tensor, units: int, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
         if self.method == "admm":
-            yield "admm", None, lambda moments: reformed(moments, dense, kept_A, biased=biased)
+            yield "admm", None, lambda moments, dense: reformed(moments, dense, kept_A, biased=biased)
         elif self.method == "scale":
             for ridge in sorted(self.ridges, reverse=True):
-                yield "scale", ridge, _rescaling(dense, ridge, units, biased)
+                yield "scale", ridge, _rescaling(ridge, units, biased)
         elif self.method != "bias":
-            yield from self._ridges(dense, biased)
+            yield from self._ridges(biased)
 
-    def _ridges(self, dense: Linear, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
+    def _ridges(self, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
         """The one that changes most comes last."""
         for ridge in sorted(self.ridges, reverse=True):
-            yield "ridge", ridge, _reconstructing(dense, ridge, biased)
+            yield "ridge", ridge, _reconstructing(ridge, biased)
 
 
-def _reconstructing(dense: Linear, ridge: float, biased: bool) -> Form:
-    return lambda moments: reconstructed(moments, dense, ridge, biased=biased)
+def _without(kept_A: torch.Tensor) -> Form:
+    """As it was, of kept inputs."""
+    return lambda _, dense: Linear(dense.weight_DA * kept_A, dense.bias_D)
 
 
-def _rescaling(dense: Linear, ridge: float, units: int, biased: bool) -> Form:
-    return lambda moments: rescaled(moments, dense, ridge, units=units, biased=biased)
+def _compensating(kept_A: torch.Tensor) -> Form:
+    return lambda moments, dense: compensated(moments, _without(kept_A)(moments, dense))
 
 
-def _choose(forms: list[tuple[str, float | None, Form]], fit: Moments, check: Moments) -> tuple[Choice, Linear]:
-    """The first of the best; ``fit`` has the tokens of both afterwards."""
-    errors = []
+def _reconstructing(ridge: float, biased: bool) -> Form:
+    return lambda moments, dense: reconstructed(moments, dense, ridge, biased=biased)
+
+
+def _rescaling(ridge: float, units: int, biased: bool) -> Form:
+    return lambda moments, dense: rescaled(moments, dense, ridge, units=units, biased=biased)
+
+
+def _choose(
+    forms: list[tuple[str, float | None, Form]], dense: Linear, fit: Moments, check: Moments, *, alone: bool = True
+) -> tuple[Choice, Linear]:
+    """The first of the best; ``fit`` has the tokens of both afterwards.
+
+    Args:
+        dense: what the projection did before.
+        alone: each output is fitted by itself.
+    """
+    outputs, errors = len(dense.weight_DA), []
+    deciding, of_fit, of_check = dense, fit, check
+    if alone and outputs > DECIDING:
+        chosen_S = torch.randperm(outputs, generator=generator(0, "deciding outputs"))[:DECIDING]
+        chosen_S = chosen_S.sort().values.to(dense.weight_DA.device)
+        deciding = Linear(dense.weight_DA[chosen_S], None if dense.bias_D is None else dense.bias_D[chosen_S])
+        of_fit, of_check = (moments.of_outputs(chosen_S) for moments in (fit, check))
     for _, _, form in forms:
-        fitted = form(fit)
-        errors.append(check.error(fitted.weight_DA, fitted.bias_D))
+        fitted = form(of_fit, deciding)
+        errors.append(of_check.error(fitted.weight_DA, fitted.bias_D) * outputs / len(deciding.weight_DA))
     best = min(range(len(forms)), key=errors.__getitem__)
     name, ridge, form = forms[best]
     fit.merge(check)
-    return Choice(name, ridge, errors[0], errors[best]), form(fit)
+    return Choice(name, ridge, errors[0], errors[best]), form(fit, dense)
 
 
 def _linear(projection: nn.Linear, inputs_A: torch.Tensor) -> Linear:

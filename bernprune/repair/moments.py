@@ -3,6 +3,8 @@
 Letters: N tokens of one forward pass, A inputs of a projection, D its outputs.
 """
 
+import copy
+
 import torch
 
 
@@ -19,7 +21,7 @@ class Moments:
 
         self.count = 0
         self._x_A, self._t_D = zeros(inputs), zeros(outputs)
-        self._xx_AA, self._tx_DA, self._tt = zeros(inputs, inputs), zeros(outputs, inputs), zeros()
+        self._xx_AA, self._tx_DA, self._tt_D = zeros(inputs, inputs), zeros(outputs, inputs), zeros(outputs)
 
     @torch.inference_mode()
     def add(self, x_NA: torch.Tensor, t_ND: torch.Tensor) -> None:
@@ -29,7 +31,7 @@ class Moments:
         self._t_D += t_ND.sum(0)
         self._xx_AA += x_NA.T @ x_NA
         self._tx_DA += t_ND.T @ x_NA
-        self._tt += t_ND.square().sum()
+        self._tt_D += t_ND.square().sum(0)
         self.count += len(x_NA)
 
     def merge(self, other: "Moments") -> None:
@@ -37,6 +39,12 @@ class Moments:
         self.count += other.count
         for mine, theirs in zip(self._sums, other._sums, strict=True):
             mine += theirs
+
+    def of_outputs(self, outputs_S: torch.Tensor) -> "Moments":
+        """Of these outputs alone; the sums over inputs are shared with them, not copied."""
+        part = copy.copy(self)
+        part._t_D, part._tx_DA, part._tt_D = (sums[outputs_S] for sums in (self._t_D, self._tx_DA, self._tt_D))
+        return part
 
     @property
     def finite(self) -> bool:
@@ -57,11 +65,11 @@ class Moments:
 
     def error(self, weight_DA: torch.Tensor, bias_D: torch.Tensor | None) -> float:
         """E|t - W x - b|^2, summed over outputs, mean over tokens."""
-        total = self._tt - 2 * (weight_DA * self._tx_DA).sum() + ((weight_DA @ self._xx_AA) * weight_DA).sum()
+        total = self._tt_D.sum() - 2 * (weight_DA * self._tx_DA).sum() + ((weight_DA @ self._xx_AA) * weight_DA).sum()
         if bias_D is not None:
             total += 2 * bias_D @ (weight_DA @ self._x_A - self._t_D) + self.count * bias_D @ bias_D
         return max(0.0, total.item() / self.count)
 
     @property
     def _sums(self) -> tuple[torch.Tensor, ...]:
-        return self._x_A, self._t_D, self._xx_AA, self._tx_DA, self._tt
+        return self._x_A, self._t_D, self._xx_AA, self._tx_DA, self._tt_D
