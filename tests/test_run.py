@@ -263,7 +263,9 @@ def test_units_tells_the_time_of_whole_steps(place: Place, monkeypatch: pytest.M
     """Passes of the dense model and of reading, beside each mask's, are counted too, as they are in the budget."""
     ticks = iter([100.0, 103.0])
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks))
-    given = settings("search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}")
+    given = settings(
+        "search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}", "repair.method=none"
+    )
     shown = succeed("units", str(place.model), *given, "--set", "search.sequences=960").out
     each = 3.0 / (3 * (3 + 2) * 2)  # seconds of three steps of three masks, the dense model and reading on two windows
     assert f"about {960 * each:,.0f} s of search for 960 sequences" in shown and f"({1 / each:,.0f} a second" in shown

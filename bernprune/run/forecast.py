@@ -12,6 +12,7 @@ from bernprune.losses import LOGIT_BYTES
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
+from bernprune.run.effort import Effort, policy_bytes, policy_weights, repair_bytes, repairs_of
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate
 from bernprune.run.opening import Opened, check_family, open_view
@@ -84,20 +85,35 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights, full = stored_bytes(view.model), view.num_parameters * opened.full.itemsize
     searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])
-    memory, held = max(searching, _to_verify(device, full)), f"weights {weights / 2**30:.2f} GiB"
+    kept_aside = policy_bytes(config, view.architecture, opened.full.itemsize)
+    if device.type == "cpu":
+        searching += kept_aside
+    repairing = full + repair_bytes(config, view.architecture)
+    memory, held = max(searching, repairing, _to_verify(device, full)), f"weights {weights / 2**30:.2f} GiB"
     if opened.dtype != "same":
         held += f" in {opened.dtype} while it is searched, {full / 2**30:.2f} GiB when it is sliced"
+    aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside and device.type != "cpu" else ""
     rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
     limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
-    more = [
-        what for what, used in (("repairs", config.repair.method != "none"), ("fitting weights", search.refit)) if used
-    ]
-    uncounted = f"; {' and '.join(more)} are not counted, in time or memory" if more else ""
     return [
-        f"memory       about {memory / 2**30:.2f} GiB on {device} ({held})",
+        f"memory       about {memory / 2**30:.2f} GiB on {device} ({held}){aside}",
         f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
-        f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation" + uncounted,
+        f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation",
+        *_closed_forms(view, config, device, seconds_each),
     ]
+
+
+def _closed_forms(view: ModelView, config: RunConfig, device: torch.device, seconds_each: float) -> list[str]:
+    """By counting, at the speed of matrices here and now."""
+    repairs = repairs_of(config, view.architecture)
+    fitting = policy_weights(config, view.architecture, view.space)
+    told = []
+    if repairs:
+        seconds = sum((effort for _, effort in repairs), Effort()).seconds(device, seconds_each)
+        told.append(f"{seconds:,.0f} s for {len(repairs)} repairs ({', '.join(name for name, _ in repairs)})")
+    if fitting != Effort():
+        told.append(f"{fitting.seconds(device, seconds_each):,.0f} s to fit weights to the policy")
+    return [f"             about {' and '.join(told)}, by counting operations"] if told else []
 
 
 def _activations(view: ModelView, config: RunConfig) -> int:

@@ -1,0 +1,134 @@
+"""What repairs and weights for the policy take, by counting what their closed forms compute and the text they read.
+
+Letters: A kept inputs of a projection, E all its inputs, D its outputs.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from bernprune.config import RunConfig
+from bernprune.names import RepairName
+from bernprune.repair.closed import ADMM_STEPS
+from bernprune.repair.fitting import DECIDING
+from bernprune.run.workload import FITS, fitting_windows, plan_work
+from bernprune.units import Architecture, LayerShape, UnitSpace
+
+_FINALISTS = 3  # what was learned, its widths in the metric's order, and the metric's own
+_PASSES = 4  # of a repair: the dense model, the pruned one, and that again as far as each last projection
+_TIMED_SIZE = {"cpu": 1024, "cuda": 4096}
+_FACTOR = 1 / 3  # of the cube of a size, for a Cholesky factor; solving with it and multiplying by it are 2 each
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Floating-point operations in float32 and float64, and windows run forward."""
+
+    single: float = 0.0
+    double: float = 0.0
+    windows: float = 0.0
+
+    def __add__(self, other: "Effort") -> "Effort":
+        return Effort(self.single + other.single, self.double + other.double, self.windows + other.windows)
+
+    def times(self, count: float) -> "Effort":
+        return Effort(count * self.single, count * self.double, count * self.windows)
+
+    def seconds(self, device: torch.device, window_seconds: float) -> float:
+        """At what products and factors of matrices take now on a device."""
+        single, double = (_rate(device, dtype) for dtype in (torch.float32, torch.float64))
+        return self.single / single + self.double / double + self.windows * window_seconds
+
+
+def repairs_of(config: RunConfig, architecture: Architecture) -> list[tuple[RepairName, Effort]]:
+    """Each repair that a run tries, those of its finalists first."""
+    method = config.repair.method
+    if method == "none":
+        return []
+    tried: list[RepairName] = ["ridge", "two-step"] if method == "auto" else [method]
+    tried = [tried[0]] * (_FINALISTS * config.judges_finalists) + tried
+    return [(name, _repair(config, architecture, name)) for name in tried]
+
+
+def _repair(config: RunConfig, architecture: Architecture, method: RepairName) -> Effort:
+    count = config.repair.windows or fitting_windows(architecture, config.data.window)
+    tokens, ridges = count * config.data.window, len(config.repair.ridges)
+    keep = 1.0 if method == "admm" else 1 - config.budget.sparsity
+    total = Effort(windows=count * (_PASSES + 1))  # and as many to judge by
+    for shape in architecture.layers:
+        for every in _widths(architecture, shape):
+            total += _fit(method, round(keep * every), architecture.hidden_size, tokens, ridges)
+        if method == "two-step":
+            heads = (shape.query_heads + 2 * shape.kv_groups) * architecture.head_dim
+            for outputs in (heads, 2 * shape.channels):
+                total += _fit(method, architecture.hidden_size, round(keep * outputs), tokens, ridges)
+    return total
+
+
+def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int) -> Effort:
+    """Moments, then the ridges on what decides, each with a factor and three products, then the best on all."""
+    deciding, steps, square = outputs if method == "scale" else min(outputs, DECIDING), 1, inputs**2
+    if method in ("bias", "admm"):
+        ridges, steps = int(method == "admm"), ADMM_STEPS
+    choosing = ridges * square * (_FACTOR * inputs + (2 * steps + 4) * deciding)
+    fitting = min(ridges, 1) * square * (_FACTOR * inputs + (2 * steps + 2) * outputs)
+    return Effort(single=2.0 * tokens * inputs * (inputs + outputs), double=choosing + fitting)
+
+
+def policy_weights(config: RunConfig, architecture: Architecture, space: UnitSpace) -> Effort:
+    """Of weights that are fitted to the policy, at most as often as they are."""
+    if not config.search.refit:
+        return Effort()
+    count = fitting_windows(architecture, config.data.window)
+    workload = plan_work(config, space)
+    fits = FITS if workload.steps is None else 1 + sum(map(workload.fits, range(workload.steps)))
+    single, outputs = 0.0, architecture.hidden_size
+    for every in _all_widths(architecture):
+        single += every**2 * (2.0 * count * config.data.window + fits * (_FACTOR * every + 4 * outputs))
+    return Effort(single=single, windows=count)
+
+
+def policy_bytes(config: RunConfig, architecture: Architecture, itemsize: int) -> int:
+    """What weights for the policy keep on the CPU meanwhile: moments, and the projections as they were."""
+    if not config.search.refit:
+        return 0
+    outputs = architecture.hidden_size
+    return sum(every * (max(4, itemsize) * every + itemsize * outputs) for every in _all_widths(architecture))
+
+
+def repair_bytes(config: RunConfig, architecture: Architecture) -> int:
+    """What the widest projection's moments on two texts, and solving with them, take on the device."""
+    if config.repair.method == "none":
+        return 0
+    keep = 1.0 if config.repair.method == "admm" else 1 - config.budget.sparsity
+    widest, outputs = round(keep * max(_all_widths(architecture))), architecture.hidden_size
+    return 8 * widest * (5 * widest + 6 * outputs)
+
+
+def _widths(architecture: Architecture, shape: LayerShape) -> tuple[int, int]:
+    """Inputs of the last projections of a layer's two branches."""
+    return shape.query_heads * architecture.head_dim, shape.channels
+
+
+def _all_widths(architecture: Architecture) -> Iterator[int]:
+    for shape in architecture.layers:
+        yield from _widths(architecture, shape)
+
+
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second: of a product in float32; in float64 of a factor, solving with it, and a product."""
+    size = _TIMED_SIZE.get(device.type, 1024)
+    matrix = torch.eye(size, dtype=dtype, device=device) + torch.full((), 0.5 / size, dtype=dtype, device=device)
+    seconds = [_timed(matrix) for _ in range(2)]  # the first one warms up
+    operations = size**3 * (2 if dtype == torch.float32 else _FACTOR + 4)
+    return operations / max(seconds[-1], 1e-9)
+
+
+def _timed(matrix: torch.Tensor) -> float:
+    started = time.perf_counter()
+    if matrix.dtype == torch.float64:
+        matrix = torch.cholesky_solve(matrix, torch.linalg.cholesky(matrix))
+    (matrix @ matrix)[0, 0].item()  # waits for a GPU
+    return time.perf_counter() - started

@@ -1,0 +1,127 @@
+"""What repairs and weights for the policy take is counted as it is done."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+from tiny_run import Place, settings, succeed
+from torch.utils.flop_counter import FlopCounterMode
+
+from bernprune.config import make_config
+from bernprune.models.streaming import LayerStream
+from bernprune.models.view import describe
+from bernprune.repair import ExpectedWeights, Repairer, fitting
+from bernprune.repair.moments import Moments
+from bernprune.run import effort
+from bernprune.run.workload import fitting_windows
+from bernprune.units import UnitSpace
+
+TEXT = {"data": {"window": 16}}
+
+
+def space() -> UnitSpace:
+    return describe(tiny_model("llama")).space
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"method": "auto"}, {"method": "auto", "judge_finalists": False}, {"method": "bias", "biases": "always"}],
+)
+def test_repairs_that_are_counted_are_those_that_are_done(
+    given: dict[str, Any], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order; of finalists there may be fewer, where two of them are the same."""
+    done: list[str] = []
+    repair, fit, fits = Repairer.repair, ExpectedWeights.fit, [0]
+
+    def repairing(self: Repairer, plan: Any, method: Any) -> Any:
+        done.append(method)
+        return repair(self, plan, method)
+
+    def refitting(self: ExpectedWeights, probs_U: torch.Tensor) -> None:
+        fits[0] += 1
+        fit(self, probs_U)
+
+    monkeypatch.setattr(Repairer, "repair", repairing)
+    monkeypatch.setattr(ExpectedWeights, "fit", refitting)
+    succeed(*place.prune(*(f"repair.{name}={value}" for name, value in given.items())))
+    config = make_config({"repair": given})
+    counted = [name for name, _ in effort.repairs_of(config, space().architecture)]
+    assert counted[-len(done) :] == done and len(counted) - len(done) in (0, 1)
+    assert (fits[0] > 0) == config.search.refit
+
+
+def test_moments_and_passes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, inputs, outputs = 50, 7, 5
+    with FlopCounterMode(display=False) as counter:
+        Moments(inputs, outputs, torch.device("cpu")).add(torch.randn(tokens, inputs), torch.randn(tokens, outputs))
+    assert effort._fit("ridge", inputs, outputs, tokens, 6).single == counter.get_total_flops()
+
+    view, through, rows = describe(tiny_model("llama")), LayerStream._through, [0]
+    plan = view.space.plan(torch.ones(view.space.size, dtype=torch.bool))
+
+    def counting(self: LayerStream, hidden_RTD: torch.Tensor) -> torch.Tensor:
+        rows[0] += len(hidden_RTD)
+        return through(self, hidden_RTD)
+
+    monkeypatch.setattr(LayerStream, "_through", counting)
+    config = make_config(TEXT | {"repair": {"method": "ridge", "windows": 20}})
+    Repairer(view, random_tokens(20, 16), rows_per_forward=7).repair(plan, "ridge")
+    judging = 20
+    ((_, counted),) = effort.repairs_of(config, view.architecture)[-1:]
+    assert counted.windows == rows[0] / len(view.layers) + judging
+
+
+@pytest.mark.parametrize("deciding", [512, 4])
+def test_work_in_float64_is_counted_exactly(deciding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Factors, solving with them, and products; but not the one that tells what no repair at all would give."""
+    inputs, outputs, solve, others = 9, 6, torch.cholesky_solve, [0.0]
+
+    def solving(wanted_AD: torch.Tensor, factor_AA: torch.Tensor) -> torch.Tensor:
+        others[0] += len(factor_AA) ** 3 / 3 + 2 * wanted_AD.numel() * len(factor_AA)
+        return solve(wanted_AD, factor_AA)
+
+    monkeypatch.setattr(torch, "cholesky_solve", solving)
+    for module in (fitting, effort):
+        monkeypatch.setattr(module, "DECIDING", deciding)
+    fit, check = (Moments(inputs, outputs, torch.device("cpu")) for _ in range(2))
+    for moments in (fit, check):
+        moments.add(torch.randn(40, inputs), torch.randn(40, outputs))
+    dense = fitting.Linear(torch.randn(outputs, inputs, dtype=torch.float64), None)
+    forms = [("none", None, lambda _, dense: dense)]
+    forms += [("ridge", ridge, fitting._reconstructing(ridge, False)) for ridge in (1.0, 0.1, 1e-9)]
+    with FlopCounterMode(display=False) as counter:
+        choice, _ = fitting._choose(forms, dense, fit, check)
+    assert choice.repair == "ridge", "the fit comes once more"
+    done = counter.get_total_flops() + others[0] - 2 * inputs**2 * min(outputs, deciding)
+    assert effort._fit("ridge", inputs, outputs, 0, 3).double == pytest.approx(done, rel=1e-12)
+
+
+@pytest.mark.parametrize("sequences", [72, 640, 20_480])
+def test_weights_are_fitted_as_often_as_is_counted(sequences: int) -> None:
+    """As the policy may change, but no more than is allowed."""
+    config = make_config(TEXT | {"search": {"sequences": sequences}})
+    units = space()
+    architecture = units.architecture
+    counted = effort.policy_weights(config, architecture, units)
+    read = fitting_windows(architecture, 16)
+    once = sum(every**2 * (every / 3 + 4 * architecture.hidden_size) for every in effort._all_widths(architecture))
+    moments = sum(every**2 * 2.0 * read * 16 for every in effort._all_widths(architecture))
+    fits = (counted.single - moments) / once
+    assert counted.windows == read and fits == pytest.approx(round(fits)) and 1 <= fits <= 1 + effort.FITS
+
+
+def test_what_is_not_done_is_not_counted(place: Place) -> None:
+    config = make_config(TEXT | {"repair": {"method": "none"}})
+    architecture = space().architecture
+    assert effort.repairs_of(config, architecture) == [] and effort.repair_bytes(config, architecture) == 0
+    assert effort.policy_weights(config, architecture, space()) == effort.Effort()
+    assert effort.policy_bytes(config, architecture, 4) == 0
+    told = {}
+    for method in ("auto", "none"):
+        given = settings("data.window=16", "search.sequences=640", f"repair.method={method}")
+        told[method] = succeed("units", str(place.model), *given).out
+    assert "5 repairs (ridge, ridge, ridge, ridge, two-step)" in told["auto"]
+    assert "to fit weights to the policy" in told["auto"]
+    assert "repairs" not in told["none"] and "to fit weights" not in told["none"]
