@@ -14,15 +14,13 @@ from bernprune.scores import SCORES
 
 def test_rows_of_starts(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SOURCES, "tiny", source_of(place))
-    monkeypatch.setitem(starts.SEQUENCES, "tiny", 400)
-    monkeypatch.setattr(starts, "SHARES", (0.0, 1.0))
     folder = tmp_path / "rows"
     given = [
         "--model=tiny",
         "--sparsity=0.3",
         "--seed=0",
         "--score=wanda-sp,random",
-        "--share=0,1",
+        "--sequences=0,400",
         f"--folder={folder}",
     ]
     starts.main(given)

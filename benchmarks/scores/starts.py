@@ -17,7 +17,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
-from benchmarks.learning.run import SEQUENCES
 from benchmarks.learning.task import SOURCES, at_hand
 from benchmarks.learning.whole import named, run_settings
 from bernprune.config import make_config
@@ -31,7 +30,7 @@ from bernprune.storage import write_bytes
 HERE = Path(__file__).parent
 KEY = ("model", "score", "sparsity", "sequences", "seed")
 SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.3, 0.5, 0.2]
-SHARES = (0.0, 0.25, 1.0)  # of the usual number of sequences; 0 is the metric alone, with the same repair
+SEQUENCES = [0, 2_048, 8_192]  # none is the metric alone; the last is the default for models of this size
 STARTS = [name for name, metric in SCORES.items() if not set(metric.kinds) <= set(BLOCKS)]
 
 
@@ -95,14 +94,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--score", type=list_of(str, STARTS), default=STARTS)
     parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
     parser.add_argument("--seed", type=list_of(int), default=SEEDS)
-    parser.add_argument("--share", type=list_of(float), default=list(SHARES), help="of the usual number of sequences")
+    parser.add_argument("--sequences", type=list_of(int), default=SEQUENCES)
     parser.add_argument("--folder", type=Path, default=HERE, help="where starts.jsonl and starts.md lie")
     given = parser.parse_args(arguments)
     results = given.folder / "starts.jsonl"
     with TemporaryDirectory() as scratch:
         for model in at_hand(given.model):
-            for sparsity, seed, score, share in itertools.product(given.sparsity, given.seed, given.score, given.share):
-                sequences = int(share * SEQUENCES[model])
+            for sparsity, seed, score, sequences in itertools.product(
+                given.sparsity, given.seed, given.score, given.sequences
+            ):
                 key = {"model": model, "score": score, "sparsity": sparsity, "sequences": sequences, "seed": seed}
                 _fill(results, Path(scratch), key)
     write_bytes(given.folder / "starts.md", table(read_rows(results, KEY)).encode())
