@@ -157,8 +157,11 @@ def test_an_allocation_that_is_searched_for(place: Place) -> None:
         (["initial.score=block-influence"], "'block-influence' cannot rank units of kind kv_group, channel"),
     ],
 )
-def test_settings_that_would_be_ignored_are_errors(given: list[str], said: str, place: Place) -> None:
+def test_settings_that_would_be_ignored_are_errors(
+    given: list[str], said: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the work."""
+    monkeypatch.setattr(scoring, "initial_scores", lambda *_, **__: pytest.fail("something was scored"))
     done = run(*place.prune(*given))
     assert done.code == 2 and said in done.err
 
