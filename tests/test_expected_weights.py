@@ -23,6 +23,7 @@ from bernprune.models.loading import load_model
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import describe
+from bernprune.policy.rounds import Telling
 from bernprune.repair import ExpectedWeights, Repairer
 from bernprune.repair.expected import expected_fit
 from bernprune.run import loop, workload
@@ -192,6 +193,23 @@ def test_weights_are_fitted_so_often_at_most(
     monkeypatch.setattr(workload, "FITS", fits)
     finish(prepared, tmp_path, *FOUR_ROUNDS, "search.refit=true")
     assert steps == expected
+
+
+def test_weights_are_fitted_to_a_policy_that_was_drawn_in(
+    prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, and not only where the next round ends."""
+    fitted, fit = list[tuple[int, float]](), loop._Loop.fit
+
+    def noted(self: loop._Loop, probs_U: torch.Tensor) -> None:
+        fitted.append((self.work.step, self.search.softness))
+        fit(self, probs_U)
+
+    monkeypatch.setattr(loop._Loop, "fit", noted)
+    monkeypatch.setattr(Telling, "too_soft", property(lambda self: self._contrast > self._first_contrast - 1e-9))
+    finish(prepared, tmp_path, *FOUR_ROUNDS, "search.refit=true")
+    assert [step for step, softness in fitted if softness < 1], "none was drawn in"
+    assert len(fitted) > 5 and all(later < earlier for (_, earlier), (_, later) in itertools.pairwise(fitted[1:4]))
 
 
 def test_nothing_is_fitted_for_a_search_of_nothing(

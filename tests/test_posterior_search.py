@@ -329,6 +329,7 @@ def test_statistics_say_what_happened(step: int) -> None:
         "entropy": entropy(search.probs_U),
         "rounds": (step + 1) // 2,
         "reliability": search.beliefs.reliability,
+        "softness": 1.0,
         "unread": 0,
     }
     assert stats.to_dict().keys() == expected.keys()
@@ -337,7 +338,48 @@ def test_statistics_say_what_happened(step: int) -> None:
     assert (stats.largest_move > 0) is (step == 5)
 
 
+# A policy that is too soft
+
+
+def soft_search() -> PosteriorSearch:
+    return make_search(FLAT, design=Design(8, 8), round_steps=5, floor=0.02, ceiling=0.98)
+
+
+CORE_U = soft_search().probs_U > 0.5  # what the first policy keeps nearly always
+
+
+def breaking(masks_BKCU: MaskRows, step: int) -> torch.Tensor:
+    """Of a model that works without a few units of the core, and without more gives anything."""
+    lost_BKC = (~masks_BKCU[:] & CORE_U).sum(-1) / CORE_U.sum()
+    noise_BKC = 300 * normal_numbers(*lost_BKC.shape, seed=step)
+    return curved(masks_BKCU, step) + torch.where(lost_BKC > 0.3, noise_BKC, 0.0)
+
+
+def test_a_policy_that_tells_less_than_the_first_is_drawn_in() -> None:
+    """After two steps of 8 windows, as often as it takes; what was seen of it is no longer counted."""
+    search, told = soft_search(), list[PosteriorStats]()
+    for step in range(30):
+        told += run(search, range(step, step + 1), breaking)
+        assert search.drew_in == (step > 0 and told[-1].softness < told[-2].softness)
+        if search.drew_in:
+            assert told[-1].softness == told[-2].softness / 2 and told[-1].rounds == told[-2].rounds
+            assert told[-1].entropy < told[-2].entropy and search.state_dict()["count"] == 0
+    softness = [stats.softness for stats in told]
+    assert softness[:7] == [1.0] * 6 + [0.5] and told[-1].rounds > 2
+    assert told[-1].loss_spread < 0.5 * told[6].loss_spread and softness[-1] == softness[-5]
+
+
+def test_a_policy_that_tells_more_stays_as_soft_as_it_is() -> None:
+    told = run(soft_search(), range(25), curved)
+    assert told[-1].rounds == 5 and {stats.softness for stats in told} == {1.0}
+
+
 # State
+
+
+@pytest.mark.parametrize("stop", [6, 7], ids=["tried_for_a_step", "drawn_in"])
+def test_a_policy_that_is_too_soft_may_stop_and_go_on(stop: int, tmp_path: Path) -> None:
+    assert_resumes(soft_search, lambda search, steps: run(search, steps, breaking), stop, tmp_path)
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7], ids=["in_the_first_round", "between_rounds", "within_a_round"])

@@ -12,6 +12,10 @@ units as are expected to be worth their price, the best ones (``expected_order``
 
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
+Where little is known of many units that policy is soft, and in a deep model masks of it may leave nothing that works.
+If they clearly tell less than those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*: deviations
+count half as much in it as before, and what was seen of it is forgotten.
+
 Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
 N units of a group, S scores.
 """
@@ -31,6 +35,7 @@ from bernprune.policy.beliefs import Beliefs, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import CPU, Design, Masks
+from bernprune.policy.rounds import Sums, Telling
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
@@ -40,54 +45,15 @@ _NODES = 15  # equally likely values that stand for a normal distribution; odd, 
 HAIR = 1e-9  # by which a whole number may be missed through rounding
 
 
-@dataclass
-class Sums:
-    """Estimates of one round: their number, sum, sum of squares, and the sum of every second one."""
-
-    count: int
-    sum_U: torch.Tensor
-    squares_U: torch.Tensor
-    half_U: torch.Tensor
-
-    @classmethod
-    def empty(cls, size: int) -> "Sums":
-        return cls(0, *(torch.zeros(size, dtype=torch.float64) for _ in range(3)))
-
-    def add(self, effects_BU: torch.Tensor) -> None:
-        self.to(effects_BU.device)
-        self.half_U += effects_BU[self.count % 2 :: 2].sum(0)
-        self.count += len(effects_BU)
-        self.sum_U += effects_BU.sum(0)
-        self.squares_U += effects_BU.square().sum(0)
-
-    def to(self, device: torch.device) -> "Sums":
-        """Move them, in place."""
-        self.sum_U, self.squares_U, self.half_U = (
-            sums_U.to(device) for sums_U in (self.sum_U, self.squares_U, self.half_U)
-        )
-        return self
-
-    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Means of the estimates of even and of odd number."""
-        odd = self.count // 2
-        return self.half_U / (self.count - odd), (self.sum_U - self.half_U) / odd
-
-    def mean_U(self) -> torch.Tensor:
-        return self.sum_U / self.count
-
-    def variance_U(self) -> torch.Tensor:
-        """Of the mean."""
-        spread_U = (self.squares_U / self.count - self.mean_U().square()).clamp(min=0)
-        return spread_U / (self.count - 1)
-
-
 @dataclass(frozen=True)
 class PosteriorStats(StepStats):
     """``rounds`` concluded so far; ``reliability``: mean share of a unit's observed difference that is signal;
-    ``unread``: windows of the step in which activities are not finite, so that only their losses were learned from."""
+    ``softness``: share of the deviations that the policy goes by; ``unread``: windows of the step in which activities
+    are not finite, so that only their losses were learned from."""
 
     rounds: int
     reliability: float
+    softness: float
     unread: int
 
 
@@ -146,6 +112,7 @@ class PosteriorSearch(MaskSearch):
         # Masks of a whole batch compete on all of it at once, not window by window.
         self.needs_reading = by_activity and "channel" in budget.space.kinds and design.groups * design.chunks > 1
         self._last_round: dict[str, Any] = {}
+        self._telling, self.softness = Telling(), 1.0
 
     @property
     def worth_U(self) -> torch.Tensor:
@@ -193,6 +160,7 @@ class PosteriorSearch(MaskSearch):
         predicted_BKC = self._predicted(sums)
         advantages_BKC = self._advantages(losses_BKC, predicted_BKC)
         if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
+            self._telling.add(losses_BKC, self._contrasts_U)
             swung_BG = self._swings(advantages_BKC, levels_BKCG)
             self._sums.add(self._effects(sums, advantages_BKC, swung_BG))
             if swung_BG is not None:
@@ -202,10 +170,15 @@ class PosteriorSearch(MaskSearch):
                     sums, reading, predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=self._amplitude_U
                 )
         self.steps += 1
-        if self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
+        self.drew_in = self._telling.too_soft
+        if self.drew_in:
+            self._draw_in()
+        elif self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
             self._conclude_round()
         stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
-        return PosteriorStats(**stats, rounds=self.rounds, reliability=self.beliefs.reliability, unread=unread)
+        return PosteriorStats(
+            **stats, rounds=self.rounds, reliability=self.beliefs.reliability, softness=self.softness, unread=unread
+        )
 
     def effects(
         self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None = None
@@ -278,6 +251,18 @@ class PosteriorSearch(MaskSearch):
         """Whether the boundary of a round was reached with the last step."""
         return rounds_in(self.steps, self.round_steps) > rounds_in(self.steps - 1, self.round_steps)
 
+    def _draw_in(self) -> None:
+        """What was seen of this policy is forgotten, and the next one is half as soft."""
+        self.softness /= 2
+        self._sums, self._swung = Sums.empty(len(self.probs_U)), Sums.empty(len(self.budget.space.groups))
+        self._active.forget_round()
+        self._follow(self.budget.marginal_cost(self.probs_U))
+
+    def _follow(self, costs_U: torch.Tensor) -> None:
+        """The policy that follows from what is believed."""
+        self.probs_U = self.budget.at_price(self.worth_U, self.softness * self.deviation_U, costs_U, **self._bounds)
+        self._telling.renew(first=not self.rounds)
+
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
         self._sums.to(CPU)
@@ -291,7 +276,7 @@ class PosteriorSearch(MaskSearch):
         )
         self.beliefs.learn(observed_U, noise_U, [] if seen else means)
         costs_U = self.budget.marginal_cost(self.probs_U)
-        self.probs_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, **self._bounds)
+        self._follow(costs_U)
         self._end_round(self.rounds + 1)
         charged_U = self.budget.marginal_cost(self.probs_U)
         self._order_U = expected_order(self.budget.space, self.worth_U / charged_U, self.deviation_U / charged_U)
@@ -332,6 +317,8 @@ class PosteriorSearch(MaskSearch):
             "order_U": self._order_U,
             "active": self._active.state_dict(),
             "last_round": self._last_round,
+            "telling": self._telling.state_dict(),
+            "softness": self.softness,
             "beliefs": self.beliefs.state_dict(),
         }
 
@@ -345,6 +332,8 @@ class PosteriorSearch(MaskSearch):
         self._swung = Sums(**copied(state["swung"]))
         self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
         self._last_round = state["last_round"]
+        self._telling.load_state_dict(state["telling"])
+        self.softness = state["softness"]
 
 
 def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Tensor) -> torch.Tensor:

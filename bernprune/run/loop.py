@@ -162,7 +162,7 @@ class _Loop:
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
         ended = self._probe(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
-        if self.stage.workload.fits(step):
+        if self.stage.workload.fits(step) or self.search.drew_in:
             self.fit(self.search.probs_U)
         self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.stage.workload.regret or 0)
         self.work.seconds += time.monotonic() - started

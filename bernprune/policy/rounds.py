@@ -1,0 +1,94 @@
+"""What a round of the posterior search gathers, and whether its policy is worth asking.
+
+Letters: B windows of text, K masks a window, C chunks of a window, U units, W windows so far.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_TRIED = 16  # windows that say whether a policy is too soft
+_CLEARLY = 2.0  # standard errors
+
+
+@dataclass
+class Sums:
+    """Estimates of one round: their number, sum, sum of squares, and the sum of every second one."""
+
+    count: int
+    sum_U: torch.Tensor
+    squares_U: torch.Tensor
+    half_U: torch.Tensor
+
+    @classmethod
+    def empty(cls, size: int) -> "Sums":
+        return cls(0, *(torch.zeros(size, dtype=torch.float64) for _ in range(3)))
+
+    def add(self, effects_BU: torch.Tensor) -> None:
+        self.to(effects_BU.device)
+        self.half_U += effects_BU[self.count % 2 :: 2].sum(0)
+        self.count += len(effects_BU)
+        self.sum_U += effects_BU.sum(0)
+        self.squares_U += effects_BU.square().sum(0)
+
+    def to(self, device: torch.device) -> "Sums":
+        """Move them, in place."""
+        self.sum_U, self.squares_U, self.half_U = (
+            sums_U.to(device) for sums_U in (self.sum_U, self.squares_U, self.half_U)
+        )
+        return self
+
+    def halves(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Means of the estimates of even and of odd number."""
+        odd = self.count // 2
+        return self.half_U / (self.count - odd), (self.sum_U - self.half_U) / odd
+
+    def mean_U(self) -> torch.Tensor:
+        return self.sum_U / self.count
+
+    def variance_U(self) -> torch.Tensor:
+        """Of the mean."""
+        spread_U = (self.squares_U / self.count - self.mean_U().square()).clamp(min=0)
+        return spread_U / (self.count - 1)
+
+
+class Telling:
+    """How well masks of a policy tell of a unit: with a variance of Var[L] / contrast, L the losses on one text.
+
+    A soft policy, of which units are as likely to be kept as not, has more contrast; but where most of what is sampled
+    no longer works, losses differ by what has no bearing on single units, and it tells less. The first policy, which is
+    sharp, is what others are compared with.
+    """
+
+    def __init__(self) -> None:
+        self._noise_W = torch.zeros(0, dtype=torch.float64)
+        self._first_noise, self._first_contrast, self._contrast = math.inf, math.inf, 0.0
+
+    def add(self, losses_BKC: torch.Tensor, contrast_U: torch.Tensor) -> None:
+        """The windows of a step of the policy at hand."""
+        self._contrast = contrast_U.mean().item()
+        self._noise_W = torch.cat([self._noise_W, losses_BKC.sum(2).var(1) / self._contrast])
+
+    def renew(self, *, first: bool) -> None:
+        """Another policy follows; the one until now was the ``first``."""
+        if first:
+            self._first_noise, self._first_contrast = self._noise_W.mean().item(), self._contrast
+        self._noise_W = self._noise_W[:0]
+
+    @property
+    def too_soft(self) -> bool:
+        """Whether this policy is softer than the first, and clearly tells less."""
+        noise_W = self._noise_W
+        if len(noise_W) < _TRIED or not self._contrast > self._first_contrast:
+            return False
+        return bool(noise_W.mean() - _CLEARLY * noise_W.std() / len(noise_W) ** 0.5 > self._first_noise)
+
+    def state_dict(self) -> dict[str, Any]:
+        first = torch.tensor([self._first_noise, self._first_contrast, self._contrast], dtype=torch.float64)
+        return {"noise": self._noise_W.clone(), "first": first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._noise_W = state["noise"].clone()
+        self._first_noise, self._first_contrast, self._contrast = state["first"].tolist()
