@@ -1,0 +1,105 @@
+"""Prune SmolLM2-135M-Instruct as it ships, and by a metric alone; README.md says what is measured.
+
+python benchmarks/smollm2/run.py                             # what is missing, and table.md
+python benchmarks/smollm2/run.py --sequences 4096 --seed 0
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
+
+from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
+from benchmarks.learning.task import SHARED
+from bernprune.config import make_config
+from bernprune.errors import BernpruneError
+from bernprune.run.pipeline import prune
+from bernprune.storage import write_bytes
+
+HERE = Path(__file__).parent
+MODEL, TEXT = HERE / "model", SHARED / "data/c4-sample/c4-sample.jsonl"
+KEY = ("sparsity", "sequences", "seed")
+SEQUENCES, SPARSITIES, SEEDS = [0, 4_096], [0.3], [0]
+
+
+def run(key: Row, scratch: Path) -> Row:
+    """A run by the public road, which reports on the last tenth of its text."""
+    given = {
+        "model": {"path": str(MODEL)},
+        "data": {"text": str(TEXT)},
+        "budget": {"sparsity": key["sparsity"]},
+        "search": {"sequences": key["sequences"]},
+        "seed": key["seed"],
+    }
+    report = prune(make_config(given), scratch / "run")
+    return {
+        **key,
+        "loss": report["loss"],
+        "kept": report["search"]["kept"],
+        "finalists": report["repair"].get("finalists"),
+        "repair": report["repair"]["chosen"],
+        "search_seconds": report["search"]["seconds"],
+        "repair_seconds": report["repair"]["seconds"],
+        "latency": {name: figure["median_ms"] for name, figure in report["latency"].items()},
+        "parameters": report["parameters"],
+        "layers": [[layer["kv_groups"], layer["channels"]] for layer in report["layers"]],
+        "machine": report["machine"],
+        "protocol": {**report["protocol"], "text": "C4 sample, last tenth"},
+        "commit": commit(),
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line a run."""
+    titles = ["removed", "sequences", "seed", "dense", "initial metric", "kept", "repaired", "which was", "repair"]
+    lines = [
+        "# SmolLM2-135M-Instruct",
+        "",
+        "Held-out loss, nats per token; `run.py` makes this from `results.jsonl`.",
+        "",
+    ]
+    lines += [f"| {' | '.join(titles)} |", f"| {' | '.join(['---:'] * 7 + ['---'] * 2)} |"]
+    for row in sorted(rows, key=lambda row: key_of(row, KEY)):
+        losses = [f"{row['loss'][name]:.3f}" for name in ("dense", "initial", "unrepaired", "pruned")]
+        cells = [
+            f"{row['sparsity']:.0%}",
+            f"{row['sequences']:,}",
+            str(row["seed"]),
+            *losses,
+            row["kept"],
+            row["repair"],
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fill the rows; what stands in them is not run again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
+    parser.add_argument("--sequences", type=list_of(int), default=SEQUENCES)
+    parser.add_argument("--seed", type=list_of(int), default=SEEDS)
+    parser.add_argument("--folder", type=Path, default=HERE, help="where results.jsonl and table.md lie")
+    given = parser.parse_args(arguments)
+    for path in (MODEL, TEXT):
+        if not path.exists():
+            sys.exit(f"error: {path.name} is missing: fetch.py makes the model, and ../shared/data holds the text")
+    results = given.folder / "results.jsonl"
+    for sparsity, sequences, seed in itertools.product(given.sparsity, given.sequences, given.seed):
+        key = {"sparsity": sparsity, "sequences": sequences, "seed": seed}
+        if any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY)):
+            continue
+        with TemporaryDirectory() as scratch:
+            append_row(results, run(key, Path(scratch)))
+    write_bytes(given.folder / "table.md", table(read_rows(results, KEY)).encode())
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BernpruneError as error:
+        sys.exit(f"error: {error}")
