@@ -27,7 +27,7 @@ from bernprune.sections import (
     Section,
 )
 from bernprune.settings import merge
-from bernprune.units import KINDS, finest
+from bernprune.units import ANCESTORS, KINDS, finest
 
 EXPLORED = (0.5, 1.5)  # times its own sparsity
 REFITTING: tuple[RepairName, ...] = ("auto", "ridge", "two-step", "admm")  # repairs that write other weights
@@ -138,6 +138,16 @@ class RunConfig(Section):
             raise ValueError(
                 f"budget.also_{next(iter(given.also))} needs budget.pools 'joint' and policy.projection "
                 f"'cost-weighted', but they are {given.pools!r} and {self.policy.projection!r}"
+            )
+        if given.also and any(set(ANCESTORS[kind]) & set(self.granularity) for kind in self.granularity):
+            raise ValueError(
+                f"budget.also_{next(iter(given.also))} needs a granularity of units that do not lie in one another, "
+                f"but that is {', '.join(self.granularity)}"
+            )
+        if "kv_cache" in given.also and not {"layer", "attention", "kv_group"} & set(self.granularity):
+            raise ValueError(
+                f"budget.also_kv_cache needs kv_group, attention or layer in the granularity, but that is "
+                f"{', '.join(self.granularity)}"
             )
         for name, share in given.also.items():
             if not self.policy.floor < 1 - share:

@@ -92,7 +92,8 @@ class BudgetConfig(Section):
     also_flops: Share | None = None
     """Share of the prunable forward FLOPs that must go at least, beside the sparsity of another measure."""
     also_kv_cache: Share | None = None
-    """Share of the key/value cache that must go at least; a policy keeps to it on average, what is selected exactly."""
+    """Share of the prunable key/value cache that must go at least; a policy keeps to it on average, what is selected
+    exactly."""
     min_kv_groups: Annotated[int, Field(ge=0)] = 1
     """Kept in each layer unless a coarser unit removes the block; the first layer always keeps one."""
     min_channels: Annotated[int, Field(ge=0)] = 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from spaces import FLAT_KINDS, NESTED, make_space
 from tiny_models import tiny_model
-from tiny_run import Place, read_json, succeed
+from tiny_run import Place, read_json, run, succeed
 
 from bernprune.config import make_config
 from bernprune.errors import BudgetError, ConfigError
@@ -47,7 +47,7 @@ def test_policies_and_selections_are_on_the_budget_and_within_the_caps(also: dic
         for name, share in also.items():
             assert removed(SPACE, probs_U, name) >= share - 2e-6
     mask_U = select(numbers(seed), budget)
-    assert budget.removed_share(mask_U) >= 0.3 - 1e-12
+    assert 0.3 - 1e-12 <= budget.removed_share(mask_U) < 0.3 + 2 * (budget.costs_U.max() / budget.total).item()
     for name, share in also.items():
         assert removed(SPACE, mask_U, name) >= share - 1e-9
 
@@ -105,6 +105,18 @@ def test_selections_are_the_best_within_a_unit(seed: int, share: float) -> None:
     assert bound(worth_U, budget) - worth_U.max() <= worth_U[mask_U].sum() <= bound(worth_U, budget) + 1e-9
 
 
+def test_prices_know_of_what_the_limits_keep() -> None:
+    """Kv groups that nobody wants stay, one a layer; the budget is filled with channels all the same."""
+    space = make_space(FLAT_KINDS, [(4, 40)] * 5, {"kv_group": (11, 60.0), "channel": (3, 3.0)})
+    priorities_U = numbers(0, space.size)
+    unwanted_U = space.of_kind("kv_group") & (space.layer_U < 3)
+    priorities_U[unwanted_U] *= 0.01
+    budget = Budget(space, 0.3, also={"flops": 0.5})
+    mask_U = select(priorities_U, budget)
+    assert budget.caps[0].allows(mask_U) and (mask_U & unwanted_U).sum() == 3
+    assert budget.removed_share(mask_U) < 0.3 + (budget.costs_U.max() / budget.total).item()
+
+
 @pytest.mark.parametrize("names", [("kv_cache", "flops"), ("flops", "kv_cache")])
 def test_two_caps_hold_at_once(names: tuple[CapName, ...]) -> None:
     """Each of which breaks where only the other is there, as later layers have more FLOPs."""
@@ -153,7 +165,7 @@ def test_caps_that_cannot_be_are_refused() -> None:
         Budget(SPACE, 0.3, also={"kv_cache": 1.0})
     with pytest.raises(BudgetError, match="has a part in kv_cache"):
         Budget(describe(tiny_model("llama"), granularity=("channel",)).space, 0.3, also={"kv_cache": 0.5})
-    with pytest.raises(BudgetError, match="no probabilities between the floor and the ceiling"):
+    with pytest.raises(BudgetError, match=r"leave at least .* of kv_cache, but only 0.01 may stay; remove more"):
         policies(Budget(SPACE, 0.3, also={"kv_cache": 0.99}), 0)
     with pytest.raises(BudgetError, match=r"minimums per layer keep .* of kv_cache, more than the 30.0%"):
         select(numbers(0), Budget(SPACE, 0.3, also={"kv_cache": 0.7}), limits=Limits(min_kv_groups=2))
@@ -172,16 +184,38 @@ def test_settings_that_contradict_each_other_are_refused(budget: dict[str, objec
         make_config({"budget": budget})
 
 
+@pytest.mark.parametrize(
+    ("granularity", "says"),
+    [
+        ("attention,kv_group", "needs a granularity of units that do not lie in one another"),
+        ("channel", "budget.also_kv_cache needs kv_group, attention or layer in the granularity"),
+    ],
+)
+def test_units_that_a_cap_does_not_suit_are_refused(granularity: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        make_config({"budget": {"also_kv_cache": 0.4}, "granularity": granularity})
+
+
+def test_a_plan_that_a_cap_would_make_another_is_refused(place: Place) -> None:
+    """Before the work, and of a finished run."""
+    capped = ("budget.also_kv_cache=0.5", "budget.sparsity=0.4")
+    refused = run(*place.prune(*capped, "plans.sparsities=[0.3]"))
+    assert refused.code == 2 and "of kv_cache, but only 0.5 may stay" in refused.err
+    succeed(*place.prune(*capped))
+    refused = run("select", str(place.out), "--sparsity", "0.3")
+    assert refused.code == 2 and "of kv_cache, but only 0.5 may stay" in refused.err
+
+
 @pytest.mark.parametrize("method", ["posterior", "reinforce"])
 def test_a_run_keeps_within_its_cap(place: Place, method: str) -> None:
     """What it cuts, and what it selects for other sparsities."""
-    capped = ("budget.also_kv_cache=0.5", "budget.sparsity=0.4", "plans.sparsities=[0.3]")
+    capped = ("budget.also_kv_cache=0.5", "budget.sparsity=0.4", "plans.sparsities=[0.45]")
     done = succeed(*place.prune(*capped, f"search.method={method}"))
     sparsity = read_json(place.out / "report.json")["sparsity"]
     assert sparsity["also"]["kv_cache"]["target"] == 0.5
     assert sparsity["achieved"] >= 0.4 and sparsity["also"]["kv_cache"]["achieved"] >= 0.5
     assert f"{sparsity['also']['kv_cache']['achieved']:.2%} of the prunable kv_cache" in done.out
-    for name in ("plan.json", "plans/0.3.json"):
+    for name in ("plan.json", "plans/0.45.json"):
         layers = read_json(place.out / name)["layers"]
         kept = sum(len(layer["kv_groups"]) for layer in layers)
         assert kept <= 0.5 * len(layers) * 3

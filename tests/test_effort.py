@@ -27,19 +27,25 @@ def space() -> UnitSpace:
 
 def counted_fits(config: RunConfig, units: UnitSpace) -> int:
     """Of weights to the policy, from the operations that they would take."""
-    counted = effort.policy_weights(config, units.architecture, units)
+    counted = effort.policy_weights(config, units)
     if counted == effort.Effort():
         return 0
     assert counted.windows == fitting_windows(units.architecture, config.data.window)
     read, hidden = counted.windows * config.data.window, units.architecture.hidden_size
-    widths = list(effort._all_widths(units.architecture))
+    widths = list(effort._fitted_widths(units))
     moments = sum(2 * read * every**2 for every in widths)
     return round((counted.single - moments) / sum(every**2 * (every / 3 + 4 * hidden) for every in widths))
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"method": "auto"}, {"method": "auto", "judge_finalists": False}, {"method": "bias", "biases": "always"}],
+    [
+        {"repair.method": "auto"},
+        {"repair.method": "auto", "repair.judge_finalists": False},
+        {"repair.method": "bias", "repair.biases": "always"},
+        {"repair.method": "auto", "initial.score": "flap"},
+        {"repair.method": "auto", "granularity": "channel"},
+    ],
 )
 def test_repairs_that_are_counted_are_those_that_are_done(
     given: dict[str, Any], place: Place, monkeypatch: pytest.MonkeyPatch
@@ -58,7 +64,7 @@ def test_repairs_that_are_counted_are_those_that_are_done(
 
     monkeypatch.setattr(Repairer, "repair", repairing)
     monkeypatch.setattr(ExpectedWeights, "fit", refitting)
-    succeed(*place.prune(*(f"repair.{name}={value}" for name, value in given.items())))
+    succeed(*place.prune(*(f"{name}={value}" for name, value in given.items())))
     config, units = RunFolder(place.out).read_config(), space()
     counted = [name for name, _ in effort.repairs_of(config, units.architecture)]
     assert counted[-len(done) :] == done and len(counted) - len(done) in (0, 1)
@@ -115,8 +121,8 @@ def test_what_is_not_done_is_not_counted(place: Place) -> None:
     config = make_config(TEXT | {"repair": {"method": "none"}})
     architecture = space().architecture
     assert effort.repairs_of(config, architecture) == [] and effort.repair_bytes(config, architecture) == 0
-    assert effort.policy_weights(config, architecture, space()) == effort.Effort()
-    assert effort.policy_bytes(config, architecture, 4) == 0
+    assert effort.policy_weights(config, space()) == effort.Effort()
+    assert effort.policy_bytes(config, space(), 4) == 0
     told = {}
     for method in ("auto", "none"):
         given = settings("data.window=16", "search.sequences=640", f"repair.method={method}")

@@ -387,7 +387,7 @@ def test_a_part_of_many_outputs_decides_for_all(method: Any, monkeypatch: pytest
     for deciding in (fitting.DECIDING, 30, 7):
         monkeypatch.setattr(fitting, "DECIDING", deciding)
         view, plan = view_of(Variant("llama", "llama"), **REMOVED)
-        done = Repairer(view, random_tokens(200, 12), ridges=(1e-3,), biases=True).repair(plan, method)
+        done = Repairer(view, random_tokens(200, 12), ridges=(1e-3, 1e3), biases=True).repair(plan, method)
         changed.append(state_of(view))
         errors.append([layer[branch]["after"] for layer in done.layers for branch in layer if layer[branch]])
     for other, after in zip(changed[1:], errors[1:], strict=True):

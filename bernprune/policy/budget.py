@@ -282,8 +282,9 @@ class Budget:
             low, above, high = high, below, 4 * high
         if below > _CAP_RESOLUTION:
             raise BudgetError(
-                f"no probabilities between the floor and the ceiling of the policy keep {self} within its caps: at "
-                f"least {1 - cap.share + below:.3g} of {cap.name} stays, and {1 - cap.share:.3g} may"
+                f"removing {self.sparsity:g} of all {self.measure}, the policy's floor and ceiling leave at least "
+                f"{1 - cap.share + below:.3g} of {cap.name}, but only {1 - cap.share:.3g} may stay; remove more of "
+                f"{self.measure}, or less of {cap.name}"
             )
         price = _falling_root(lambda price: excess(at(price)), low, high, above, below, resolution=_CAP_RESOLUTION)
         return at(price)

@@ -56,6 +56,14 @@ class _Parts:
     parent_P: np.ndarray
     forced_P: np.ndarray
 
+    @property
+    def forced_U(self) -> torch.Tensor:
+        """Units that the limits ask for, bool."""
+        forced_U = torch.zeros(len(self.ranked_U), dtype=torch.bool)
+        for first, size in zip(self.first_P[self.forced_P], self.size_P[self.forced_P], strict=True):
+            forced_U[self.ranked_U[first : first + size]] = True
+        return forced_U
+
 
 def select(
     priorities_U: torch.Tensor,
@@ -83,10 +91,12 @@ def select(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
     limits = limits or Limits()
-    mask_U = _taken(_parts(priorities_U, budget, limits, tie_break_U, core_U), budget, (), nested=core_U is not None)
+    parts = _parts(priorities_U, budget, limits, tie_break_U, core_U)
+    mask_U = _taken(parts, budget, (), nested=core_U is not None)
     if all(cap.allows(mask_U) for cap in budget.caps):
         return mask_U
-    parts = _parts(_charged(priorities_U, budget), budget, limits, tie_break_U, core_U)
+    sure_U = parts.forced_U if core_U is None else parts.forced_U | core_U.cpu()
+    parts = _parts(_charged(priorities_U, budget, sure_U), budget, limits, tie_break_U, core_U)
     return _taken(parts, budget, budget.caps, nested=core_U is not None)
 
 
@@ -136,15 +146,25 @@ def _over_a_cap(caps: Sequence[Cap], forced_M: np.ndarray) -> BudgetError:
     )
 
 
-def _charged(priorities_U: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """Priorities less the prices of the caps, each times what a unit has in it for its cost."""
-    values_U = priorities_U.double().cpu()
-    span = max(float(values_U.max() - values_U.min()), 1e-9)
-    worth_U = (values_U - values_U.min() + span) * budget.costs_U  # all worth something: the budget is to be filled
+def _charged(priorities_U: torch.Tensor, budget: Budget, sure_U: torch.Tensor) -> torch.Tensor:
+    """Priorities less the prices of the caps, each times what a unit has in it for its cost.
+
+    Those that are kept for sure have no part in what the prices follow from, and stay before the others.
+    """
+    values_U, open_U = priorities_U.double().cpu(), ~sure_U
+    values_U = values_U - values_U.min()
+    span = max(float(values_U.max()), 1e-9)
+    worth_U = (values_U + span) * budget.costs_U  # all worth something: the budget is to be filled
     costs_MU = torch.stack([budget.costs_U / budget.total, *(cap.costs_U / cap.total for cap in budget.caps)])
-    limits_M = [budget.most / budget.total, *(cap.most / cap.total for cap in budget.caps)]
-    _, reduced_U = at_best_prices(worth_U, costs_MU, torch.tensor(limits_M, dtype=torch.float64))
-    return reduced_U / budget.costs_U
+    limits_M = torch.tensor(
+        [budget.most / budget.total, *(cap.most / cap.total for cap in budget.caps)], dtype=torch.float64
+    )
+    left_M = (limits_M - costs_MU[:, sure_U].sum(1)).clamp(min=0)
+    _, reduced_O = at_best_prices(worth_U[open_U], costs_MU[:, open_U], left_M)
+    charged_O = reduced_O / budget.costs_U[open_U]
+    charged_U = values_U + (charged_O.max() + span if len(charged_O) else 0.0)
+    charged_U[open_U] = charged_O
+    return charged_U
 
 
 def _parts(

@@ -13,10 +13,12 @@ from bernprune.config import RunConfig
 from bernprune.names import RepairName
 from bernprune.repair.closed import ADMM_STEPS
 from bernprune.repair.fitting import DECIDING
-from bernprune.run.workload import FITS, fitting_windows, plan_work
+from bernprune.run.initial import allocation_of
+from bernprune.run.workload import FITS, Workload, fitting_windows, plan_work
+from bernprune.scores.base import PARTS
 from bernprune.units import Architecture, LayerShape, UnitSpace
 
-_FINALISTS = 3  # what was learned, its widths in the metric's order, and the metric's own
+_FINALISTS = 3  # what was learned, its widths in the metric's order, and the metric's own; and its uniform, if another
 _PASSES = 4  # of a repair: the dense model, the pruned one, and that again as far as each last projection
 _TIMED_SIZE = {"cpu": 1024, "cuda": 4096}
 _FACTOR = 1 / 3  # of the cube of a size, for a Cholesky factor; solving with it and multiplying by it are 2 each
@@ -33,9 +35,6 @@ class Effort:
     def __add__(self, other: "Effort") -> "Effort":
         return Effort(self.single + other.single, self.double + other.double, self.windows + other.windows)
 
-    def times(self, count: float) -> "Effort":
-        return Effort(count * self.single, count * self.double, count * self.windows)
-
     def seconds(self, device: torch.device, window_seconds: float) -> float:
         """At what products and factors of matrices take now on a device."""
         single, double = (_rate(device, dtype) for dtype in (torch.float32, torch.float64))
@@ -48,7 +47,8 @@ def repairs_of(config: RunConfig, architecture: Architecture) -> list[tuple[Repa
     if method == "none":
         return []
     tried: list[RepairName] = ["ridge", "two-step"] if method == "auto" else [method]
-    tried = [tried[0]] * (_FINALISTS * config.judges_finalists) + tried
+    finalists = _FINALISTS + (allocation_of(config) != "uniform" or config.initial.kv_sparsity is not None)
+    tried = [tried[0]] * (finalists * config.judges_finalists) + tried
     return [(name, _repair(config, architecture, name)) for name in tried]
 
 
@@ -77,34 +77,37 @@ def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int
     return Effort(single=2.0 * tokens * inputs * (inputs + outputs), double=choosing + fitting)
 
 
-def policy_weights(config: RunConfig, architecture: Architecture, space: UnitSpace) -> Effort:
-    """Of weights that are fitted to the policy, at most as often as they are."""
-    if not config.search.refit:
+def policy_weights(config: RunConfig, space: UnitSpace) -> Effort:
+    """Of weights that are fitted to the policy where rounds end; where it is drawn in, they are once more."""
+    architecture, workload = space.architecture, plan_work(config, space)
+    if not _refits(config, workload):
         return Effort()
     count = fitting_windows(architecture, config.data.window)
-    workload = plan_work(config, space)
     fits = FITS if workload.steps is None else 1 + sum(map(workload.fits, range(workload.steps)))
     single, outputs = 0.0, architecture.hidden_size
-    for every in _all_widths(architecture):
+    for every in _fitted_widths(space):
         single += every**2 * (2.0 * count * config.data.window + fits * (_FACTOR * every + 4 * outputs))
     return Effort(single=single, windows=count)
 
 
-def policy_bytes(config: RunConfig, architecture: Architecture, itemsize: int) -> int:
+def policy_bytes(config: RunConfig, space: UnitSpace, itemsize: int) -> int:
     """What weights for the policy keep on the CPU meanwhile: moments, and the projections as they were."""
-    if not config.search.refit:
+    if not _refits(config, plan_work(config, space)):
         return 0
-    outputs = architecture.hidden_size
-    return sum(every * (max(4, itemsize) * every + itemsize * outputs) for every in _all_widths(architecture))
+    outputs = space.architecture.hidden_size
+    return sum(every * (max(4, itemsize) * every + itemsize * outputs) for every in _fitted_widths(space))
 
 
 def repair_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """What the widest projection's moments on two texts, and solving with them, take on the device."""
-    if config.repair.method == "none":
+    """What a projection's moments on two texts, and solving with them, take on the device, of the dearest one."""
+    method, hidden = config.repair.method, architecture.hidden_size
+    if method == "none":
         return 0
-    keep = 1.0 if config.repair.method == "admm" else 1 - config.budget.sparsity
-    widest, outputs = round(keep * max(_all_widths(architecture))), architecture.hidden_size
-    return 8 * widest * (5 * widest + 6 * outputs)
+    keep = 1.0 if method == "admm" else 1 - config.budget.sparsity
+    sizes = [(round(keep * max(_widths(architecture, shape))), hidden) for shape in architecture.layers]
+    if method in ("auto", "two-step"):
+        sizes += [(hidden, round(keep * 2 * shape.channels)) for shape in architecture.layers]
+    return max(8 * inputs * (5 * inputs + 6 * outputs) for inputs, outputs in sizes)
 
 
 def _widths(architecture: Architecture, shape: LayerShape) -> tuple[int, int]:
@@ -112,9 +115,16 @@ def _widths(architecture: Architecture, shape: LayerShape) -> tuple[int, int]:
     return shape.query_heads * architecture.head_dim, shape.channels
 
 
-def _all_widths(architecture: Architecture) -> Iterator[int]:
-    for shape in architecture.layers:
-        yield from _widths(architecture, shape)
+def _fitted_widths(space: UnitSpace) -> Iterator[int]:
+    """Of the branches whose units may go."""
+    for layer, shape in enumerate(space.architecture.layers):
+        for kind, every in zip(PARTS, _widths(space.architecture, shape), strict=True):
+            if space.span(kind, layer) is not None:
+                yield every
+
+
+def _refits(config: RunConfig, workload: Workload) -> bool:
+    return bool(config.search.refit) and workload.steps != 0
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -85,7 +85,7 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights, full = stored_bytes(view.model), view.num_parameters * opened.full.itemsize
     searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])
-    kept_aside = policy_bytes(config, view.architecture, opened.full.itemsize)
+    kept_aside = policy_bytes(config, view.space, opened.full.itemsize)
     if device.type == "cpu":
         searching += kept_aside
     repairing = full + repair_bytes(config, view.architecture)
@@ -106,7 +106,7 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
 def _closed_forms(view: ModelView, config: RunConfig, device: torch.device, seconds_each: float) -> list[str]:
     """By counting, at the speed of matrices here and now."""
     repairs = repairs_of(config, view.architecture)
-    fitting = policy_weights(config, view.architecture, view.space)
+    fitting = policy_weights(config, view.space)
     told = []
     if repairs:
         seconds = sum((effort for _, effort in repairs), Effort()).seconds(device, seconds_each)

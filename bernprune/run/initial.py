@@ -1,6 +1,7 @@
 """What a run's settings say of its initial metrics: which they are, what they cost, and how far they compare."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
-from bernprune.names import Allocation, Scope
+from bernprune.names import Allocation, Kind, Scope
 from bernprune.policy.allocation import Evolution
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.scores import SCORES, Metric, Options, read_scores
@@ -67,15 +68,26 @@ def check_scores(config: RunConfig) -> None:
             raise ConfigError(
                 f"initial.{name} has no meaning for initial.allocation {allocation!r}, only for {meant!r}"
             )
-    if initial.kv_sparsity is not None and (allocation not in _BY_KIND or set(given) != set(PARTS)):
-        raise ConfigError(
-            f"initial.kv_sparsity needs kv_group and channel as the finest granularity, and initial.allocation "
-            f"{' or '.join(map(repr, _BY_KIND))}, but they are {', '.join(given)} and {allocation!r}"
-        )
+    if initial.kv_sparsity is not None:
+        _check_kv_sparsity(config, given, allocation)
     if allocation in _BY_LAYER and not set(given) <= {"kv_group", "channel"}:
         raise ConfigError(
             f"initial.allocation {allocation!r} says how many units each layer keeps, but with granularity "
             f"{', '.join(config.granularity)} a layer has one of a kind; take another, or add kv_group and channel"
+        )
+
+
+def _check_kv_sparsity(config: RunConfig, finest_kinds: Sequence[Kind], allocation: Allocation) -> None:
+    """Raises ``ConfigError`` where it would be ignored."""
+    if allocation not in _BY_KIND or set(finest_kinds) != set(PARTS):
+        raise ConfigError(
+            f"initial.kv_sparsity needs kv_group and channel as the finest granularity, and initial.allocation "
+            f"{' or '.join(map(repr, _BY_KIND))}, but they are {', '.join(finest_kinds)} and {allocation!r}"
+        )
+    if config.budget.pools != "joint" or config.initial.map != "const":
+        raise ConfigError(
+            f"initial.kv_sparsity needs budget.pools 'joint' and initial.map 'const', but they are "
+            f"{config.budget.pools!r} and {config.initial.map!r}"
         )
 
 

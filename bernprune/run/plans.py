@@ -15,7 +15,7 @@ from bernprune.policy.selection import select
 from bernprune.report import shown
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder, open_run
-from bernprune.run.workload import make_budget, make_limits
+from bernprune.run.workload import check_budget, make_budget, make_limits
 from bernprune.storage import write_json
 from bernprune.units import KeepPlan, UnitSpace
 
@@ -62,10 +62,13 @@ class Learned:
             )
         if sparsity == config.budget.sparsity:
             return self.mask_U
+        budget, limits = make_budget(config, self.space, sparsity), make_limits(config)
+        if budget.caps:
+            check_budget(config, budget, limits)  # or they would make it another sparsity
         return select(
             self.priorities_U,
-            make_budget(config, self.space, sparsity),
-            limits=make_limits(config),
+            budget,
+            limits=limits,
             tie_break_U=self.scores_U,
             core_U=self.mask_U if nested else None,
         )

@@ -27,6 +27,7 @@ from bernprune.run.initial import check_scores, check_scoring
 from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
 from bernprune.run.workload import (
     Workload,
+    check_budget,
     fitting_windows,
     make_budget,
     make_limits,
@@ -193,14 +194,15 @@ def set_stage(config: RunConfig) -> Stage:
 
 def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     """An impossible budget fails before the work, not after it."""
-    probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
-    select(probs_U, budget, limits=limits)
     if config.initial.kv_sparsity is not None:
         shares_by_kind(budget.space, budget.costs_U, 1 - budget.sparsity, 1 - config.initial.kv_sparsity)
+    check_budget(config, budget, limits)
     for sparsity in config.plans.sparsities:
-        select(probs_U, make_budget(config, budget.space, sparsity), limits=limits)
-    project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
-    project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
+        other = make_budget(config, budget.space, sparsity)
+        if other.caps:
+            check_budget(config, other, limits)
+        else:
+            select(torch.full((budget.space.size,), 0.5, dtype=torch.float64), other, limits=limits)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
 from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
-from bernprune.policy.selection import Limits
+from bernprune.policy.selection import Limits, select
 from bernprune.repair.needs import needed_windows
 from bernprune.sections import SearchConfig
 from bernprune.units import Architecture, UnitSpace
@@ -204,6 +204,14 @@ def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = No
     given = config.budget
     share = given.sparsity if sparsity is None else sparsity
     return Budget(space, share, measure=given.measure, pools=given.pools, also=given.also)
+
+
+def check_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
+    """Raises ``BudgetError`` if no selection can be on it, or no policy between the run's floor and ceiling."""
+    probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
+    select(probs_U, budget, limits=limits)
+    project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
+    project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
 
 
 def make_limits(config: RunConfig) -> Limits:
