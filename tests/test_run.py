@@ -147,7 +147,7 @@ def test_the_metrics_of_every_method(method: str, place: Place) -> None:
     """What all have, and what moves the policy: a falling learning rate, or rounds that are concluded in time."""
     succeed(*place.prune(*METHODS[method]))
     lines = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
-    own = {"learning_rate"} if method == "reinforce" else {"rounds", "reliability", "unread"}
+    own = {"learning_rate"} if method == "reinforce" else {"rounds", "reliability", "softness", "unread"}
     per_round, probe = (STEPS, 0) if method == "reinforce" else (2, PROBE)
     ends = [step % per_round == per_round - 1 for step in range(STEPS)]
     assert [line.keys() for line in lines] == [METRICS | own | ({"round"} if end else set()) for end in ends]
