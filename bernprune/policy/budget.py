@@ -29,11 +29,10 @@ _SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 i
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Units that share one limit on the cost that stays alive."""
+class _Limited:
+    """A cost of which no more than a limit may stay."""
 
     name: str
-    members_U: torch.Tensor
     total: float
     limit: float
 
@@ -44,18 +43,17 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Cap:
-    """Another cost of the units, of which no more than a limit may stay."""
+class Pool(_Limited):
+    """Units that share one limit on the cost that stays alive."""
 
-    name: CapName
+    members_U: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Cap(_Limited):
+    """A limit on another cost of all units."""
+
     costs_U: torch.Tensor
-    total: float
-    limit: float
-
-    @property
-    def most(self) -> float:
-        """What a selection may cost, see ``Pool.most``."""
-        return self.limit * (1 + _ROUNDING)
 
     @property
     def share(self) -> float:
@@ -130,7 +128,7 @@ class Budget:
 
     def _pool(self, name: str, members_U: torch.Tensor) -> Pool:
         total = self.costs_U[members_U].sum().item()
-        return Pool(name, members_U, total, (1 - self.sparsity) * total)
+        return Pool(name, total, (1 - self.sparsity) * total, members_U)
 
     def _cap(self, name: CapName, share: float) -> Cap:
         check_name("cost", name, CapName)
@@ -140,7 +138,7 @@ class Budget:
         total = costs_U.sum().item()
         if not total:
             raise BudgetError(f"none of the units, {', '.join(self.space.kinds)}, has a part in {name}")
-        return Cap(name, costs_U, total, (1 - share) * total)
+        return Cap(name, total, (1 - share) * total, costs_U)
 
     @functools.cached_property
     def metric_U(self) -> torch.Tensor:

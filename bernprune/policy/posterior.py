@@ -14,7 +14,8 @@ Where masks swing (``bernprune.policy.masks``), what the channels of a layer are
 
 Where little is known of many units that policy is soft, and in a deep model masks of it may leave nothing that works.
 If they clearly tell less than those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*: deviations
-count half as much in it as before, and what was seen of it is forgotten.
+count half as much in it as before, and what was seen of it is forgotten. After a round that told twice as much as the
+first one they count twice as much again.
 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
 N units of a group, S scores.
@@ -41,6 +42,7 @@ from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
+_LEAST_SOFTNESS = 1 / 64  # by when a policy has all but decided
 _NODES = 15  # equally likely values that stand for a normal distribution; odd, so that its mean is one of them
 HAIR = 1e-9  # by which a whole number may be missed through rounding
 
@@ -170,7 +172,7 @@ class PosteriorSearch(MaskSearch):
                     sums, reading, predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=self._amplitude_U
                 )
         self.steps += 1
-        self.drew_in = self._telling.too_soft
+        self.drew_in = self.softness > _LEAST_SOFTNESS and self._telling.too_soft
         if self.drew_in:
             self._draw_in()
         elif self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
@@ -276,6 +278,8 @@ class PosteriorSearch(MaskSearch):
         )
         self.beliefs.learn(observed_U, noise_U, [] if seen else means)
         costs_U = self.budget.marginal_cost(self.probs_U)
+        if self._telling.ample:
+            self.softness = min(1.0, 2 * self.softness)
         self._follow(costs_U)
         self._end_round(self.rounds + 1)
         charged_U = self.budget.marginal_cost(self.probs_U)

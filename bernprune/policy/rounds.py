@@ -85,6 +85,11 @@ class Telling:
             return False
         return bool(noise_W.mean() - _CLEARLY * noise_W.std() / len(noise_W) ** 0.5 > self._first_noise)
 
+    @property
+    def ample(self) -> bool:
+        """Whether this policy tells more than twice as much as the first."""
+        return bool(2 * self._noise_W.mean() < self._first_noise)
+
     def state_dict(self) -> dict[str, Any]:
         first = torch.tensor([self._first_noise, self._first_contrast, self._contrast], dtype=torch.float64)
         return {"noise": self._noise_W.clone(), "first": first}
