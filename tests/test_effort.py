@@ -117,6 +117,26 @@ def test_work_in_float64_is_counted_exactly(deciding: int, monkeypatch: pytest.M
     assert effort._fit("ridge", inputs, outputs, 0, 3).double == pytest.approx(done, rel=1e-12)
 
 
+def test_a_start_that_is_not_uniform_makes_one_finalist_more() -> None:
+    counts = {
+        name: len(effort.repairs_of(make_config({"initial": initial}), space().architecture))
+        for name, initial in {"uniform": {}, "pooled": {"score": "flap"}, "shared": {"kv_sparsity": 0.4}}.items()
+    }
+    assert counts == {"uniform": 5, "pooled": 6, "shared": 6}
+
+
+def test_weights_are_fitted_where_units_may_go() -> None:
+    """Of channels alone, the down projections; without a search, none."""
+    channels = describe(tiny_model("llama"), granularity=("channel",)).space
+    wide = sum(shape.channels * (4 * shape.channels + 4 * 36) for shape in channels.architecture.layers)
+    config = make_config(TEXT | {"granularity": "channel"})
+    assert channels.architecture.hidden_size == 36 and effort.policy_bytes(config, channels, 4) == wide
+    for given in ({"sequences": 0}, {"refit": False}):
+        config = make_config(TEXT | {"search": given})
+        assert effort.policy_weights(config, space()) == effort.Effort()
+        assert effort.policy_bytes(config, space(), 4) == 0
+
+
 def test_what_is_not_done_is_not_counted(place: Place) -> None:
     config = make_config(TEXT | {"repair": {"method": "none"}})
     architecture = space().architecture
