@@ -63,8 +63,7 @@ class Learned:
         if sparsity == config.budget.sparsity:
             return self.mask_U
         budget, limits = make_budget(config, self.space, sparsity), make_limits(config)
-        if budget.caps:
-            check_budget(config, budget, limits)  # or they would make it another sparsity
+        check_budget(config, budget, limits)
         return select(
             self.priorities_U,
             budget,

@@ -22,7 +22,7 @@ from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.allocation import shares_by_kind
 from bernprune.policy.budget import Budget
-from bernprune.policy.selection import Limits, select
+from bernprune.policy.selection import Limits
 from bernprune.run.initial import check_scores, check_scoring
 from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
 from bernprune.run.workload import (
@@ -196,13 +196,8 @@ def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     """An impossible budget fails before the work, not after it."""
     if config.initial.kv_sparsity is not None:
         shares_by_kind(budget.space, budget.costs_U, 1 - budget.sparsity, 1 - config.initial.kv_sparsity)
-    check_budget(config, budget, limits)
-    for sparsity in config.plans.sparsities:
-        other = make_budget(config, budget.space, sparsity)
-        if other.caps:
-            check_budget(config, other, limits)
-        else:
-            select(torch.full((budget.space.size,), 0.5, dtype=torch.float64), other, limits=limits)
+    for sparsity in (budget.sparsity, *config.plans.sparsities):
+        check_budget(config, make_budget(config, budget.space, sparsity), limits)
 
 
 @contextmanager

@@ -207,9 +207,14 @@ def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = No
 
 
 def check_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
-    """Raises ``BudgetError`` if no selection can be on it, or no policy between the run's floor and ceiling."""
+    """Raises ``BudgetError`` if no selection can be on it, or no policy between the run's floor and ceiling.
+
+    A policy is only asked for the run's own, and under caps, which would make of a selection one of another sparsity.
+    """
     probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
     select(probs_U, budget, limits=limits)
+    if not budget.caps and budget.sparsity != config.budget.sparsity:
+        return
     project = budget.project if config.policy.projection == "cost-weighted" else budget.project_published
     project(probs_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
 
