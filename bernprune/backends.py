@@ -10,6 +10,7 @@ import torch
 
 from bernprune.errors import BackendError
 from bernprune.kernels import reference  # type: ignore[attr-defined]
+from bernprune.kernels.masks import DrawnMasks, PackedMasks  # type: ignore[import-not-found]
 from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
 from bernprune.names import BackendName, check_name
 
@@ -27,6 +28,8 @@ class MaskedOps:
         masked_units: for what multiplies by itself; of masks that are given as numbers.
         activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
         attention_of_kept: None leaves attention to the model.
+        draw: the bits of masks that are not stored; None makes them in plain torch.
+        rotary: of queries or keys; None leaves that, and norms, to the model.
         sums: None sums over masks in plain torch.
     """
 
@@ -41,6 +44,8 @@ class MaskedOps:
     dtypes: tuple[torch.dtype, ...] = ()  # of models; empty: any
     activation: Callable[[Any], Any] = lambda module: module
     attention_of_kept: Callable[..., torch.Tensor] | None = None
+    draw: Callable[[DrawnMasks], PackedMasks] | None = None
+    rotary: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     sums: SumKernels | None = None
 
 
@@ -86,6 +91,8 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
         dtypes=fused.DTYPES,
         activation=fused.activation_of,
         attention_of_kept=fused.attention_of_kept,
+        draw=fused.draw,
+        rotary=fused.rotary,
         sums=SumKernels(sums.kept_sums, sums.score_sums, sums.activity_sums),
     )
 

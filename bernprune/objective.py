@@ -19,6 +19,7 @@ from torch import nn
 from bernprune.backends import MaskedOps, load_backend
 from bernprune.costs import NEVER, Costs, Planner
 from bernprune.errors import BackendError, ConfigError
+from bernprune.kernels.masks import DrawnMasks, PackedMasks  # type: ignore[import-not-found]
 from bernprune.losses import token_divergences, token_losses
 from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.sharing import Branching
@@ -150,13 +151,25 @@ class MaskedObjective:
         masks, tokens_BT, window_R = masks.to(self.device), tokens_BT.to(self.device), window_R.to(self.device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
+        bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1
+
         def run(rows: slice) -> torch.Tensor:
             tokens_RT = tokens_BT[window_R[rows]]
-            self._live.set(masks[mask_R[rows]], working_U=self._planner.working(possible_U, tokens_RT.numel()))
+            working_U = self._planner.working(possible_U, tokens_RT.numel())
+            these = masks[mask_R[rows]] if bits is None else bits(slice(rows.start * chunks, rows.stop * chunks))
+            self._live.set(these, chunks=chunks, working_U=working_U)
             hidden_RTD = self._hidden(tokens_RT)
             return self._losses(hidden_RTD, tokens_RT, None if dense_BTD is None else dense_BTD[window_R[rows]])
 
         return self._in_passes(run, len(mask_R), lambda: self._rows).double().cpu()
+
+    def _bits(self, masks: MaskRows, mask_R: torch.Tensor) -> Callable[[slice], PackedMasks] | None:
+        """What lets a kernel make some of the masks as bits; None where they are numbers, or not of one row each."""
+        draw = self._live.ops.draw
+        if draw is None or not getattr(masks, "drawable", False) or not torch.equal(mask_R, torch.arange(len(masks))):
+            return None
+        drawn: DrawnMasks = masks.drawn()  # type: ignore[attr-defined]
+        return lambda some: draw(drawn.masks(some.start, some.stop))
 
     @torch.inference_mode()
     def _losses_of_windows(

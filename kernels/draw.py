@@ -52,6 +52,21 @@ def kept(
     return ((b_bits >> (o_unit % 32)) & 1) != 0
 
 
+@triton.jit
+def kept_in_words(p_words, first, o_unit, W, SIZE: tl.constexpr):
+    """Whether stored masks keep units, ``[BM, SIZE]``; of words that start at ``p_words``, those few that hold them.
+
+    Args:
+        first: the lowest of the units, of which there are at most SIZE side by side.
+    """
+    b_bits = tl.zeros((p_words.shape[0], SIZE), dtype=tl.int32)
+    for i_word in tl.static_range((SIZE + 30) // 32 + 1):
+        word = first // 32 + i_word
+        b_word = tl.load(p_words + tl.minimum(word, W - 1))
+        b_bits = tl.where((o_unit // 32 == word)[None, :], b_word[:, None], b_bits)
+    return ((b_bits >> (o_unit % 32)[None, :]) & 1) != 0
+
+
 def _of_drawn(masks: DrawnMasks) -> dict[str, Any]:
     return {
         "p_rows": masks.rows_M2,

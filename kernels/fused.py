@@ -9,16 +9,17 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 from bernprune.kernels.attention import attention_of_kept
-from bernprune.kernels.draw import list_kept
+from bernprune.kernels.draw import draw, list_kept
 from bernprune.kernels.linear import DTYPES
 from bernprune.kernels.losses import cross_entropy, divergence
 from bernprune.kernels.masks import PackedMasks
+from bernprune.kernels.rotary import rotary
 
 from bernprune.kernels import linear, mlp, reference
 
 __all__ = [
-    "DTYPES", "activation_of", "attention_of_kept", "cross_entropy", "divergence", "linear_to_kept", "masked_linear",
-    "masked_mlp",
+    "DTYPES", "activation_of", "attention_of_kept", "cross_entropy", "divergence", "draw", "linear_to_kept",
+    "masked_linear", "masked_mlp", "rotary",
 ]  # fmt: skip
 
 LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty, and all is computed

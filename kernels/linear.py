@@ -12,11 +12,12 @@ All sum in float32. Letters: R rows, T tokens a row, E input width, D output wid
 
 import functools
 import os
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
-from bernprune.kernels.draw import arguments, kept
+from bernprune.kernels.draw import arguments, kept, kept_in_words
 from bernprune.kernels.masks import DrawnMasks, KeptUnits, Masks, PackedMasks, rows_per_mask
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -59,11 +60,6 @@ def block_of(size: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
-def inner_block(x: torch.Tensor, size: int) -> int:
-    """Of the dimension that a matrix product sums over: 128 bytes of it."""
-    return block_of(size, 128 // x.element_size())
-
-
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a block of threads may have on the device; of an interpreted kernel it does not matter."""
@@ -72,9 +68,40 @@ def shared_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
-def launch_options(x: torch.Tensor) -> dict[str, int]:
-    """For kernels of matrix products: as many tiles are on their way at once as there is room for."""
-    return {"num_warps": 8, "num_stages": 3 if shared_memory(x.device) >= 160_000 else 2}
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel of matrix products cuts its work.
+
+    Attributes:
+        rows: of a tile, at most; so ``columns``.
+        group: so many rows of tiles go together, column by column, so that weights that they share are in the cache.
+        products: of a tile, that sum at the same time.
+        buffers: blocks of what is summed over that are on their way at once, at most.
+        listed: what is read stands in a list, which must be read before it.
+    """
+
+    rows: int = 128
+    columns: int = 128
+    group: int = 16
+    products: int = 1
+    warps: int = 8
+    buffers: int = 3
+    listed: bool = False
+
+    def options(self, x: torch.Tensor, rows: int, columns: int, inner: int) -> dict[str, int]:
+        """Of a launch: blocks that are not much larger than the work, 128 bytes of what is summed over at a time."""
+        high, wide = block_of(rows, self.rows), block_of(columns, self.columns)
+        deep = block_of(inner, 128 // x.element_size())
+        block = (high + self.products * wide) * deep * x.element_size()
+        buffers = max(1, min(self.buffers, (shared_memory(x.device) - 4096) // block))
+        stages = 2 * buffers - 1 if self.listed else buffers  # Triton spreads them over the list and what it names
+        return {
+            "BM": high, "BN": wide, "BK": deep, "GROUP": self.group, "num_warps": self.warps, "num_stages": stages,
+        }  # fmt: skip
+
+
+MASKED, TO_KEPT = Tiles(), Tiles()
+FROM_KEPT = Tiles(columns=256, listed=True)
 
 
 @triton.jit
@@ -84,6 +111,13 @@ def tile_of(i_tile, tiles_M, tiles_N, GROUP: tl.constexpr):
     first = i_tile // in_group * GROUP
     rows = min(tiles_M - first, GROUP)
     return first + i_tile % in_group % rows, i_tile % in_group // rows
+
+
+@triton.jit
+def tile_under(i_tile, M, tiles_T, tiles_N, GROUP: tl.constexpr):
+    """Mask of a tile, which of its tiles of tokens, and column; tiles of different masks go together, too."""
+    i_row, i_n = tile_of(i_tile, M * tiles_T, tiles_N, GROUP)
+    return (i_row // tiles_T).to(tl.int64), i_row % tiles_T, i_n
 
 
 @triton.jit
@@ -124,10 +158,13 @@ def _masked_kernel(
     for start in range(0, E, BK):
         o_k = start + tl.arange(0, BK)
         m_k = o_k < E
-        b_kept = kept(
-            p_bits, p_rows, p_levels, p_groups, p_thresholds, p_shifts,
-            b_mask[:, None], first + o_k[None, :] // UNIT, m_k[None, :], W, U, G, DRAWN, ORDERS,
-        )  # fmt: skip
+        if DRAWN:
+            b_kept = kept(
+                p_bits, p_rows, p_levels, p_groups, p_thresholds, p_shifts,
+                b_mask[:, None], first + o_k[None, :] // UNIT, m_k[None, :], W, U, G, DRAWN, ORDERS,
+            )  # fmt: skip
+        else:
+            b_kept = kept_in_words(p_bits + b_mask * W, first + start // UNIT, first + o_k // UNIT, W, BK)
         b_x = tl.load(p_x + o_m[:, None] * s_x + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         b_x = tl.where(b_kept, b_x, 0.0)  # and not a mask of the load, which would then go entry by entry
         b_w = tl.load(p_w + o_n[None, :] * s_wd + o_k[:, None] * s_we, mask=m_k[:, None] & m_n[None, :], other=0.0)
@@ -156,43 +193,67 @@ def masked_linear(
     x_RTE, y_RTD, per_mask = prepare(x_RTE, masks, weight_DE, bias_D)
     check_units(masks.size, unit_width, width)
     tokens = per_mask * len(masks)
-    blocks = {"BM": block_of(tokens, 128), "BN": block_of(outputs, 128), "BK": inner_block(x_RTE, width)}
-    grid = (triton.cdiv(tokens, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]),)
+    options = MASKED.options(x_RTE, tokens, outputs, width)
+    grid = (triton.cdiv(tokens, options["BM"]) * triton.cdiv(outputs, options["BN"]),)
     _masked_kernel[grid](
         x_RTE, weight_DE, bias_D, y_RTD, **arguments(masks), tokens=tokens, D=outputs, E=width,
-        per_mask=per_mask, s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width, **blocks,
-        GROUP=8, BIASED=bias_D is not None, PRECISION=precision(x_RTE), **launch_options(x_RTE),
+        per_mask=per_mask, s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width,
+        BIASED=bias_D is not None, PRECISION=precision(x_RTE), **options,
     )  # fmt: skip
     return y_RTD
 
 
 @triton.jit
+def _add_kept(
+    b_sum, p_x, p_w, p_index, start, entries, s_w,
+    UNIT: tl.constexpr, COMPACT: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
+    m_m, m_n,
+):  # fmt: skip
+    """``b_sum`` with the products of BK kept entries from a place on; a WHOLE block of them needs no mask.
+
+    With a mask whose last place is not known to be a multiple of anything, entries would be read one by one.
+    """
+    o_j = start + tl.arange(0, BK)
+    m_k = o_j < entries
+    o_unit = tl.load(p_index + o_j // UNIT) if WHOLE else tl.load(p_index + o_j // UNIT, mask=m_k, other=0)
+    o_k = o_unit * UNIT + o_j % UNIT
+    if UNIT % BK == 0:  # of one unit, so they lie side by side
+        o_k = tl.max_contiguous(tl.multiple_of(o_k, BK), BK)
+    o_x = o_j if COMPACT else o_k
+    if WHOLE:
+        b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_m[:, None], other=0.0)
+        b_w = tl.load(p_w[None, :] + o_k.to(tl.int64)[:, None] * s_w, mask=m_n[None, :], other=0.0)
+    else:
+        b_x = tl.load(p_x[:, None] + o_x[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
+        m_w = m_k[:, None] & m_n[None, :]
+        b_w = tl.load(p_w[None, :] + o_k.to(tl.int64)[:, None] * s_w, mask=m_w, other=0.0)
+    return add_product(b_sum, b_x, b_w, PRECISION)
+
+
+@triton.jit
 def _from_kept_kernel(
     p_x, p_w, p_bias, p_y, p_index, p_count,
-    per_mask, D, N, s_x, s_wd, s_we,
+    M, per_mask, D, N, s_x, s_wd, s_we,
     UNIT: tl.constexpr, COMPACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_mask = tl.program_id(1).to(tl.int64)
-    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(per_mask, BM), tl.cdiv(D, BN), GROUP)
+    i_mask, i_m, i_n = tile_under(tl.program_id(0), M, tl.cdiv(per_mask, BM), tl.cdiv(D, BN), GROUP)
     o_t, o_n = i_m * BM + tl.arange(0, BM), i_n.to(tl.int64) * BN + tl.arange(0, BN)
     m_m, m_n = o_t < per_mask, o_n < D
     o_m = i_mask * per_mask + o_t
     p_index += i_mask * N
     entries = tl.load(p_count + i_mask) * UNIT
     b_sum = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, entries, BK):
-        o_j = start + tl.arange(0, BK)  # place among what is kept
-        m_k = o_j < entries
-        if UNIT % BK == 0:  # one unit, so its entries lie side by side
-            o_k = tl.load(p_index + start // UNIT) * UNIT + start % UNIT + tl.arange(0, BK)
-        else:
-            o_k = tl.load(p_index + o_j // UNIT, mask=m_k, other=0) * UNIT + o_j % UNIT
-        o_x = o_j if COMPACT else o_k
-        b_x = tl.load(p_x + o_m[:, None] * s_x + o_x[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
-        o_w = o_n[None, :] * s_wd + o_k.to(tl.int64)[:, None] * s_we
-        b_w = tl.load(p_w + o_w, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_sum = add_product(b_sum, b_x, b_w, PRECISION)
+    p_x += o_m * s_x
+    p_w += o_n * s_wd
+    whole = entries // BK * BK
+    for start in range(0, whole, BK):
+        b_sum = _add_kept(b_sum, p_x, p_w, p_index, start, entries, s_we, UNIT, COMPACT, BK, True, PRECISION, m_m, m_n)
+    if UNIT % BK != 0:  # noqa: SIM102 - known when it is compiled
+        if whole < entries:
+            b_sum = _add_kept(
+                b_sum, p_x, p_w, p_index, whole, entries, s_we, UNIT, COMPACT, BK, False, PRECISION, m_m, m_n
+            )
     b_sum = biased(p_bias, b_sum, o_n, m_n, BIASED)
     store(p_y, b_sum, o_m, o_n, m_m, m_n, D)
 
@@ -220,13 +281,12 @@ def linear_from_kept(
     outputs, width = weight_DE.shape
     x_RTE, y_RTD, per_mask = prepare(x_RTE, kept, weight_DE, bias_D)
     check_units(kept.size, unit_width, width)
-    inner = inner_block(x_RTE, width)
-    blocks = {"BM": block_of(per_mask, 128), "BN": block_of(outputs, 128), "BK": inner}
-    grid = triton.cdiv(per_mask, blocks["BM"]) * triton.cdiv(outputs, blocks["BN"]), len(kept)
+    options = FROM_KEPT.options(x_RTE, per_mask, outputs, width)
+    grid = (len(kept) * triton.cdiv(per_mask, options["BM"]) * triton.cdiv(outputs, options["BN"]),)
     _from_kept_kernel[grid](
-        x_RTE, weight_DE, bias_D, y_RTD, kept.index_MN, kept.count_M, per_mask=per_mask, D=outputs, N=kept.size,
-        s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width, COMPACT=compact, **blocks,
-        GROUP=8, BIASED=bias_D is not None, PRECISION=precision(x_RTE), **launch_options(x_RTE),
+        x_RTE, weight_DE, bias_D, y_RTD, kept.index_MN, kept.count_M, M=len(kept), per_mask=per_mask, D=outputs,
+        N=kept.size, s_x=width, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1), UNIT=unit_width, COMPACT=compact,
+        BIASED=bias_D is not None, PRECISION=precision(x_RTE), **options,
     )  # fmt: skip
     return y_RTD
 
@@ -234,14 +294,13 @@ def linear_from_kept(
 @triton.jit
 def _to_kept_kernel(
     p_x, p_w, p_bias, p_y, p_words,
-    per_mask, D, E, W, first, s_wd, s_we,
-    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    M, N, per_mask, D, E, W, first, s_wd, s_we,
+    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     BIASED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # A tile of columns lies within one unit, which is computed or not. Tiles of the same columns follow each other.
-    i_m, i_mask = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    TILES: tl.constexpr = (UNIT + BN - 1) // BN
-    i_unit, i_part = tl.program_id(2) // TILES, tl.program_id(2) % TILES
+    TILES: tl.constexpr = (UNIT + BN - 1) // BN  # of columns, each within one unit, which is computed or not
+    i_mask, i_m, i_n = tile_under(tl.program_id(0), M, tl.cdiv(per_mask, BM), N * TILES, GROUP)
+    i_unit, i_part = i_n // TILES, i_n % TILES
     o_part = i_part * BN + tl.arange(0, BN)
     m_n = o_part < UNIT
     o_n = (i_unit * UNIT + o_part).to(tl.int64)
@@ -280,12 +339,13 @@ def linear_to_kept(
     outputs, width = weight_DE.shape
     x_RTD, y_RTD, per_mask = prepare(x_RTD, masks, weight_DE, bias_D)
     check_units(masks.size, unit_width, outputs)
-    blocks = {"BM": block_of(per_mask, 128), "BN": block_of(unit_width, 128), "BK": inner_block(x_RTD, width)}
-    grid = triton.cdiv(per_mask, blocks["BM"]), len(masks), masks.size * triton.cdiv(unit_width, blocks["BN"])
+    options = TO_KEPT.options(x_RTD, per_mask, unit_width, width)
+    columns = masks.size * triton.cdiv(unit_width, options["BN"])
+    grid = (len(masks) * triton.cdiv(per_mask, options["BM"]) * columns,)
     _to_kept_kernel[grid](
-        x_RTD, weight_DE, bias_D, y_RTD, masks.words_MW, per_mask=per_mask, D=outputs, E=width,
-        W=masks.words_MW.shape[1], first=masks.first, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1),
-        UNIT=unit_width, **blocks, BIASED=bias_D is not None, PRECISION=precision(x_RTD), **launch_options(x_RTD),
+        x_RTD, weight_DE, bias_D, y_RTD, masks.words_MW, M=len(masks), N=masks.size, per_mask=per_mask, D=outputs,
+        E=width, W=masks.words_MW.shape[1], first=masks.first, s_wd=weight_DE.stride(0), s_we=weight_DE.stride(1),
+        UNIT=unit_width, BIASED=bias_D is not None, PRECISION=precision(x_RTD), **options,
     )  # fmt: skip
     return y_RTD
 

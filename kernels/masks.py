@@ -49,9 +49,17 @@ class PackedMasks:
         """The same masks of some of the units."""
         return replace(self, first=self.first + start, size=stop - start)
 
+    def chosen(self, index_M: torch.Tensor) -> "PackedMasks":
+        """Masks by their indices, in words of their own."""
+        low, high = self._words()
+        return PackedMasks(self.words_MW[index_M, low:high], self.size, self.first - low * BITS)
+
+    def _words(self) -> tuple[int, int]:
+        return self.first // BITS, -(-(self.first + self.size) // BITS)
+
     def unpack(self) -> torch.Tensor:
         """Bool ``[M, N]``."""
-        low, high = self.first // BITS, -(-(self.first + self.size) // BITS)
+        low, high = self._words()
         places = torch.arange(BITS, dtype=torch.int32, device=self.words_MW.device)
         bits_MU = ((self.words_MW[:, low:high, None] >> places) & 1).flatten(1)
         start = self.first - low * BITS

@@ -15,20 +15,19 @@ import triton
 import triton.language as tl
 from bernprune.kernels.draw import arguments, kept
 from bernprune.kernels.linear import (
+    Tiles,
     add_product,
     biased,
-    block_of,
     check,
-    inner_block,
-    launch_options,
     linear_from_kept,
     precision,
     store,
-    tile_of,
+    tile_under,
 )
 from bernprune.kernels.masks import DrawnMasks, KeptUnits, PackedMasks, rows_per_mask
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+HIDDEN = Tiles(products=2, buffers=4)
 
 
 @triton.jit
@@ -105,12 +104,11 @@ def masked_activation(
 @triton.jit
 def _hidden_kernel(
     p_x, p_gate, p_up, p_gate_bias, p_up_bias, p_hidden, p_index, p_count,
-    per_mask, D, F, s_gf, s_gd, s_uf, s_ud,
+    M, per_mask, D, F, s_gf, s_gd, s_uf, s_ud,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_mask = tl.program_id(1).to(tl.int64)
-    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(per_mask, BM), tl.cdiv(F, BN), GROUP)
+    i_mask, i_m, i_n = tile_under(tl.program_id(0), M, tl.cdiv(per_mask, BM), tl.cdiv(F, BN), GROUP)
     count = tl.load(p_count + i_mask)
     if i_n * BN < count:
         o_t, o_j = i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
@@ -165,14 +163,14 @@ def hidden_of_kept(
     x_RTD = x_RTD.contiguous()
     hidden_RTF = x_RTD.new_empty(rows, tokens, channels)
     up = gate_FD if up_FD is None else up_FD
-    blocks = {"BM": block_of(per_mask, 128), "BN": block_of(channels, 64), "BK": inner_block(x_RTD, width)}
-    grid = triton.cdiv(per_mask, blocks["BM"]) * triton.cdiv(channels, blocks["BN"]), len(kept)
+    options = HIDDEN.options(x_RTD, per_mask, channels, width)
+    grid = (len(kept) * triton.cdiv(per_mask, options["BM"]) * triton.cdiv(channels, options["BN"]),)
     _hidden_kernel[grid](
         x_RTD, gate_FD, up, gate_bias_F, up_bias_F, hidden_RTF, kept.index_MN, kept.count_M,
-        per_mask=per_mask, D=width, F=channels,
+        M=len(kept), per_mask=per_mask, D=width, F=channels,
         s_gf=gate_FD.stride(0), s_gd=gate_FD.stride(1), s_uf=up.stride(0), s_ud=up.stride(1),
         ACTIVATION=activation, GATED=up_FD is not None, GATE_BIASED=gate_bias_F is not None,
-        UP_BIASED=up_bias_F is not None, **blocks, GROUP=8, PRECISION=precision(x_RTD), **launch_options(x_RTD),
+        UP_BIASED=up_bias_F is not None, PRECISION=precision(x_RTD), **options,
     )  # fmt: skip
     return hidden_RTF
 

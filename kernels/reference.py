@@ -100,6 +100,12 @@ def attention_of_kept(
     return y_RHTC.where(kept_RH[..., None, None], 0.0).transpose(1, 2)
 
 
+def rotary(x_RHTC: torch.Tensor, cos_RTC: torch.Tensor, sin_RTC: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of heads whose halves are pairs: ``x * cos + [-high, low] * sin``, ``[R, H, T, C]``."""
+    low, high = x_RHTC.chunk(2, dim=-1)
+    return x_RHTC * cos_RTC[:, None] + torch.cat([-high, low], dim=-1) * sin_RTC[:, None]
+
+
 def cross_entropy(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
     """In nats, at least float32, ``[P]``."""
     return F.cross_entropy(_wide(logits_PV), targets_P, reduction="none")

@@ -16,7 +16,7 @@ from test_masks import make_masks
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bernprune.kernels import attention, draw, linear, losses, mlp, sums
+from bernprune.kernels import attention, draw, linear, losses, mlp, rotary, sums
 from bernprune.policy.masks import Design
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block of threads may have, by capability
@@ -76,6 +76,12 @@ def operations() -> list[Callable[[], Any]]:
         lambda: draw.draw(draws),
         lambda: draw.list_kept(bits),
         lambda: linear.masked_linear(narrow, bits, weight),
+        *(
+            lambda width=width: linear.masked_linear(
+                zeros(4, 128, 128 * width), bits, zeros(256, 128 * width), unit_width=width
+            )
+            for width in (3, 80, 128)
+        ),
         lambda: linear.masked_linear(small, draws, zeros(256, FLAT.size)),
         lambda: linear.linear_from_kept(narrow, kept, weight, compact=True),
         lambda: linear.linear_from_kept(wide, kept, zeros(256, 128 * 128), unit_width=128),
@@ -83,6 +89,7 @@ def operations() -> list[Callable[[], Any]]:
         *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("silu", "gelu", "gelu_tanh")),
         lambda: mlp.hidden_of_kept(narrow, kept, weight[:128], weight[128:], activation="silu"),
         lambda: attention.attention_of_kept(heads, heads, heads, bits),
+        lambda: rotary.rotary(heads, heads[:1, 0], heads[:1, 1]),
         lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),
         lambda: losses.divergence(zeros(2, 32000), zeros(2, 32000)),
         lambda: sums.score_sums(torch.zeros(1, 2), draws, probs_U),

@@ -12,7 +12,7 @@ from spaces import make_space, normal_numbers, random_numbers
 
 from bernprune.objective import MaskedObjective
 from bernprune.policy.budget import Budget
-from bernprune.policy.masks import Design
+from bernprune.policy.masks import CPU, Design, Masks
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.search import MaskSearch, Reading, Seen
 from bernprune.policy.selection import Limits
@@ -82,10 +82,11 @@ def reading_of(search: MaskSearch, masks_BKCU: MaskRows, step: int, *, even: boo
     activities_BTU = torch.ones(len(masks_BKCU), WINDOW, len(channels_U))
     if not even:
         activities_BTU[..., channels_U] = heavy_tailed(len(masks_BKCU), WINDOW, int(channels_U.sum()), seed=step)
-    kept_BKTU = masks_BKCU[:].repeat_interleave(WINDOW // masks_BKCU.shape[2], dim=2)
+    kept_BKTU = masks_BKCU[:].cpu().repeat_interleave(WINDOW // masks_BKCU.shape[2], dim=2)
     lost_BKT = -(kept_BKTU * activities_BTU[:, None]).double() @ random_numbers(len(channels_U), 8)
     losses_BKT = lost_BKT + 10 * normal_numbers(*lost_BKT.shape, seed=step + 50)
-    return Reading(losses_BKT / WINDOW, showing(activities_BTU, search.budget.space))
+    device = masks_BKCU.device if isinstance(masks_BKCU, Masks) else CPU
+    return Reading(losses_BKT / WINDOW, showing(activities_BTU.to(device), search.budget.space))
 
 
 def showing(activities_BTU: torch.Tensor, space: UnitSpace) -> Callable[[Seen], None]:
@@ -100,10 +101,12 @@ def showing(activities_BTU: torch.Tensor, space: UnitSpace) -> Callable[[Seen], 
     return look
 
 
-def read(search: MaskSearch, steps: range, *, told: bool = True, even: bool = False) -> None:
-    """Learn from what is read, or, not told of activities, from its losses alone."""
+def read(
+    search: MaskSearch, steps: range, *, told: bool = True, even: bool = False, device: torch.device = CPU
+) -> None:
+    """Learn from what is read on a device, or, not told of activities, from its losses alone."""
     for step in steps:
-        masks_BKCU = search.ask(step)
+        masks_BKCU = search.ask(step).to(device)
         reading = reading_of(search, masks_BKCU, step, even=even)
         losses_BKC = reading.losses_BKT.unflatten(2, (masks_BKCU.shape[2], -1)).sum(-1)
         search.tell(masks_BKCU, losses_BKC, learning_rate=0.0, reading=reading if told else None)

@@ -133,6 +133,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.objective": (
         *VOCABULARY,
         "bernprune.backends",
+        "bernprune.kernels.masks",
         "bernprune.models",
         "bernprune.losses",
         "bernprune.costs",

@@ -25,7 +25,7 @@ from kernel_cases import (
 )
 from tolerances import LOGITS
 
-from bernprune.kernels import attention, linear, losses, mlp, reference
+from bernprune.kernels import attention, linear, losses, mlp, reference, rotary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 biased = pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
@@ -153,6 +153,19 @@ def test_attention(
 
 
 @each_dtype
+@pytest.mark.parametrize("own_angles", [False, True], ids=["for_all_rows", "of_each_row"])
+@pytest.mark.parametrize(("tokens", "size"), [(63, 60), (1, 2), (33, 16)])
+def test_rotary_embeddings(tokens: int, size: int, own_angles: bool, dtype: torch.dtype, device: torch.device) -> None:
+    """Of heads as a projection leaves them, whose strides are kept."""
+    numbers = Numbers(dtype, device)
+    x_RHTC = numbers(3, tokens, 5, size).transpose(1, 2)
+    cos_RTC, sin_RTC = numbers(3 if own_angles else 1, tokens, size), numbers(3 if own_angles else 1, tokens, size)
+    found = rotary.rotary(x_RHTC, cos_RTC, sin_RTC)
+    assert_matches(found, reference.rotary, x_RHTC, cos_RTC, sin_RTC)
+    assert found.stride() == x_RHTC.stride()
+
+
+@each_dtype
 @pytest.mark.parametrize(("predictions", "vocabulary"), [(7, 5003), (1, 1), (3, 31)])
 def test_losses_of_logits(predictions: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
     """Taken in float32 whatever the logits' dtype; also of a certain prediction and of huge logits."""
@@ -193,6 +206,15 @@ def test_what_does_not_fit_is_refused(given: tuple[torch.Tensor, ...], reason: s
     for operation, masks in ((linear.masked_linear, packed), (linear.linear_from_kept, listed)):
         with pytest.raises(ValueError, match=reason):
             operation(x_RTE, masks(masks_MU.cpu(), device), weight_DE, unit_width=3)
+
+
+def test_angles_that_do_not_fit_heads_are_refused(device: torch.device) -> None:
+    """And heads without halves."""
+    x_RHTC, angles_RTC = torch.ones(3, 2, 5, 4, device=device), torch.ones(1, 5, 4, device=device)
+    assert rotary.rotary(x_RHTC, angles_RTC, angles_RTC).shape == x_RHTC.shape
+    for heads, angles in ((x_RHTC, angles_RTC[:, 1:]), (x_RHTC, angles_RTC.expand(2, 5, 4)), (x_RHTC[..., 1:],) * 2):
+        with pytest.raises(ValueError, match="do not fit heads"):
+            rotary.rotary(heads, angles, angles)
 
 
 def test_an_activation_without_a_kernel_is_refused(device: torch.device) -> None:

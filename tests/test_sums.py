@@ -80,7 +80,7 @@ def test_a_search_learns_the_same_by_kernels(design: Design, device: torch.devic
     found = []
     for backend in ("torch", "triton"):
         search = reading_search(design=design, round_steps=3, kernels=load_backend(backend, device).sums)
-        read(search, range(3))
+        read(search, range(3), device=device)
         assert search.rounds == 1
         found.append(search)
     assert found[0].worth_U.abs().max() > 0

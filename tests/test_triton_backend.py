@@ -3,25 +3,32 @@
 Letters: B windows, K masks, C chunks, U units.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from searches import activities
+from spaces import random_numbers
 from test_masking import random_masks, trace
+from test_masks import make_masks
 from test_sharing import neighbours
 from tiny_models import random_tokens, tiny_model
 from tolerances import CHAIN, assert_close
 from torch import nn
 
 from bernprune.backends import load_backend
+from bernprune.costs import Costs
 from bernprune.errors import BackendError
-from bernprune.kernels import fused
+from bernprune.kernels import fused, reference
+from bernprune.models.fusing import fusing
 from bernprune.models.masking import masked
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import MaskedObjective, masked_objective
+from bernprune.policy.masks import Design
 
 pytestmark = pytest.mark.gpu
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -71,6 +78,78 @@ def test_the_losses_are_those_of_plain_torch(
     assert_close(found[1], found[0], CHAIN[torch.float32])
 
 
+@pytest.mark.parametrize("settled", [False, True], ids=["all_possible", "some_settled"])
+@pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=GRANULARITIES)
+@pytest.mark.parametrize("design", [Design(3, 2, 4, "antithetic", 0.5), Design(3, 2)], ids=["chunks", "sequences"])
+def test_masks_that_are_drawn_by_a_kernel(
+    design: Design, granularity: tuple[Kind, ...], settled: bool, ops: Any, device: torch.device
+) -> None:
+    """They are those that plain torch makes, in every pass of a few rows; so are those that leave some units out."""
+    view, tokens_BT = a_view("qwen2", granularity, device), random_tokens(3, 8)
+    probs_U = random_numbers(view.space.size, 1)
+    if settled:
+        probs_U[::3] = 0.0
+    masks_BKCU = make_masks(probs_U, design, space=view.space).to(device)
+    with masked_objective(view, load_backend("torch", device)) as objective:
+        expected = objective.token_losses(masks_BKCU[:], tokens_BT)
+    cheap = Costs(passing=1.0, copying=0.0, blocks=1.0)
+    with masked_objective(view, ops, rows_per_forward=4, costs=cheap) as objective:
+        assert_close(objective.token_losses(masks_BKCU, tokens_BT), expected, CHAIN[torch.float32])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_fused_is_given_back(family: str, device: torch.device) -> None:
+    """Norms and rotary embeddings of every family are known; of the module that defines the models, too."""
+    view = a_view(family, GRANULARITIES["parts"], device)
+    tokens, module = random_tokens(2, 8).to(device), sys.modules[type(view.layers[0].attention).__module__]
+    before, rotates, calls = trace(view.model, tokens), module.apply_rotary_pos_emb, []
+
+    def rotary(*given: torch.Tensor) -> torch.Tensor:
+        calls.append(given)
+        return reference.rotary(*given)
+
+    with fusing(view, rotary):
+        expected = 2 * len(view.layers)
+        calls.clear()
+        found = view.model(input_ids=tokens, use_cache=False).logits
+        assert len(calls) == expected, "queries and keys of every layer"
+        norms = [m for name, m in view.model.named_modules() if "layernorm" in name or name.endswith("model.norm")]
+        assert {type(norm).__name__ for norm in norms} == {"_Norm"}
+        assert len(norms) == 2 * len(view.layers) + 1
+    assert_close(found, torch.tensor(before[-1]), CHAIN[torch.float32])
+    assert module.apply_rotary_pos_emb is rotates
+    assert trace(view.model, tokens) == before
+
+
+def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Norms that subtract a mean, or scale by one more than their weight, and rotations of other pairs."""
+
+    class Gemma(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.zeros(size)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.rms_norm(x, x.shape[-1:], 1 + self.weight, self.eps)
+
+    view = a_view("llama", GRANULARITIES["parts"], device)
+    size, module = view.architecture.hidden_size, sys.modules[type(view.layers[0].attention).__module__]
+    strange = view.layers[0].layer
+    strange.input_layernorm, strange.post_attention_layernorm = nn.LayerNorm(size).to(device), Gemma(size).to(device)
+    own = module.apply_rotary_pos_emb
+
+    def turned(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(part.roll(1, -1) for part in own(*given))
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", turned)
+    with fusing(view, reference.rotary):
+        assert type(strange.input_layernorm) is nn.LayerNorm
+        assert type(strange.post_attention_layernorm) is Gemma
+        assert type(view.layers[1].layer.input_layernorm) is not type(strange.input_layernorm)
+        assert type(view.layers[1].layer.input_layernorm).__name__ == "_Norm"
+        assert module.apply_rotary_pos_emb is turned
+
+
 def test_divergences_and_nested_units(ops: Any, device: torch.device) -> None:
     """The losses of the other objective, of units that lie in one another."""
     view, tokens_BT = a_view("qwen3", GRANULARITIES["nested"], device), random_tokens(2, 8)
@@ -83,7 +162,7 @@ def test_divergences_and_nested_units(ops: Any, device: torch.device) -> None:
 
 
 def test_the_model_is_restored(ops: Any, device: torch.device) -> None:
-    """Attention too; and blocks within blocks give back each other's masks."""
+    """Attention and strides too; and blocks within blocks give back each other's masks."""
     view, tokens = a_view("llama", GRANULARITIES["parts"], device), random_tokens(3, 8).to(device)
     outer_KU, inner_KU = random_masks(view.space, 6).split(3)
     before, implementation = trace(view.model, tokens), view.model.config._attn_implementation
@@ -99,7 +178,9 @@ def test_the_model_is_restored(ops: Any, device: torch.device) -> None:
             assert not torch.equal(logits(), under_outer)
         assert torch.equal(logits(), under_outer)
     assert view.model.config._attn_implementation == implementation
-    assert trace(view.model, tokens) == before
+    modules, parameters, _, *rest = trace(view.model, tokens)  # weights of down projections were laid out anew
+    assert [modules, parameters, *rest] == [*before[:2], *before[3:]]
+    assert all(parameter.is_contiguous() for parameter in view.model.parameters())
 
 
 def test_a_model_that_kernels_cannot_run_is_refused(ops: Any, device: torch.device) -> None:

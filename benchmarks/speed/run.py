@@ -66,9 +66,14 @@ def bandwidth(device: torch.device) -> float:
     return 2 * size / statistics.median(seconds_of(lambda: target.copy_(source), device, least=1.0))
 
 
+def kept_shares(masks: torch.Tensor) -> torch.Tensor:
+    """Of all masks, those that keep each unit, float64 ``[U]`` on the CPU."""
+    return masks.flatten(0, -2).float().mean(0).double().cpu()
+
+
 def kept_weights(view: ModelView, masks: torch.Tensor) -> float:
     """Of what a mask keeps on average, and of the output embedding."""
-    kept = (masks.flatten(0, -2).double().mean(0) * view.space.costs_U()).sum().item()
+    kept = (kept_shares(masks) * view.space.costs_U()).sum().item()
     return kept + view.model.get_output_embeddings().weight.numel()
 
 
@@ -79,7 +84,7 @@ def kept_flops(view: ModelView, masks: torch.Tensor, tokens: int) -> float:
 
 def kept_bytes(view: ModelView, masks: torch.Tensor, tokens: int, passes: int) -> float:
     """``kept_weights`` once a pass, and what the projections and the output embedding read and write for all tokens."""
-    shape, kept_U = view.architecture, masks.flatten(0, -2).double().mean(0)
+    shape, kept_U = view.architecture, kept_shares(masks)
     groups, channels = (
         sum(kept_U[view.space.span(kind, layer)].sum().item() for layer in range(len(view.layers)))
         for kind in ("kv_group", "channel")
@@ -120,7 +125,7 @@ def rows(given: argparse.Namespace, model: str) -> None:
     widest = bandwidth(device)
     for density, tokens, per in itertools.product(given.density, given.tokens, given.per):
         shape, windows = shapes(per, tokens)
-        masks, tokens_BT = models.masks(view, density, shape), models.text(view, windows, WINDOW)
+        masks, tokens_BT = models.masks(view, density, shape).to(device), models.text(view, windows, WINDOW)
         expected = twin(view, masks, tokens_BT) if model in given.checked else None
         for name in given.provider:
             if name == "published" and per == "chunk":

@@ -32,77 +32,17 @@ from bernprune.backends import MaskedOps
 from bernprune.errors import BackendError
 from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
 from bernprune.models.attending import attending
+from bernprune.models.branches import Branch, CurrentMasks
 from bernprune.models.families import Family
+from bernprune.models.fusing import fusing
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
-
-
-class _Branch:
-    """What one residual branch of one layer sees of the current masks.
-
-    Args:
-        last: the projection that its units are the input of.
-    """
-
-    masks: torch.Tensor | PackedMasks | None = None  # each for as many pieces in turn; None: every unit is kept in all
-    open_M11: torch.Tensor | None = None  # of the same masks; None: the branch is open in every piece
-    kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
-    chunks = 1
-    _strides: tuple[int, ...] | None = None  # how the last projection's weight lay in memory, if that was changed
-    watch: Callable[[torch.Tensor], None] | None = None  # told what the last projection takes in, before it is masked
-
-    def __init__(self, num_units: int, last: nn.Linear) -> None:
-        self.num_units, self._last = num_units, last
-        self.biased = last.bias is not None  # so that something comes out even if nothing goes into its product
-
-    def gather(self, weights: torch.Tensor) -> torch.Tensor:
-        """Of a weight or bias that holds all units in turn, what belongs to the kept ones."""
-        if self.kept_N is None:
-            return weights
-        by_unit: torch.Tensor = weights.unflatten(0, (self.num_units, -1))
-        return by_unit.index_select(0, self.kept_N).flatten(0, 1)
-
-    def gather_last(self) -> torch.Tensor:
-        """Of the last projection's weight, the columns that belong to the kept units."""
-        if self.kept_N is None:
-            return self._last.weight
-        if self._last.weight.stride(0) != 1:  # a column must lie together to be copied fast
-            self._strides = self._last.weight.stride()
-            self._lay((1, self._last.out_features))
-        return self.gather(self._last.weight.T).T
-
-    def restore(self) -> None:
-        """Let the last projection's weight lie in memory as it did."""
-        if self._strides is not None:
-            self._lay(self._strides)
-
-    @torch.inference_mode(False)  # or nothing that asks for a gradient could use the weight afterwards
-    def _lay(self, strides: tuple[int, ...]) -> None:
-        weight = self._last.weight.data
-        self._last.weight.data = weight.new_empty_strided(weight.shape, strides).copy_(weight)
-
-    def run(self, operation: Callable[[torch.Tensor, Any], torch.Tensor], x_RTE: torch.Tensor) -> torch.Tensor:
-        """``operation`` on the input and the units' masks, piece by piece, and closed where the branch is."""
-        rows, tokens = x_RTE.shape[:2]
-        x_PTE = x_RTE.reshape(rows * self.chunks, tokens // self.chunks, -1)
-        masks, open_M11 = self.masks, self.open_M11
-        output_PTD = operation(x_PTE, self._spread(masks, len(x_PTE)) if isinstance(masks, torch.Tensor) else masks)
-        if open_M11 is not None:
-            output_PTD = output_PTD * self._spread(open_M11, len(x_PTE))
-        return output_PTD.view(rows, tokens, -1)
-
-    def _spread(self, values_M: torch.Tensor, pieces: int) -> torch.Tensor:
-        """Of masks to their pieces; what does not come out even is left for the operation to refuse."""
-        count = len(values_M)
-        if count == 1:
-            return values_M.expand(pieces, *values_M.shape[1:])
-        return values_M.repeat_interleave(pieces // count, dim=0) if self.chunks == 1 else values_M
 
 
 class _Gathered(nn.Module):
     """A query, key or value projection, of the kept kv groups alone."""
 
-    def __init__(self, projection: "nn.Linear | _Gathered", branch: _Branch, ops: MaskedOps) -> None:
+    def __init__(self, projection: "nn.Linear | _Gathered", branch: Branch, ops: MaskedOps) -> None:
         super().__init__()
         dense = projection._dense[0] if isinstance(projection, _Gathered) else projection  # of a block around this one
         self._dense: tuple[nn.Linear] = (dense,)
@@ -124,7 +64,7 @@ class _Gathered(nn.Module):
 class _MaskedOutput(nn.Module):
     """The attention output projection, masked by kv group."""
 
-    def __init__(self, dense: nn.Linear, branch: _Branch, ops: MaskedOps, unit_width: int) -> None:
+    def __init__(self, dense: nn.Linear, branch: Branch, ops: MaskedOps, unit_width: int) -> None:
         super().__init__()
         # In a tuple, the dense module is hidden from torch, so that the model's parameters keep their names.
         self._dense, self._branch, self._ops, self._unit_width = (dense,), branch, ops, unit_width
@@ -144,7 +84,7 @@ class _MaskedOutput(nn.Module):
 class _MaskedFFN(nn.Module):
     """The gated FFN, masked by channel."""
 
-    def __init__(self, dense: nn.Module, parts: dict[str, Any], branch: _Branch, ops: MaskedOps) -> None:
+    def __init__(self, dense: nn.Module, parts: dict[str, Any], branch: Branch, ops: MaskedOps) -> None:
         super().__init__()
         self._dense, self._parts, self._branch, self._ops = (dense,), (parts,), branch, ops
         self._activation = ops.activation(parts["activation"])
@@ -175,7 +115,7 @@ class _MaskedFFN(nn.Module):
 class _MaskedInput(nn.Module):
     """A last projection that is called as it is, with its input masked by unit."""
 
-    def __init__(self, dense: nn.Linear, branch: _Branch, ops: MaskedOps) -> None:
+    def __init__(self, dense: nn.Linear, branch: Branch, ops: MaskedOps) -> None:
         super().__init__()
         self._dense, self._branch, self._ops = (dense,), branch, ops
 
@@ -194,14 +134,16 @@ class _MaskedInput(nn.Module):
 class LiveMasks:
     """Sets the masks of the next forward passes; made by ``masked``."""
 
-    def __init__(self, view: ModelView, branches: dict[int, dict[Kind, _Branch]], ops: MaskedOps) -> None:
+    def __init__(self, view: ModelView, branches: dict[int, dict[Kind, Branch]], ops: MaskedOps) -> None:
         self.view, self.ops, self._branches = view, ops, branches
         self._dtype, self._gathers = view.model.dtype, view.opaque is None
+        self._device = next(view.model.parameters()).device
 
     def set(
         self,
-        masks: torch.Tensor,
+        masks: torch.Tensor | PackedMasks,
         *,
+        chunks: int = 1,
         working_U: torch.Tensor | None = None,
         masks_of_layers: Sequence[torch.Tensor] | None = None,
     ) -> None:
@@ -210,29 +152,43 @@ class LiveMasks:
         Floating-point numbers are gates, from 0 to 1. The tokens of a row must divide into C equal chunks.
 
         Args:
+            chunks: C, of masks given as bits, which are R times C.
             working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
                 all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
                 from a cache under other masks. None: all units; so too if not all projections are plain.
             masks_of_layers: for each layer of the model which of the masks its rows are under, if layers have different
                 numbers of rows; see ``bernprune.models.sharing``.
         """
-        device, space = next(self.view.model.parameters()).device, self.view.space
-        chunks = masks.shape[1] if masks.ndim == 3 else 1
-        gates = masks.to(device, masks.dtype if masks.is_floating_point() else torch.bool)
-        alive_MU = space.inherit(gates, torch.mul).flatten(0, -2)
-        working_U = None if working_U is None or not self._gathers else space.alive(working_U.cpu())
+        space = self.view.space
+        if isinstance(masks, torch.Tensor) and masks.ndim == 3:
+            chunks = masks.shape[1]
+        now = self._current(masks, working_U)
         for layer, branches in self._branches.items():
+            rows = None if masks_of_layers is None else masks_of_layers[layer].to(self._device)
             for kind, branch in branches.items():
                 span, own = space.span(kind, layer), space.ancestor(kind, layer)
                 branch.chunks = chunks
                 units = span or (None if own is None else slice(own, own + 1))
-                if units is None:
-                    continue
-                alive_MN, working_N = alive_MU[:, units], None if working_U is None else working_U[units]
-                masked = working_N is None or len(alive_MN) > 1 or not torch.equal(alive_MN[0].cpu(), working_N)
-                if masks_of_layers is not None:
-                    alive_MN = alive_MN[masks_of_layers[layer].to(device)]
-                self._set_branch(branch, alive_MN, working_N, whole=span is None, masked=masked)
+                if units is not None:
+                    self._set_branch(branch, now, units, rows, whole=span is None)
+
+    def _current(self, masks: torch.Tensor | PackedMasks, working_U: torch.Tensor | None) -> CurrentMasks:
+        """All that takes an operation on all units, once for all branches."""
+        space = self.view.space
+        working_U = None if working_U is None or not self._gathers else space.alive(working_U.cpu())
+        working_U = None if working_U is None or working_U.all() else working_U
+        if isinstance(masks, PackedMasks):
+            if self.ops.packs and working_U is None and not space.nested:
+                return CurrentMasks(None, None, masks)
+            masks = masks.unpack()
+        gates = masks.to(self._device, masks.dtype if masks.is_floating_point() else torch.bool)
+        alive_MU = space.inherit(gates, torch.mul).flatten(0, -2)
+        index_W = None if working_U is None else working_U.nonzero()[:, 0].to(self._device)
+        alive_MW = alive_MU if index_W is None else alive_MU[:, index_W]
+        exact = not alive_MU.is_floating_point()
+        bits = PackedMasks.of(alive_MW) if self.ops.packs and exact else None
+        alone_U = alive_MU[0].cpu() if exact and len(alive_MU) == 1 and working_U is not None else None
+        return CurrentMasks(alive_MU, alive_MW, bits, working_U, index_W, alone_U)
 
     @contextmanager
     def watching(self, told: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
@@ -249,28 +205,33 @@ class LiveMasks:
                 branches["channel"].watch = None
 
     def _set_branch(
-        self, branch: _Branch, alive_MN: torch.Tensor, working_N: torch.Tensor | None, *, whole: bool, masked: bool
+        self, branch: Branch, now: CurrentMasks, units: slice, rows: torch.Tensor | None, *, whole: bool
     ) -> None:
         """By its units or, if it stays or goes as a ``whole``, by the one that it lies in."""
         branch.masks = branch.open_M11 = branch.kept_N = None
-        if working_N is not None and not working_N.any():
-            branch.kept_N = torch.zeros(1, dtype=torch.int64, device=alive_MN.device)  # the least that modules can run
-            branch.open_M11 = self._opening(alive_MN[:, 0])
+        at_work = now.at_work(units)
+        nothing = at_work.start == at_work.stop
+        if nothing or whole:
+            if nothing:
+                branch.kept_N = torch.zeros(1, dtype=torch.int64, device=self._device)  # the least that modules can run
+            branch.open_M11 = self._opening(now.alive_MN(units)[:, 0], rows)
             return
-        if not whole:
-            if working_N is not None and not working_N.all():
-                branch.kept_N = working_N.nonzero()[:, 0].to(alive_MN.device)
-                alive_MN = alive_MN[:, branch.kept_N]
-            if masked:
-                packs = self.ops.packs and not alive_MN.is_floating_point()
-                branch.masks = PackedMasks.of(alive_MN) if packs else alive_MN.to(self._dtype)
-        if whole:
-            branch.open_M11 = self._opening(alive_MN[:, 0])
-        elif masked and branch.biased:  # without a unit, one without a bias is closed as it is
-            branch.open_M11 = self._opening(alive_MN.any(dim=1))
+        if now.index_W is not None and at_work.stop - at_work.start < units.stop - units.start:
+            branch.kept_N = now.index_W[at_work] - units.start
+        if now.is_all_that_works(units):
+            return
+        if now.bits is not None:
+            bits = now.bits.units(at_work.start, at_work.stop)
+            branch.masks = bits if rows is None else bits.chosen(rows)
+        else:
+            assert now.numbers_MW is not None, "masks are numbers or bits"
+            numbers_MN = now.numbers_MW[:, at_work]
+            branch.masks = (numbers_MN if rows is None else numbers_MN[rows]).to(self._dtype)
+        if branch.biased:  # without a unit, one without a bias is closed as it is
+            branch.open_M11 = self._opening(now.alive_MN(units).any(dim=1), rows)
 
-    def _opening(self, open_M: torch.Tensor) -> torch.Tensor:
-        return open_M.to(self._dtype)[:, None, None]
+    def _opening(self, open_M: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        return (open_M if rows is None else open_M[rows]).to(self._dtype)[:, None, None]
 
 
 @contextmanager
@@ -283,21 +244,25 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
     Raises:
         BackendError: ``ops`` cannot run this model.
     """
-    family, branches = view.family, dict[int, dict[Kind, _Branch]]()
+    family, branches = view.family, dict[int, dict[Kind, Branch]]()
     chosen = range(len(view.layers)) if layers is None else layers
     _check(view, ops)
     swap = _swap_gathering if view.opaque is None else _swap_inputs
     with ExitStack() as swapped:
         for index in chosen:
             layer = view.layers[index]
-            attention, ffn = _Branch(layer.shape.kv_groups, layer.output), _Branch(layer.shape.channels, layer.down)
+            attention, ffn = Branch(layer.shape.kv_groups, layer.output), Branch(layer.shape.channels, layer.down)
             for branch in (attention, ffn):
                 swapped.callback(branch.restore)
             branches[index] = {"kv_group": attention, "channel": ffn}
+            if ops.packs:  # kernels read the columns of what a mask keeps
+                ffn.lay_columns()
             swap(swapped, layer, family, attention, ffn, ops)
         if ops.attention_of_kept is not None:
             attentions = {view.layers[index].attention: of_layer["kv_group"] for index, of_layer in branches.items()}
             swapped.enter_context(attending(view.model, attentions, ops.attention_of_kept))
+        if ops.rotary is not None:
+            swapped.enter_context(fusing(view, ops.rotary))
         yield LiveMasks(view, branches, ops)
 
 
@@ -318,7 +283,7 @@ def _check(view: ModelView, ops: MaskedOps) -> None:
 
 
 def _swap_inputs(
-    swapped: ExitStack, layer: LayerView, family: Family, attention: _Branch, ffn: _Branch, ops: MaskedOps
+    swapped: ExitStack, layer: LayerView, family: Family, attention: Branch, ffn: Branch, ops: MaskedOps
 ) -> None:
     """Of a layer whose projections must be called as they are."""
     _swap(swapped, layer.attention, family.output, _MaskedInput(layer.output, attention, ops))
@@ -326,7 +291,7 @@ def _swap_inputs(
 
 
 def _swap_gathering(
-    swapped: ExitStack, layer: LayerView, family: Family, attention: _Branch, ffn: _Branch, ops: MaskedOps
+    swapped: ExitStack, layer: LayerView, family: Family, attention: Branch, ffn: Branch, ops: MaskedOps
 ) -> None:
     """Of a layer whose weights can be gathered."""
     for name in (family.query, family.key, family.value):
@@ -342,5 +307,5 @@ def _swap(swapped: ExitStack, owner: nn.Module, name: str, module: nn.Module) ->
     setattr(owner, name, module)
 
 
-def _masked_output(layer: LayerView, branch: _Branch, ops: MaskedOps) -> _MaskedOutput:
+def _masked_output(layer: LayerView, branch: Branch, ops: MaskedOps) -> _MaskedOutput:
     return _MaskedOutput(layer.output, branch, ops, layer.output.in_features // layer.shape.kv_groups)
