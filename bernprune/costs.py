@@ -1,8 +1,9 @@
 """What forward passes cost on a machine, and which way of running masks is the cheapest.
 
 Masks may go through one after the other, each with weights gathered for what it keeps; or together, with weights
-gathered for what any of them keeps, and a prefix of layers run once for those that agree on it. The unit of cost is the
-time of one token in a large batch of the dense model.
+gathered for what any of them keeps, and a prefix of layers run once for those that agree on it. Where each has rows of
+its own, kernels may go by lists of what it keeps. The unit of cost is the time of one token in a large batch of the
+dense model.
 
 Letters: K masks, L layers, U units, B windows, T tokens.
 """
@@ -12,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 
@@ -22,8 +24,10 @@ from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView
 from bernprune.units import UnitSpace
 
-NEVER = 2.0**40  # so costly that nothing is gathered
-_MEASURED_ROWS = 4, 16
+NEVER = 2.0**40  # so costly that it is not done
+Way = Literal["dense", "gathered", "listed"]  # of running masks that keep half
+_LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty
+_MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 32)}
 _MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one warms up
 
 
@@ -35,11 +39,14 @@ class Costs:
         passing: of a pass, however small.
         copying: of gathering the weights of all units.
         blocks: share of a token's time that products with the weights of units take.
+        listing: time of these products by kernels that go by lists, as a multiple of that with all weights, over the
+            share that is kept.
     """
 
     passing: float = 256.0
     copying: float = 64.0
     blocks: float = 0.75
+    listing: float = NEVER
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
@@ -55,21 +62,25 @@ class Costs:
         return self.blocks * tokens
 
     @classmethod
-    def measured(cls, seconds: Callable[[int, bool], float], few: int, many: int, *, gathering: bool = True) -> "Costs":
-        """From the time of passes of a few tokens and of many, dense and, if it can be, with half of a layer gathered.
+    def measured(cls, seconds: Callable[[int, Way], float], few: int, many: int, ways: Sequence[Way] = ()) -> "Costs":
+        """From the time of passes of a few tokens and of many, dense and in such ``ways`` as there are.
 
         They are rounded, to powers of 2 and to eighths, so that they are the same when they are measured again, or
         nearly always.
         """
-        dense = [seconds(tokens, False) for tokens in (few, many)]
-        halved = [seconds(tokens, True) for tokens in (few, many)] if gathering else dense
+        dense = [seconds(tokens, "dense") for tokens in (few, many)]
+        halved = [seconds(tokens, "gathered") for tokens in (few, many)] if "gathered" in ways else dense
         token = (dense[1] - dense[0]) / (many - few)
         token_halved = (halved[1] - halved[0]) / (many - few)
         if not 0 < token_halved < token:  # too small a model, or too unquiet a machine: nothing is gained by gathering
             return cls(_rounded(dense[0] / max(token, dense[1] / many)), NEVER, 0.5)
         passing, blocks = max(0.0, dense[0] / token - few), min(1.0, 2 * (1 - token_halved / token))
         copying = 2 * max(0.0, halved[0] / token - passing - few * (1 - blocks / 2))
-        return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8)
+        listing = NEVER
+        if "listed" in ways:
+            token_listed = (seconds(many, "listed") - seconds(few, "listed")) / (many - few)
+            listing = max(1, math.ceil(8 * 2 * (token_listed / token - 1 + blocks) / blocks)) / 8
+        return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8, listing)
 
 
 def _rounded(cost: float) -> float:
@@ -78,15 +89,19 @@ def _rounded(cost: float) -> float:
 
 @torch.inference_mode()
 def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
-    """What forward passes of this model cost here; it takes 24 passes, or half as many, of 4 or 16 windows."""
+    """What forward passes of this model cost here: 12 passes in each way, half of few windows and half of many."""
     space, device = view.space, next(view.model.parameters()).device
-    tokens_RT = (
-        torch.arange(max(_MEASURED_ROWS) * window, device=device).view(-1, window) % view.model.config.vocab_size
-    )
+    few, many = (rows * window for rows in _MEASURED_ROWS[device.type])
+    tokens_RT = torch.arange(many, device=device).view(-1, window) % view.model.config.vocab_size
     half_U = torch.cat([torch.arange(group.count) < max(1, group.count // 2) for group in space.groups])
+    all_U = torch.ones_like(half_U)
+    random_RU = torch.rand(many // window, space.size, generator=torch.Generator().manual_seed(0)) < 0.5
 
-    def seconds(tokens: int, halved: bool) -> float:
-        live.set(half_U[None] if halved else torch.ones_like(half_U)[None], working_U=half_U if halved else None)
+    def seconds(tokens: int, way: Way) -> float:
+        if way == "listed":
+            live.set(random_RU[: tokens // window], listed_U=all_U)
+        else:
+            live.set((half_U if way == "gathered" else all_U)[None], working_U=half_U if way == "gathered" else None)
         times, tokens_BT = [], tokens_RT[: tokens // window]
         for _ in range(sum(_MEASURED_PASSES)):
             started = time.perf_counter()
@@ -95,9 +110,9 @@ def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
             times.append(time.perf_counter() - started)
         return statistics.median(times[-_MEASURED_PASSES[0] :])
 
+    ways: list[Way] = [] if view.opaque is not None else ["gathered", "listed"] if ops.packs else ["gathered"]
     with masked(view, ops) as live:
-        few, many = (rows * window for rows in _MEASURED_ROWS)
-        return Costs.measured(seconds, few, many, gathering=view.opaque is None)
+        return Costs.measured(seconds, few, many, ways)
 
 
 class Planner:
@@ -128,6 +143,26 @@ class Planner:
         shares_L = self._shares(possible_U)
         pays_L = [self._costs.gathers(number, share) for number, share in zip(tokens_L, shares_L, strict=True)]
         return possible_U | ~torch.tensor(pays_L)[self._space.layer_U] if any(pays_L) else None
+
+    def listed(self, kept_U: torch.Tensor, working_U: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
+        """Units, bool, of layers and kinds of which masks keep so little that kernels had better go by lists of it.
+
+        None if nothing is listed.
+
+        Args:
+            kept_U: the share of masks that keep each unit.
+            working_U: what is computed at most; None: all.
+            tokens: in a row under each mask.
+        """
+        if tokens < _LISTED_TOKENS or self._costs.listing >= NEVER:
+            return None
+        work_U = torch.ones_like(kept_U) if working_U is None else working_U.to(kept_U.dtype)
+        shares_G = self._by_group(kept_U * work_U) / self._by_group(work_U)  # not a number where nothing is at work
+        lists_G = self._costs.listing * shares_G < 1
+        return lists_G[self._space.group_U] if lists_G.any() else None
+
+    def _by_group(self, values_U: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(self._space.groups), dtype=values_U.dtype).index_add(0, self._space.group_U, values_U)
 
     def together(self, alive_KU: torch.Tensor, windows: int, tokens: int, *, rows: int) -> bool:
         """Whether masks on the same windows had better go through together than one after the other."""

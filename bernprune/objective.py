@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bernprune.backends import MaskedOps, load_backend
+from bernprune.backends import MaskedOps
 from bernprune.costs import NEVER, Costs, Planner
 from bernprune.errors import BackendError, ConfigError
 from bernprune.kernels.masks import DrawnMasks, PackedMasks  # type: ignore[import-not-found]
 from bernprune.losses import token_divergences, token_losses
-from bernprune.models.masking import LiveMasks, masked
+from bernprune.models.masking import LiveMasks, choose_ops, masked
 from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName, check_name
@@ -152,12 +152,14 @@ class MaskedObjective:
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
         bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1
+        window, kept_U = tokens_BT.shape[1], _kept(masks) if chunks == 1 and self._live.ops.packs else None
 
         def run(rows: slice) -> torch.Tensor:
             tokens_RT = tokens_BT[window_R[rows]]
             working_U = self._planner.working(possible_U, tokens_RT.numel())
             these = masks[mask_R[rows]] if bits is None else bits(slice(rows.start * chunks, rows.stop * chunks))
-            self._live.set(these, chunks=chunks, working_U=working_U)
+            listed_U = None if kept_U is None else self._planner.listed(kept_U, working_U, window // chunks)
+            self._live.set(these, chunks=chunks, working_U=working_U, listed_U=listed_U)
             hidden_RTD = self._hidden(tokens_RT)
             return self._losses(hidden_RTD, tokens_RT, None if dense_BTD is None else dense_BTD[window_R[rows]])
 
@@ -198,7 +200,12 @@ class MaskedObjective:
         windows = len(tokens_BT)
         classes_L = [len(masks) for masks in branching.masks_of_layers]
         working_U = self._planner.working(alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L])
-        self._live.set(alive_KU, working_U=working_U, masks_of_layers=branching.masks_of_layers)
+        self._live.set(
+            alive_KU,
+            working_U=working_U,
+            listed_U=self._planner.listed(alive_KU.double().mean(0), working_U, tokens_BT.numel()),
+            masks_of_layers=branching.masks_of_layers,
+        )
         with branching.growing([layer.layer for layer in self._view.layers], windows):
             return self._hidden(tokens_BT, len(alive_KU) * windows)
 
@@ -256,11 +263,11 @@ def masked_objective(
 ) -> Iterator[MaskedObjective]:
     """The objective for the length of a ``with`` block; the model is restored on leaving it.
 
-    ``ops`` are by default those of plain torch; for the others see ``MaskedObjective``. Raises ``ConfigError`` for an
+    ``ops`` are by default those of backend ``auto``; for the others see ``MaskedObjective``. Raises ``ConfigError`` for an
     unknown kind.
     """
     check_name("objective", kind, ObjectiveName)
-    ops = ops or load_backend("auto", next(view.model.parameters()).device)
+    ops = ops or choose_ops("auto", view)
     with masked(view, ops) as live:
         yield MaskedObjective(view, live, kind, rows_per_forward, before_pass, costs)
 
@@ -271,3 +278,11 @@ def _possible(masks: MaskRows) -> torch.Tensor | None:
         return (masks.flatten(0, -2) != 0).any(0).cpu()
     possible_U: torch.Tensor | None = getattr(masks, "possible_U", None)
     return possible_U
+
+
+def _kept(masks: MaskRows) -> torch.Tensor:
+    """The share of masks that keep each unit, float64 on the CPU; of masks that are yet to be made, as is expected."""
+    probs_U: torch.Tensor | None = getattr(masks, "probs_U", None)
+    if probs_U is not None:
+        return probs_U
+    return (masks[:].flatten(0, -2) != 0).double().mean(0).cpu()

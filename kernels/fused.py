@@ -1,6 +1,7 @@
-"""The operations that masking needs, by kernels: which of them runs depends on how many tokens are under each mask.
+"""The operations that masking needs, by kernels: masks say whether these had better go by lists of what is kept.
 
-Gates, and no masks at all, are left to plain torch. Letters as in ``reference.py``.
+Otherwise all is computed, by the library's products, which are faster than ours, with what is masked cut in one pass
+before them. Gates, and no masks at all, are left to plain torch. Letters as in ``reference.py``.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,6 @@ __all__ = [
     "masked_linear", "masked_mlp", "rotary",
 ]  # fmt: skip
 
-LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty, and all is computed
 _WIDE = 16  # entries of a unit, from which on it fills tiles of its own
 _TORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
@@ -42,10 +42,6 @@ def activation_of(module: Callable[[torch.Tensor], torch.Tensor]) -> str:
     raise ValueError(f"{module} has no kernel; those of {', '.join(_TORCH)} have one")
 
 
-def _many_tokens(x_RTE: torch.Tensor, masks: PackedMasks) -> bool:
-    return x_RTE.shape[0] * x_RTE.shape[1] >= LISTED_TOKENS * len(masks)
-
-
 def masked_linear(
     x_RTE: torch.Tensor,
     masks: PackedMasks | torch.Tensor | None,
@@ -57,9 +53,10 @@ def masked_linear(
     """As ``reference.masked_linear``; of packed masks each serves as many rows in turn."""
     if not isinstance(masks, PackedMasks):
         return reference.masked_linear(x_RTE, masks, weight_DE, bias_D, unit_width=unit_width)
-    if unit_width >= _WIDE and _many_tokens(x_RTE, masks):
+    if unit_width >= _WIDE and masks.listed:
         return linear.linear_from_kept(x_RTE, list_kept(masks), weight_DE, bias_D, unit_width=unit_width)
-    return linear.masked_linear(x_RTE, masks, weight_DE, bias_D, unit_width=unit_width)
+    linear.check(x_RTE, weight_DE, bias_D)
+    return F.linear(linear.cut(x_RTE, masks, unit_width=unit_width), weight_DE, bias_D)
 
 
 def linear_to_kept(
@@ -71,7 +68,7 @@ def linear_to_kept(
     unit_width: int,
 ) -> torch.Tensor:
     """A linear layer; what its masks remove of the output is zero, or computed all the same."""
-    if isinstance(masks, PackedMasks) and unit_width >= _WIDE and _many_tokens(x_RTD, masks):
+    if isinstance(masks, PackedMasks) and unit_width >= _WIDE and masks.listed:
         return linear.linear_to_kept(x_RTD, masks, weight_ED, bias_E, unit_width=unit_width)
     return F.linear(x_RTD, weight_ED, bias_E)
 
@@ -90,5 +87,5 @@ def masked_mlp(
     if not isinstance(masks, PackedMasks):
         function = _TORCH[activation]
         return reference.masked_mlp(x_RTD, masks, gate_FD, up_FD, down_DF, activation=function, **biases)
-    kept = list_kept(masks) if _many_tokens(x_RTD, masks) else masks
+    kept = list_kept(masks) if masks.listed else masks
     return mlp.masked_mlp(x_RTD, kept, gate_FD, up_FD, down_DF, activation=activation, **biases)

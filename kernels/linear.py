@@ -1,8 +1,9 @@
 """Triton: linear layers whose input or output units are masked, every row of the batch by its own mask.
 
-Three of them, for units of any width (a channel has 1 entry, a kv group the entries of its heads):
+For units of any width (a channel has 1 entry, a kv group the entries of its heads):
 
 - ``masked_linear`` computes all, and masks the input while it loads it;
+- ``cut`` masks it in a pass of its own, for a product of the library's to follow;
 - ``linear_from_kept`` reads only what each mask keeps of its input, and the weights that belong to that;
 - ``linear_to_kept`` computes only the outputs that each mask keeps, and writes zeros for the others.
 
@@ -100,7 +101,7 @@ class Tiles:
         }  # fmt: skip
 
 
-MASKED, TO_KEPT = Tiles(), Tiles()
+MASKED, TO_KEPT = Tiles(columns=256, group=8), Tiles()
 FROM_KEPT = Tiles(columns=256, listed=True)
 
 
@@ -201,6 +202,43 @@ def masked_linear(
         BIASED=bias_D is not None, PRECISION=precision(x_RTE), **options,
     )  # fmt: skip
     return y_RTD
+
+
+@triton.jit
+def _cut_kernel(
+    p_x, p_y, p_bits, tokens, E, per_mask, W, first, UNIT: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    o_m, o_e = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.program_id(1) * BE + tl.arange(0, BE)
+    m_e = (o_m < tokens)[:, None] & (o_e < E)[None, :]
+    o_x = o_m[:, None] * E + o_e[None, :]
+    o_unit = first + o_e[None, :] // UNIT
+    b_mask = tl.where(o_m < tokens, o_m // per_mask, 0)[:, None]
+    b_bits = tl.load(p_bits + b_mask * W + o_unit // 32, mask=m_e, other=0)
+    b_x = tl.load(p_x + o_x, mask=m_e, other=0.0)
+    tl.store(p_y + o_x, tl.where(((b_bits >> (o_unit % 32)) & 1) != 0, b_x, 0.0), mask=m_e)
+
+
+def cut(x_RTE: torch.Tensor, masks: PackedMasks, *, unit_width: int = 1) -> torch.Tensor:
+    """``x * mask``, ``[R, T, E]``; what is masked may be NaN.
+
+    Args:
+        masks: of ``E / unit_width`` units; R is a multiple of their number.
+
+    Raises:
+        ValueError: sizes that do not fit each other.
+    """
+    rows, tokens, width = x_RTE.shape
+    check_units(masks.size, unit_width, width)
+    per_mask = rows_per_mask(rows, masks) * tokens
+    x_RTE = x_RTE.contiguous()
+    y_RTE = torch.empty_like(x_RTE)
+    block = min(512, triton.next_power_of_2(width))
+    height = 2048 // block
+    _cut_kernel[(triton.cdiv(rows * tokens, height), triton.cdiv(width, block))](
+        x_RTE, y_RTE, masks.words_MW, rows * tokens, width, per_mask, masks.words_MW.shape[1], masks.first,
+        UNIT=unit_width, BM=height, BE=block,
+    )  # fmt: skip
+    return y_RTE
 
 
 @triton.jit

@@ -23,11 +23,13 @@ class PackedMasks:
         words_MW: int32.
         first: the number of the view's first unit.
         size: units in the view.
+        listed: whether kernels had better go by lists of what is kept than compute all, as they keep so little.
     """
 
     words_MW: torch.Tensor
     size: int
     first: int = 0
+    listed: bool = False
 
     @classmethod
     def of(cls, masks_MN: torch.Tensor) -> "PackedMasks":
@@ -52,7 +54,7 @@ class PackedMasks:
     def chosen(self, index_M: torch.Tensor) -> "PackedMasks":
         """Masks by their indices, in words of their own."""
         low, high = self._words()
-        return PackedMasks(self.words_MW[index_M, low:high], self.size, self.first - low * BITS)
+        return replace(self, words_MW=self.words_MW[index_M, low:high], first=self.first - low * BITS)
 
     def _words(self) -> tuple[int, int]:
         return self.first // BITS, -(-(self.first + self.size) // BITS)

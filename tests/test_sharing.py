@@ -17,7 +17,8 @@ from tolerances import EXACT, assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from bernprune.backends import load_backend
-from bernprune.costs import Costs, Planner
+from bernprune.costs import NEVER as COSTLY
+from bernprune.costs import Costs, Planner, Way
 from bernprune.errors import BackendError
 from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView, describe
@@ -164,15 +165,38 @@ def test_masks_go_together_where_that_is_cheaper() -> None:
 
 def test_costs_are_found_from_the_time_of_passes() -> None:
     """Those of a machine that works as they say, to the nearest power of 2; and none where time tells nothing."""
-    for costs in (Costs(64.0, 512.0, 0.75), Costs(1.0, 4096.0, 0.5)):
+    for costs in (Costs(64.0, 512.0, 0.75), Costs(1.0, 4096.0, 0.5), Costs(64.0, 512.0, 0.75, 1.375)):
 
-        def seconds(tokens: int, halved: bool, costs: Costs = costs) -> float:
-            gathered = costs.copying / 2 + tokens * (1 - costs.blocks / 2)
-            return 1e-6 * (costs.passing + (gathered if halved else tokens))
+        def seconds(tokens: int, way: Way, costs: Costs = costs) -> float:
+            blocks = {"dense": 1.0, "gathered": 0.5, "listed": costs.listing / 2}[way]
+            copying = costs.copying / 2 if way == "gathered" else 0.0
+            return 1e-6 * (costs.passing + copying + tokens * (1 - costs.blocks + costs.blocks * blocks))
 
-        assert Costs.measured(seconds, 256, 4096) == costs
-    flat = Costs.measured(lambda tokens, halved: 1e-3, 256, 4096)
-    assert not flat.gathers(10**9, 0.5)
+        ways: list[Way] = ["gathered", "listed"] if costs.listing < COSTLY else ["gathered"]
+        assert Costs.measured(seconds, 256, 4096, ways) == costs
+    flat = Costs.measured(lambda tokens, way: 1e-3, 256, 4096, ["gathered", "listed"])
+    assert not flat.gathers(10**9, 0.5) and flat.listing == COSTLY
+    ungathered = Costs.measured(seconds, 256, 4096)
+    assert not ungathered.gathers(10**9, 0.5)
+
+
+def test_lists_pay_where_little_is_kept() -> None:
+    """Of what is at work, and of each kind in each layer by itself; and not for few tokens, or without kernels."""
+    space = describe(tiny_model("llama")).space
+    kept_U, span = torch.full((space.size,), 0.8, dtype=torch.float64), space.span("channel", 1)
+    assert span is not None
+    kept_U[span] = 0.4
+    planner = Planner(space, Costs(listing=1.5))
+    expected_U = torch.zeros(space.size, dtype=torch.bool)
+    expected_U[span] = True
+    assert planner.listed(kept_U, None, 64).equal(expected_U)
+    assert planner.listed(kept_U, None, 63) is None
+    assert Planner(space, Costs()).listed(kept_U, None, 64) is None
+    assert planner.listed(kept_U, kept_U < 0.5, 64).equal(expected_U)
+    working_U = torch.ones(space.size, dtype=torch.bool)
+    working_U[span.start : span.start + (span.stop - span.start) // 2] = False  # the others are kept no more often
+    kept_U[span.start + (span.stop - span.start) // 2 : span.stop] = 0.8
+    assert planner.listed(kept_U, working_U, 64) is None
 
 
 # Memory

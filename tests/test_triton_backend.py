@@ -19,8 +19,9 @@ from tiny_models import random_tokens, tiny_model
 from tolerances import CHAIN, assert_close
 from torch import nn
 
+from bernprune import costs
 from bernprune.backends import load_backend
-from bernprune.costs import Costs
+from bernprune.costs import NEVER, Costs
 from bernprune.errors import BackendError
 from bernprune.kernels import fused, reference
 from bernprune.models.fusing import fusing
@@ -60,20 +61,20 @@ def a_view(family: str, granularity: tuple[Kind, ...], device: torch.device) -> 
     return describe(tiny_model(family, **FAMILIES[family]).float().to(device), granularity)
 
 
-@pytest.mark.parametrize("listed", [1, 10**9], ids=["listed", "dense"])
+@pytest.mark.parametrize("listing", [0.0, NEVER], ids=["listed", "dense"])
 @pytest.mark.parametrize(
     ("family", "way"), [*(("llama", way) for way in CALLS), *((family, "sequences") for family in list(FAMILIES)[1:])]
 )
 def test_the_losses_are_those_of_plain_torch(
-    monkeypatch: pytest.MonkeyPatch, family: str, way: str, listed: int, ops: Any, device: torch.device
+    monkeypatch: pytest.MonkeyPatch, family: str, way: str, listing: float, ops: Any, device: torch.device
 ) -> None:
     """For all ways in which masks can lie over text, by lists of what they keep and by bits."""
-    monkeypatch.setattr(fused, "LISTED_TOKENS", listed)
+    monkeypatch.setattr(costs, "_LISTED_TOKENS", 1)
     view, tokens_BT = a_view(family, GRANULARITIES["parts"], device), random_tokens(3, 8)
     masks_KU = neighbours(view.space)[:6]
     found = []
     for each in (load_backend("torch", device), ops):
-        with masked_objective(view, each, rows_per_forward=5) as objective:
+        with masked_objective(view, each, rows_per_forward=5, costs=Costs(listing=listing)) as objective:
             found.append(CALLS[way](objective, masks_KU, tokens_BT))
     assert_close(found[1], found[0], CHAIN[torch.float32])
 

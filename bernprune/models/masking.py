@@ -20,15 +20,17 @@ Letters: R rows of the batch, C chunks of a row, M masks, U units, N units of on
 """
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bernprune.backends import MaskedOps
+from bernprune.backends import MaskedOps, load_backend
 from bernprune.errors import BackendError
 from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
 from bernprune.models.attending import attending
@@ -36,7 +38,9 @@ from bernprune.models.branches import Branch, CurrentMasks
 from bernprune.models.families import Family
 from bernprune.models.fusing import fusing
 from bernprune.models.view import LayerView, ModelView
-from bernprune.names import Kind
+from bernprune.names import BackendName, Kind
+
+logger = logging.getLogger(__name__)
 
 
 class _Gathered(nn.Module):
@@ -145,6 +149,7 @@ class LiveMasks:
         *,
         chunks: int = 1,
         working_U: torch.Tensor | None = None,
+        listed_U: torch.Tensor | None = None,
         masks_of_layers: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """One mask a row, bool ``[R, U]``, or each for as many rows in turn, or one a chunk, ``[R, C, U]``; 1 keeps.
@@ -156,6 +161,7 @@ class LiveMasks:
             working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
                 all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
                 from a cache under other masks. None: all units; so too if not all projections are plain.
+            listed_U: units of layers and kinds of which kernels had better go by lists of what masks keep, bool.
             masks_of_layers: for each layer of the model which of the masks its rows are under, if layers have different
                 numbers of rows; see ``bernprune.models.sharing``.
         """
@@ -171,6 +177,8 @@ class LiveMasks:
                 units = span or (None if own is None else slice(own, own + 1))
                 if units is not None:
                     self._set_branch(branch, now, units, rows, whole=span is None)
+                    if isinstance(branch.masks, PackedMasks) and listed_U is not None:
+                        branch.masks = replace(branch.masks, listed=chunks == 1 and bool(listed_U[units.start]))
 
     def _current(self, masks: torch.Tensor | PackedMasks, working_U: torch.Tensor | None) -> CurrentMasks:
         """All that takes an operation on all units, once for all branches."""
@@ -264,6 +272,24 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
         if ops.rotary is not None:
             swapped.enter_context(fusing(view, ops.rotary))
         yield LiveMasks(view, branches, ops)
+
+
+def choose_ops(name: BackendName, view: ModelView) -> MaskedOps:
+    """The operations by which a model is masked: ``auto`` takes kernels on a GPU that can run them and this model.
+
+    Raises:
+        ConfigError: an unknown name.
+        BackendError: it cannot run here.
+    """
+    device = next(view.model.parameters()).device
+    if name == "auto" and device.type == "cuda":
+        try:
+            ops = load_backend("triton", device)
+            _check(view, ops)
+            return ops
+        except BackendError as error:
+            logger.info("masked operations run in plain torch: %s", error)
+    return load_backend(name, device)
 
 
 def _check(view: ModelView, ops: MaskedOps) -> None:

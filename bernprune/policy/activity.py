@@ -157,19 +157,21 @@ class ActiveTokens:
         size = window // predicted_BKC.shape[2]
         predicted_BKT = predicted_BKC.repeat_interleave(size, dim=2) / window
         advantages_BKT = less_the_others(reading.losses_BKT.double().cpu() - predicted_BKT) / num_masks
+        swung_BTL = None
+        if levels_BKCG is not None:
+            levels_BKTL = levels_BKCG[..., self._groups].repeat_interleave(size, dim=2)
+            swung_BTL = torch.einsum("bkt,bktl->btl", advantages_BKT, levels_BKTL).to(sums.device, torch.float32)
+        amplitude_U, advantages_BKT = amplitude_U.to(sums.device), advantages_BKT.to(sums.device, torch.float32)
         found_3BN = torch.zeros(3, windows, int(self._channels_U.sum()), dtype=torch.float64, device=sums.device)
         starts = [0, *itertools.accumulate(len(members_N) for members_N in self._layers)]
 
         def see(layer: int, some: slice, active_RTF: torch.Tensor) -> None:
             members_F, at = self._layers[layer], slice(starts[layer], starts[layer + 1])
-            weights_RKT = advantages_BKT[some]
             units = slice(int(members_F[0]), int(members_F[-1]) + 1)
-            summed_3RF = sums.active(units, some, active_RTF, weights_RKT).double()
-            if levels_BKCG is not None:
-                levels_RKT = levels_BKCG[some, ..., self._groups[layer]].repeat_interleave(size, dim=2)
-                swung_RT = (weights_RKT * levels_RKT).sum(1).to(active_RTF.device, torch.float32)
-                swung_RF = (swung_RT[:, None] @ active_RTF.abs().float())[:, 0]
-                summed_3RF[0] -= swung_RF.double() * amplitude_U[members_F].to(sums.device)
+            summed_3RF = sums.active(units, some, active_RTF, advantages_BKT[some]).double()
+            if swung_BTL is not None:
+                swung_RF = (swung_BTL[some, None, :, layer] @ active_RTF.abs().float())[:, 0]
+                summed_3RF[0] -= swung_RF.double() * amplitude_U[units]
             found_3BN[:, some, at] = summed_3RF
 
         reading.look(see)

@@ -107,7 +107,7 @@ class Masks:
     step: int
     reference_U: torch.Tensor | None = None
     device: torch.device = CPU
-    _known: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)  # what all masks of the policy share
+    _known: dict[str, Any] = field(default_factory=dict, repr=False)  # what all masks of the policy share
 
     @property
     def shape(self) -> torch.Size:
@@ -159,6 +159,14 @@ class Masks:
         rows_N = self.rows[index].flatten()
         if not self.drawable:
             raise ConfigError("exact masks, and references, cannot be drawn bit by bit")
+        rows_known_N, known = self._known.get("drawn", (None, None))
+        if known is None or not torch.equal(rows_known_N, rows_N):
+            known = self._drawn(rows_N)
+            self._known["drawn"] = rows_N, known
+        found: DrawnMasks = known
+        return found
+
+    def _drawn(self, rows_N: torch.Tensor) -> DrawnMasks:
         device, groups = self.device, self.budget.space.group_U
         levels_NG = self._levels(rows_N) if self.design.swing else torch.zeros(len(rows_N), int(groups.max()) + 1)
         shifts_KO = self._shifts_KO if self.design.sampling == "antithetic" else torch.zeros(1, ORDERS).long()
@@ -192,13 +200,15 @@ class Masks:
             amplitude_U = amplitude(self.probs_U, self.design, self.budget.space)
             probs_LU = self.probs_U + amplitude_U * torch.tensor([[-1], [0], [1]])
             self._known["thresholds"] = (probs_LU * WORDS).round().long().to(self.device)
-        return self._known["thresholds"]
+        found: torch.Tensor = self._known["thresholds"]
+        return found
 
     @property
     def _shifts_KO(self) -> torch.Tensor:
         if "shifts" not in self._known:
             self._known["shifts"] = (orders(self.design.masks).T * (WORDS // self.design.masks)).to(self.device)
-        return self._known["shifts"]
+        found: torch.Tensor = self._known["shifts"]
+        return found
 
     def _draw(self, rows_N: torch.Tensor) -> torch.Tensor:
         """Bool ``[N, U]``, made from one block of random numbers after the other."""

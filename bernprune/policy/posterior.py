@@ -169,7 +169,7 @@ class PosteriorSearch(MaskSearch):
                 self._swung.add(swung_BG)
             if reading is not None:
                 unread = self._active.add(
-                    sums, reading, predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=self._amplitude_U
+                    sums, reading, predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=self._amplitude_on(sums.device)
                 )
         self.steps += 1
         self.drew_in = self.softness > _LEAST_SOFTNESS and self._telling.too_soft
@@ -209,9 +209,9 @@ class PosteriorSearch(MaskSearch):
         """Masks count less their probabilities, up to what those on the same text share: advantages sum to zero."""
         effects_BU = sums.scores(advantages_BKC) / advantages_BKC.shape[1]
         if swung_BG is not None:
-            swung_BU = swung_BG.to(sums.device)[:, self.budget.space.group_U.to(sums.device)]
-            effects_BU = effects_BU - swung_BU * self._amplitude_U.to(sums.device)
-        return effects_BU / self._contrasts_U.to(sums.device) - self.worth_U.to(sums.device)
+            group_U = self._of_policy(("groups", sums.device), lambda: self.budget.space.group_U.to(sums.device))
+            effects_BU = effects_BU - swung_BG.to(sums.device)[:, group_U] * self._amplitude_on(sums.device)
+        return effects_BU / self._contrasts_on(sums.device) - self.worth_U.to(sums.device)
 
     def _levels(self, masks_BKCU: MaskRows) -> torch.Tensor | None:
         """Of the groups of masks, float64 ``[B, K, C, G]``; None without swing."""

@@ -17,7 +17,7 @@ from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
 from bernprune.policy.contrast import contrast
 from bernprune.policy.diagnostics import entropy_by_layer, rank_correlation
-from bernprune.policy.masks import Design, Masks, amplitude
+from bernprune.policy.masks import CPU, Design, Masks, amplitude
 from bernprune.units import MaskRows
 
 
@@ -77,7 +77,7 @@ class MaskSearch(ABC):
             raise ConfigError(f"sampling 'exact' needs units that do not nest, but got {budget.space.kinds}")
         self.budget, self.seed, self.design = budget, seed, design
         self.probs_U = probs_U.double()
-        self._contrast: tuple[torch.Tensor, Design, torch.Tensor] | None = None  # of which policy and design, and it
+        self._worked_out: tuple[torch.Tensor, Design, dict[Any, Any]] | None = None  # of which policy and design
 
     @property
     @abstractmethod
@@ -143,18 +143,35 @@ class MaskSearch(ABC):
         if self.design.sampling == "antithetic" and given != asked:
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")
 
+    def _of_policy(self, what: Any, work_out: Callable[[], Any]) -> Any:
+        """Worked out once for each policy, which is replaced, never written on."""
+        known = self._worked_out
+        if known is None or known[0] is not self.probs_U or known[1] is not self.design:
+            known = self._worked_out = self.probs_U, self.design, {}
+        if what not in known[2]:
+            known[2][what] = work_out()
+        return known[2][what]
+
     @property
     def _contrasts_U(self) -> torch.Tensor:
-        """See ``contrast``; worked out once for each policy, which is replaced, never written on."""
-        known = self._contrast
-        if known is None or known[0] is not self.probs_U or known[1] is not self.design:
-            known = self.probs_U, self.design, contrast(self.probs_U, self.design, self._amplitude_U)
-            self._contrast = known
-        return known[2]
+        """See ``contrast``."""
+        return self._contrasts_on(CPU)
+
+    def _contrasts_on(self, device: torch.device) -> torch.Tensor:
+        found: torch.Tensor = self._of_policy(
+            ("contrast", device), lambda: contrast(self.probs_U, self.design, self._amplitude_U).to(device)
+        )
+        return found
 
     @property
     def _amplitude_U(self) -> torch.Tensor:
-        return amplitude(self.probs_U, self.design, self.budget.space)
+        return self._amplitude_on(CPU)
+
+    def _amplitude_on(self, device: torch.device) -> torch.Tensor:
+        found: torch.Tensor = self._of_policy(
+            ("amplitude", device), lambda: amplitude(self.probs_U, self.design, self.budget.space).to(device)
+        )
+        return found
 
     def _belonging(self) -> dict[str, Any]:
         """What a state must have in common with the search that it is loaded into."""
@@ -175,9 +192,9 @@ class MaskSearch(ABC):
             loss=losses_BK.mean().item(),
             loss_spread=losses_BK.std(1, correction=0).mean().item(),
             advantage_spread=advantages_BKC.square().mean().sqrt().item(),
-            largest_move=(self.probs_U - before_U).abs().max().item(),
-            expected_sparsity=self.budget.removed_share(self.probs_U),
-            entropy=entropy(self.probs_U),
+            largest_move=(self.probs_U - before_U).abs().max().item() if before_U is not self.probs_U else 0.0,
+            expected_sparsity=self._of_policy("sparsity", lambda: self.budget.removed_share(self.probs_U)),
+            entropy=self._of_policy("entropy", lambda: entropy(self.probs_U)),
         )
 
 

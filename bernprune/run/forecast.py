@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from bernprune.backends import find_device, load_backend
+from bernprune.backends import find_device
 from bernprune.config import RunConfig
 from bernprune.evaluation.perplexity import check_window
 from bernprune.losses import LOGIT_BYTES
+from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
@@ -132,7 +133,7 @@ def _to_verify(device: torch.device, full: int) -> int:
 
 def _time_sequences(view: ModelView, config: RunConfig) -> float:
     """Seconds a sequence of whole steps: sampling, forward passes, and the update of the policy."""
-    settings, ops = config.search, load_backend(config.backend, next(view.model.parameters()).device)
+    settings, ops = config.search, choose_ops(config.backend, view)
     budget = make_budget(config, view.space)
     keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
     search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U}, ops.sums)

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from bernprune.backends import MaskedOps, load_backend
+from bernprune.backends import MaskedOps
 from bernprune.config import RunConfig
 from bernprune.data import TokenWindows
 from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.perplexity import check_window
+from bernprune.models.masking import choose_ops
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
@@ -90,7 +91,8 @@ class Workshop:
     @classmethod
     def of_model(cls, config: RunConfig, model: Any, stream_N: torch.Tensor) -> "Workshop":
         """Without a run: on the windows of ``repair_text`` that a run with these settings would read first."""
-        view, ops = describe(model), load_backend(config.backend, model.device)
+        view = describe(model)
+        ops = choose_ops(config.backend, view)
         train = TokenWindows(stream_N, window=config.data.window, seed=config.seed)
         return cls.of(config, view, train, ops, rows_per_forward(config, view))
 

@@ -16,6 +16,7 @@ from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokeni
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import DataError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
+from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import int8_quantiser, release
 from bernprune.models.view import ModelView
 from bernprune.names import ObjectiveName, SearchDtype
@@ -87,7 +88,8 @@ class Stage:
         opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
         known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
         same = known and opened.view.model.device == device
-        ops = self.ops if same else load_backend("auto", opened.view.model.device)
+        by_hand = same and self.config.backend != "auto"
+        ops = self.ops if by_hand else choose_ops("auto", opened.view)
         return replace(
             self,
             view=opened.view,
@@ -146,7 +148,7 @@ def set_stage(config: RunConfig) -> Stage:
     """
     check_scores(config)
     device = find_device(config.model.device)
-    ops = load_backend(config.backend, device)
+    load_backend(config.backend, device)  # or it fails before anything is read
     model_config = check_family(config)
     check_window(model_config, config.longest_window)
     if config.search.dtype == "int8":
@@ -177,7 +179,7 @@ def set_stage(config: RunConfig) -> Stage:
         config=config,
         view=view,
         tokenizer=tokenizer,
-        ops=ops,
+        ops=choose_ops(config.backend, view),
         budget=budget,
         limits=limits,
         workload=workload,

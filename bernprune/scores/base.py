@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bernprune.backends import MaskedOps, load_backend
+from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError, ModelError
+from bernprune.models.masking import choose_ops
 from bernprune.models.view import ModelView
 from bernprune.names import Allocation, Kind
 from bernprune.units import KINDS
@@ -146,7 +147,7 @@ def run_metric(
     """Scores of all units, float64 ``[U]``, checked; see ``bernprune.scores.initial_scores``."""
     metric.check(view.space.finest, options)
     metric.check_model(view, windows_WT)
-    ops = ops or load_backend("auto", next(view.model.parameters()).device)
+    ops = ops or choose_ops("auto", view)
     context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
     scores_U = metric.run(context).detach().double().cpu()
     if scores_U.shape != (view.space.size,):
