@@ -263,8 +263,8 @@ def masked_objective(
 ) -> Iterator[MaskedObjective]:
     """The objective for the length of a ``with`` block; the model is restored on leaving it.
 
-    ``ops`` are by default those of backend ``auto``; for the others see ``MaskedObjective``. Raises ``ConfigError`` for an
-    unknown kind.
+    ``ops`` are by default those of backend ``auto``; for the others see ``MaskedObjective``. Raises ``ConfigError`` for
+    an unknown kind.
     """
     check_name("objective", kind, ObjectiveName)
     ops = ops or choose_ops("auto", view)

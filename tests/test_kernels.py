@@ -25,7 +25,7 @@ from kernel_cases import (
 )
 from tolerances import LOGITS
 
-from bernprune.kernels import attention, linear, losses, mlp, reference, rotary
+from bernprune.kernels import attention, fused, linear, losses, mlp, reference, rotary
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 biased = pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
@@ -60,6 +60,8 @@ def test_linear_layers_with_masked_inputs(
         *expected,
         unit_width=width,
     )
+    cut_RTE = linear.cut(given, packed(masks_MN, device), unit_width=width)
+    assert cut_RTE.equal(reference.masked_units(x_RTE, masks_RN, unit_width=width))
     kept, lying_DE = listed(masks_MN, device), weight_DE.T.contiguous().T
     for weight in (weight_DE, lying_DE):
         assert_matches(
@@ -203,7 +205,9 @@ def test_what_does_not_fit_is_refused(given: tuple[torch.Tensor, ...], reason: s
     x_RTE, masks_MU, weight_DE = (part.to(device) for part in given)
     right = tuple(part.to(device) for part in LINEAR)
     assert linear.masked_linear(right[0], packed(right[1].cpu(), device), right[2], unit_width=3).shape == (6, 2, 7)
-    for operation, masks in ((linear.masked_linear, packed), (linear.linear_from_kept, listed)):
+    for operation, masks in (
+        (linear.masked_linear, packed), (linear.linear_from_kept, listed), (fused.masked_linear, packed),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
             operation(x_RTE, masks(masks_MU.cpu(), device), weight_DE, unit_width=3)
 

@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 PRODUCTS = {"_masked_kernel", "_from_kept_kernel", "_to_kept_kernel", "_hidden_kernel", "_attention_kernel"}
 OTHERS = {
     "_draw_kernel", "_list_kernel", "_activation_kernel", "_cross_entropy_kernel", "_divergence_kernel",
-    "_score_kernel", "_dot_kernel", "_activity_kernel", "_rotary_kernel",
+    "_score_kernel", "_dot_kernel", "_activity_kernel", "_rotary_kernel", "_cut_kernel",
 }  # fmt: skip
 
 

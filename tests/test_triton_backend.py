@@ -16,7 +16,7 @@ from test_masking import random_masks, trace
 from test_masks import make_masks
 from test_sharing import neighbours
 from tiny_models import random_tokens, tiny_model
-from tolerances import CHAIN, assert_close
+from tolerances import CHAIN, GUARDED, assert_close
 from torch import nn
 
 from bernprune import costs
@@ -30,6 +30,7 @@ from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.masks import Design
+from bernprune.scores import SCORES, initial_scores
 
 pytestmark = pytest.mark.gpu
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -149,6 +150,19 @@ def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPa
         assert type(view.layers[1].layer.input_layernorm) is not type(strange.input_layernorm)
         assert type(view.layers[1].layer.input_layernorm).__name__ == "_Norm"
         assert module.apply_rotary_pos_emb is turned
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_are_those_of_plain_torch(name: str, ops: Any, device: torch.device) -> None:
+    """Of all metrics, whether they look at activations, try masks or take gradients."""
+    blocks: tuple[Kind, ...] = ("attention", "ffn")
+    view = a_view("llama", blocks if name.startswith("block") else GRANULARITIES["parts"], device)
+    windows_WT = random_tokens(8, 8)
+    expected, found = (
+        initial_scores(view, windows_WT, SCORES[name], ops=each, rows_per_forward=2)
+        for each in (load_backend("torch", device), ops)
+    )
+    assert_close(found, expected, GUARDED)
 
 
 def test_divergences_and_nested_units(ops: Any, device: torch.device) -> None:

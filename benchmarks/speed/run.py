@@ -23,6 +23,7 @@ from benchmarks.speed import models
 from benchmarks.speed.providers import NAMES, provider
 from bernprune.backends import keep_freed_memory
 from bernprune.evaluation.latency import machine
+from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 
 HERE = Path(__file__).parent
@@ -147,7 +148,8 @@ def rows(given: argparse.Namespace, model: str) -> None:
                 "kept_flops": flops, "ceiling": most, "of_ceiling": flops / median / most,
                 "kept_bytes": moved, "bandwidth": widest, "of_bandwidth": moved / median / widest,
                 "peak_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-                "error": error, "machine": machine(device), "commit": commit(),
+                "weight_bytes": stored_bytes(view.model), "error": error,
+                "machine": machine(device), "commit": commit(),
             }  # fmt: skip
             append_row(given.folder / "results.jsonl", row)
             print(

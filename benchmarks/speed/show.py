@@ -35,7 +35,9 @@ def table(rows: list[Row]) -> str:
         parts.append(
             f"\n## {model}, {layers} layers, {dtype}, on {machine}\n\n"
             "| tokens | masks per | kept | provider | ms (20 to 80 %) | tokens/s | to published | to batched "
-            "| kept FLOP of the ceiling | kept bytes of the bandwidth | peak GiB | commit |\n" + 12 * "|---" + "|\n"
+            "| kept FLOP of the ceiling | kept bytes of the bandwidth | peak GiB beside weights | commit |\n"
+            + 12 * "|---"
+            + "|\n"
         )
         steps = itertools.groupby(group, key=lambda row: (row["tokens"], row["masks_per"], row["density"]))
         for _, step in steps:
@@ -49,7 +51,7 @@ def _lines(step: list[Row]) -> list[str]:
         f"| {row['tokens']:,} | {row['masks_per']} | {row['density']:.0%} | {row['provider']} "
         f"| {1e3 * row['median']:.1f} ({1e3 * row['low']:.1f} to {1e3 * row['high']:.1f}) "
         f"| {row['tokens_per_second']:,.0f} | {_ratio(medians, 'published', row)} | {_ratio(medians, 'batched', row)} "
-        f"| {row['of_ceiling']:.0%} | {_share(row.get('of_bandwidth'))} | {_gibibytes(row['peak_bytes'])} "
+        f"| {row['of_ceiling']:.0%} | {_share(row.get('of_bandwidth'))} | {_beside(row)} "
         f"| {row['commit']} |\n"
         for row in step
     ]
@@ -59,8 +61,9 @@ def _share(number: float | None) -> str:
     return "-" if number is None else f"{number:.0%}"  # rows of before it was measured have none
 
 
-def _gibibytes(number: int | None) -> str:
-    return "" if number is None else f"{number / 2**30:.1f}"
+def _beside(row: Row) -> str:
+    """Memory of a GPU that a step takes beside the weights."""
+    return "" if row["peak_bytes"] is None else f"{(row['peak_bytes'] - row['weight_bytes']) / 2**30:.2f}"
 
 
 def _ratio(medians: dict[str, float], name: str, row: Row) -> str:
