@@ -27,7 +27,7 @@ from bernprune.units import UnitSpace
 NEVER = 2.0**40  # so costly that it is not done
 Way = Literal["dense", "gathered", "listed"]  # of running masks that keep half
 _LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty
-_MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 32)}
+_MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 64)}
 _MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one warms up
 
 
@@ -55,8 +55,14 @@ class Costs:
         """Whether gathering a share of a layer's weights pays for so many tokens."""
         return self.copying < NEVER and self.copying * share < self.blocks * tokens * (1 - share)
 
-    def of_weights(self, tokens: int, share: float) -> float:
-        """Of so many tokens with all layers, of each of which a share is at work; gathered if that pays."""
+    def lists(self, tokens: int, share: float, kept: float) -> bool:
+        """Whether going by lists pays for so many tokens, with a share of a layer at work and so much kept by each."""
+        return self.listing < NEVER and self.listing * kept < (share if self.gathers(tokens, share) else 1.0)
+
+    def of_weights(self, tokens: int, share: float, kept: float = 1.0) -> float:
+        """Of so many tokens with all layers, of each of which a share is at work; in the way that pays."""
+        if self.lists(tokens, share, kept):
+            return self.blocks * tokens * self.listing * kept
         if self.gathers(tokens, share):
             return self.blocks * tokens * share + self.copying * share
         return self.blocks * tokens
@@ -77,9 +83,8 @@ class Costs:
         passing, blocks = max(0.0, dense[0] / token - few), min(1.0, 2 * (1 - token_halved / token))
         copying = 2 * max(0.0, halved[0] / token - passing - few * (1 - blocks / 2))
         listing = NEVER
-        if "listed" in ways:
-            token_listed = (seconds(many, "listed") - seconds(few, "listed")) / (many - few)
-            listing = max(1, math.ceil(8 * 2 * (token_listed / token - 1 + blocks) / blocks)) / 8
+        if "listed" in ways:  # of many tokens alone: few are over before the next operation is asked for
+            listing = max(1, math.ceil(8 * 2 * (seconds(many, "listed") / dense[1] - 1 + blocks) / blocks)) / 8
         return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8, listing)
 
 
@@ -132,37 +137,44 @@ class Planner:
         shares: list[float] = (self._by_layer(self._weights_U * kept_U) / self._weights_L).nan_to_num(1.0).tolist()
         return shares
 
-    def working(self, possible_U: torch.Tensor | None, tokens: int | Sequence[int]) -> torch.Tensor | None:
+    def working(
+        self,
+        possible_U: torch.Tensor | None,
+        tokens: int | Sequence[int],
+        listed_U: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
         """Of units that masks may keep, bool, those to compute for so many tokens, or so many in each layer.
 
-        That is all units of the layers in which gathering does not pay; None stands for all units.
+        That is all units of the layers in which gathering does not pay, or lists are gone by; None: all units.
         """
         if possible_U is None or possible_U.all():
             return None
-        tokens_L = [tokens] * len(self._weights_L) if isinstance(tokens, int) else tokens
-        shares_L = self._shares(possible_U)
-        pays_L = [self._costs.gathers(number, share) for number, share in zip(tokens_L, shares_L, strict=True)]
-        return possible_U | ~torch.tensor(pays_L)[self._space.layer_U] if any(pays_L) else None
+        pairs = zip(self._tokens_L(tokens), self._shares(possible_U), strict=True)
+        pays_U = torch.tensor([self._costs.gathers(*pair) for pair in pairs])[self._space.layer_U]
+        if listed_U is not None:
+            pays_U &= ~listed_U
+        return possible_U | ~pays_U if pays_U.any() else None
 
-    def listed(self, kept_U: torch.Tensor, working_U: torch.Tensor | None, tokens: int) -> torch.Tensor | None:
-        """Units, bool, of layers and kinds of which masks keep so little that kernels had better go by lists of it.
-
-        None if nothing is listed.
+    def listed(
+        self, possible_U: torch.Tensor | None, kept_U: torch.Tensor, tokens: int | Sequence[int], *, each: int
+    ) -> torch.Tensor | None:
+        """Units, bool, of layers of which masks keep so little that kernels had better go by lists of it; None: none.
 
         Args:
+            possible_U: units that masks may keep; None: all.
             kept_U: the share of masks that keep each unit.
-            working_U: what is computed at most; None: all.
-            tokens: in a row under each mask.
+            tokens: of all masks, or so many in each layer.
+            each: tokens in a row under one mask.
         """
-        if tokens < _LISTED_TOKENS or self._costs.listing >= NEVER:
+        if each < _LISTED_TOKENS or self._costs.listing >= NEVER:
             return None
-        work_U = torch.ones_like(kept_U) if working_U is None else working_U.to(kept_U.dtype)
-        shares_G = self._by_group(kept_U * work_U) / self._by_group(work_U)  # not a number where nothing is at work
-        lists_G = self._costs.listing * shares_G < 1
-        return lists_G[self._space.group_U] if lists_G.any() else None
+        shares_L = self._shares(torch.ones_like(kept_U) if possible_U is None else possible_U)
+        triples = zip(self._tokens_L(tokens), shares_L, self._shares(kept_U), strict=True)
+        lists_L = torch.tensor([self._costs.lists(*triple) for triple in triples])
+        return lists_L[self._space.layer_U] if lists_L.any() else None
 
-    def _by_group(self, values_U: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(len(self._space.groups), dtype=values_U.dtype).index_add(0, self._space.group_U, values_U)
+    def _tokens_L(self, tokens: int | Sequence[int]) -> Sequence[int]:
+        return [tokens] * len(self._weights_L) if isinstance(tokens, int) else tokens
 
     def together(self, alive_KU: torch.Tensor, windows: int, tokens: int, *, rows: int) -> bool:
         """Whether masks on the same windows had better go through together than one after the other."""
@@ -172,16 +184,19 @@ class Planner:
         for part_KU in alive_KU.split(rows):
             classes_L = [len(masks) for masks in Branching.of(self._space, part_KU).masks_of_layers]
             at_once = min(windows, max(1, rows // len(part_KU)))
-            together += windows / at_once * self._of_pass(part_KU.any(0), classes_L, at_once * tokens)
+            together += windows / at_once * self._of_pass(part_KU, classes_L, at_once * tokens)
         at_once = min(windows, rows)
-        apart = sum(self._of_pass(mask_U, alone_L, at_once * tokens) for mask_U in alive_KU)
+        apart = sum(self._of_pass(mask_1U, alone_L, at_once * tokens) for mask_1U in alive_KU.split(1))
         return together <= windows / at_once * apart
 
-    def _of_pass(self, working_U: torch.Tensor, classes_L: Sequence[int], tokens: int) -> float:
-        """With these units at work, and so many classes of masks in each layer, each of which has so many tokens."""
-        costs = self._costs
+    def _of_pass(self, alive_KU: torch.Tensor, classes_L: Sequence[int], tokens: int) -> float:
+        """Of masks that are so many classes in each layer, each of which has so many tokens."""
+        costs, kept_U = self._costs, alive_KU.double().mean(0)
+        kept_L = self._shares(kept_U if tokens >= _LISTED_TOKENS else torch.ones_like(kept_U))
         weights: float = sum(
-            layer * costs.of_weights(classes * tokens, share)
-            for layer, classes, share in zip(self._weights_L.tolist(), classes_L, self._shares(working_U), strict=True)
+            layer * costs.of_weights(classes * tokens, share, kept)
+            for layer, classes, share, kept in zip(
+                self._weights_L.tolist(), classes_L, self._shares(alive_KU.any(0)), kept_L, strict=True
+            )
         )
         return costs.passing + weights + (1 - costs.blocks) * classes_L[-1] * tokens

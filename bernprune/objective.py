@@ -152,13 +152,15 @@ class MaskedObjective:
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
         bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1
-        window, kept_U = tokens_BT.shape[1], _kept(masks) if chunks == 1 and self._live.ops.packs else None
+        kept_U = _kept(masks) if chunks == 1 and self._live.ops.packs else None
 
         def run(rows: slice) -> torch.Tensor:
             tokens_RT = tokens_BT[window_R[rows]]
-            working_U = self._planner.working(possible_U, tokens_RT.numel())
+            size, listed_U = tokens_RT.numel(), None
+            if kept_U is not None:
+                listed_U = self._planner.listed(possible_U, kept_U, size, each=tokens_RT.shape[1])
+            working_U = self._planner.working(possible_U, size, listed_U)
             these = masks[mask_R[rows]] if bits is None else bits(slice(rows.start * chunks, rows.stop * chunks))
-            listed_U = None if kept_U is None else self._planner.listed(kept_U, working_U, window // chunks)
             self._live.set(these, chunks=chunks, working_U=working_U, listed_U=listed_U)
             hidden_RTD = self._hidden(tokens_RT)
             return self._losses(hidden_RTD, tokens_RT, None if dense_BTD is None else dense_BTD[window_R[rows]])
@@ -199,11 +201,12 @@ class MaskedObjective:
         """The last hidden states of each class of masks on each window, ``[classes * B, T, D]``."""
         windows = len(tokens_BT)
         classes_L = [len(masks) for masks in branching.masks_of_layers]
-        working_U = self._planner.working(alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L])
+        possible_U, tokens_L = alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L]
+        listed_U = self._planner.listed(possible_U, alive_KU.double().mean(0), tokens_L, each=tokens_BT.numel())
         self._live.set(
             alive_KU,
-            working_U=working_U,
-            listed_U=self._planner.listed(alive_KU.double().mean(0), working_U, tokens_BT.numel()),
+            working_U=self._planner.working(possible_U, tokens_L, listed_U),
+            listed_U=listed_U,
             masks_of_layers=branching.masks_of_layers,
         )
         with branching.growing([layer.layer for layer in self._view.layers], windows):

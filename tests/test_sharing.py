@@ -168,7 +168,7 @@ def test_costs_are_found_from_the_time_of_passes() -> None:
     for costs in (Costs(64.0, 512.0, 0.75), Costs(1.0, 4096.0, 0.5), Costs(64.0, 512.0, 0.75, 1.375)):
 
         def seconds(tokens: int, way: Way, costs: Costs = costs) -> float:
-            blocks = {"dense": 1.0, "gathered": 0.5, "listed": costs.listing / 2}[way]
+            blocks = {"dense": 1.0, "gathered": 0.5, "listed": (costs.listing - 0.05) / 2}[way]  # rounded up
             copying = costs.copying / 2 if way == "gathered" else 0.0
             return 1e-6 * (costs.passing + copying + tokens * (1 - costs.blocks + costs.blocks * blocks))
 
@@ -181,22 +181,31 @@ def test_costs_are_found_from_the_time_of_passes() -> None:
 
 
 def test_lists_pay_where_little_is_kept() -> None:
-    """Of what is at work, and of each kind in each layer by itself; and not for few tokens, or without kernels."""
+    """In each layer by itself, unless gathering costs less; and not for few tokens, or without kernels."""
     space = describe(tiny_model("llama")).space
-    kept_U, span = torch.full((space.size,), 0.8, dtype=torch.float64), space.span("channel", 1)
-    assert span is not None
-    kept_U[span] = 0.4
-    planner = Planner(space, Costs(listing=1.5))
-    expected_U = torch.zeros(space.size, dtype=torch.bool)
-    expected_U[span] = True
-    assert planner.listed(kept_U, None, 64).equal(expected_U)
-    assert planner.listed(kept_U, None, 63) is None
-    assert Planner(space, Costs()).listed(kept_U, None, 64) is None
-    assert planner.listed(kept_U, kept_U < 0.5, 64).equal(expected_U)
-    working_U = torch.ones(space.size, dtype=torch.bool)
-    working_U[span.start : span.start + (span.stop - span.start) // 2] = False  # the others are kept no more often
-    kept_U[span.start + (span.stop - span.start) // 2 : span.stop] = 0.8
-    assert planner.listed(kept_U, working_U, 64) is None
+    kept_U, layer_U = torch.full((space.size,), 0.8, dtype=torch.float64), space.layer_U == 1
+    kept_U[layer_U] = 0.4
+    dear, free = Planner(space, Costs(copying=COSTLY, listing=1.5)), Planner(space, Costs(copying=0.0, listing=1.5))
+    assert dear.listed(None, kept_U, 640, each=64).equal(layer_U)
+    assert dear.listed(None, kept_U, 640, each=63) is None
+    assert Planner(space, Costs()).listed(None, kept_U, 640, each=64) is None
+    few_U = ~layer_U | (torch.arange(space.size) % 2 == 0)  # of the layer's units that masks may keep
+    assert dear.listed(few_U, kept_U * few_U, 640, each=64).equal(layer_U)
+    always_U = kept_U.where(~layer_U, 1.0) * few_U  # all masks keep the same, so lists save nothing more
+    assert free.listed(few_U, always_U, 640, each=64) is None
+    assert free.working(few_U, 640).equal(few_U)
+    listed_U = dear.listed(few_U, always_U, 640, each=64)
+    assert listed_U.equal(layer_U)
+    assert free.working(few_U, 640, listed_U) is None, "what goes by lists is not gathered"
+
+
+def test_lists_count_where_masks_go_together() -> None:
+    """Masks that differ go through together if kernels go by lists of them, and it costs more to gather for each."""
+    space = describe(tiny_model("llama")).space
+    masks_KU = random_masks(space, 4, keep=0.3)
+    for listing, expected in ((1.0, True), (3.0, False)):
+        planner = Planner(space, Costs(passing=64.0, copying=64.0, blocks=1.0, listing=listing))
+        assert planner.together(masks_KU, 4, 64, rows=64) == expected
 
 
 # Memory

@@ -1,6 +1,6 @@
 """What a step's losses say of units: sums over masks against their definitions, in plain torch and by kernels."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -9,10 +9,12 @@ from spaces import normal_numbers, random_numbers
 from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.backends import load_backend
+from bernprune.names import Scaling
 from bernprune.policy import masks as module
 from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.budget import Budget
+from bernprune.policy.estimators import reinforce
 from bernprune.policy.masks import Design, Masks, amplitude, with_reference
 from bernprune.policy.sums import MaskSums
 
@@ -86,6 +88,15 @@ def test_a_search_learns_the_same_by_kernels(design: Design, device: torch.devic
     assert found[0].worth_U.abs().max() > 0
     assert_close(found[1].worth_U, found[0].worth_U, 1e-4)
     assert_close(found[1].deviation_U, found[0].deviation_U, 1e-4)
+
+
+@pytest.mark.parametrize("scaling", get_args(Scaling))
+def test_gradients_are_the_same_wherever_masks_are_made(scaling: Scaling, device: torch.device) -> None:
+    """Of masks on a GPU, for a policy on the processor."""
+    masks_MU = some_masks(DESIGNS["batch"], device).flatten(0, 2)
+    probs_U, advantages_M = random_numbers(SPACE.size, 0), normal_numbers(len(masks_MU), seed=1)
+    found = reinforce(probs_U, masks_MU, advantages_M, scaling=scaling)
+    assert_close(found, reinforce(probs_U, masks_MU[:].cpu(), advantages_M, scaling=scaling), EXACT)
 
 
 def test_what_swings_of_masks_is_taken_out_of_what_active_tokens_tell() -> None:

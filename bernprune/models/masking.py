@@ -41,6 +41,7 @@ from bernprune.models.view import LayerView, ModelView
 from bernprune.names import BackendName, Kind
 
 logger = logging.getLogger(__name__)
+_ALIGNED = 16  # entries of a row that a GPU reads at once
 
 
 class _Gathered(nn.Module):
@@ -184,7 +185,7 @@ class LiveMasks:
         """All that takes an operation on all units, once for all branches."""
         space = self.view.space
         working_U = None if working_U is None or not self._gathers else space.alive(working_U.cpu())
-        working_U = None if working_U is None or working_U.all() else working_U
+        working_U = None if working_U is None or working_U.all() else self._aligned(working_U)
         if isinstance(masks, PackedMasks):
             if self.ops.packs and working_U is None and not space.nested:
                 return CurrentMasks(None, None, masks)
@@ -197,6 +198,19 @@ class LiveMasks:
         bits = PackedMasks.of(alive_MW) if self.ops.packs and exact else None
         alone_U = alive_MU[0].cpu() if exact and len(alive_MU) == 1 and working_U is not None else None
         return CurrentMasks(alive_MU, alive_MW, bits, working_U, index_W, alone_U)
+
+    def _aligned(self, working_U: torch.Tensor) -> torch.Tensor:
+        """For a GPU, which reads rows of other widths entry by entry: some channels more, that all masks cut."""
+        if self._device.type != "cuda":
+            return working_U
+        working_U = working_U.clone()
+        for layer in self._branches:
+            span = self.view.space.span("channel", layer)
+            if span is not None and working_U[span].any():
+                idle_N = (~working_U[span]).nonzero()[:, 0]
+                more = -int(working_U[span].sum()) % _ALIGNED
+                working_U[span] = working_U[span].index_fill(0, idle_N[:more], True)
+        return working_U
 
     @contextmanager
     def watching(self, told: Callable[[int, torch.Tensor], None]) -> Iterator[None]:

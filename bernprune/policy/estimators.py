@@ -35,7 +35,10 @@ def reinforce(
     weights_K = advantages_K.to(probs_U.dtype) / len(masks_KU)
     deviations_U = torch.zeros_like(probs_U)
     for rows in row_slices(masks_KU.shape):
-        deviations_U = deviations_U + weights_K[rows] @ (masks_KU[rows].to(probs_U.dtype) - probs_U)
+        masks_RU = masks_KU[rows]
+        deviations_RU = masks_RU.to(probs_U.dtype) - probs_U.to(masks_RU.device)
+        told_U = (weights_K[rows].to(masks_RU.device) @ deviations_RU).to(probs_U.device)
+        deviations_U = deviations_U + told_U
     if scaling == "natural":
         return deviations_U
     epsilon = epsilon if scaling == "sqrt-fisher" else 0.0

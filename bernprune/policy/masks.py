@@ -183,6 +183,14 @@ class Masks:
 
     def _levels(self, rows_N: torch.Tensor) -> torch.Tensor:
         """``[N, G]``: by lot, from random words that lie behind those of the units."""
+        rows_known_N, known = self._known.get("levels", (None, None))
+        if known is None or not torch.equal(rows_known_N, rows_N):
+            known = self._drawn_levels(rows_N)
+            self._known["levels"] = rows_N, known
+        found: torch.Tensor = known
+        return found
+
+    def _drawn_levels(self, rows_N: torch.Tensor) -> torch.Tensor:
         masks, chunks, groups = self.design.masks, self.design.chunks, len(self.budget.space.groups)
         first = len(self.probs_U) + -len(self.probs_U) % ORDERS
         texts_N = rows_N // (masks * chunks) * (masks * chunks) + rows_N % chunks

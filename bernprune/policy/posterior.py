@@ -350,8 +350,10 @@ def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Te
     order_U = torch.empty_like(mean_U)
     for start, end in itertools.pairwise(space.starts):
         mean_N, deviation_N = mean_U[start:end], deviation_U[start:end]
-        values = (mean_N[:, None] + deviation_N[:, None] * nodes_Q).flatten().sort(descending=True).values
-        order_U[start:end][mean_N.argsort(descending=True, stable=True)] = values[_NODES // 2 :: _NODES]
+        values = (mean_N[:, None] + deviation_N[:, None] * nodes_Q).flatten().numpy()
+        values.sort()  # several times as fast as torch does it
+        falling = torch.from_numpy(values[::-1][_NODES // 2 :: _NODES].copy())
+        order_U[start:end][mean_N.argsort(descending=True, stable=True)] = falling
     return order_U
 
 
