@@ -129,8 +129,7 @@ class Planner:
         self._weights_L = self._by_layer(self._weights_U)
 
     def _by_layer(self, values_U: torch.Tensor) -> torch.Tensor:
-        layers = len(self._space.architecture.layers)
-        return torch.zeros(layers, dtype=values_U.dtype).index_add(0, self._space.layer_U, values_U)
+        return torch.stack([values_U[span].sum() for span in self._space.layer_spans])
 
     def _shares(self, kept_U: torch.Tensor) -> list[float]:
         """Of each layer's weights, how much belongs to these units."""

@@ -9,6 +9,7 @@ Letters: U units, R rows of masks. A mask's 1 keeps.
 
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -207,6 +208,14 @@ class UnitSpace:
     def group_U(self) -> torch.Tensor:
         """Index of each unit's group, int64 ``[U]``."""
         return self._spread(torch.arange(len(self.groups)))
+
+    @functools.cached_property
+    def layer_spans(self) -> list[slice]:
+        """Where the units of each layer lie in a flat vector; layers follow one another."""
+        assert all(one.layer <= next_.layer for one, next_ in itertools.pairwise(self.groups)), "layers out of order"
+        layers = len(self.architecture.layers)
+        ends = np.searchsorted(self.layer_U.numpy(), np.arange(layers), side="right").tolist()
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     @functools.cached_property
     def layer_U(self) -> torch.Tensor:

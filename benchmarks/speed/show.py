@@ -71,26 +71,39 @@ def _ratio(medians: dict[str, float], name: str, row: Row) -> str:
 
 
 def picture(rows: list[Row]) -> bytes:
-    """PNG: tokens a second against what masks keep, a panel for each model and kind of masks at its largest step."""
+    """PNG: tokens a second against what masks keep: a panel for each model, machine and kind of masks.
+
+    Each is of the size of a step that was timed with the most densities, and of several the largest; others have none.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    panels = {}
+    sizes: dict[tuple[str, ...], dict[int, list[Row]]] = {}
     for row in latest(rows):
-        key = row["machine"], row["model"], row["masks_per"]
-        if row["tokens"] >= panels.get(key, [row])[0]["tokens"]:
-            panels[key] = [other for other in panels.get(key, []) if other["tokens"] == row["tokens"]] + [row]
+        sizes.setdefault((row["machine"], row["model"], row["masks_per"]), {}).setdefault(row["tokens"], []).append(row)
+    panels = {}
+    for key, steps in sizes.items():
+        densities, tokens = max((len({row["density"] for row in step}), tokens) for tokens, step in steps.items())
+        if densities > 1:
+            panels[key] = steps[tokens]
     figure = Figure(figsize=(4.5 * max(1, (len(panels) + 1) // 2), 7), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(2, max(1, (len(panels) + 1) // 2), squeeze=False).flatten()
-    for axes, ((_, model, per), group) in itertools.zip_longest(all_axes, panels.items(), fillvalue=(("", "", ""), [])):
+    for axes, ((machine, model, per), group) in itertools.zip_longest(
+        all_axes, panels.items(), fillvalue=(("", "", ""), [])
+    ):
         axes.set_visible(bool(group))
         for name in NAMES:
             points = [(row["density"], row["tokens_per_second"]) for row in group if row["provider"] == name]
             if points:
                 axes.plot(*zip(*points, strict=True), marker="o", label=name)
         if group:
-            axes.set(title=f"{model}, masks per {per}", xlabel="kept", ylabel="tokens / s", ylim=(0, None))
+            axes.set(
+                title=f"{model}, masks per {per},\n{machine.split(',')[0]}",
+                xlabel="kept",
+                ylabel="tokens / s",
+                ylim=(0, None),
+            )
             axes.legend()
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=80)

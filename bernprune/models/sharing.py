@@ -36,8 +36,8 @@ class Branching:
     def of(cls, space: UnitSpace, alive_KU: torch.Tensor) -> "Branching":
         """Of masks by what they leave alive, bool on the CPU."""
         class_K, masks_of_layers, parents_of_layers = torch.zeros(len(alive_KU), dtype=torch.int64), [], []
-        for layer in range(len(space.architecture.layers)):
-            kept_KN = alive_KU[:, space.layer_U == layer]
+        for span in space.layer_spans:
+            kept_KN = alive_KU[:, span]
             keys = [
                 (parent, kept_N.numpy().tobytes()) for parent, kept_N in zip(class_K.tolist(), kept_KN, strict=True)
             ]
