@@ -7,5 +7,6 @@ python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu_check.s
 python -m pytest -m gpu
 python benchmarks/speed/run.py --device cuda --model llama2-7b --checked \
     --provider published batched ours ours-triton --tokens 16384 --per batch sequence chunk --seconds 10 "$@"
+python benchmarks/speed/steps.py --device cuda --model llama2-7b --seconds 60
 python benchmarks/speed/show.py
 cat benchmarks/speed/table.md

@@ -13,8 +13,9 @@ import torch
 from tiny_models import random_tokens, tiny_model
 from tolerances import CHAIN, assert_close
 
-from benchmarks.speed import dtypes, models, providers, run, show
+from benchmarks.speed import dtypes, models, providers, run, show, steps
 from benchmarks.speed.providers import NAMES, provider
+from bernprune.config import make_config
 from bernprune.costs import Costs
 from bernprune.models.view import describe
 
@@ -37,6 +38,17 @@ def test_all_providers_give_the_same_losses(monkeypatch: pytest.MonkeyPatch, fam
         assert losses_BK.shape == (2, 3)
         assert_close(losses_BK, found["batched"], CHAIN[torch.float32])
     assert not any(module._forward_pre_hooks for module in view.model.modules())
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_steps_of_a_search_are_timed_in_parts(monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+    """Of as many steps each, those that warm up left out; the text is read once more where the search asks for that."""
+    monkeypatch.setattr(steps, "measure", lambda *_: Costs())
+    config = make_config({"preset": preset, "data": {"window": 8}})
+    found = steps.steps(config, describe(tiny_model("llama").float()), least=0.0, rows=64)
+    assert found.keys() == {"ask", "evaluate", "tell"} | ({"look"} if preset == "default" else set())
+    assert {len(times) for times in found.values()} == {1}
+    assert all(time > 0 for times in found.values() for time in times)
 
 
 def test_masks_keep_their_share_of_every_layer() -> None:

@@ -19,6 +19,7 @@ from bernprune.backends import load_backend
 from bernprune.costs import Costs
 from bernprune.errors import ConfigError
 from bernprune.losses import token_losses
+from bernprune.models import masking
 from bernprune.models.masking import LiveMasks
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
@@ -65,6 +66,24 @@ def expected_loss(dense: Any, sliced: Any, tokens_BT: torch.Tensor, kind: Object
         return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     picked = [-theirs[b, t, tokens_BT[b, t + 1]] for b in range(len(tokens_BT)) for t in range(tokens_BT.shape[1] - 1)]
     return (sum(picked) / len(picked)).item()
+
+
+@pytest.mark.parametrize("multiple", [3, 16])
+def test_working_sets_that_are_whole_rows_change_nothing(multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed beside what masks keep, for the width's sake, is cut; a layer without channels stays empty."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 11)
+    masks_KU = random_masks(view, 3)
+    masks_KU[:, view.space.span("channel", 1)] = False
+    expected = losses_of(view, masks_KU, tokens_BT, "cross-entropy", costs=NEVER)
+    monkeypatch.setitem(masking._ALIGNED, "cpu", multiple)
+    with masked_objective(view, OPS, costs=FREE) as objective:
+        assert_close(objective.losses(masks_KU, tokens_BT), expected, EXACT)
+        working_U = objective._live._aligned(masks_KU[0])
+    assert (working_U | ~masks_KU[0]).all() and not working_U.equal(masks_KU[0])
+    for layer, shape in enumerate(view.architecture.layers):
+        count = int(working_U[view.space.span("channel", layer)].sum())
+        assert count in (0, shape.channels) or count % multiple == 0
+        assert (count == 0) == (layer == 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

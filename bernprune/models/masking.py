@@ -41,7 +41,7 @@ from bernprune.models.view import LayerView, ModelView
 from bernprune.names import BackendName, Kind
 
 logger = logging.getLogger(__name__)
-_ALIGNED = 16  # entries of a row that a GPU reads at once
+_ALIGNED = {"cuda": 16}  # channels, of which a multiple is at work, by type of device
 
 
 class _Gathered(nn.Module):
@@ -200,15 +200,14 @@ class LiveMasks:
         return CurrentMasks(alive_MU, alive_MW, bits, working_U, index_W, alone_U)
 
     def _aligned(self, working_U: torch.Tensor) -> torch.Tensor:
-        """For a GPU, which reads rows of other widths entry by entry: some channels more, that all masks cut."""
-        if self._device.type != "cuda":
-            return working_U
+        """Some channels more, that all masks cut, for a GPU, which reads rows of other widths entry by entry."""
+        multiple = _ALIGNED.get(self._device.type, 1)
         working_U = working_U.clone()
-        for layer in self._branches:
+        for layer in self._branches if multiple > 1 else ():
             span = self.view.space.span("channel", layer)
             if span is not None and working_U[span].any():
                 idle_N = (~working_U[span]).nonzero()[:, 0]
-                more = -int(working_U[span].sum()) % _ALIGNED
+                more = -int(working_U[span].sum()) % multiple
                 working_U[span] = working_U[span].index_fill(0, idle_N[:more], True)
         return working_U
 
