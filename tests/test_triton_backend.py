@@ -5,6 +5,8 @@ Letters: B windows, K masks, C chunks, U units.
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from bernprune.backends import load_backend
 from bernprune.costs import NEVER, Costs
 from bernprune.errors import BackendError
 from bernprune.kernels import fused, reference
+from bernprune.models import masking
 from bernprune.models.fusing import fusing
 from bernprune.models.masking import masked
 from bernprune.models.view import ModelView, describe
@@ -211,6 +214,46 @@ def test_a_model_that_kernels_cannot_run_is_refused(ops: Any, device: torch.devi
             raise AssertionError("the block was entered")
         with masked(view, load_backend("torch", device)) as live:
             assert live.ops.name == "torch"
+
+
+KERNELS = replace(
+    load_backend("torch", torch.device("cpu")),
+    name="triton",
+    packs=True,
+    dtypes=fused.DTYPES,
+    activation=fused.activation_of,
+)
+CHOICES = {
+    "plain": ({}, "triton"),
+    "on_a_processor": ({"device": "cpu"}, "torch"),
+    "wide": ({"dtype": torch.float64}, "torch"),
+    "quantised": ({"opaque": "a layer is quantised"}, "torch"),
+    "strange": ({"activation": nn.Tanh()}, "torch"),
+    "without_triton": ({"missing": True}, "torch"),
+    "by_name": ({"asked": "torch"}, "torch"),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), CHOICES.values(), ids=CHOICES)
+def test_kernels_are_chosen_where_they_can_run(
+    given: dict[str, Any], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU and for such a model, unless another backend is asked for."""
+
+    def load(name: str, device: torch.device) -> Any:
+        if name == "triton" and given.get("missing"):
+            raise BackendError("Triton cannot be imported")
+        return KERNELS if name == "triton" else load_backend(name, device)
+
+    monkeypatch.setattr(masking, "load_backend", load)
+    parameter = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
+    view: Any = SimpleNamespace(
+        model=SimpleNamespace(parameters=lambda: iter([parameter]), dtype=given.get("dtype", torch.bfloat16)),
+        layers=[SimpleNamespace(ffn=SimpleNamespace(act_fn=given.get("activation", nn.SiLU())))],
+        family=SimpleNamespace(activation="act_fn"),
+        opaque=given.get("opaque"),
+    )
+    assert masking.choose_ops(given.get("asked", "auto"), view).name == expected
 
 
 @pytest.mark.parametrize(
