@@ -27,7 +27,7 @@ from bernprune.units import UnitSpace
 NEVER = 2.0**40  # so costly that it is not done
 Way = Literal["dense", "gathered", "listed"]  # of running masks that keep half
 _LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty
-_MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 64)}
+_MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 64)}  # few and many, or as many as a pass may have
 _MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one warms up
 
 
@@ -93,14 +93,18 @@ def _rounded(cost: float) -> float:
 
 
 @torch.inference_mode()
-def measure(view: ModelView, ops: MaskedOps, window: int) -> Costs:
-    """What forward passes of this model cost here: 12 passes in each way, half of few windows and half of many."""
+def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Costs:
+    """What forward passes of this model cost here: 12 passes in each way, half of few windows and half of many, but 6
+    by lists; of at most so many rows, or two."""
     space, device = view.space, next(view.model.parameters()).device
-    few, many = (rows * window for rows in _MEASURED_ROWS[device.type])
+    least, most = _MEASURED_ROWS[device.type]
+    most = max(2, min(most, rows))
+    few, many = min(least, most // 2) * window, most * window
     tokens_RT = torch.arange(many, device=device).view(-1, window) % view.model.config.vocab_size
     half_U = torch.cat([torch.arange(group.count) < max(1, group.count // 2) for group in space.groups])
     all_U = torch.ones_like(half_U)
     random_RU = torch.rand(many // window, space.size, generator=torch.Generator().manual_seed(0)) < 0.5
+    random_RU |= ~torch.stack([space.of_kind(kind) for kind in space.finest]).any(0)  # what others lie in is kept
 
     def seconds(tokens: int, way: Way) -> float:
         if way == "listed":
@@ -127,6 +131,11 @@ class Planner:
         self._space, self._costs = space, costs
         self._weights_U = space.costs_U() / space.costs_U().sum()
         self._weights_L = self._by_layer(self._weights_U)
+
+    @property
+    def may_list(self) -> bool:
+        """Whether kernels can go by lists at all."""
+        return self._costs.listing < NEVER
 
     def _by_layer(self, values_U: torch.Tensor) -> torch.Tensor:
         return torch.stack([values_U[span].sum() for span in self._space.layer_spans])
@@ -165,7 +174,7 @@ class Planner:
             tokens: of all masks, or so many in each layer.
             each: tokens in a row under one mask.
         """
-        if each < _LISTED_TOKENS or self._costs.listing >= NEVER:
+        if each < _LISTED_TOKENS or self._costs.listing >= NEVER or not {"kv_group", "channel"} & {*self._space.kinds}:
             return None
         shares_L = self._shares(torch.ones_like(kept_U) if possible_U is None else possible_U)
         triples = zip(self._tokens_L(tokens), shares_L, self._shares(kept_U), strict=True)
@@ -190,8 +199,9 @@ class Planner:
 
     def _of_pass(self, alive_KU: torch.Tensor, classes_L: Sequence[int], tokens: int) -> float:
         """Of masks that are so many classes in each layer, each of which has so many tokens."""
-        costs, kept_U = self._costs, alive_KU.double().mean(0)
-        kept_L = self._shares(kept_U if tokens >= _LISTED_TOKENS else torch.ones_like(kept_U))
+        costs, kept_L = self._costs, [math.inf] * len(self._weights_L)
+        if tokens >= _LISTED_TOKENS and costs.listing < NEVER:
+            kept_L = self._shares(alive_KU.mean(0, dtype=torch.float64))
         weights: float = sum(
             layer * costs.of_weights(classes * tokens, share, kept)
             for layer, classes, share, kept in zip(

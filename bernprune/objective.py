@@ -57,6 +57,8 @@ class MaskedObjective:
         costs = costs or Costs()
         if view.opaque is not None:
             costs = replace(costs, copying=NEVER)
+        if not live.ops.packs:
+            costs = replace(costs, listing=NEVER)
         self._before_pass, self._planner = before_pass, Planner(view.space, costs)
         self._head: nn.Linear = view.model.get_output_embeddings()
         self.device = next(view.model.parameters()).device
@@ -152,7 +154,8 @@ class MaskedObjective:
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
         bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1
-        kept_U = _kept(masks) if chunks == 1 and self._live.ops.packs else None
+        kept_U = _kept(masks) if chunks == 1 and self._planner.may_list else None
+        kept_U = None if kept_U is None else self._view.space.inherit(kept_U[None], torch.mul)[0]
 
         def run(rows: slice) -> torch.Tensor:
             tokens_RT = tokens_BT[window_R[rows]]
@@ -202,7 +205,10 @@ class MaskedObjective:
         windows = len(tokens_BT)
         classes_L = [len(masks) for masks in branching.masks_of_layers]
         possible_U, tokens_L = alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L]
-        listed_U = self._planner.listed(possible_U, alive_KU.double().mean(0), tokens_L, each=tokens_BT.numel())
+        listed_U = None
+        if self._planner.may_list:
+            kept_U = alive_KU.mean(0, dtype=torch.float64)
+            listed_U = self._planner.listed(possible_U, kept_U, tokens_L, each=tokens_BT.numel())
         self._live.set(
             alive_KU,
             working_U=self._planner.working(possible_U, tokens_L, listed_U),
@@ -283,9 +289,13 @@ def _possible(masks: MaskRows) -> torch.Tensor | None:
     return possible_U
 
 
-def _kept(masks: MaskRows) -> torch.Tensor:
-    """The share of masks that keep each unit, float64 on the CPU; of masks that are yet to be made, as is expected."""
-    probs_U: torch.Tensor | None = getattr(masks, "probs_U", None)
-    if probs_U is not None:
-        return probs_U
-    return (masks[:].flatten(0, -2) != 0).double().mean(0).cpu()
+def _kept(masks: MaskRows) -> torch.Tensor | None:
+    """The share of masks that keep each unit, float64 on the CPU; as is expected of masks that are yet to be made.
+
+    None of gates, which keep all.
+    """
+    probs_U, reference_U = getattr(masks, "probs_U", None), getattr(masks, "reference_U", None)
+    if isinstance(probs_U, torch.Tensor):
+        return None if reference_U is not None and reference_U.is_floating_point() else probs_U
+    numbers = masks[:].flatten(0, -2)
+    return None if numbers.is_floating_point() else numbers.mean(0, dtype=torch.float64).cpu()

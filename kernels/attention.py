@@ -70,7 +70,7 @@ def attention_of_kept(
         raise ValueError(f"one dtype of {', '.join(map(str, DTYPES))} is needed, but got {q_RHTC.dtype}")
     q_RHTC, k_RGTC, v_RGTC = (part if part.stride(-1) == 1 else part.contiguous() for part in (q_RHTC, k_RGTC, v_RGTC))
     y_RTHC = q_RHTC.new_empty(rows, tokens, heads, size)
-    block = block_of(tokens, 64)
+    block = block_of(tokens, 128 // q_RHTC.element_size())
     log2_e = 1.4426950408889634  # so that exponentials are powers of two
     _attention_kernel[(triton.cdiv(tokens, block), heads, rows)](
         q_RHTC, k_RGTC, v_RGTC, y_RTHC, masks.words_MW, T=tokens, H=heads, W=masks.words_MW.shape[1],

@@ -92,9 +92,12 @@ class Tiles:
     def options(self, x: torch.Tensor, rows: int, columns: int, inner: int) -> dict[str, int]:
         """Of a launch: blocks that are not much larger than the work, 128 bytes of what is summed over at a time."""
         high, wide = block_of(rows, self.rows), block_of(columns, self.columns)
-        deep = block_of(inner, 128 // x.element_size())
-        block = (high + self.products * wide) * deep * x.element_size()
-        buffers = max(1, min(self.buffers, (shared_memory(x.device) - 4096) // block))
+        deep, room = block_of(inner, 128 // x.element_size()), shared_memory(x.device) - 4096
+        buffers = room // ((high + self.products * wide) * deep * x.element_size())
+        if buffers < 2 and wide > 64:  # one at a time would have to be waited for
+            wide //= 2
+            buffers = room // ((high + self.products * wide) * deep * x.element_size())
+        buffers = max(1, min(self.buffers, buffers))
         stages = 2 * buffers - 1 if self.listed else buffers  # Triton spreads them over the list and what it names
         return {
             "BM": high, "BN": wide, "BK": deep, "GROUP": self.group, "num_warps": self.warps, "num_stages": stages,

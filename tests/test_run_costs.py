@@ -24,7 +24,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The windows of each measurement; they all find the same."""
     windows: list[int] = []
 
-    def measure(view: Any, ops: Any, window: int) -> Costs:
+    def measure(view: Any, ops: Any, window: int, rows: int) -> Costs:
         windows.append(window)
         return replace(MEASURED)
 
@@ -90,7 +90,8 @@ def test_a_run_goes_on_with_what_it_measured(
             **expected.to_dict(),
         }
     (place.out / "report.json").unlink()
-    path.write_text(json.dumps({"rows": 5, **kept.to_dict()}))  # as an earlier version did
+    earlier = {name: value for name, value in kept.to_dict().items() if name != "listing"}
+    path.write_text(json.dumps({"rows": 5, **earlier}))  # as earlier versions did
     succeed("resume", str(place.out), "--set", "search.rows_per_forward=3")
     assert found[-1] == kept and found_rows[-1] == 3
 

@@ -113,11 +113,14 @@ def test_what_is_fused_is_given_back(family: str, device: torch.device) -> None:
         calls.append(given)
         return reference.rotary(*given)
 
-    with fusing(view, rotary):
-        expected = 2 * len(view.layers)
+    with fusing(view, rotary, [layer.layer for layer in view.layers]):
         calls.clear()
-        found = view.model(input_ids=tokens, use_cache=False).logits
-        assert len(calls) == expected, "queries and keys of every layer"
+        view.model(input_ids=tokens, use_cache=False).logits.sum().backward()
+        assert not calls, "what is asked for gradients is left alone"
+        view.model.zero_grad()
+        with torch.no_grad():
+            found = view.model(input_ids=tokens, use_cache=False).logits
+        assert len(calls) == 2 * len(view.layers), "queries and keys of every layer"
         norms = [m for name, m in view.model.named_modules() if "layernorm" in name or name.endswith("model.norm")]
         assert {type(norm).__name__ for norm in norms} == {"_Norm"}
         assert len(norms) == 2 * len(view.layers) + 1
@@ -147,7 +150,7 @@ def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPa
         return tuple(part.roll(1, -1) for part in own(*given))
 
     monkeypatch.setattr(module, "apply_rotary_pos_emb", turned)
-    with fusing(view, reference.rotary):
+    with fusing(view, reference.rotary, [layer.layer for layer in view.layers]):
         assert type(strange.input_layernorm) is nn.LayerNorm
         assert type(strange.post_attention_layernorm) is Gemma
         assert type(view.layers[1].layer.input_layernorm) is not type(strange.input_layernorm)
@@ -230,6 +233,7 @@ CHOICES = {
     "quantised": ({"opaque": "a layer is quantised"}, "torch"),
     "strange": ({"activation": nn.Tanh()}, "torch"),
     "without_triton": ({"missing": True}, "torch"),
+    "old_card": ({"capability": (7, 5)}, "torch"),
     "by_name": ({"asked": "torch"}, "torch"),
 }
 
@@ -246,6 +250,7 @@ def test_kernels_are_chosen_where_they_can_run(
         return KERNELS if name == "triton" else load_backend(name, device)
 
     monkeypatch.setattr(masking, "load_backend", load)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: given.get("capability", (9, 0)))
     parameter = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
     view: Any = SimpleNamespace(
         model=SimpleNamespace(parameters=lambda: iter([parameter]), dtype=given.get("dtype", torch.bfloat16)),

@@ -8,7 +8,7 @@ Letters: R rows, H heads, T tokens, C entries of a head, D hidden size.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from bernprune.models.view import ModelView
 
+_Both = tuple[torch.Tensor, torch.Tensor]
 _Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _FUNCTION = "apply_rotary_pos_emb"  # of the modules of transformers that define models
 _NEAR = 2e-2  # relative RMS error up to which functions are the same: rounding to bfloat16 gives a fifth of that
@@ -40,9 +41,13 @@ class _Norm(nn.Module):
 
 
 @contextmanager
-def fusing(view: ModelView, rotary: _Rotary) -> Iterator[None]:
-    """Let the model's norms be torch's own, and rotary embeddings be ``rotary``; afterwards it is what it was."""
-    family, owners = view.family, [view.decoder, *(layer.layer for layer in view.layers)]
+def fusing(view: ModelView, rotary: _Rotary, layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Let norms of some layers, and the last one, be torch's own, and rotary embeddings be ``rotary``; for the block.
+
+    The function that rotates belongs to all models of the family: it does as ever where a gradient is asked for, or
+    where queries are of another device or dtype than this model's.
+    """
+    family, owners = view.family, [view.decoder, *layers]
     with ExitStack() as swapped:
         for owner in owners:
             for name in (family.final_norm, family.attention_norm, family.ffn_norm):
@@ -54,15 +59,20 @@ def fusing(view: ModelView, rotary: _Rotary) -> Iterator[None]:
             own = getattr(module, _FUNCTION, None)
             if own is not None and _rotates(own, rotary, view):
                 swapped.callback(setattr, module, _FUNCTION, own)
-                setattr(module, _FUNCTION, _in_one_pass(own, rotary))
+                setattr(module, _FUNCTION, _in_one_pass(own, rotary, next(view.model.parameters())))
         yield
 
 
-def _in_one_pass(own: Callable[..., Any], rotary: _Rotary) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def _in_one_pass(
+    own: Callable[..., Any], rotary: _Rotary, like: torch.Tensor
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     def rotated(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if args or options or q.ndim != 4 or cos.ndim != 3:
+        plain = (
+            q.ndim == 4 and cos.ndim == 3 and not q.requires_grad and (q.device, q.dtype) == (like.device, like.dtype)
+        )
+        if args or options or not plain:
             both: tuple[torch.Tensor, torch.Tensor] = own(q, k, cos, sin, *args, **options)
             return both
         return rotary(q, cos, sin), rotary(k, cos, sin)
@@ -77,7 +87,7 @@ def _is_rms_norm(norm: nn.Module) -> bool:
     if isinstance(norm, _Norm) or not isinstance(weight, torch.Tensor) or weight.ndim != 1:
         return False
     x_1TD = 0.5 + _numbers(weight, 1, 3, len(weight))  # not of mean zero, so that layer norms differ
-    return _near(norm(x_1TD), _Norm(norm)(x_1TD))
+    return all(_near(norm(x), _Norm(norm)(x)) for x in (x_1TD, 1e-3 * x_1TD))  # small ones show what epsilon is
 
 
 @torch.no_grad()
@@ -86,7 +96,7 @@ def _rotates(own: Callable[..., Any], rotary: _Rotary, view: ModelView) -> bool:
     weight, size = next(view.model.parameters()), view.architecture.head_dim
     q_RHTC, k_RHTC = _numbers(weight, 2, 3, 5, size), _numbers(weight, 2, 1, 5, size)
     cos_RTC, sin_RTC = _numbers(weight, 1, 5, size), _numbers(weight, 1, 5, size).flip(1)
-    found = _in_one_pass(own, rotary)(q_RHTC, k_RHTC, cos_RTC, sin_RTC)
+    found = _in_one_pass(own, rotary, weight)(q_RHTC, k_RHTC, cos_RTC, sin_RTC)
     return all(map(_near, own(q_RHTC, k_RHTC, cos_RTC, sin_RTC), found))
 
 

@@ -41,6 +41,7 @@ from bernprune.models.view import LayerView, ModelView
 from bernprune.names import BackendName, Kind
 
 logger = logging.getLogger(__name__)
+_CAPABILITY = 8, 0  # of a GPU on which kernels are faster than plain torch
 _ALIGNED = {"cuda": 16}  # channels, of which a multiple is at work, by type of device
 
 
@@ -261,6 +262,7 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
 
     Of the batches run inside each of the masks last set has as many rows. Nothing is masked before the first ``set``.
     ``layers`` limits masking to some layers; the others stay what they were: dense, or masked by a block around this.
+    Kernels bring a rotary embedding that all layers take.
 
     Raises:
         BackendError: ``ops`` cannot run this model.
@@ -283,7 +285,7 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
             attentions = {view.layers[index].attention: of_layer["kv_group"] for index, of_layer in branches.items()}
             swapped.enter_context(attending(view.model, attentions, ops.attention_of_kept))
         if ops.rotary is not None:
-            swapped.enter_context(fusing(view, ops.rotary))
+            swapped.enter_context(fusing(view, ops.rotary, [view.layers[index].layer for index in chosen]))
         yield LiveMasks(view, branches, ops)
 
 
@@ -297,6 +299,8 @@ def choose_ops(name: BackendName, view: ModelView) -> MaskedOps:
     device = next(view.model.parameters()).device
     if name == "auto" and device.type == "cuda":
         try:
+            if torch.cuda.get_device_capability(device) < _CAPABILITY:
+                raise BackendError(f"{device} has no matrix units that Triton uses")
             ops = load_backend("triton", device)
             _check(view, ops)
             return ops

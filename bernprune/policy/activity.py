@@ -159,8 +159,9 @@ class ActiveTokens:
         advantages_BKT = less_the_others(reading.losses_BKT.double().cpu() - predicted_BKT) / num_masks
         swung_BTL = None
         if levels_BKCG is not None:
-            levels_BKTL = levels_BKCG[..., self._groups].repeat_interleave(size, dim=2)
-            swung_BTL = torch.einsum("bkt,bktl->btl", advantages_BKT, levels_BKTL).to(sums.device, torch.float32)
+            by_chunk_BKCT, levels_BKCL = advantages_BKT.unflatten(2, (-1, size)), levels_BKCG[..., self._groups]
+            swung_BTL = torch.einsum("bkct,bkcl->bctl", by_chunk_BKCT, levels_BKCL).flatten(1, 2)
+            swung_BTL = swung_BTL.to(sums.device, torch.float32)
         amplitude_U, advantages_BKT = amplitude_U.to(sums.device), advantages_BKT.to(sums.device, torch.float32)
         found_3BN = torch.zeros(3, windows, int(self._channels_U.sum()), dtype=torch.float64, device=sums.device)
         starts = [0, *itertools.accumulate(len(members_N) for members_N in self._layers)]

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from bernprune.config import RunConfig, make_config
-from bernprune.costs import Costs
+from bernprune.costs import NEVER, Costs
 from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
@@ -234,8 +234,9 @@ def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
     """With the costs and rows that the run began with; None if it was killed before it knew them."""
     try:
         stored = json.loads(folder.costs.read_text(encoding="utf-8"))
-        costs, rows = Costs(*(float(stored[field.name]) for field in fields(Costs))), int(stored["rows"])
-        dtype = stored.get("dtype", "same")  # earlier versions knew no other
+        known = {"listing": NEVER} | stored  # earlier versions knew no lists, and no other dtype
+        costs, rows = Costs(*(float(known[field.name]) for field in fields(Costs))), int(stored["rows"])
+        dtype = stored.get("dtype", "same")
     except (OSError, ValueError, TypeError, KeyError):
         return None
     if dtype not in get_args(SearchDtype):

@@ -89,7 +89,7 @@ class Stage:
         known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
         same = known and opened.view.model.device == device
         by_hand = same and self.config.backend != "auto"
-        ops = self.ops if by_hand else choose_ops("auto", opened.view)
+        ops = self.ops if by_hand else choose_ops("torch" if self.config.backend == "torch" else "auto", opened.view)
         return replace(
             self,
             view=opened.view,
@@ -118,7 +118,7 @@ class Stage:
         """What forward passes cost here, unless the model is so small that it does not matter."""
         if not is_large(self.view) or self.config.search.costs == "fixed":
             return Costs()
-        return measure(self.view, self.ops, self.config.data.window)
+        return measure(self.view, self.ops, self.config.data.window, self.rows)
 
 
 def rows_per_forward(config: RunConfig, view: ModelView) -> int:
