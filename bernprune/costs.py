@@ -94,8 +94,10 @@ def _rounded(cost: float) -> float:
 
 @torch.inference_mode()
 def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Costs:
-    """What forward passes of this model cost here: 12 passes in each way, half of few windows and half of many, but 6
-    by lists; of at most so many rows, or two."""
+    """What forward passes of this model cost here.
+
+    Each way takes 6 passes of few windows and 6 of many, lists take those of many alone; of ``rows`` at most, or two.
+    """
     space, device = view.space, next(view.model.parameters()).device
     least, most = _MEASURED_ROWS[device.type]
     most = max(2, min(most, rows))
@@ -144,6 +146,16 @@ class Planner:
         """Of each layer's weights, how much belongs to these units."""
         shares: list[float] = (self._by_layer(self._weights_U * kept_U) / self._weights_L).nan_to_num(1.0).tolist()
         return shares
+
+    def ways(
+        self, possible_U: torch.Tensor | None, kept_U: torch.Tensor | None, tokens: int | Sequence[int], *, each: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Units to compute, see ``working``, and those whose products go by lists, see ``listed``.
+
+        ``kept_U`` may be None: then nothing is listed.
+        """
+        listed_U = None if kept_U is None else self.listed(possible_U, kept_U, tokens, each=each)
+        return self.working(possible_U, tokens, listed_U), listed_U
 
     def working(
         self,

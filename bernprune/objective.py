@@ -154,21 +154,29 @@ class MaskedObjective:
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
 
         bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1
-        kept_U = _kept(masks) if chunks == 1 and self._planner.may_list else None
-        kept_U = None if kept_U is None else self._view.space.inherit(kept_U[None], torch.mul)[0]
+        kept_U = self._kept_shares(masks) if chunks == 1 and self._planner.may_list else None
 
         def run(rows: slice) -> torch.Tensor:
             tokens_RT = tokens_BT[window_R[rows]]
-            size, listed_U = tokens_RT.numel(), None
-            if kept_U is not None:
-                listed_U = self._planner.listed(possible_U, kept_U, size, each=tokens_RT.shape[1])
-            working_U = self._planner.working(possible_U, size, listed_U)
+            working_U, listed_U = self._planner.ways(possible_U, kept_U, tokens_RT.numel(), each=tokens_RT.shape[1])
             these = masks[mask_R[rows]] if bits is None else bits(slice(rows.start * chunks, rows.stop * chunks))
             self._live.set(these, chunks=chunks, working_U=working_U, listed_U=listed_U)
             hidden_RTD = self._hidden(tokens_RT)
             return self._losses(hidden_RTD, tokens_RT, None if dense_BTD is None else dense_BTD[window_R[rows]])
 
         return self._in_passes(run, len(mask_R), lambda: self._rows).double().cpu()
+
+    def _kept_shares(self, masks: MaskRows) -> torch.Tensor | None:
+        """Of masks, those under which each unit is alive, float64 ``[U]`` on the CPU; as is expected of masks that are
+        yet to be made. None of gates, which keep all."""
+        probs_U, reference_U = getattr(masks, "probs_U", None), getattr(masks, "reference_U", None)
+        if isinstance(probs_U, torch.Tensor):
+            gates = reference_U is not None and reference_U.is_floating_point()
+            return None if gates else self._view.space.inherit(probs_U[None], torch.mul)[0]
+        numbers = masks[:].flatten(0, -2)
+        if numbers.is_floating_point():
+            return None
+        return self._view.space.alive(numbers).mean(0, dtype=torch.float64).cpu()
 
     def _bits(self, masks: MaskRows, mask_R: torch.Tensor) -> Callable[[slice], PackedMasks] | None:
         """What lets a kernel make some of the masks as bits; None where they are numbers, or not of one row each."""
@@ -204,17 +212,12 @@ class MaskedObjective:
         """The last hidden states of each class of masks on each window, ``[classes * B, T, D]``."""
         windows = len(tokens_BT)
         classes_L = [len(masks) for masks in branching.masks_of_layers]
-        possible_U, tokens_L = alive_KU.any(0), [count * tokens_BT.numel() for count in classes_L]
-        listed_U = None
-        if self._planner.may_list:
-            kept_U = alive_KU.mean(0, dtype=torch.float64)
-            listed_U = self._planner.listed(possible_U, kept_U, tokens_L, each=tokens_BT.numel())
-        self._live.set(
-            alive_KU,
-            working_U=self._planner.working(possible_U, tokens_L, listed_U),
-            listed_U=listed_U,
-            masks_of_layers=branching.masks_of_layers,
-        )
+        size = tokens_BT.numel()
+        kept_U = alive_KU.mean(0, dtype=torch.float64) if self._planner.may_list else None
+        tokens_L = [count * size for count in classes_L]
+        working_U, listed_U = self._planner.ways(alive_KU.any(0), kept_U, tokens_L, each=size)
+        masks_of_layers = branching.masks_of_layers
+        self._live.set(alive_KU, working_U=working_U, listed_U=listed_U, masks_of_layers=masks_of_layers)
         with branching.growing([layer.layer for layer in self._view.layers], windows):
             return self._hidden(tokens_BT, len(alive_KU) * windows)
 
@@ -287,15 +290,3 @@ def _possible(masks: MaskRows) -> torch.Tensor | None:
         return (masks.flatten(0, -2) != 0).any(0).cpu()
     possible_U: torch.Tensor | None = getattr(masks, "possible_U", None)
     return possible_U
-
-
-def _kept(masks: MaskRows) -> torch.Tensor | None:
-    """The share of masks that keep each unit, float64 on the CPU; as is expected of masks that are yet to be made.
-
-    None of gates, which keep all.
-    """
-    probs_U, reference_U = getattr(masks, "probs_U", None), getattr(masks, "reference_U", None)
-    if isinstance(probs_U, torch.Tensor):
-        return None if reference_U is not None and reference_U.is_floating_point() else probs_U
-    numbers = masks[:].flatten(0, -2)
-    return None if numbers.is_floating_point() else numbers.mean(0, dtype=torch.float64).cpu()

@@ -48,7 +48,12 @@ def compile_all(capability: int) -> None:
     def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         found = launch(kernel, *args, grid=grid, warmup=True, **options)
         matrix_units = any(name in found.asm["ptx"] for name in ("wgmma", "mma.sync"))
-        report = {"kernel": kernel.__name__, "shared": found.metadata.shared, "matrix_units": matrix_units}
+        report = {
+            "kernel": kernel.__name__,
+            "shared": found.metadata.shared,
+            "matrix_units": matrix_units,
+            "stages": found.metadata.num_stages,
+        }
         sys.stdout.write(json.dumps({**report, "room": SHARED[capability]}) + "\n")
         return found
 

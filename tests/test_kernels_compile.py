@@ -28,3 +28,5 @@ def test_every_kernel_compiles(capability: int) -> None:
     assert {report["kernel"] for report in found} == PRODUCTS | OTHERS
     assert {report["kernel"] for report in found if report["matrix_units"]} == PRODUCTS
     assert all(report["shared"] <= report["room"] for report in found), found
+    ahead = {report["kernel"]: report["stages"] for report in found if report["kernel"] in PRODUCTS}
+    assert min(ahead.values()) >= 2, "what is multiplied next is on its way"

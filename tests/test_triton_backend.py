@@ -28,11 +28,11 @@ from bernprune.errors import BackendError
 from bernprune.kernels import fused, reference
 from bernprune.models import masking
 from bernprune.models.fusing import fusing
-from bernprune.models.masking import masked
+from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import MaskedObjective, masked_objective
-from bernprune.policy.masks import Design
+from bernprune.policy.masks import Design, with_reference
 from bernprune.scores import SCORES, initial_scores
 
 pytestmark = pytest.mark.gpu
@@ -217,6 +217,53 @@ def test_a_model_that_kernels_cannot_run_is_refused(ops: Any, device: torch.devi
             raise AssertionError("the block was entered")
         with masked(view, load_backend("torch", device)) as live:
             assert live.ops.name == "torch"
+
+
+@pytest.mark.parametrize("rows", [1, 5, 64])
+def test_costs_are_measured_in_passes_that_a_run_may_have(
+    rows: int, monkeypatch: pytest.MonkeyPatch, ops: Any, device: torch.device
+) -> None:
+    """Of lists by masks that leave half of the units alive, whatever these lie in."""
+    monkeypatch.setattr(costs, "_MEASURED_PASSES", (1, 0))
+    monkeypatch.setattr(costs, "_MEASURED_ROWS", {"cpu": (2, 6), "cuda": (2, 6)})
+    view, listed, passes = a_view("llama", ("layer", "attention", "kv_group", "channel"), device), [], []
+    was_set = LiveMasks.set
+
+    def watched(live: LiveMasks, masks: Any, **given: Any) -> None:
+        listed.extend([masks] if given.get("listed_U") is not None else [])
+        was_set(live, masks, **given)
+
+    monkeypatch.setattr(LiveMasks, "set", watched)
+    view.decoder.register_forward_pre_hook(
+        lambda _, __, given: passes.append(len(given["input_ids"])), with_kwargs=True
+    )
+    costs.measure(view, ops, 8, rows)
+    assert max(passes) == min(6, max(2, rows)) and min(passes) < max(passes)
+    for kind in view.space.finest:
+        assert 0.2 < view.space.alive(listed[-1])[:, view.space.of_kind(kind)].float().mean() < 0.8
+
+
+SHARES = {
+    "tensor": (lambda masks: masks[:], True),
+    "yet_to_be_made": (lambda masks: masks, True),
+    "gates": (lambda masks: masks[:].float(), False),
+    "gates_among_them": (lambda masks: with_reference(masks, torch.full(masks.shape[-1:], 0.5)), False),
+}
+
+
+@pytest.mark.parametrize(("make", "known"), SHARES.values(), ids=SHARES)
+def test_shares_that_masks_keep_are_of_what_is_alive(
+    make: Callable[[Any], Any], known: bool, ops: Any, device: torch.device
+) -> None:
+    """Of nested units; gates keep all, and have none."""
+    view, design = a_view("llama", GRANULARITIES["nested"], device), Design(40, 4)
+    masks_BKCU = make_masks(random_numbers(view.space.size, 1), design, space=view.space).to(device)
+    expected_U = view.space.alive(masks_BKCU[:].flatten(0, 2)).double().mean(0).cpu()
+    with masked_objective(view, ops) as objective:
+        found_U = objective._kept_shares(make(masks_BKCU))
+    assert (found_U is not None) == known
+    if found_U is not None:
+        assert_close(found_U, expected_U, 0.15)
 
 
 KERNELS = replace(

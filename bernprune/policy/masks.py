@@ -27,9 +27,9 @@ L levels, N rows asked for, D rows of random numbers, V units filled up to a mul
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -42,6 +42,7 @@ from bernprune.seeding import counter_key
 from bernprune.units import MaskRows, UnitSpace
 
 CPU = torch.device("cpu")
+_Made = TypeVar("_Made")
 _BLOCK = 2**18  # random words at once, which stay in the caches; a multiple of ORDERS
 _ENTRIES = 2**23  # of masks that are numbers at once, 64 MiB in float64
 
@@ -159,12 +160,14 @@ class Masks:
         rows_N = self.rows[index].flatten()
         if not self.drawable:
             raise ConfigError("exact masks, and references, cannot be drawn bit by bit")
-        rows_known_N, known = self._known.get("drawn", (None, None))
-        if known is None or not torch.equal(rows_known_N, rows_N):
-            known = self._drawn(rows_N)
-            self._known["drawn"] = rows_N, known
-        found: DrawnMasks = known
-        return found
+        return self._of_rows("drawn", rows_N, self._drawn)
+
+    def _of_rows(self, name: str, rows_N: torch.Tensor, make: Callable[[torch.Tensor], _Made]) -> _Made:
+        """Made once for the rows last asked for, as a step asks for all of its own several times."""
+        if name not in self._known or not torch.equal(self._known[name][0], rows_N):
+            self._known[name] = rows_N, make(rows_N)
+        made: _Made = self._known[name][1]
+        return made
 
     def _drawn(self, rows_N: torch.Tensor) -> DrawnMasks:
         device, groups = self.device, self.budget.space.group_U
@@ -183,12 +186,7 @@ class Masks:
 
     def _levels(self, rows_N: torch.Tensor) -> torch.Tensor:
         """``[N, G]``: by lot, from random words that lie behind those of the units."""
-        rows_known_N, known = self._known.get("levels", (None, None))
-        if known is None or not torch.equal(rows_known_N, rows_N):
-            known = self._drawn_levels(rows_N)
-            self._known["levels"] = rows_N, known
-        found: torch.Tensor = known
-        return found
+        return self._of_rows("levels", rows_N, self._drawn_levels)
 
     def _drawn_levels(self, rows_N: torch.Tensor) -> torch.Tensor:
         masks, chunks, groups = self.design.masks, self.design.chunks, len(self.budget.space.groups)

@@ -209,8 +209,8 @@ class PosteriorSearch(MaskSearch):
         """Masks count less their probabilities, up to what those on the same text share: advantages sum to zero."""
         effects_BU = sums.scores(advantages_BKC) / advantages_BKC.shape[1]
         if swung_BG is not None:
-            group_U = self._of_policy(("groups", sums.device), lambda: self.budget.space.group_U.to(sums.device))
-            effects_BU = effects_BU - swung_BG.to(sums.device)[:, group_U] * self._amplitude_on(sums.device)
+            swung_BU = swung_BG.to(sums.device)[:, self.budget.space.group_U.to(sums.device)]
+            effects_BU = effects_BU - swung_BU * self._amplitude_on(sums.device)
         return effects_BU / self._contrasts_on(sums.device) - self.worth_U.to(sums.device)
 
     def _levels(self, masks_BKCU: MaskRows) -> torch.Tensor | None:

@@ -88,13 +88,12 @@ class Stage:
         opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
         known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
         same = known and opened.view.model.device == device
-        by_hand = same and self.config.backend != "auto"
-        ops = self.ops if by_hand else choose_ops("torch" if self.config.backend == "torch" else "auto", opened.view)
+        name = "auto" if self.config.backend == "triton" and not same else self.config.backend
         return replace(
             self,
             view=opened.view,
             dtype=opened.dtype,
-            ops=ops,
+            ops=choose_ops(name, opened.view),
             rows=rows_per_forward(self.config, opened.view),
             costs=Costs(),
         )
