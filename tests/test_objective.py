@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -66,6 +67,17 @@ def expected_loss(dense: Any, sliced: Any, tokens_BT: torch.Tensor, kind: Object
         return (ours.exp() * (ours - theirs)).sum(-1).mean().item()
     picked = [-theirs[b, t, tokens_BT[b, t + 1]] for b in range(len(tokens_BT)) for t in range(tokens_BT.shape[1] - 1)]
     return (sum(picked) / len(picked)).item()
+
+
+def test_plain_torch_gathers_whatever_lists_would_cost() -> None:
+    """By costs that a run measured with kernels: what they would not compute is not computed here either."""
+    view, tokens_BT, found = describe(tiny_model("llama")), random_tokens(2, 64), []
+    masks_KU = random_masks(view, 2)
+    for costs in (FREE, replace(FREE, listing=0.1)):
+        with FlopCounterMode(display=False) as counter, masked_objective(view, OPS, costs=costs) as objective:
+            objective.losses(masks_KU, tokens_BT)
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("multiple", [3, 16])

@@ -27,7 +27,7 @@ from bernprune.costs import NEVER, Costs
 from bernprune.errors import BackendError
 from bernprune.kernels import fused, reference
 from bernprune.models import masking
-from bernprune.models.fusing import fusing
+from bernprune.models.fusing import _is_rms_norm, fusing
 from bernprune.models.masking import LiveMasks, masked
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
@@ -171,6 +171,27 @@ def test_scores_are_those_of_plain_torch(name: str, ops: Any, device: torch.devi
         for each in (load_backend("torch", device), ops)
     )
     assert_close(found, expected, GUARDED)
+
+
+class Hidden(nn.Module):
+    """An RMS norm that calls its epsilon by another name."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight, self.small = nn.Parameter(torch.ones(size)), 1e-5
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, self.small)
+
+
+@pytest.mark.parametrize(
+    ("norm", "known"),
+    [(nn.RMSNorm(4096, eps=1e-5), True), (nn.LayerNorm(4096, bias=False), False), (Hidden(4096), False)],
+    ids=["rms", "layer", "other_epsilon"],
+)
+def test_norms_are_known_by_what_they_compute(norm: nn.Module, known: bool) -> None:
+    """Also of wide hidden states, whose mean is near zero anyway, and of small ones, where epsilon counts."""
+    assert _is_rms_norm(norm) == known
 
 
 def test_divergences_and_nested_units(ops: Any, device: torch.device) -> None:

@@ -21,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.learning.rows import append_row, commit
 from benchmarks.speed import models
 from benchmarks.speed.providers import NAMES, provider
-from bernprune.backends import keep_freed_memory
+from bernprune.backends import find_device, keep_freed_memory
+from bernprune.errors import BackendError
 from bernprune.evaluation.latency import machine
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
@@ -39,6 +40,14 @@ def shapes(per: str, tokens: int) -> tuple[tuple[int, ...], int]:
         return (MASKS_OF_BATCH,), tokens // (WINDOW * MASKS_OF_BATCH)
     windows = tokens // (WINDOW * MASKS_OF_WINDOW)
     return (windows, MASKS_OF_WINDOW, 1 if per == "sequence" else 4), windows
+
+
+def asked_device(name: str) -> torch.device:
+    """Or the end, with what is wrong in one sentence."""
+    try:
+        return find_device(name)
+    except BackendError as error:
+        sys.exit(f"error: {error}")
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device, *, least: float) -> list[float]:
@@ -121,7 +130,7 @@ def twin(view: ModelView, masks: torch.Tensor, tokens_BT: torch.Tensor) -> torch
 
 def rows(given: argparse.Namespace, model: str) -> None:
     """Of one model: all densities, sizes of a step, ways of masks and providers."""
-    device, dtype = torch.device(given.device), getattr(torch, given.dtype)
+    device, dtype = asked_device(given.device), getattr(torch, given.dtype)
     view, most = models.build(model, dtype, device, layers=given.layers), ceiling(dtype, device)
     widest = bandwidth(device)
     for density, tokens, per in itertools.product(given.density, given.tokens, given.per):

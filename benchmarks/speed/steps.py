@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.rows import append_row, commit
 from benchmarks.speed import models
+from benchmarks.speed.run import asked_device
 from bernprune.backends import keep_freed_memory
 from bernprune.config import RunConfig, make_config
 from bernprune.costs import measure
@@ -26,6 +27,7 @@ from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
+from bernprune.presets import PRESETS
 from bernprune.run.loop import evaluate
 from bernprune.run.workload import make_budget, make_limits, make_search
 from bernprune.seeding import generator
@@ -95,7 +97,7 @@ def main() -> None:
     """Parse, and time one preset after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=models.NAMES, default="llama-25m")
-    parser.add_argument("--preset", nargs="+", default=["default", "paper"])
+    parser.add_argument("--preset", nargs="+", choices=sorted(PRESETS), default=["default", "paper"])
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--device", default="cpu")
@@ -105,7 +107,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     keep_freed_memory()
-    device = torch.device(given.device)
+    device = asked_device(given.device)
     if reason := models.missing(given.model):
         sys.exit(f"{given.model} is skipped: {reason}")
     view = models.build(given.model, getattr(torch, given.dtype), device, layers=given.layers)

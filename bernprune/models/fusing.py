@@ -69,10 +69,8 @@ def _in_one_pass(
     def rotated(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        plain = (
-            q.ndim == 4 and cos.ndim == 3 and not q.requires_grad and (q.device, q.dtype) == (like.device, like.dtype)
-        )
-        if args or options or not plain:
+        ours = (q.device, q.dtype) == (like.device, like.dtype) and not q.requires_grad
+        if args or options or q.ndim != 4 or cos.ndim != 3 or not ours:
             both: tuple[torch.Tensor, torch.Tensor] = own(q, k, cos, sin, *args, **options)
             return both
         return rotary(q, cos, sin), rotary(k, cos, sin)
