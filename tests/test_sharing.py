@@ -197,6 +197,14 @@ def test_lists_pay_where_little_is_kept() -> None:
     listed_U = dear.listed(few_U, always_U, 640, each=64)
     assert listed_U.equal(layer_U)
     assert free.working(few_U, 640, listed_U) is None, "what goes by lists is not gathered"
+    cheap = Planner(space, Costs(copying=0.0, listing=0.5))
+    working_U, listed_U = cheap.ways(few_U, always_U, 640, each=64)
+    assert working_U is None and listed_U.all()
+    working_U, listed_U = cheap.ways(few_U, None, 640, each=64)
+    assert working_U.equal(few_U) and listed_U is None
+    blocks = describe(tiny_model("llama"), ("attention", "ffn")).space
+    few_blocks_U = torch.full((blocks.size,), 0.4, dtype=torch.float64)
+    assert Planner(blocks, Costs(listing=0.5)).listed(None, few_blocks_U, 640, each=64) is None, "blocks have no lists"
 
 
 def test_lists_count_where_masks_go_together() -> None:
