@@ -93,7 +93,7 @@ def operations() -> list[Callable[[], Any]]:
         lambda: linear.linear_to_kept(narrow, bits, zeros(128 * 128, 128), unit_width=128),
         *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("silu", "gelu", "gelu_tanh")),
         lambda: mlp.hidden_of_kept(narrow, kept, weight[:128], weight[128:], activation="silu"),
-        lambda: attention.attention_of_kept(heads, heads, heads, bits),
+        *(lambda x=x: attention.attention_of_kept(x, x, x, bits) for x in (heads, heads.float())),
         lambda: linear.cut(narrow, bits),
         lambda: rotary.rotary(heads, heads[:1, 0], heads[:1, 1]),
         lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),

@@ -25,6 +25,7 @@ def measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     windows: list[int] = []
 
     def measure(view: Any, ops: Any, window: int, rows: int) -> Costs:
+        assert rows == 64, "as many as a pass of the run"
         windows.append(window)
         return replace(MEASURED)
 

@@ -164,6 +164,15 @@ def test_int8_without_torchao(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
     assert not place.out.exists()
 
 
+def test_what_kernels_search_on_is_measured_without_them(place: Place) -> None:
+    """If they cannot run the model itself, for its format."""
+    load_model(str(place.model)).double().save_pretrained(place.model)
+    stage = set_stage(make_config({**given(place), "backend": "triton", "search": {"dtype": "bfloat16"}}))
+    assert (stage.ops.name, stage.view.model.dtype) == ("triton", torch.bfloat16)
+    stage = stage.with_weights("same")
+    assert (stage.ops.name, stage.view.model.dtype) == ("torch", torch.float64)
+
+
 def test_int8_is_not_for_kernels() -> None:
     """Which multiply with plain weights."""
     with pytest.raises(ConfigError, match=r"search.dtype 'int8' needs backend 'torch' or 'auto', but that is 'triton'"):

@@ -83,6 +83,23 @@ def test_the_losses_are_those_of_plain_torch(
     assert_close(found[1], found[0], CHAIN[torch.float32])
 
 
+@pytest.mark.parametrize(
+    ("way", "listing", "listed"),
+    [("sequences", 1.0, True), ("shared", 1.0, True), ("sequences", NEVER, False), ("chunks", 1.0, False)],
+)
+def test_kernels_go_by_lists_where_that_pays(
+    way: str, listing: float, listed: bool, monkeypatch: pytest.MonkeyPatch, ops: Any, device: torch.device
+) -> None:
+    """Of whole rows alone."""
+    made, make = [], fused.list_kept
+    monkeypatch.setattr(costs, "_LISTED_TOKENS", 1)
+    monkeypatch.setattr(fused, "list_kept", lambda masks: made.append(masks) or make(masks))
+    view = a_view("llama", GRANULARITIES["parts"], device)
+    with masked_objective(view, ops, costs=Costs(passing=1e9, copying=NEVER, listing=listing)) as objective:
+        CALLS[way](objective, random_masks(view.space, 6), random_tokens(3, 8))
+    assert bool(made) == listed
+
+
 @pytest.mark.parametrize("settled", [False, True], ids=["all_possible", "some_settled"])
 @pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=GRANULARITIES)
 @pytest.mark.parametrize("design", [Design(3, 2, 4, "antithetic", 0.5), Design(3, 2)], ids=["chunks", "sequences"])
@@ -100,6 +117,8 @@ def test_masks_that_are_drawn_by_a_kernel(
     cheap = Costs(passing=1.0, copying=0.0, blocks=1.0)
     with masked_objective(view, ops, rows_per_forward=4, costs=cheap) as objective:
         assert_close(objective.token_losses(masks_BKCU, tokens_BT), expected, CHAIN[torch.float32])
+        gathered = [branch.kept_N for of_layer in objective._live._branches.values() for branch in of_layer.values()]
+    assert any(kept_N is not None for kept_N in gathered) == settled
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,6 +137,9 @@ def test_what_is_fused_is_given_back(family: str, device: torch.device) -> None:
         view.model(input_ids=tokens, use_cache=False).logits.sum().backward()
         assert not calls, "what is asked for gradients is left alone"
         view.model.zero_grad()
+        with torch.no_grad():
+            tiny_model(family, **FAMILIES[family]).to(device)(input_ids=tokens, use_cache=False)
+        assert not calls, "so is a model of the family in another format"
         with torch.no_grad():
             found = view.model(input_ids=tokens, use_cache=False).logits
         assert len(calls) == 2 * len(view.layers), "queries and keys of every layer"

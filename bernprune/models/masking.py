@@ -163,7 +163,7 @@ class LiveMasks:
             working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
                 all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
                 from a cache under other masks. None: all units; so too if not all projections are plain.
-            listed_U: units of layers and kinds of which kernels had better go by lists of what masks keep, bool.
+            listed_U: units of layers of which kernels had better go by lists of what masks of whole rows keep, bool.
             masks_of_layers: for each layer of the model which of the masks its rows are under, if layers have different
                 numbers of rows; see ``bernprune.models.sharing``.
         """
@@ -180,7 +180,7 @@ class LiveMasks:
                 if units is not None:
                     self._set_branch(branch, now, units, rows, whole=span is None)
                     if isinstance(branch.masks, PackedMasks) and listed_U is not None:
-                        branch.masks = replace(branch.masks, listed=chunks == 1 and bool(listed_U[units.start]))
+                        branch.masks = replace(branch.masks, listed=bool(listed_U[units.start]))
 
     def _current(self, masks: torch.Tensor | PackedMasks, working_U: torch.Tensor | None) -> CurrentMasks:
         """All that takes an operation on all units, once for all branches."""
