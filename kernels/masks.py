@@ -14,6 +14,11 @@ import torch
 BITS = 32  # of a word
 ORDERS = 64  # rows of shifts; unit u takes row u % ORDERS
 
+# Eight units at a time, a byte each in one number of 64 bits (as in "Bit Twiddling Hacks", Anderson, 2005).
+_EVERY = 0x0101010101010101  # times a byte, the byte in all eight places
+_OWN = 0x8040201008040201 - 2**64  # of place i, bit i
+_GATHER = 0x0102040810204080  # times eight bytes of 0 or 1, byte i as bit i of the highest
+
 
 @dataclass(frozen=True)
 class PackedMasks:
@@ -36,9 +41,9 @@ class PackedMasks:
         """From masks of any dtype, on their device; what is not zero is kept."""
         count, size = masks_MN.shape
         bits = masks_MN.new_zeros(count, -(-size // BITS) * BITS, dtype=torch.uint8)
-        bits[:, :size] = masks_MN != 0
-        bits = bits.view(count, -1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)
-        return cls(bits.sum(-1, dtype=torch.uint8).view(torch.int32), size)
+        bits[:, :size] = masks_MN.bool()
+        packed = bits.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56)
+        return cls(packed.to(torch.uint8).view(torch.int32), size)
 
     def __len__(self) -> int:
         return len(self.words_MW)
@@ -62,10 +67,10 @@ class PackedMasks:
     def unpack(self) -> torch.Tensor:
         """Bool ``[M, N]``."""
         low, high = self._words()
-        places = torch.arange(BITS, dtype=torch.int32, device=self.words_MW.device)
-        bits_MU = ((self.words_MW[:, low:high, None] >> places) & 1).flatten(1)
+        bytes_MY = self.words_MW[:, low:high].contiguous().view(torch.uint8).long()
+        kept_MU = bytes_MY.mul_(_EVERY).bitwise_and_(_OWN).view(torch.uint8).bool()
         start = self.first - low * BITS
-        return bits_MU[:, start : start + self.size].bool()
+        return kept_MU[:, start : start + self.size]
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ def test_the_policy_is_mathematics_alone() -> None:
         for used in imported(name)
         if not within(used, "bernprune")
     }
-    plain = {"abc", "math", "itertools", "functools", "collections", "dataclasses", "typing", "enum"}
+    plain = {"abc", "bisect", "math", "itertools", "functools", "collections", "dataclasses", "typing", "enum"}
     assert others <= {*plain, "torch", "numpy"}
 
 

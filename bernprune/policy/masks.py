@@ -27,6 +27,7 @@ L levels, N rows asked for, D rows of random numbers, V units filled up to a mul
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -263,9 +264,12 @@ class Masks:
         thresholds_LU = self._thresholds_LU[:, units.start : units.stop]
         if levels_NG is None:
             return words_NU < thresholds_LU[1]
-        groups_U = self.budget.space.group_U[units.start : units.stop]
-        levels_NU = levels_NG.to(self.device)[:, groups_U.to(self.device)]
-        kept_NU: torch.Tensor = words_NU < thresholds_LU.gather(0, levels_NU + 1)
+        kept_NU = torch.empty(words_NU.shape, dtype=torch.bool, device=words_NU.device)
+        levels_NG, starts = levels_NG.to(words_NU.device) + 1, self.budget.space.starts
+        for group in range(bisect_right(starts, units.start) - 1, bisect_left(starts, units.stop)):
+            here = slice(max(starts[group] - units.start, 0), starts[group + 1] - units.start)
+            thresholds_NU = thresholds_LU[:, here].index_select(0, levels_NG[:, group])
+            torch.lt(words_NU[:, here], thresholds_NU, out=kept_NU[:, here])
         return kept_NU
 
 

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 
 import torch
 
-from bernprune.kernels.masks import DrawnMasks, PackedMasks  # type: ignore[import-not-found]
+from bernprune.kernels.masks import BITS, DrawnMasks, PackedMasks  # type: ignore[import-not-found]
 from bernprune.kernels.reference import SumKernels, activity_sums, kept_sums, score_sums  # type: ignore[import-not-found]
 from bernprune.policy.masks import CPU, Masks, row_slices
 from bernprune.units import MaskRows
+
+_NUMBERS = 2**18  # of masks in float64 at once, which stay in the caches
 
 
 class MaskSums:
@@ -39,7 +41,8 @@ class MaskSums:
         if self._kernels is not None:
             sums_M = self._kernels.kept_sums(values_U.float(), self._masks)
         else:
-            sums_M = torch.cat([kept_sums(values_U, masks_MU) for _, masks_MU in self._unpacked()])
+            parts = [kept_sums(values_U[units], masks_MU) for units, masks_MU in self._unpacked()]
+            sums_M = torch.stack(parts).sum(0)
         return torch.as_tensor(sums_M, dtype=torch.float64, device=CPU).view(self._shape[:3])
 
     def scores(self, weights_BKC: torch.Tensor) -> torch.Tensor:
@@ -47,13 +50,13 @@ class MaskSums:
         weights_BR = weights_BKC.flatten(1).to(self.device)
         nothing_U = torch.zeros(self._shape[-1], dtype=weights_BR.dtype, device=self.device)
         if self._kernels is not None:
-            parts = [self._kernels.score_sums(weights_BR, self._masks, nothing_U)]
-        else:
-            parts = [
-                score_sums(weights_BR[windows], masks_MU.unflatten(0, (-1, weights_BR.shape[1])), nothing_U)
-                for windows, masks_MU in self._unpacked()
-            ]
-        return torch.cat(parts)
+            sums_BU: torch.Tensor = self._kernels.score_sums(weights_BR, self._masks, nothing_U)
+            return sums_BU
+        parts = [
+            score_sums(weights_BR, masks_MU.unflatten(0, weights_BR.shape), nothing_U[units])
+            for units, masks_MU in self._unpacked()
+        ]
+        return torch.cat(parts, dim=1)
 
     def active(self, units: slice, windows: slice, active_RTF: torch.Tensor, weights_RKT: torch.Tensor) -> torch.Tensor:
         """Of r = ``|active_RTF|`` over the tokens of each of some windows, float32 ``[3, R, F]``.
@@ -76,8 +79,9 @@ class MaskSums:
         return self._masks.masks(windows.start * per_window, windows.stop * per_window)
 
     def _unpacked(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The masks of a few windows after the other, as numbers, ``[M, U]``; and which windows."""
-        for windows in row_slices(self._shape):
-            masks = self._of(windows)
-            assert isinstance(masks, PackedMasks), "only kernels draw masks once more"
-            yield windows, masks.unpack().double()
+        """All masks of some units after the other, as numbers, ``[M, U]``; and which units."""
+        assert isinstance(self._masks, PackedMasks), "only kernels draw masks once more"
+        width = max(1, _NUMBERS // len(self._masks) // BITS) * BITS
+        for first in range(0, self._shape[-1], width):
+            units = slice(first, min(first + width, self._shape[-1]))
+            yield units, self._masks.units(units.start, units.stop).unpack().double()
