@@ -27,11 +27,12 @@ from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
 
 HERE = Path(__file__).parent
-SEEDS, SPARSITIES, SEQUENCES = [0, 1, 2, 3, 4], [0.2, 0.3, 0.5], {"stories": 20_480, "embedded": 8_192}
+SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.2, 0.3, 0.5]
+SEQUENCES = {"stories": 20_480, "embedded": 8_192, "novels": 20_480}
 ABLATIONS = [name for name in METHODS if name not in RIVALS]
 # The whole benchmark: models, methods, sparsities, and budgets as multiples of what is usual for the model.
 PARTS: list[tuple[list[str], list[str], list[float], list[float]]] = [
-    (["stories", "embedded"], RIVALS, SPARSITIES, [1]),
+    (["stories", "embedded", "novels"], RIVALS, SPARSITIES, [1]),
     (["stories", "embedded"], ["default"], SPARSITIES, [3]),  # as dear as a gradient for each of the usual ones
     (["stories"], ["default", "paper"], [0.3], [8]),
     (["stories"], ["default", "reinforce", "paper", "l0"], [0.3], [0.25, 0.5]),

@@ -71,6 +71,11 @@ SOURCES = {
         held_out=str(SHARED / "data/tinystories/valid.jsonl"),
     ),
     "embedded": Source(EMBEDDED, EMBEDDED, EMBEDDED),
+    "novels": Source(  # made by train_novels.py
+        model=str(Path(__file__).parent / "novels"),
+        text=str(SHARED / "data/english-novels/train.txt.xz"),
+        held_out=str(SHARED / "data/english-novels/valid.txt"),
+    ),
 }
 
 
