@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from bernprune.errors import BackendError
-from bernprune.kernels import reference  # type: ignore[attr-defined]
-from bernprune.kernels.masks import DrawnMasks, PackedMasks  # type: ignore[import-not-found]
-from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
+from bernprune.kernels import reference
+from bernprune.kernels.masks import DrawnMasks, PackedMasks
+from bernprune.kernels.reference import SumKernels
 from bernprune.names import BackendName, check_name
 
 # Parameters of glibc's mallopt: from which size on a tensor has pages of its own, and how much free memory is kept.
@@ -25,7 +25,7 @@ class MaskedOps:
     Attributes:
         packs: whether masks that only keep or cut are given as bits, each for as many rows in turn; otherwise they are
             given as numbers, one for each row.
-        masked_units: for what multiplies by itself; of masks that are given as numbers.
+        masked_units: for modules that are called as they are; plain torch, of masks given as numbers.
         activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
         attention_of_kept: None leaves attention to the model.
         draw: the bits of masks that are not stored; None makes them in plain torch.
@@ -75,7 +75,8 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
             "tried slowly without one; use 'torch' or 'auto'"
         )
     try:
-        from bernprune.kernels import fused, sums  # type: ignore[attr-defined]
+        import bernprune.kernels.fused as fused
+        import bernprune.kernels.sums as sums
     except ImportError as error:
         raise BackendError(
             f"backend 'triton' cannot run here, as Triton cannot be imported ({error}); use 'torch' or 'auto'"

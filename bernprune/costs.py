@@ -98,7 +98,7 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
 
     Each way takes 6 passes of few windows and 6 of many, lists take those of many alone; of ``rows`` at most, or two.
     """
-    space, device = view.space, next(view.model.parameters()).device
+    space, device = view.space, view.device
     least, most = _MEASURED_ROWS[device.type]
     most = max(2, min(most, rows))
     few, many = min(least, most // 2) * window, most * window
@@ -144,11 +144,10 @@ class Planner:
 
     def _shares(self, kept_U: torch.Tensor) -> list[float]:
         """Of each layer's weights, how much belongs to these units."""
-        shares: list[float] = (self._by_layer(self._weights_U * kept_U) / self._weights_L).nan_to_num(1.0).tolist()
-        return shares
+        return (self._by_layer(self._weights_U * kept_U) / self._weights_L).nan_to_num(1.0).tolist()
 
     def ways(
-        self, possible_U: torch.Tensor | None, kept_U: torch.Tensor | None, tokens: int | Sequence[int], *, each: int
+        self, possible_U: torch.Tensor, kept_U: torch.Tensor | None, tokens: int | Sequence[int], *, each: int
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Units to compute, see ``working``, and those whose products go by lists, see ``listed``.
 
@@ -158,16 +157,13 @@ class Planner:
         return self.working(possible_U, tokens, listed_U), listed_U
 
     def working(
-        self,
-        possible_U: torch.Tensor | None,
-        tokens: int | Sequence[int],
-        listed_U: torch.Tensor | None = None,
+        self, possible_U: torch.Tensor, tokens: int | Sequence[int], listed_U: torch.Tensor | None = None
     ) -> torch.Tensor | None:
         """Of units that masks may keep, bool, those to compute for so many tokens, or so many in each layer.
 
         That is all units of the layers in which gathering does not pay, or lists are gone by; None: all units.
         """
-        if possible_U is None or possible_U.all():
+        if possible_U.all():
             return None
         pairs = zip(self._tokens_L(tokens), self._shares(possible_U), strict=True)
         pays_U = torch.tensor([self._costs.gathers(*pair) for pair in pairs])[self._space.layer_U]
@@ -176,20 +172,19 @@ class Planner:
         return possible_U | ~pays_U if pays_U.any() else None
 
     def listed(
-        self, possible_U: torch.Tensor | None, kept_U: torch.Tensor, tokens: int | Sequence[int], *, each: int
+        self, possible_U: torch.Tensor, kept_U: torch.Tensor, tokens: int | Sequence[int], *, each: int
     ) -> torch.Tensor | None:
         """Units, bool, of layers of which masks keep so little that kernels had better go by lists of it; None: none.
 
         Args:
-            possible_U: units that masks may keep; None: all.
+            possible_U: units that masks may keep.
             kept_U: the share of masks that keep each unit.
             tokens: of all masks, or so many in each layer.
             each: tokens in a row under one mask.
         """
         if each < _LISTED_TOKENS or self._costs.listing >= NEVER or not {"kv_group", "channel"} & {*self._space.kinds}:
             return None
-        shares_L = self._shares(torch.ones_like(kept_U) if possible_U is None else possible_U)
-        triples = zip(self._tokens_L(tokens), shares_L, self._shares(kept_U), strict=True)
+        triples = zip(self._tokens_L(tokens), self._shares(possible_U), self._shares(kept_U), strict=True)
         lists_L = torch.tensor([self._costs.lists(*triple) for triple in triples])
         return lists_L[self._space.layer_U] if lists_L.any() else None
 

@@ -19,7 +19,7 @@ from torch import nn
 from bernprune.backends import MaskedOps
 from bernprune.costs import NEVER, Costs, Planner
 from bernprune.errors import BackendError, ConfigError
-from bernprune.kernels.masks import DrawnMasks, PackedMasks  # type: ignore[import-not-found]
+from bernprune.kernels.masks import PackedMasks
 from bernprune.losses import token_divergences, token_losses
 from bernprune.models.masking import LiveMasks, choose_ops, masked
 from bernprune.models.sharing import Branching
@@ -61,7 +61,7 @@ class MaskedObjective:
             costs = replace(costs, listing=NEVER)
         self._before_pass, self._planner = before_pass, Planner(view.space, costs)
         self._head: nn.Linear = view.model.get_output_embeddings()
-        self.device = next(view.model.parameters()).device
+        self.device = view.device
 
     def losses(self, masks_KU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss of each mask over all windows, float64 ``[K]`` on the CPU, nats per token.
@@ -169,21 +169,21 @@ class MaskedObjective:
     def _kept_shares(self, masks: MaskRows) -> torch.Tensor | None:
         """Of masks, those under which each unit is alive, float64 ``[U]`` on the CPU; as is expected of masks that are
         yet to be made. None of gates, which keep all."""
-        probs_U, reference_U = getattr(masks, "probs_U", None), getattr(masks, "reference_U", None)
-        if isinstance(probs_U, torch.Tensor):
-            gates = reference_U is not None and reference_U.is_floating_point()
-            return None if gates else self._view.space.inherit(probs_U[None], torch.mul)[0]
-        numbers = masks[:].flatten(0, -2)
-        if numbers.is_floating_point():
+        numbers = masks if isinstance(masks, torch.Tensor) else masks.reference_U
+        if numbers is not None and numbers.is_floating_point():
             return None
-        return self._view.space.alive(numbers).mean(0, dtype=torch.float64).cpu()
+        if not isinstance(masks, torch.Tensor):
+            return self._view.space.inherit(masks.probs_U[None], torch.mul)[0]
+        return self._view.space.alive(masks.flatten(0, -2)).mean(0, dtype=torch.float64).cpu()
 
     def _bits(self, masks: MaskRows, mask_R: torch.Tensor) -> Callable[[slice], PackedMasks] | None:
         """What lets a kernel make some of the masks as bits; None where they are numbers, or not of one row each."""
         draw = self._live.ops.draw
-        if draw is None or not getattr(masks, "drawable", False) or not torch.equal(mask_R, torch.arange(len(masks))):
+        if draw is None or isinstance(masks, torch.Tensor) or not masks.drawable:
             return None
-        drawn: DrawnMasks = masks.drawn()  # type: ignore[attr-defined]
+        if not torch.equal(mask_R, torch.arange(len(masks))):
+            return None
+        drawn = masks.drawn()
         return lambda some: draw(drawn.masks(some.start, some.stop))
 
     @torch.inference_mode()
@@ -259,8 +259,7 @@ class MaskedObjective:
     def _hidden(self, tokens_RT: torch.Tensor, sequences: int | None = None) -> torch.Tensor:
         if self._before_pass is not None:
             self._before_pass(sequences or len(tokens_RT))
-        hidden: torch.Tensor = self._view.decoder(input_ids=tokens_RT, use_cache=False).last_hidden_state
-        return hidden
+        return self._view.decoder(input_ids=tokens_RT, use_cache=False).last_hidden_state
 
 
 @contextmanager
@@ -284,9 +283,8 @@ def masked_objective(
         yield MaskedObjective(view, live, kind, rows_per_forward, before_pass, costs)
 
 
-def _possible(masks: MaskRows) -> torch.Tensor | None:
-    """Units that some of the masks may keep, bool on the CPU; None where that is not known without looking at them."""
+def _possible(masks: MaskRows) -> torch.Tensor:
+    """Units that some of the masks may keep, bool on the CPU."""
     if isinstance(masks, torch.Tensor):
         return (masks.flatten(0, -2) != 0).any(0).cpu()
-    possible_U: torch.Tensor | None = getattr(masks, "possible_U", None)
-    return possible_U
+    return masks.possible_U

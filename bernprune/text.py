@@ -226,8 +226,7 @@ def _dataset_rows(name: str, config: str | None, split: str, *, is_folder: bool)
     import datasets  # here because importing it takes seconds
 
     if not is_folder or {"state.json", "dataset_dict.json"}.isdisjoint(os.listdir(name)):
-        rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(name, config, split=split, streaming=True)
-        return rows
+        return datasets.load_dataset(name, config, split=split, streaming=True)
     saved = datasets.load_from_disk(name)
     splits: dict[str, Any] = saved if isinstance(saved, dict) else {str(saved.split or _DEFAULT_DATASET_SPLIT): saved}
     if config is not None:

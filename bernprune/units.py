@@ -45,6 +45,11 @@ class LayerShape:
     kv_groups: int
     channels: int
 
+    @property
+    def queries_per_group(self) -> int:
+        """Query heads that share a key/value head."""
+        return self.query_heads // self.kv_groups
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -108,8 +113,29 @@ class LayerPlan:
         return not self.kv_groups and not self.channels
 
 
-class MaskRows(Protocol):
-    """Masks ``[..., U]``: a tensor, or an object that makes those of the rows it is indexed for."""
+class MasksToMake(Protocol):
+    """Masks ``[..., U]`` that are made when they are looked at: those of the rows that it is indexed for.
+
+    Attributes:
+        probs_U: with which probability they keep a unit, on the CPU.
+        reference_U: what the last mask of each text is, if that is not a made one: a mask, or gates from 0 to 1.
+        possible_U: units that some of them may keep, bool on the CPU.
+        drawable: whether ``drawn`` gives what a kernel makes them of.
+    """
+
+    @property
+    def probs_U(self) -> torch.Tensor: ...
+
+    @property
+    def reference_U(self) -> torch.Tensor | None: ...
+
+    @property
+    def possible_U(self) -> torch.Tensor: ...
+
+    @property
+    def drawable(self) -> bool: ...
+
+    def drawn(self) -> Any: ...
 
     @property
     def shape(self) -> torch.Size: ...
@@ -118,9 +144,12 @@ class MaskRows(Protocol):
 
     def __getitem__(self, index: Any, /) -> torch.Tensor: ...
 
-    def flatten(self, start_dim: int, end_dim: int) -> "MaskRows": ...
+    def flatten(self, start_dim: int, end_dim: int) -> "MasksToMake": ...
 
-    def to(self, device: torch.device) -> "MaskRows": ...
+    def to(self, device: torch.device) -> "MasksToMake": ...
+
+
+MaskRows = torch.Tensor | MasksToMake
 
 
 class UnitSpace:
@@ -166,10 +195,15 @@ class UnitSpace:
         """Whether some unit lies in another."""
         return bool((self.parents_U >= 0).any())
 
+    @functools.cached_property
+    def spans(self) -> list[slice]:
+        """Where the units of each group lie in a flat vector."""
+        return [slice(start, end) for start, end in itertools.pairwise(self.starts)]
+
     def span(self, kind: Kind, layer: int) -> slice | None:
         """Where the units of this kind and layer lie in a flat vector; None if the space has none."""
         index = self._index.get((kind, layer))
-        return None if index is None else slice(self.starts[index], self.starts[index + 1])
+        return None if index is None else self.spans[index]
 
     def of_kind(self, kind: Kind) -> torch.Tensor:
         """Which units are of a kind, bool ``[U]``."""
@@ -177,8 +211,8 @@ class UnitSpace:
 
     def by_layer(self, kind: Kind) -> list[torch.Tensor]:
         """Indices of the units of a kind, of one layer after the other that has some."""
-        groups = zip(self.groups, self.starts, strict=False)
-        return [torch.arange(start, start + group.count) for group, start in groups if group.kind == kind]
+        spans = (self.spans[index] for index in self.of_groups(kind))
+        return [torch.arange(span.start, span.stop) for span in spans]
 
     def of_groups(self, kind: Kind) -> list[int]:
         """Indices of the groups of a kind, in the order of ``by_layer``."""
@@ -275,14 +309,14 @@ class UnitSpace:
     def mask(self, plan: "KeepPlan") -> torch.Tensor:
         """A mask that keeps what a plan keeps, bool ``[U]``; of a block, if any part of it stays."""
         mask_U = torch.zeros(self.size, dtype=torch.bool)
-        for group, start in zip(self.groups, self.starts, strict=False):
+        for group, span in zip(self.groups, self.spans, strict=True):
             kept = plan.layers[group.layer]
             parts = {"kv_group": kept.kv_groups, "channel": kept.channels}
             whole = {"attention": bool(kept.kv_groups), "ffn": bool(kept.channels), "layer": not kept.is_empty}
             if group.kind in parts:
-                mask_U[[start + index for index in parts[group.kind]]] = True
+                mask_U[[span.start + index for index in parts[group.kind]]] = True
             else:
-                mask_U[start] = whole[group.kind]
+                mask_U[span] = whole[group.kind]
         return mask_U
 
     def _kept(self, alive_U: torch.Tensor, layer: int, kind: Kind, count: int) -> tuple[int, ...]:

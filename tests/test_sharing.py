@@ -141,7 +141,6 @@ def test_what_is_at_work(granularity: tuple[Kind, ...]) -> None:
     space = describe(tiny_model("llama"), granularity).space
     possible_U = space.alive(random_masks(space, 1)[0]) & (space.layer_U != 2) | (space.layer_U == 3)
     planner = Planner(space, Costs(passing=0.0, copying=10.0, blocks=1.0))
-    assert planner.working(None, 100) is None
     assert planner.working(torch.ones_like(possible_U), 100) is None
     assert planner.working(possible_U, 0) is None
     assert planner.working(possible_U, 10**9).equal(possible_U)
@@ -184,11 +183,11 @@ def test_lists_pay_where_little_is_kept() -> None:
     """In each layer by itself, unless gathering costs less; and not for few tokens, or without kernels."""
     space = describe(tiny_model("llama")).space
     kept_U, layer_U = torch.full((space.size,), 0.8, dtype=torch.float64), space.layer_U == 1
-    kept_U[layer_U] = 0.4
+    kept_U[layer_U], all_U = 0.4, torch.ones(space.size, dtype=torch.bool)
     dear, free = Planner(space, Costs(copying=COSTLY, listing=1.5)), Planner(space, Costs(copying=0.0, listing=1.5))
-    assert dear.listed(None, kept_U, 640, each=64).equal(layer_U)
-    assert dear.listed(None, kept_U, 640, each=63) is None
-    assert Planner(space, Costs()).listed(None, kept_U, 640, each=64) is None
+    assert dear.listed(all_U, kept_U, 640, each=64).equal(layer_U)
+    assert dear.listed(all_U, kept_U, 640, each=63) is None
+    assert Planner(space, Costs()).listed(all_U, kept_U, 640, each=64) is None
     few_U = ~layer_U | (torch.arange(space.size) % 2 == 0)  # of the layer's units that masks may keep
     assert dear.listed(few_U, kept_U * few_U, 640, each=64).equal(layer_U)
     always_U = kept_U.where(~layer_U, 1.0) * few_U  # all masks keep the same, so lists save nothing more
@@ -204,7 +203,8 @@ def test_lists_pay_where_little_is_kept() -> None:
     assert working_U.equal(few_U) and listed_U is None
     blocks = describe(tiny_model("llama"), ("attention", "ffn")).space
     few_blocks_U = torch.full((blocks.size,), 0.4, dtype=torch.float64)
-    assert Planner(blocks, Costs(listing=0.5)).listed(None, few_blocks_U, 640, each=64) is None, "blocks have no lists"
+    found = Planner(blocks, Costs(listing=0.5)).listed(few_blocks_U > 0, few_blocks_U, 640, each=64)
+    assert found is None, "blocks have no lists"
 
 
 def test_lists_count_where_masks_go_together() -> None:

@@ -22,7 +22,7 @@ def watching(layers: Sequence[LayerView]) -> Iterator[list[dict[str, RunningMome
 @torch.inference_mode()
 def run_windows(view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
     """Run text through the decoder for the sake of hooks; the output embedding is not touched."""
-    device = next(view.model.parameters()).device
+    device = view.device
     for tokens_RT in windows_WT.split(rows_per_forward):
         view.decoder(input_ids=tokens_RT.to(device), use_cache=False)
 

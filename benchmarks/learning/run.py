@@ -116,7 +116,7 @@ class Bench:
             "uniform_loss": uniform,
             "reached": task.budget.removed_share(mask_U),
             "seconds": round(seconds, 1),
-            "machine": machine(task.view.model.device),
+            "machine": machine(task.view.device),
             "commit": self._commit,
             "protocol": protocol.to_dict(),
             "removed": removed_units(mask_U),

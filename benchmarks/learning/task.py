@@ -168,7 +168,7 @@ class Task:
     def gated_loss(self, gates_U: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Mean loss under soft or hard gates, to be differentiated once: both passes are paid for here."""
         self.meter.spend(len(tokens_BT), backward=True)
-        tokens_BT = tokens_BT.to(self.view.model.device)
+        tokens_BT = tokens_BT.to(self.view.device)
         with gated(self.view, gates_U):
             hidden_BTD = self.view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
         return token_losses(self.view.model.get_output_embeddings(), hidden_BTD, tokens_BT).mean()

@@ -119,7 +119,7 @@ class Bench:
             "windows": WINDOWS,
             "judging_windows": JUDGING,
             "protocol": protocol.to_dict(),
-            "machine": machine(self.task.view.model.device),
+            "machine": machine(self.task.view.device),
             "threads": torch.get_num_threads(),
         }
 

@@ -114,7 +114,7 @@ class Bench:
                 "reached": task.budget.removed_share(mask_U),
                 "seconds": round(seconds, 2),
                 "peak_mib": round(mib),
-                "machine": machine(task.view.model.device),
+                "machine": machine(task.view.device),
                 "commit": self._commit,
                 "protocol": protocol.to_dict(),
             }
@@ -139,7 +139,7 @@ class Bench:
         # At another sparsity they are the same, but for those that suppose some.
         supposed = sparsity if inputs == "pruned" or "sparsity" in SCORES[name].reads else None
         if (name, inputs, supposed) not in self._scored:
-            peak, started = Peak(task.view.model.device), time.perf_counter()
+            peak, started = Peak(task.view.device), time.perf_counter()
             scores_U = scores_of(stage, name)
             self._scored[name, inputs, supposed] = scores_U, time.perf_counter() - started, peak.mib()
         scored = self._scored[name, inputs, supposed]

@@ -28,7 +28,7 @@ DENSE = Costs(passing=0.0, copying=2.0**40, blocks=0.5)
 @contextmanager
 def published(view: ModelView) -> Iterator[Evaluate]:
     """Masks ``[K, U]`` of a whole batch, or ``[B, K, 1, U]`` of single sequences, one after the other."""
-    device, space = next(view.model.parameters()).device, view.space
+    device, space = view.device, view.space
     current: dict[str, torch.Tensor] = {}
 
     def multiply(span: slice, width: int, module: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -76,7 +76,7 @@ def _objective(view: ModelView, ops: MaskedOps, costs: Costs, rows: int) -> Iter
 @contextmanager
 def provider(name: str, view: ModelView, *, rows: int, window: int) -> Iterator[Evaluate]:
     """One of the above by name. Raises ``ConfigError`` for others."""
-    device = next(view.model.parameters()).device
+    device = view.device
     with torch.inference_mode(), ExitStack() as opened:
         if name == "published":
             yield opened.enter_context(published(view))

@@ -68,7 +68,7 @@ def a_search(config: RunConfig, view: ModelView, kernels: object) -> tuple[MaskS
 
 def steps(config: RunConfig, view: ModelView, *, least: float, rows: int) -> dict[str, list[float]]:
     """Milliseconds of the parts of as many steps as take so many seconds, after three that warm up."""
-    device, window = next(view.model.parameters()).device, config.data.window
+    device, window = view.device, config.data.window
     ops = choose_ops(config.backend, view)
     search, selected_U = a_search(config, view, ops.sums)
     laps, step = Laps(device), 0

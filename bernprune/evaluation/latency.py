@@ -28,7 +28,7 @@ class Latency:
 @torch.inference_mode()
 def latency(model: Any, tokens_RT: torch.Tensor, *, repeats: int = 20, warmup: int = 3) -> Latency:
     """Prefill latency of a batch, logits of the last token only, without cache, in the model's dtype on its device."""
-    device = next(model.parameters()).device
+    device = model.device
     tokens_RT = tokens_RT.to(device)
     times = [_one_pass(model, tokens_RT, device) for _ in range(warmup + repeats)][warmup:]
     tenths = statistics.quantiles(times, n=10)

@@ -50,7 +50,7 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
         LossError: the loss is not finite.
     """
     check_window(model.config, windows_WT.shape[1])
-    device, (count, window) = next(model.parameters()).device, windows_WT.shape
+    device, (count, window) = model.device, windows_WT.shape
     rows = max(1, _FORWARD_LOGIT_BYTES // (4 * window * model.get_output_embeddings().weight.shape[0]))
     total = 0.0
     for tokens_RT in windows_WT.split(rows):

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
+from bernprune.kernels.masks import PackedMasks
 
 _NAME = "bernprune"
 _Kept = Callable[..., torch.Tensor]

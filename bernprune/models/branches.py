@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
+from bernprune.kernels.masks import PackedMasks
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class CurrentMasks:
         if self.numbers_MU is not None:
             return self.numbers_MU[:, units]
         assert self.bits is not None, "masks are numbers or bits"
-        unpacked: torch.Tensor = self.bits.units(units.start, units.stop).unpack()
-        return unpacked
+        return self.bits.units(units.start, units.stop).unpack()
 
     @functools.cached_property
     def _places_U(self) -> Any:

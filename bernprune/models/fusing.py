@@ -18,7 +18,6 @@ from torch import nn
 
 from bernprune.models.view import ModelView
 
-_Both = tuple[torch.Tensor, torch.Tensor]
 _Rotary = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 _FUNCTION = "apply_rotary_pos_emb"  # of the modules of transformers that define models
 _NEAR = 2e-2  # relative RMS error up to which functions are the same: rounding to bfloat16 gives a fifth of that
@@ -71,8 +70,7 @@ def _in_one_pass(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ours = (q.device, q.dtype) == (like.device, like.dtype) and not q.requires_grad
         if args or options or q.ndim != 4 or cos.ndim != 3 or not ours:
-            both: tuple[torch.Tensor, torch.Tensor] = own(q, k, cos, sin, *args, **options)
-            return both
+            return own(q, k, cos, sin, *args, **options)
         return rotary(q, cos, sin), rotary(k, cos, sin)
 
     return rotated

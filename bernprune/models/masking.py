@@ -32,7 +32,7 @@ from torch import nn
 
 from bernprune.backends import MaskedOps, load_backend
 from bernprune.errors import BackendError
-from bernprune.kernels.masks import PackedMasks  # type: ignore[import-not-found]
+from bernprune.kernels.masks import PackedMasks
 from bernprune.models.attending import attending
 from bernprune.models.branches import Branch, CurrentMasks
 from bernprune.models.families import Family
@@ -133,8 +133,7 @@ class _MaskedInput(nn.Module):
             self._branch.watch(x_PTE)
         unit_width = x_PTE.shape[-1] // self._branch.num_units
         # Past the module's hooks, which see nothing under masks where weights are plain, either.
-        output: torch.Tensor = self._dense[0].forward(self._ops.masked_units(x_PTE, masks, unit_width=unit_width))
-        return output
+        return self._dense[0].forward(self._ops.masked_units(x_PTE, masks, unit_width=unit_width))
 
 
 class LiveMasks:
@@ -143,7 +142,7 @@ class LiveMasks:
     def __init__(self, view: ModelView, branches: dict[int, dict[Kind, Branch]], ops: MaskedOps) -> None:
         self.view, self.ops, self._branches = view, ops, branches
         self._dtype, self._gathers = view.model.dtype, view.opaque is None
-        self._device = next(view.model.parameters()).device
+        self._device = view.device
 
     def set(
         self,
@@ -296,7 +295,7 @@ def choose_ops(name: BackendName, view: ModelView) -> MaskedOps:
         ConfigError: an unknown name.
         BackendError: it cannot run here.
     """
-    device = next(view.model.parameters()).device
+    device = view.device
     if name == "auto" and device.type == "cuda":
         try:
             if torch.cuda.get_device_capability(device) < _CAPABILITY:

@@ -127,7 +127,7 @@ def _kept_shapes(plan: KeepPlan) -> list[LayerShape]:
     for layer, dense in zip(plan.layers, plan.architecture.layers, strict=True):
         if not layer.is_empty:
             groups = len(layer.kv_groups)
-            shapes.append(LayerShape(groups * (dense.query_heads // dense.kv_groups), groups, len(layer.channels)))
+            shapes.append(LayerShape(groups * dense.queries_per_group, groups, len(layer.channels)))
     return shapes
 
 
@@ -215,8 +215,8 @@ def _move_children(source: nn.Module, target: nn.Module, *, but: str) -> None:
 
 def _indices(kept: LayerPlan, shape: LayerShape, head_dim: int, family: Family) -> dict[str, tuple[int, torch.Tensor]]:
     """For each projection, by its dotted name in a layer, the dimension to slice and the int64 indices to keep."""
-    queries = _rows(kept.kv_groups, shape.query_heads // shape.kv_groups * head_dim)
-    keys = _rows(kept.kv_groups, head_dim)
+    queries = adjacent_rows(kept.kv_groups, shape.queries_per_group * head_dim)
+    keys = adjacent_rows(kept.kv_groups, head_dim)
     channels = torch.tensor(kept.channels, dtype=torch.int64)
     indices = {"query": queries, "key": keys, "value": keys, "output": queries}
     indices |= {"gate": channels, "up": channels, "down": channels}
@@ -224,7 +224,7 @@ def _indices(kept: LayerPlan, shape: LayerShape, head_dim: int, family: Family) 
     return {".".join(names[role]): (SLICED_DIM[role], index) for role, index in indices.items()}
 
 
-def _rows(groups: Iterable[int], width: int) -> torch.Tensor:
+def adjacent_rows(groups: Iterable[int], width: int) -> torch.Tensor:
     """Where ``groups`` of ``width`` adjacent rows each lie."""
     starts = torch.tensor(tuple(groups), dtype=torch.int64) * width
     return (starts[:, None] + torch.arange(width)).flatten()

@@ -29,7 +29,7 @@ class LayerStream:
 
     def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
         self._view, self.index = view, 0
-        self._device = next(view.model.parameters()).device
+        self._device = view.device
         self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told beside hidden states, by rows
         self.hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
 
@@ -55,10 +55,7 @@ class LayerStream:
 
     @torch.no_grad()
     def _through(self, hidden_RTD: torch.Tensor) -> torch.Tensor:
-        output_RTD: torch.Tensor = self.layer.layer(
-            hidden_RTD.to(self._device), **self.told(self.index, len(hidden_RTD))
-        )
-        return output_RTD
+        return self.layer.layer(hidden_RTD.to(self._device), **self.told(self.index, len(hidden_RTD)))
 
     def told(self, layer: int, rows: int) -> dict[str, Any]:
         """What a layer is given beside the hidden states of so many rows: positions and masks."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -46,8 +47,12 @@ class ModelView:
     @property
     def decoder(self) -> nn.Module:
         """Token ids to the last hidden states, without the output embedding."""
-        module: nn.Module = getattr(self.model, self.family.decoder)
-        return module
+        return getattr(self.model, self.family.decoder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return self.model.device
 
     @property
     def num_parameters(self) -> int:
@@ -149,7 +154,7 @@ def count_parameters(*modules: nn.Module) -> int:
 def _kv_group_cost(layer: LayerView, architecture: Architecture, sequence_length: int) -> _Cost:
     """One key/value head with its query heads: rows of q, k, v with their biases, columns of o."""
     queries, width, hidden = (
-        layer.shape.query_heads // layer.shape.kv_groups,
+        layer.shape.queries_per_group,
         architecture.head_dim,
         architecture.hidden_size,
     )

@@ -73,5 +73,4 @@ def _ranks(values_N: torch.Tensor) -> torch.Tensor:
     """Equal values share their mean rank."""
     _, inverse_N, counts = values_N.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
-    ranks_N: torch.Tensor = (ends - (counts.double() - 1) / 2)[inverse_N]
-    return ranks_N
+    return (ends - (counts.double() - 1) / 2)[inverse_N]

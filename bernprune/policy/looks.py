@@ -44,8 +44,8 @@ def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) ->
     finest_U = ~torch.isin(torch.arange(space.size), space.parents_U)
     computed_U = space.marginal(finest_U.double(), mask_U.double())  # 0 of a block that would come back empty
     cost_U = budget.marginal_cost(mask_U.double())
-    for number, (start, end) in enumerate(itertools.pairwise(space.starts)):
-        kind, members = space.groups[number].kind, torch.arange(start, end)
+    for number, (group, span) in enumerate(zip(space.groups, space.spans, strict=True)):
+        kind, members = group.kind, torch.arange(span.start, span.stop)
         turned = _border(members, mask_U, priorities_U) if kind == "channel" else members.split(1)
         for units in turned:
             if computed_U[units].any():
@@ -113,7 +113,7 @@ def moves(
     moves_U, looks = torch.zeros_like(priorities_U), Counter(change.group for change in changed)
     for change, move in zip(changed, (shares_N * surprise_N).tolist(), strict=True):
         if change.kind == "channel":
-            moves_U[space.starts[change.group] : space.starts[change.group + 1]] += move / looks[change.group]
+            moves_U[space.spans[change.group]] += move / looks[change.group]
         else:
             moves_U[change.units] += move
     return moves_U

@@ -35,7 +35,7 @@ from typing import Any, TypeVar
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.kernels.masks import ORDERS, DrawnMasks  # type: ignore[import-not-found]
+from bernprune.kernels.masks import ORDERS, DrawnMasks
 from bernprune.names import Sampling, check_name
 from bernprune.policy.budget import Budget
 from bernprune.policy.counters import WORDS, mask_words, philox
@@ -167,8 +167,7 @@ class Masks:
         """Made once for the rows last asked for, as a step asks for all of its own several times."""
         if name not in self._known or not torch.equal(self._known[name][0], rows_N):
             self._known[name] = rows_N, make(rows_N)
-        made: _Made = self._known[name][1]
-        return made
+        return self._known[name][1]
 
     def _drawn(self, rows_N: torch.Tensor) -> DrawnMasks:
         device, groups = self.device, self.budget.space.group_U
@@ -197,8 +196,7 @@ class Masks:
         rows_DK = texts_D[:, None] + torch.arange(masks) * chunks
         words = mask_words(self.seed, self.step, rows_DK.flatten(), range(first, first + groups))
         places_DKG = words.view(*rows_DK.shape, groups).argsort(dim=1, stable=True).argsort(dim=1)
-        levels_NG: torch.Tensor = (2 * places_DKG - (masks - 1)).sign()[which_N, rows_N // chunks % masks]
-        return levels_NG
+        return (2 * places_DKG - (masks - 1)).sign()[which_N, rows_N // chunks % masks]
 
     @property
     def _thresholds_LU(self) -> torch.Tensor:
@@ -207,15 +205,13 @@ class Masks:
             amplitude_U = amplitude(self.probs_U, self.design, self.budget.space)
             probs_LU = self.probs_U + amplitude_U * torch.tensor([[-1], [0], [1]])
             self._known["thresholds"] = (probs_LU * WORDS).round().long().to(self.device)
-        found: torch.Tensor = self._known["thresholds"]
-        return found
+        return self._known["thresholds"]
 
     @property
     def _shifts_KO(self) -> torch.Tensor:
         if "shifts" not in self._known:
             self._known["shifts"] = (orders(self.design.masks).T * (WORDS // self.design.masks)).to(self.device)
-        found: torch.Tensor = self._known["shifts"]
-        return found
+        return self._known["shifts"]
 
     def _draw(self, rows_N: torch.Tensor) -> torch.Tensor:
         """Bool ``[N, U]``, made from one block of random numbers after the other."""

@@ -21,7 +21,6 @@ Letters: B windows of text, K masks a window, C chunks of a window, U units, G g
 N units of a group, S scores.
 """
 
-import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from bernprune.errors import ConfigError
-from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
+from bernprune.kernels.reference import SumKernels
 from bernprune.policy.activity import ActiveTokens, copied
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import Beliefs, GroupMean
@@ -348,12 +347,12 @@ def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Te
     """
     nodes_Q = torch.special.ndtri((torch.arange(_NODES, dtype=torch.float64) + 0.5) / _NODES)
     order_U = torch.empty_like(mean_U)
-    for start, end in itertools.pairwise(space.starts):
-        mean_N, deviation_N = mean_U[start:end], deviation_U[start:end]
+    for units in space.spans:
+        mean_N, deviation_N = mean_U[units], deviation_U[units]
         values = (mean_N[:, None] + deviation_N[:, None] * nodes_Q).flatten().numpy()
         values.sort()  # several times as fast as torch does it
         falling = torch.from_numpy(values[::-1][_NODES // 2 :: _NODES].copy())
-        order_U[start:end][mean_N.argsort(descending=True, stable=True)] = falling
+        order_U[units][mean_N.argsort(descending=True, stable=True)] = falling
     return order_U
 
 

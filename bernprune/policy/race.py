@@ -128,6 +128,5 @@ def _turn(search: MaskSearch, base_U: torch.Tensor, random: torch.Generator) -> 
 
 
 def _group(search: MaskSearch, random: torch.Generator) -> slice:
-    starts = search.budget.space.starts
-    group = int(torch.randint(len(starts) - 1, (), generator=random))
-    return slice(starts[group], starts[group + 1])
+    spans = search.budget.space.spans
+    return spans[int(torch.randint(len(spans), (), generator=random))]

@@ -158,20 +158,18 @@ class MaskSearch(ABC):
         return self._contrasts_on(CPU)
 
     def _contrasts_on(self, device: torch.device) -> torch.Tensor:
-        found: torch.Tensor = self._of_policy(
+        return self._of_policy(
             ("contrast", device), lambda: contrast(self.probs_U, self.design, self._amplitude_U).to(device)
         )
-        return found
 
     @property
     def _amplitude_U(self) -> torch.Tensor:
         return self._amplitude_on(CPU)
 
     def _amplitude_on(self, device: torch.device) -> torch.Tensor:
-        found: torch.Tensor = self._of_policy(
+        return self._of_policy(
             ("amplitude", device), lambda: amplitude(self.probs_U, self.design, self.budget.space).to(device)
         )
-        return found
 
     def _belonging(self) -> dict[str, Any]:
         """What a state must have in common with the search that it is loaded into."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bernprune.kernels.masks import BITS, DrawnMasks, PackedMasks  # type: ignore[import-not-found]
-from bernprune.kernels.reference import SumKernels, activity_sums, kept_sums, score_sums  # type: ignore[import-not-found]
+from bernprune.kernels.masks import BITS, DrawnMasks, PackedMasks
+from bernprune.kernels.reference import SumKernels, activity_sums, kept_sums, score_sums
 from bernprune.policy.masks import CPU, Masks, row_slices
 from bernprune.units import MaskRows
 
@@ -50,8 +50,7 @@ class MaskSums:
         weights_BR = weights_BKC.flatten(1).to(self.device)
         nothing_U = torch.zeros(self._shape[-1], dtype=weights_BR.dtype, device=self.device)
         if self._kernels is not None:
-            sums_BU: torch.Tensor = self._kernels.score_sums(weights_BR, self._masks, nothing_U)
-            return sums_BU
+            return self._kernels.score_sums(weights_BR, self._masks, nothing_U)
         parts = [
             score_sums(weights_BR, masks_MU.unflatten(0, weights_BR.shape), nothing_U[units])
             for units, masks_MU in self._unpacked()

@@ -172,8 +172,7 @@ class Training:
 
     def _logits(self, tokens_RT: torch.Tensor) -> torch.Tensor:
         """``[R, T, V]``."""
-        logits: torch.Tensor = self._model(input_ids=tokens_RT.to(self._model.device), use_cache=False).logits
-        return logits
+        return self._model(input_ids=tokens_RT.to(self._model.device), use_cache=False).logits
 
     def _cross_entropy(self, logits: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
         targets_N = tokens_RT[:, 1:].flatten().to(logits.device)

@@ -105,8 +105,7 @@ def _solved(gram_AA: torch.Tensor, wanted_AD: torch.Tensor, ridge: float) -> tor
     """Solve (S + ridge * mean(diag S)) X = wanted."""
     ridged_AA = gram_AA.clone()
     ridged_AA.diagonal().add_(ridge * gram_AA.diagonal().mean())
-    solved_AD: torch.Tensor = torch.cholesky_solve(wanted_AD, factor(ridged_AA))
-    return solved_AD
+    return torch.cholesky_solve(wanted_AD, factor(ridged_AA))
 
 
 def factor(gram_AA: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ def _inputs(architecture: Architecture, method: RepairName, kept: Sequence[Layer
     everything = kept is None or method == "admm"
     for index, shape in enumerate(architecture.layers):
         layer = _all_of(shape) if kept is None or everything else kept[index]
-        group = 1 if method == "scale" else shape.query_heads // shape.kv_groups * architecture.head_dim
+        group = 1 if method == "scale" else shape.queries_per_group * architecture.head_dim
         sizes += [group * len(layer.kv_groups), len(layer.channels)]
     return max(sizes)
 

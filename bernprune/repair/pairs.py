@@ -25,7 +25,7 @@ class Pair:
     """
 
     def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
-        self._device = view.model.device
+        self._device = view.device
         self._dense, self._pruned = (
             LayerStream(view, windows_WT, rows_per_forward=rows_per_forward) for _ in ("dense", "pruned")
         )

@@ -11,6 +11,7 @@ from torch import nn
 
 from bernprune.errors import ModelError
 from bernprune.models.linear import is_plain, kind_of
+from bernprune.models.slicing import adjacent_rows
 from bernprune.models.view import ModelView
 from bernprune.units import KeepPlan
 
@@ -42,9 +43,9 @@ class Place:
 def places(view: ModelView, plan: KeepPlan, layer: int) -> tuple[Place, Place]:
     """Attention and FFN of a layer, in the order in which they add to the residual stream."""
     parts, family, kept = view.layers[layer], view.family, plan.layers[layer]
-    queries = _adjacent(kept.kv_groups, parts.output.in_features // parts.shape.kv_groups)
+    queries = adjacent_rows(kept.kv_groups, parts.output.in_features // parts.shape.kv_groups)
     keys, channels = (
-        _adjacent(kept.kv_groups, view.architecture.head_dim),
+        adjacent_rows(kept.kv_groups, view.architecture.head_dim),
         torch.tensor(kept.channels, dtype=torch.int64),
     )
     into_heads = ((family.query, queries), (family.key, keys), (family.value, keys))
@@ -69,11 +70,6 @@ def places(view: ModelView, plan: KeepPlan, layer: int) -> tuple[Place, Place]:
             len(channels),
         ),
     )
-
-
-def _adjacent(groups: tuple[int, ...], width: int) -> torch.Tensor:
-    starts = torch.tensor(groups, dtype=torch.int64) * width
-    return (starts[:, None] + torch.arange(width)).flatten()
 
 
 def check_places(view: ModelView, plan: KeepPlan) -> None:

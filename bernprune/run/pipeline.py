@@ -350,7 +350,7 @@ def _finish(
     settings = stage.config.report
     rows = stage.eval_windows_WT[: settings.latency_rows]
     plan, initial_plan = (stage.view.space.plan(each_U) for each_U in (mask_U, initial_U))
-    device = next(stage.view.model.parameters()).device
+    device = stage.view.device
     times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
     report["repair"] |= {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(stage.view.model, plan)

@@ -83,11 +83,11 @@ class Stage:
         """
         if dtype == self.dtype:
             return self
-        device = self.view.model.device
+        device = self.view.device
         release(self.view.model)
         opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
         known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
-        same = known and opened.view.model.device == device
+        same = known and opened.view.device == device
         name = "auto" if self.config.backend == "triton" and not same else self.config.backend
         return replace(
             self,
@@ -122,14 +122,13 @@ class Stage:
 
 def rows_per_forward(config: RunConfig, view: ModelView) -> int:
     """Most windows in one forward pass; of a GPU as its memory is now."""
-    given, device = config.search.rows_per_forward, next(view.model.parameters()).device
+    given, device = config.search.rows_per_forward, view.device
     if given != "auto":
         return given
     if device.type != "cuda":
         return _ROWS
     free = min(torch.cuda.mem_get_info(device)[0] / 2, _ACTIVATION_BYTES)
-    fitting: int = 2 ** min(_MOST_ROWS_LOG2, int(math.log2(max(1.0, free / row_bytes(config, view)))))
-    return fitting
+    return 2 ** min(_MOST_ROWS_LOG2, int(math.log2(max(1.0, free / row_bytes(config, view)))))
 
 
 def row_bytes(config: RunConfig, view: ModelView) -> int:

@@ -29,7 +29,7 @@ def save_and_verify(
 ) -> dict[str, float]:
     """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
     save_pruned(model, tokenizer, target, plan=plan)
-    device = next(model.parameters()).device
+    device = model.device
     with _full_precision():
         logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
     tolerance = TOLERANCE[model.dtype] * logits.abs().max().item()

@@ -8,7 +8,7 @@ import torch
 
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
-from bernprune.kernels.reference import SumKernels  # type: ignore[import-not-found]
+from bernprune.kernels.reference import SumKernels
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import look_sequences, look_windows, most_changes

@@ -32,7 +32,7 @@ class BackwardStream:
         self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int, dress: Dress | None = None
     ) -> None:
         self._view, self._dress = view, dress or (lambda index: nullcontext())
-        self._device = next(view.model.parameters()).device
+        self._device = view.device
         self._stream = LayerStream(view, windows_WT, rows_per_forward=rows_per_forward)
         self._inputs: list[list[torch.Tensor]] = []
         for index in range(len(view.layers)):

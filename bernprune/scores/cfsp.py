@@ -44,7 +44,7 @@ def _of_layer(at: LayerPass, over: int) -> Scores:
     norms = {name: (moments.second_moment_E * moments.count / windows).sqrt() for name, moments in seen.items()}
     shape, head_dim = at.layer.shape, at.view.architecture.head_dim
     value_ED = weight("value").view(shape.kv_groups, 1, head_dim, -1)
-    value_ED = value_ED.expand(-1, shape.query_heads // shape.kv_groups, -1, -1).flatten(0, 2)
+    value_ED = value_ED.expand(-1, shape.queries_per_group, -1, -1).flatten(0, 2)
     channels_F = fine_scores(weight("down"), [weight("up").T, weight("gate").T], norms["down"], over)
     return of_columns(at.layer, fine_scores(weight("output"), [value_ED.T], norms["output"], over), channels_F)
 

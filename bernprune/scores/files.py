@@ -51,5 +51,4 @@ def read_scores(path: Path, space: UnitSpace) -> torch.Tensor:
         )
     if not scores_U.is_floating_point() or not scores_U.isfinite().all():
         raise ConfigError(f"score file {path} must hold finite floating-point numbers")
-    found_U: torch.Tensor = scores_U.double()
-    return found_U
+    return scores_U.double()

@@ -8,8 +8,7 @@ from bernprune.scores.stream import Projection, by_weights
 
 def magnitude(projection: Projection) -> torch.Tensor:
     """Euclidean norm of each column of the weight, ``[E]``."""
-    norms_E: torch.Tensor = torch.linalg.vector_norm(projection.weight_DE.double(), dim=0)
-    return norms_E
+    return torch.linalg.vector_norm(projection.weight_DE.double(), dim=0)
 
 
 MAGNITUDE = Metric(

@@ -114,7 +114,7 @@ def _slopes(context: Context) -> list[tuple[_Direction, float]]:
 
 @torch.inference_mode()
 def _loss(context: Context, tokens_BT: torch.Tensor) -> float:
-    tokens_BT = tokens_BT.to(next(context.view.model.parameters()).device)
+    tokens_BT = tokens_BT.to(context.view.device)
     hidden_BTD = context.view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
     head = context.view.model.get_output_embeddings()
     return token_losses(head, hidden_BTD, tokens_BT).double().mean().item()

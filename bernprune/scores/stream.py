@@ -49,8 +49,7 @@ class Projection:
 def projection_of(view: ModelView, layer: LayerView, name: str) -> nn.Linear:
     """A projection of a layer by its name in ``Family``; what is masked for the moment is shown as it is without."""
     block = layer.attention if name in ("query", "key", "value") else layer.ffn
-    found: nn.Linear = getattr(layer, name) if name in POINTS else getattr(block, getattr(view.family, name))
-    return found
+    return getattr(layer, name) if name in POINTS else getattr(block, getattr(view.family, name))
 
 
 @dataclass(frozen=True)
@@ -175,21 +174,15 @@ def _advance_pruned(context: Context, stream: LayerStream, scores_U: torch.Tenso
 def without_worst(space: UnitSpace, scores_U: torch.Tensor, sparsity: float) -> torch.Tensor:
     """The mask, bool ``[U]``, that removes this share of the units of each group."""
     mask_U = torch.ones(space.size, dtype=torch.bool)
-    for start, group in zip(space.starts, space.groups, strict=False):
-        order = scores_U[start : start + group.count].argsort(stable=True)
-        mask_U[start + order[: int(sparsity * group.count)]] = False
+    for group, units in zip(space.groups, space.spans, strict=True):
+        order = scores_U[units].argsort(stable=True)
+        mask_U[units][order[: int(sparsity * group.count)]] = False
     return mask_U
 
 
 def of_columns(layer: LayerView, output_E: torch.Tensor, down_E: torch.Tensor) -> Scores:
     """Scores of units from those of columns: a kv group has its columns' mean, a block or layer its columns' sum."""
-    return {
-        "kv_group": output_E.view(layer.shape.kv_groups, -1).mean(1),
-        "channel": down_E,
-        "attention": output_E.sum(),
-        "ffn": down_E.sum(),
-        "layer": output_E.sum() + down_E.sum(),
-    }
+    return {**of_parts(output_E, down_E), "kv_group": output_E.view(layer.shape.kv_groups, -1).mean(1)}
 
 
 def of_parts(kv_groups_N: torch.Tensor, channels_N: torch.Tensor) -> Scores:

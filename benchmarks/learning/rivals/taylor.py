@@ -38,7 +38,7 @@ def unit_importance(view: ModelView, tokens_BT: torch.Tensor, form: str) -> torc
     """Of every unit, by the gradient of the mean loss over all windows, float64 ``[U]``."""
     importance_U = torch.zeros(view.space.size, dtype=torch.float64)
     with _trainable(view):
-        for tokens in tokens_BT.to(view.model.device).split(_ROWS):
+        for tokens in tokens_BT.to(view.device).split(_ROWS):
             hidden = view.decoder(input_ids=tokens, use_cache=False).last_hidden_state
             loss = token_losses(view.model.get_output_embeddings(), hidden, tokens).sum()
             (loss / tokens_BT[:, 1:].numel()).backward()
