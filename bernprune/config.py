@@ -87,7 +87,7 @@ class RunConfig(Section):
     backend: BackendName = "auto"
     """What runs the masked operations: 'torch', which 'auto' takes, or 'triton', for GPUs."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of masks, windows and random scores; equal seeds repeat a run."""
+    """Seed of masks, windows and random scores; equal seeds repeat a run."""
 
     @field_validator("granularity", mode="before")
     @classmethod
