@@ -31,7 +31,7 @@ def manual() -> str:
 
 
 def _written(value: Any) -> str:
-    """As YAML takes it."""
+    """A value as YAML takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
