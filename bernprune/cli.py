@@ -101,7 +101,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _drop_stuck_output() -> None:
-    """What stdout cannot get rid of must not fail again at exit."""
+    """Drop what stdout cannot get rid of, or it would fail again at exit."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -129,7 +129,7 @@ def _options(
         bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """What stands before a command."""
+    """Options that stand before a command."""
 
 
 class _State:
@@ -140,7 +140,7 @@ class _State:
 
 
 def _set_up_logging(debug: bool) -> None:
-    """Our own messages on stderr. What libraries log would bury them, and their failures reach us as exceptions."""
+    """Show our messages on stderr; libraries' only to debug: they bury ours, and failures reach us as exceptions."""
     ours = logging.getLogger("bernprune")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
@@ -151,7 +151,7 @@ def _set_up_logging(debug: bool) -> None:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and hints would bury ours."""
+    """Hide their progress bars and hints, which would bury ours."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -293,7 +293,7 @@ def recover(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier recovery in the folder.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Train what a run kept a little, by low-rank adapters, and merge them; the same command goes on."""
+    """A little training of what a run kept, by low-rank adapters that are merged; the same command goes on."""
     changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
     _State.recovering = out
     _quiet_libraries()
@@ -305,10 +305,10 @@ def recover(
 def select(
     out: Annotated[Path, typer.Argument(help="Run folder.")],
     sparsity: Annotated[float, typer.Option(help="Share of the prunable cost to remove.")],
-    nested: Annotated[bool, typer.Option("--nested", help="Keep, or keep within, what the run keeps.")] = False,
+    nested: Annotated[bool, typer.Option("--nested", help="Contain, or be contained in, what the run keeps.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """The plan for another sparsity from what a run has learned, without a new search."""
+    """Make the plan for another sparsity from what a run has learned, without a new search."""
     path, kept = select_plan(out, sparsity, nested=nested)
     _show(selected(kept))
     _show(f"plan         {path}; cut a model by it with: bernprune apply {shlex.quote(str(path))} MODEL OUT")

@@ -29,16 +29,16 @@ from bernprune.sections import (
 from bernprune.settings import merge
 from bernprune.units import ANCESTORS, KINDS, finest
 
-EXPLORED = (0.5, 1.5)  # times its own sparsity
+EXPLORED = (0.5, 1.5)  # times a run's own sparsity
 REFITTING: tuple[RepairName, ...] = ("auto", "ridge", "two-step", "admm")  # repairs that write other weights
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 
-# What only one of the methods knows.
+# Settings that only one of the methods knows.
 METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity", "look_windows"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
-# What else says nothing unless another setting has one of these values.
+# Other settings that mean nothing unless another one has one of these values.
 _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "initial.also": ("search.method", ("posterior",)),
     "initial.sharpness": ("initial.map", ("const",)),
@@ -57,7 +57,7 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class RunConfig(Section):
-    """Everything a run is determined by, beside the versions of its libraries."""
+    """Everything a run is determined by, apart from the versions of its libraries."""
 
     preset: PresetName = "default"
     """Defaults under all that is given: 'default', 'reinforce' for plain policy gradients, or 'paper' for the published
@@ -83,11 +83,12 @@ class RunConfig(Section):
     plans: PlansConfig = PlansConfig()
     """What else is selected from what was learned."""
     report: ReportConfig = ReportConfig()
-    """What is measured beside perplexity."""
+    """What is measured besides perplexity."""
     backend: BackendName = "auto"
-    """What runs the masked operations: 'torch', which 'auto' takes, or 'triton', for GPUs."""
+    """What runs the masked operations: 'torch', 'triton' (GPUs), or 'auto': triton where the GPU and model allow it,
+    else torch."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of masks, windows and random scores; equal seeds repeat a run."""
+    """Seed of masks, windows and random scores; equal seeds repeat a run."""
 
     @field_validator("granularity", mode="before")
     @classmethod
@@ -127,7 +128,7 @@ class RunConfig(Section):
         return self
 
     def _check_budget(self) -> None:
-        """What else must go, beside the sparsity."""
+        """What else must go, besides the sparsity."""
         given = self.budget
         if given.measure in given.also:
             raise ValueError(
@@ -227,7 +228,7 @@ class RunConfig(Section):
 
     @property
     def explored(self) -> tuple[float, float]:
-        """Sparsities that a run speaks of: its masks come from about its own, and worths change further off."""
+        """Least and greatest sparsity that a run tells of: its masks come from near its own; worths differ beyond."""
         low, high = (round(share * self.budget.sparsity, 6) for share in EXPLORED)
         return low, min(high, 0.99)
 

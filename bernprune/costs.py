@@ -33,14 +33,14 @@ _MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one wa
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one model on one machine.
+    """What forward passes of one model cost on one machine.
 
     Attributes:
-        passing: of a pass, however small.
-        copying: of gathering the weights of all units.
+        passing: cost of a pass, however small.
+        copying: cost of gathering the weights of all units.
         blocks: share of a token's time that products with the weights of units take.
-        listing: time of these products by kernels that go by lists, as a multiple of that with all weights, over the
-            share that is kept.
+        listing: time of these products by kernels that go by lists, over the share that is kept times their time with
+            all weights.
     """
 
     passing: float = 256.0
@@ -60,7 +60,7 @@ class Costs:
         return self.listing < NEVER and self.listing * kept < (share if self.gathers(tokens, share) else 1.0)
 
     def of_weights(self, tokens: int, share: float, kept: float = 1.0) -> float:
-        """Of so many tokens with all layers, of each of which a share is at work; in the way that pays."""
+        """Cost of so many tokens in the products of all layers, a share of each at work, in the way that pays."""
         if self.lists(tokens, share, kept):
             return self.blocks * tokens * self.listing * kept
         if self.gathers(tokens, share):
@@ -143,7 +143,7 @@ class Planner:
         return torch.stack([values_U[span].sum() for span in self._space.layer_spans])
 
     def _shares(self, kept_U: torch.Tensor) -> list[float]:
-        """Of each layer's weights, how much belongs to these units."""
+        """The share of each layer's weights that belongs to these units."""
         return (self._by_layer(self._weights_U * kept_U) / self._weights_L).nan_to_num(1.0).tolist()
 
     def ways(
@@ -159,9 +159,9 @@ class Planner:
     def working(
         self, possible_U: torch.Tensor, tokens: int | Sequence[int], listed_U: torch.Tensor | None = None
     ) -> torch.Tensor | None:
-        """Of units that masks may keep, bool, those to compute for so many tokens, or so many in each layer.
+        """Which units to compute, bool, out of those that masks may keep; None: all.
 
-        That is all units of the layers in which gathering does not pay, or lists are gone by; None: all units.
+        A layer in which gathering does not pay, or that goes by lists, is computed whole. ``tokens`` as in ``listed``.
         """
         if possible_U.all():
             return None
@@ -179,7 +179,7 @@ class Planner:
         Args:
             possible_U: units that masks may keep.
             kept_U: the share of masks that keep each unit.
-            tokens: of all masks, or so many in each layer.
+            tokens: of all masks together; one number, or one for each layer.
             each: tokens in a row under one mask.
         """
         if each < _LISTED_TOKENS or self._costs.listing >= NEVER or not {"kv_group", "channel"} & {*self._space.kinds}:
@@ -205,7 +205,7 @@ class Planner:
         return together <= windows / at_once * apart
 
     def _of_pass(self, alive_KU: torch.Tensor, classes_L: Sequence[int], tokens: int) -> float:
-        """Of masks that are so many classes in each layer, each of which has so many tokens."""
+        """Cost of one pass in which layer l runs ``classes_L[l]`` different masks on ``tokens`` tokens each."""
         costs, kept_L = self._costs, [math.inf] * len(self._weights_L)
         if tokens >= _LISTED_TOKENS and costs.listing < NEVER:
             kept_L = self._shares(alive_KU.mean(0, dtype=torch.float64))

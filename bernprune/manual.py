@@ -14,7 +14,7 @@ _WIDTH, _INDENT = 100, "    "
 
 
 def manual() -> str:
-    """Of each setting its name, its default, the words to choose from if there are some, and what it means."""
+    """Every setting: its name, its default, the words to choose from if there are some, and what it means."""
     lines = ["Every setting, for a YAML file or after --set, with its default, which a preset may change.", ""]
     for name, field in fields(RunConfig):
         default = field.get_default(call_default_factory=True)
@@ -31,7 +31,7 @@ def manual() -> str:
 
 
 def _written(value: Any) -> str:
-    """As YAML takes it."""
+    """A value as YAML takes it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

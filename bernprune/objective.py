@@ -148,7 +148,7 @@ class MaskedObjective:
     def _losses_of_rows(
         self, masks: MaskRows, mask_R: torch.Tensor, tokens_BT: torch.Tensor, window_R: torch.Tensor
     ) -> torch.Tensor:
-        """Float64 ``[R, P]`` of the P predictions of each row, whose mask and window are given by their indices."""
+        """Losses of each row's P predictions, float64 ``[R, P]``; its mask and window are given by their indices."""
         possible_U = _possible(masks)
         masks, tokens_BT, window_R = masks.to(self.device), tokens_BT.to(self.device), window_R.to(self.device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
@@ -167,8 +167,8 @@ class MaskedObjective:
         return self._in_passes(run, len(mask_R), lambda: self._rows).double().cpu()
 
     def _kept_shares(self, masks: MaskRows) -> torch.Tensor | None:
-        """Of masks, those under which each unit is alive, float64 ``[U]`` on the CPU; as is expected of masks that are
-        yet to be made. None of gates, which keep all."""
+        """For each unit the share of masks under which it is alive (the expected share, for masks not made yet),
+        float64 ``[U]`` on the CPU; None for gates, which keep all."""
         numbers = masks if isinstance(masks, torch.Tensor) else masks.reference_U
         if numbers is not None and numbers.is_floating_point():
             return None
@@ -190,7 +190,7 @@ class MaskedObjective:
     def _losses_of_windows(
         self, alive_KU: torch.Tensor, tokens_BT: torch.Tensor, dense_BTD: torch.Tensor | None
     ) -> torch.Tensor:
-        """Float64 ``[K, B]``, means over predictions; of masks on the CPU, by what they leave alive."""
+        """Means over predictions, float64 ``[K, B]``; masks, on the CPU, are given by what they leave alive."""
 
         def run_masks(masks: slice) -> torch.Tensor:
             branching = Branching.of(self._view.space, alive_KU[masks])
@@ -246,7 +246,7 @@ class MaskedObjective:
     def _losses(
         self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
     ) -> torch.Tensor:
-        """Of the P predictions of each row, ``[R, P]``."""
+        """Losses of the P predictions of each row, ``[R, P]``."""
         if dense_RTD is None:
             return token_losses(self._head, hidden_RTD, tokens_RT, self._live.ops)
         return token_divergences(self._head, hidden_RTD, dense_RTD, self._live.ops)

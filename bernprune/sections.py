@@ -67,43 +67,44 @@ class DataConfig(Section):
     text: str = EMBEDDED
     """Calibration text: .txt, .jsonl (field 'text'), .xz of either, dataset folder, Hugging Face dataset name."""
     eval_text: str | None = None
-    """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not used."""
+    """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not learned from;
+    for 'embedded' its own held-out part."""
     eval_join: str | None = None
     """Join the rows of the held-out text by this string, e.g. a blank line for WikiText-2; otherwise each is a text."""
     window: Annotated[int, Field(ge=2)] = 128
-    """Tokens a window, in search and evaluation."""
+    """Tokens in a window, in search and evaluation."""
     max_characters: Count = 64_000_000
-    """Calibration text is read up to here."""
+    """Characters of the calibration text that are read, at most."""
     eval_tokens: Count = 131_072
-    """Evaluation text is cut to this many tokens."""
+    """Tokens to which the evaluation text is cut."""
 
 
 class BudgetConfig(Section):
     sparsity: Share = 0.3
     """Share of the prunable cost to remove."""
     measure: Measure = "parameters"
-    """What the cost is: parameters, or forward FLOPs per token at `flops_window`."""
+    """Cost that budget.sparsity is a share of: parameters, or forward FLOPs per token at budget.flops_window."""
     flops_window: Count = 2048
     """Sequence length at which attention FLOPs are counted."""
     pools: Pools = "joint"
     """'joint': one budget over all units; 'separate': each kind loses the same share (published)."""
     also_parameters: Share | None = None
-    """Share of the prunable parameters that must go at least, beside the sparsity of another measure."""
+    """Share of the prunable parameters that must go at least, besides the sparsity of another measure."""
     also_flops: Share | None = None
-    """Share of the prunable forward FLOPs that must go at least, beside the sparsity of another measure."""
+    """Share of the prunable forward FLOPs that must go at least, besides the sparsity of another measure."""
     also_kv_cache: Share | None = None
-    """Share of the prunable key/value cache that must go at least; a policy keeps to it on average, what is selected
-    exactly."""
+    """Share of the prunable key/value cache that must go at least: the policy keeps to it on average, what is
+    selected exactly."""
     min_kv_groups: Annotated[int, Field(ge=0)] = 1
-    """Kept in each layer unless a coarser unit removes the block; the first layer always keeps one."""
+    """Least kv groups kept in each layer unless a coarser unit removes the block; the first layer always keeps one."""
     min_channels: Annotated[int, Field(ge=0)] = 1
-    """Kept in each layer unless a coarser unit removes the block."""
+    """Least channels kept in each layer unless a coarser unit removes the block."""
     channel_multiple: Count = 1
     """Kept channels of each layer are a multiple of this, e.g. 64 or 128 for tensor cores."""
 
     @property
     def also(self) -> dict[CapName, float]:
-        """Other costs, and what must go of them."""
+        """Other costs, and the share of each that must go."""
         names: tuple[CapName, ...] = get_args(CapName)
         shares = {name: getattr(self, f"also_{name}") for name in names}
         return {name: share for name, share in shares.items() if share is not None}
@@ -113,32 +114,33 @@ class InitialConfig(Section):
     score: ScoreName | str = "wanda-sp"
     """Metric that starts the policy (bernprune scores lists them), or a .safetensors file of scores."""
     also: tuple[ScoreName | str, ...] = ()
-    """posterior: other metrics, which the regression of worths on scores looks at beside the first."""
+    """posterior: other metrics, which the regression of worths on scores looks at besides initial.score."""
     map: MapName = "const"
-    """How scores become probabilities."""
+    """How scores become keep probabilities."""
     allocation: Allocation | None = None
     """How many units each layer keeps at first: of each kind the same share ('uniform'), the best of each kind in all
     layers ('global') or of all units ('pooled'), more where a layer changes more of what passes through it
     ('block-influence'), or what an evolution finds to lose least ('search'); by default what suits the metric."""
     kv_sparsity: Share | None = None
-    """Allocations 'uniform' and 'global': share of the kv groups that goes at first, of the channels what the budget
-    needs then (FLAP's manual modules, MM); by default the same share of both."""
+    """initial.allocation uniform or global: share of the kv groups that goes at first; of the channels then goes what
+    the budget needs (FLAP's manual modules, MM). By default the same share of both goes."""
     influence: InfluenceName = "angular"
-    """How that change is measured: by angle, 1 - cosine, or mean squared or absolute difference."""
+    """Measure of what a layer changes: the angle, 1 - cosine, or the mean squared or absolute difference."""
     generations: Count = 8
-    """Of that evolution: each runs 18 selections on a quarter of the calibration windows, the first one 24."""
+    """initial.allocation search: generations of the evolution after the first. Each runs 18 selections on a quarter of
+    the calibration windows, the first one 24."""
     cost_power: Annotated[float, Field(ge=0, le=1)] | None = None
     """Divide scores by this power of what a unit costs, in parameters; by default the metric's own."""
     pairs: Count = 8
     """mini-llm: differences of the loss that are taken of each calibration window, two passes each."""
     step: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """mini-llm: how far apart, in gates or weights; by default 0.0625 for gates and 0.001 for weights."""
+    """mini-llm: how far gates or weights are moved either way for a difference; by default 0.0625 and 0.001."""
     sharpness: Annotated[float, Field(gt=0.5, le=1)] = 0.95
-    """High probability of the map 'const'."""
+    """initial.map const: keep probability of the best units; that of the others is one minus it."""
     windows: Count = 128
-    """Calibration windows the metric sees."""
+    """Calibration windows that the metric sees."""
     window: Annotated[int, Field(ge=2)] | None = None
-    """Tokens of such a window; by default data.window."""
+    """Tokens in a window that the metric sees; by default data.window."""
     inputs: Literal["dense", "pruned"] = "dense"
     """Score each layer on the dense model's activations, or on those of the already pruned earlier layers."""
 
@@ -160,7 +162,7 @@ class PolicyConfig(Section):
     ceiling: Annotated[float, Field(gt=0.5, le=1)] = 0.98
     """Greatest keep probability."""
     projection: Projection = "cost-weighted"
-    """'cost-weighted': equal shift, budget met exactly; 'published': at most the budget."""
+    """How the policy is put on the budget: 'cost-weighted': equal shift, met exactly; 'published': at most that."""
 
 
 class SearchConfig(Section):
@@ -175,9 +177,9 @@ class SearchConfig(Section):
     method: MethodName = "posterior"
     """'posterior': estimate what each unit is worth, in rounds; 'reinforce': follow the gradient (published)."""
     masks: Count = 8
-    """Masks that compete on the same text, a step."""
+    """Masks that compete on the same text, in a step."""
     windows: Count = 8
-    """Windows of text a step."""
+    """Windows of text in a step."""
     masks_per: MasksPer = "chunk"
     """What has masks of its own: a whole 'batch' of windows (published), each 'sequence', or each 'chunk' of one."""
     sampling: Sampling = "antithetic"
@@ -187,11 +189,11 @@ class SearchConfig(Section):
     discount: Annotated[float, Field(ge=0, le=1)] = 0.4
     """How much a chunk's mask answers for the loss of each chunk behind it; 1 is unbiased, and noisy."""
     rounds: Count | None = None
-    """posterior: how often the policy is renewed; by default for every 128 windows of text."""
+    """posterior: rounds, each of which renews the policy; by default one for every 128 windows of text."""
     forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """posterior: share of what was known of whole layers that a round forgets."""
     swing: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """posterior: how far masks of the first round keep more or fewer channels of a layer; of round r an r-th of it."""
+    """posterior: how far masks of the first round keep more or fewer of a layer's channels; round r an r-th of it."""
     by_activity: bool = True
     """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
@@ -214,23 +216,23 @@ class SearchConfig(Section):
     final_windows: Annotated[int, Field(ge=2)] = 128
     """Windows on which the last two of a race of selections are compared."""
     look_windows: Annotated[int, Field(ge=2)] = 8
-    """posterior: windows on which it is looked at what single changes to the selection do."""
+    """posterior: windows on which single changes to the selection are tried."""
     refit: bool | None = None
     """Run masks on weights that are fitted to the policy whenever it has changed: what survivors can make up for after
-    a repair then costs nothing already while it is learned. By default, where a repair follows that refits weights
+    a repair then costs nothing while the search learns, either. By default, where a repair follows that refits weights
     (repair.method auto, ridge, two-step or admm); not for search.objective kl, search.dtype int8, or blocks alone."""
     dtype: SearchDtype = "auto"
-    """Number format of the weights that are searched on; what is sliced and reported is the model itself: the 'same',
-    'bfloat16', or 'int8' (weights alone, by torchao); 'auto': bfloat16 on processors with units for it, of models in
-    float32 with ten million prunable parameters or more whose model.dtype is auto, otherwise the same."""
+    """Number format of the weights that are searched on: the 'same', 'bfloat16', or 'int8' (weights alone, by torchao);
+    'auto': bfloat16 on processors with units for it, for models in float32 with ten million prunable parameters or
+    more whose model.dtype is auto, otherwise the same. What is sliced and reported is the model itself."""
     objective: ObjectiveName = "cross-entropy"
-    """'cross-entropy', or 'kl' to the dense model's predictions."""
+    """Loss of a mask: 'cross-entropy', or 'kl' to the dense model's predictions."""
     non_finite: Literal["error", "drop"] = "error"
     """What a loss that is not finite does: stop the run, or drop its mask from the step; such a finalist just loses."""
     rows_per_forward: Count | Literal["auto"] = "auto"
     """Most windows in one forward pass; 'auto': 64, on a GPU fewer or more as its memory allows."""
     costs: Literal["measured", "fixed"] = "measured"
-    """By which the way of running masks is chosen; of models under ten million prunable parameters always 'fixed'."""
+    """Costs by which the way of running masks is chosen; always 'fixed' under ten million prunable parameters."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints of the search, each after a whole step; the final choice is saved after each heat."""
     checkpoint_steps: Count | None = None
@@ -239,12 +241,12 @@ class SearchConfig(Section):
 
 class RepairConfig(Section):
     method: RepairName = "auto"
-    """How what is kept makes up for what is removed, in closed form. Of the two projections that add to the residual
-    stream, refit: the 'bias'; the weights, by 'ridge' regression or by 'admm'; or one 'scale' a unit. 'two-step' refits
-    those before them, too; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
+    """How what is kept makes up for what is removed, in closed form. In the two projections that add to the residual
+    stream it refits the 'bias', the weights by 'ridge' regression or by 'admm', or one 'scale' a unit. 'two-step' also
+    refits those before them; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
     windows: Annotated[int, Field(ge=2)] | None = None
-    """Calibration windows; by default 128, or what the model's widest projection needs. One in four chooses the ridge.
-    As many others are read to judge by, where there are so many."""
+    """Calibration windows of the repair; by default 128, or what the model's widest projection needs. One in four
+    chooses the ridge. As many others are read to judge by, where there are so many."""
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's."""
@@ -252,44 +254,45 @@ class RepairConfig(Section):
     """ridge, two-step, scale: strengths to choose from, in mean squares of an input."""
     biases: Literal["auto", "never", "always"] = "auto"
     """Whether projections get biases that the family does not know; the saved config then declares them, and other
-    engines may not. 'auto': for 'bias' alone, which is nothing without."""
+    engines may not read them. 'auto': for repair.method bias alone, which is nothing without."""
     judge_finalists: bool | None = None
     """Repair every finalist of the search, and keep the one with the least loss afterwards; by default with
     search.refit."""
 
 
 class RecoverConfig(Section):
-    """Of ``bernprune recover``, which trains what a run kept; prune does not read it."""
+    """Settings of ``bernprune recover``, which trains what a run kept; prune does not read them."""
 
     tokens: Count = 2_000_000
     """Tokens to train on, at most, in whole steps, and in one at least."""
     rank: Count = 8
-    """Of the adapters, in the mean over layers."""
+    """Rank of the adapters, in the mean over layers."""
     ranks: Literal["influence", "uniform"] = "influence"
-    """More where a layer of the dense model changes more of what passes through it (initial.influence), or alike."""
+    """Ranks of layers: more where one of the dense model changes more of what passes through it (initial.influence), or
+    all alike."""
     scale: Positive = 2.0
-    """Of what adapters add."""
+    """Factor of what adapters add."""
     learning_rate: Positive = 3e-4
     """Highest step size; models of a few million parameters take ten times as much, or more."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.03
-    """Share of the steps in which it rises; then it falls along a cosine."""
+    """Share of the steps in which the step size rises; then it falls along a cosine."""
     batch: Count = 16
-    """Windows a step."""
+    """Windows in a step."""
     rows: Count = 8
     """Most windows in one pass."""
     recompute: bool = False
-    """Compute activations again going back: less memory, a third more time."""
+    """Compute activations again on the way back: less memory, a third more time."""
     distill: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the loss that is the divergence from the dense model's predictions; above 0 that stays in memory."""
+    """Share of the divergence from the dense model's predictions in the loss; above 0 that model stays in memory."""
     masks: Literal["plan", "policy"] = "plan"
     """'plan': train the run's model. 'policy': train the dense one before the cut, repairs aside, under masks that the
     learned policy draws, nearer to the plan's from step to step; then cut."""
     held_out: Annotated[int, Field(ge=2)] = 64
-    """Windows at the end of the text that are not trained on: by them the best state is chosen."""
+    """Windows at the end of the text that are not trained on, and by which the best state is chosen."""
     evaluate_steps: Count | None = None
-    """Steps between such evaluations; by default a twentieth of them all."""
+    """Steps between evaluations on the held-out windows; by default a twentieth of all steps."""
     patience: Count = 5
-    """Evaluations without a lower loss that end the training."""
+    """Evaluations without a lower loss, after which the training ends."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 60.0
     """Seconds between checkpoints."""
 
@@ -298,13 +301,13 @@ class PlansConfig(Section):
     sparsities: tuple[Share, ...] = ()
     """Other sparsities for which a plan is written and evaluated, from half the run's own to one and a half of it."""
     nested: bool = False
-    """Whether each keeps, or is kept by, what the run keeps."""
+    """Whether each plan contains, or is contained in, what the run keeps."""
 
 
 class ReportConfig(Section):
     latency_rows: Count = 8
     """Windows in the batch that latency is measured on."""
     latency_repeats: Annotated[int, Field(ge=2)] = 20
-    """Timed passes."""
+    """Passes that are timed for a latency."""
     initial_latency: bool = True
     """Also time the initial metric's model, for which the dense one is loaded once more."""

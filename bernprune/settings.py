@@ -41,7 +41,7 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
     """``["a.b=c", ...]`` to nested data; the values are read as YAML.
 
     Args:
-        only: settings, or sections of them, beside which no others are allowed; by default all are.
+        only: the settings, or sections of them, that are allowed; by default all are.
 
     Raises:
         ConfigError: what is not of this form, or not allowed.
@@ -78,7 +78,7 @@ def _among(key: str, only: Sequence[str]) -> bool:
 
 
 def without_none(data: dict[str, Any]) -> dict[str, Any]:
-    """Only what was given."""
+    """The entries that were given."""
     inner = {key: without_none(value) if isinstance(value, dict) else value for key, value in data.items()}
     return {key: value for key, value in inner.items() if value is not None and value != {}}
 

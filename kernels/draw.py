@@ -136,7 +136,7 @@ def _list_kernel(p_bits, p_index, p_count, W, first, N, BN: tl.constexpr):
 
 
 def list_kept(masks: PackedMasks) -> KeptUnits:
-    """Of each mask, what it keeps of the view's units."""
+    """Lists of what each mask keeps of the view's units."""
     words_MW, size = masks.words_MW, masks.size
     index_MN = torch.empty(len(masks), size, dtype=torch.int32, device=words_MW.device)
     count_M = torch.empty(len(masks), dtype=torch.int32, device=words_MW.device)

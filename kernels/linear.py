@@ -51,7 +51,7 @@ def check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> N
 
 
 def precision(x: torch.Tensor) -> str:
-    """Of products: float32 ones are not rounded to fewer bits, unless torch was told that they may be."""
+    """Precision of products: float32 ones are not rounded to fewer bits, unless torch was told that they may be."""
     rounded = x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
     return "tf32" if rounded else "ieee"
 
@@ -90,7 +90,7 @@ class Tiles:
     listed: bool = False
 
     def options(self, x: torch.Tensor, rows: int, columns: int, inner: int) -> dict[str, int]:
-        """Of a launch: blocks that are not much larger than the work, 128 bytes of what is summed over at a time."""
+        """Options of a launch: blocks not much larger than the work, 128 bytes of what is summed over at a time."""
         high, wide = block_of(rows, self.rows), block_of(columns, self.columns)
         deep, room = block_of(inner, 128 // x.element_size()), shared_memory(x.device) - 4096
         buffers = room // ((high + self.products * wide) * deep * x.element_size())

@@ -58,7 +58,7 @@ def _block(vocabulary: int) -> int:
 
 
 def cross_entropy(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-    """In nats, float32 ``[P]``. Raises ``ValueError`` for sizes that do not fit each other."""
+    """Cross-entropy in nats, float32 ``[P]``. Raises ``ValueError`` for sizes that do not fit each other."""
     if logits_PV.ndim != 2 or targets_P.shape != logits_PV.shape[:1]:
         raise ValueError(f"logits {tuple(logits_PV.shape)} do not fit targets {tuple(targets_P.shape)}")
     logits_PV = logits_PV.contiguous()

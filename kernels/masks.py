@@ -22,7 +22,7 @@ _GATHER = 0x0102040810204080  # times eight bytes of 0 or 1, byte i as bit i of 
 
 @dataclass(frozen=True)
 class PackedMasks:
-    """Of the bits of a word, the lowest is its first unit's; a view of some units shares the words.
+    """Masks as bits, the lowest of a word its first unit's; a view of some units shares the words.
 
     Attributes:
         words_MW: int32.
@@ -114,7 +114,7 @@ class DrawnMasks:
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """Of each mask, which units it keeps, in rising order.
+    """Lists of the units that each mask keeps, in rising order.
 
     Attributes:
         index_MN: int32; what stands behind a mask's count means nothing.
@@ -151,7 +151,7 @@ Masks = PackedMasks | DrawnMasks | KeptUnits
 
 
 def rows_per_mask(rows: int, masks: Masks) -> int:
-    """Raises ``ValueError`` if not every mask has as many."""
+    """Rows under each mask. Raises ``ValueError`` if not every mask has equally many."""
     if not len(masks) or rows % len(masks):
         raise ValueError(f"{rows} rows cannot be shared out equally among {len(masks)} masks")
     return rows // len(masks)

@@ -107,7 +107,7 @@ def rotary(x_RHTC: torch.Tensor, cos_RTC: torch.Tensor, sin_RTC: torch.Tensor) -
 
 
 def cross_entropy(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-    """In nats, at least float32, ``[P]``."""
+    """Cross-entropy in nats, at least float32, ``[P]``."""
     return F.cross_entropy(_wide(logits_PV), targets_P, reduction="none")
 
 
@@ -143,7 +143,7 @@ def kept_sums(values_U: torch.Tensor, masks_MU: torch.Tensor) -> torch.Tensor:
 def activity_sums(
     active_BTF: torch.Tensor, advantages_BKT: torch.Tensor, masks_BKSF: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of r = ``|active_BTF|``, over the tokens of each window: sums, ``[B, F]``, of advantage times mask times r, over
+    """Sums over the tokens of each window, ``[B, F]``, with r = ``|active_BTF|``: of advantage times mask times r, over
     masks too; of r^2; and of r."""
     r_BTF = active_BTF.abs()
     r_BSTF = r_BTF.unflatten(1, (masks_BKSF.shape[2], -1))

@@ -115,9 +115,9 @@ def _activity_kernel(
 def activity_sums(
     active_BTF: torch.Tensor, advantages_BKT: torch.Tensor, masks: PackedMasks | DrawnMasks
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of what channels hand on, r = ``|active_BTF|``, sums over the tokens of a window, float32 ``[B, F]``.
+    """Sums over the tokens of each window, float32 ``[B, F]``, with r = ``|active_BTF|``, what channels hand on.
 
-    Of advantage times mask times r, over masks too; of r^2; and of r.
+    They are of advantage times mask times r, over masks too; of r^2; and of r.
 
     Args:
         masks: B * K * C of F channels, with C chunks that divide the tokens.

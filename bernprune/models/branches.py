@@ -36,7 +36,7 @@ class CurrentMasks:
     alone_U: torch.Tensor | None = None
 
     def alive_MN(self, units: slice) -> torch.Tensor:
-        """Of some adjacent units, at work or not."""
+        """What masks leave alive of some adjacent units, at work or not."""
         if self.numbers_MU is not None:
             return self.numbers_MU[:, units]
         assert self.bits is not None, "masks are numbers or bits"
@@ -44,12 +44,12 @@ class CurrentMasks:
 
     @functools.cached_property
     def _places_U(self) -> Any:
-        """Of each unit, how many at work there are up to it."""
+        """For each unit, how many units up to and including it are at work."""
         assert self.working_U is not None
         return self.working_U.cumsum(0).numpy()
 
     def at_work(self, units: slice) -> slice:
-        """Where those of some adjacent units that are at work stand among all of them."""
+        """The slice that the working ones among these adjacent units take among all working units."""
         if self.working_U is None:
             return units
         places = self._places_U
@@ -81,14 +81,14 @@ class Branch:
         self.biased = last.bias is not None  # so that something comes out even if nothing goes into its product
 
     def gather(self, weights: torch.Tensor) -> torch.Tensor:
-        """Of a weight or bias that holds all units in turn, what belongs to the kept ones."""
+        """What belongs to the kept units in a weight or bias that holds all units in turn."""
         if self.kept_N is None:
             return weights
         by_unit: torch.Tensor = weights.unflatten(0, (self.num_units, -1))
         return by_unit.index_select(0, self.kept_N).flatten(0, 1)
 
     def gather_last(self) -> torch.Tensor:
-        """Of the last projection's weight, the columns that belong to the kept units."""
+        """The columns of the last projection's weight that belong to the kept units."""
         if self.kept_N is None:
             return self._last.weight
         self.lay_columns()
@@ -121,7 +121,8 @@ class Branch:
         return output_PTD.view(rows, tokens, -1)
 
     def _spread(self, values_M: torch.Tensor, pieces: int) -> torch.Tensor:
-        """Of masks to their pieces; what does not come out even is left for the operation to refuse."""
+        """Repeat values given per mask so that there is one per piece; a count that does not divide is left to the
+        operation to refuse."""
         count = len(values_M)
         if count == 1:
             return values_M.expand(pieces, *values_M.shape[1:])

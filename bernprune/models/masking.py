@@ -327,7 +327,7 @@ def _check(view: ModelView, ops: MaskedOps) -> None:
 def _swap_inputs(
     swapped: ExitStack, layer: LayerView, family: Family, attention: Branch, ffn: Branch, ops: MaskedOps
 ) -> None:
-    """Of a layer whose projections must be called as they are."""
+    """Swap the last projections of a layer whose projections must be called as they are."""
     _swap(swapped, layer.attention, family.output, _MaskedInput(layer.output, attention, ops))
     _swap(swapped, layer.ffn, family.down, _MaskedInput(layer.down, ffn, ops))
 
@@ -335,7 +335,7 @@ def _swap_inputs(
 def _swap_gathering(
     swapped: ExitStack, layer: LayerView, family: Family, attention: Branch, ffn: Branch, ops: MaskedOps
 ) -> None:
-    """Of a layer whose weights can be gathered."""
+    """Swap the modules of a layer whose weights can be gathered."""
     for name in (family.query, family.key, family.value):
         _swap(swapped, layer.attention, name, _Gathered(getattr(layer.attention, name), attention, ops))
     _swap(swapped, layer.attention, family.output, _masked_output(layer, attention, ops))

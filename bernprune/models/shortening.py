@@ -55,7 +55,7 @@ def release(module: nn.Module) -> None:
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Of all parameters, as they lie in memory."""
+    """Bytes of all parameters, as they lie in memory."""
     return sum(_bytes(parameter) for parameter in model.parameters())
 
 

@@ -95,7 +95,7 @@ def pruned_config(config: PreTrainedConfig, plan: KeepPlan) -> Any:
 
 
 def _added_biases(model: PreTrainedModel, plan: KeepPlan) -> list[list[str]]:
-    """Of each layer that remains the blocks whose last projection has a bias, where the family's own has none."""
+    """For each layer that remains, the blocks whose last projection has a bias where the family's own has none."""
     family, layer_class = family_of(plan.architecture.model_type), FAMILIES[plan.architecture.model_type][2].layer_class
     with torch.device("meta"):
         stock = layer_class(model.config, 0)

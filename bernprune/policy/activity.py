@@ -35,7 +35,7 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 class ActivitySums:
-    """Of one round, over its windows.
+    """Sums of one round, over its windows.
 
     Attributes:
         count: windows.
@@ -82,10 +82,10 @@ class ActivitySums:
         return self._scaled(self._products_2N, self._squares_2N) / contrast_N
 
     def variance(self, contrast_N: torch.Tensor) -> torch.Tensor:
-        """Of ``effects``, as windows differ.
+        """Variance of ``effects``, from how windows differ.
 
-        Not about their mean: beside the noise of a window, what a channel does to it is nothing, and where one window
-        holds most of a channel's activity the mean would follow it, as if it were known exactly.
+        It is not about their mean: what a channel does to a window is nothing beside the window's noise, and where one
+        window holds most of a channel's activity the mean would follow it, as if it were known exactly.
         """
         scales_N: torch.Tensor = self._scaled(1 / contrast_N, self._squares_2N.sum(0))
         return self._noise_N * scales_N.square()
@@ -97,7 +97,7 @@ class ActivitySums:
 
 
 class Calibration:
-    """Of each layer, the ratio of what all tokens tell of its channels to what active ones do: one factor a layer.
+    """One factor a layer: the ratio of what all tokens tell of its channels to what active ones do.
 
     Sums over a layer's channels hold little noise, so their ratio is the factor; the ratios are drawn to what they have
     in common as far as their noise explains that they differ (random effects; DerSimonian and Laird, 1986).
@@ -181,7 +181,7 @@ class ActiveTokens:
         return windows - int(fine_B.sum())
 
     def forget_round(self) -> None:
-        """Of a round that told nothing."""
+        """Drop what was gathered in this round."""
         self._sums = ActivitySums(int(self._channels_U.sum()))
 
     def conclude_round(

@@ -37,12 +37,12 @@ def shares_by_importance(importance_L: torch.Tensor, keep: float) -> torch.Tenso
 
 
 def shares_of_groups(space: UnitSpace, shares_L: torch.Tensor) -> torch.Tensor:
-    """Of layers to their groups of units, ``[G]``."""
+    """The share of its layer for each group of units, ``[G]``."""
     return torch.stack([shares_L[group.layer] for group in space.groups]).double()
 
 
 def shares_by_kind(space: UnitSpace, costs_U: torch.Tensor, keep: float, kv_keep: float) -> torch.Tensor:
-    """Of kv groups the given share, of channels what the budget leaves, float64 ``[G]``.
+    """Shares of groups, float64 ``[G]``: kv groups keep the given one, channels what the budget leaves.
 
     The manual modules (MM) of FLAP, which are told how many heads go (An et al., 2023, arXiv 2312.11983, released
     code); there the share of channels is told as well, here it follows.

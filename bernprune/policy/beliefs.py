@@ -164,13 +164,13 @@ def common_prior(lines: Sequence[Line]) -> Prior | None:
 
 
 def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
-    """Of each group, the variance by which its residuals differ more than their noise explains.
+    """The variance, for each group, by which its residuals differ more than their noise explains.
 
     Estimates of the groups are drawn to their mean, all the way where they do not clearly differ from it (the
     non-negative garrote; Breiman, 1995): of many, some are large by chance.
 
     Args:
-        residuals, variances: of each group ``[N]``: what was observed of its units less their line, and its noise.
+        residuals, variances: for each group ``[N]``, what was observed of its units less their line, and its noise.
     """
     excesses = [residual_N.square() - noise_N for residual_N, noise_N in zip(residuals, variances, strict=True)]
     spread_G = torch.stack([excess_N.mean() for excess_N in excesses]).clamp(min=0)
@@ -190,15 +190,15 @@ def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.
 
 
 class Beliefs:
-    """Of all units, after the rounds told so far.
+    """What is believed of all units, after the rounds told so far.
 
     Args:
         scores_US: initial scores, larger is kept; only their order within a group counts. ``[U, S]``.
         forgetting: share of a line's past that a round forgets.
 
     Attributes:
-        groups: units whose line is one.
-        worth_U, deviation_U: of what keeping a unit saves, nats per token: mean and standard deviation, ``[U]``.
+        groups: units that share a line.
+        worth_U, deviation_U: mean and standard deviation of what keeping a unit saves, nats per token, ``[U]``.
         reliability: mean share of a unit's observed difference that is signal.
     """
 

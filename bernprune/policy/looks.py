@@ -120,7 +120,7 @@ def moves(
 
 
 def _border(members: torch.Tensor, mask_U: torch.Tensor, priorities_U: torch.Tensor) -> list[torch.Tensor]:
-    """Of a layer's channels, the least wanted that are kept, but not all of them, and the most wanted that are not."""
+    """A layer's channels at the border: the least wanted that are kept, but not all, the most wanted that are not."""
     count = max(1, round(len(members) / _PARTS))
     kept, gone = members[mask_U[members]], members[~mask_U[members]]
     kept = kept[priorities_U[kept].argsort(stable=True)][: min(count, len(kept) - 1)]

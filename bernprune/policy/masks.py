@@ -200,7 +200,7 @@ class Masks:
 
     @property
     def _thresholds_LU(self) -> torch.Tensor:
-        """Of levels -1, 0 and 1; without swing, they are alike."""
+        """Thresholds of levels -1, 0 and 1; without swing, they are alike."""
         if "thresholds" not in self._known:
             amplitude_U = amplitude(self.probs_U, self.design, self.budget.space)
             probs_LU = self.probs_U + amplitude_U * torch.tensor([[-1], [0], [1]])

@@ -127,7 +127,8 @@ class PosteriorSearch(MaskSearch):
 
     @property
     def priorities_U(self) -> torch.Tensor:
-        """Of each group as many are above any price as the policy expects to keep; see ``expected_order``."""
+        """Values, of which each group has as many above any price as the policy expects to keep; see
+        ``expected_order``."""
         return self._order_U if self.rounds else self.probs_U
 
     @property
@@ -213,7 +214,7 @@ class PosteriorSearch(MaskSearch):
         return effects_BU / self._contrasts_on(sums.device) - self.worth_U.to(sums.device)
 
     def _levels(self, masks_BKCU: MaskRows) -> torch.Tensor | None:
-        """Of the groups of masks, float64 ``[B, K, C, G]``; None without swing."""
+        """Levels of the groups of masks, float64 ``[B, K, C, G]``; None without swing."""
         if not self.design.swing:
             return None
         if not isinstance(masks_BKCU, Masks):

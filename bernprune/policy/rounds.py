@@ -49,7 +49,7 @@ class Sums:
         return self.sum_U / self.count
 
     def variance_U(self) -> torch.Tensor:
-        """Of the mean."""
+        """Variance of the mean."""
         spread_U = (self.squares_U / self.count - self.mean_U().square()).clamp(min=0)
         return spread_U / (self.count - 1)
 

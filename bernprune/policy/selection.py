@@ -174,7 +174,7 @@ def _parts(
     tie_break_U: torch.Tensor | None,
     core_U: torch.Tensor | None,
 ) -> _Parts:
-    """Of each group the minimum in one part, then a multiple each, best units first; a remainder can never be kept."""
+    """Each group's minimum in one part, then a multiple a part, best units first; a remainder can never be kept."""
     space, priorities_U = budget.space, priorities_U.double().cpu()
     own_U, wanted_U = priorities_U.numpy(), space.inherit(priorities_U, torch.minimum).numpy()
     second_U = np.zeros(space.size) if tie_break_U is None else tie_break_U.double().cpu().numpy()
@@ -205,7 +205,7 @@ def _parts(
 
 
 def _sums(values_U: np.ndarray, first_P: np.ndarray, size_P: np.ndarray) -> np.ndarray:
-    """Of the values of each part."""
+    """Sums of the values of each part."""
     sums_P: np.ndarray = values_U[first_P].astype(np.float64)
     for part in np.flatnonzero(size_P > 1):
         sums_P[part] = math.fsum(values_U[first_P[part] : first_P[part] + size_P[part]])

@@ -19,7 +19,7 @@ _NUMBERS = 2**18  # of masks in float64 at once, which stay in the caches
 
 
 class MaskSums:
-    """Over the masks of one step, ``[B, K, C, U]``, on their device.
+    """Sums over the masks of one step, ``[B, K, C, U]``, on their device.
 
     Args:
         kernels: None sums up in plain torch, in float64 but for activities.
@@ -36,7 +36,7 @@ class MaskSums:
             self.device = self._masks.words_MW.device
 
     def kept(self, values_U: torch.Tensor) -> torch.Tensor:
-        """Of the values of what each mask keeps, float64 ``[B, K, C]`` on the CPU."""
+        """For each mask, the sum of the values of the units it keeps, float64 ``[B, K, C]`` on the CPU."""
         values_U = values_U.to(self.device)
         if self._kernels is not None:
             sums_M = self._kernels.kept_sums(values_U.float(), self._masks)
@@ -46,7 +46,7 @@ class MaskSums:
         return torch.as_tensor(sums_M, dtype=torch.float64, device=CPU).view(self._shape[:3])
 
     def scores(self, weights_BKC: torch.Tensor) -> torch.Tensor:
-        """Of the weights of the masks that keep a unit, ``[B, U]``."""
+        """For each unit, the sum of the weights of the masks that keep it, ``[B, U]``."""
         weights_BR = weights_BKC.flatten(1).to(self.device)
         nothing_U = torch.zeros(self._shape[-1], dtype=weights_BR.dtype, device=self.device)
         if self._kernels is not None:
@@ -58,9 +58,9 @@ class MaskSums:
         return torch.cat(parts, dim=1)
 
     def active(self, units: slice, windows: slice, active_RTF: torch.Tensor, weights_RKT: torch.Tensor) -> torch.Tensor:
-        """Of r = ``|active_RTF|`` over the tokens of each of some windows, float32 ``[3, R, F]``.
+        """Three sums over the tokens of each of some windows, float32 ``[3, R, F]``, with r = ``|active_RTF|``.
 
-        Of weight times mask times r, over masks too; of r^2; and of r.
+        They are of weight times mask times r, over masks too; of r^2; and of r.
 
         Args:
             units: those of the layer's channels.

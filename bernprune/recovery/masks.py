@@ -29,5 +29,5 @@ class SampledMasks:
         return torch.rand(rows, len(probs_U), generator=random, dtype=torch.float64) < probs_U
 
     def set(self, masks_RU: torch.Tensor | None = None) -> None:
-        """Of the rows of the next pass; by default what the plan keeps."""
+        """Set the masks of the rows of the next pass; by default what the plan keeps."""
         self._live.set(self._plan_U[None] if masks_RU is None else masks_RU)

@@ -41,7 +41,7 @@ class Moments:
             mine += theirs
 
     def of_outputs(self, outputs_S: torch.Tensor) -> "Moments":
-        """Of these outputs alone; the sums over inputs are shared with them, not copied."""
+        """The moments of these outputs alone; the sums over inputs are shared with them, not copied."""
         part = copy.copy(self)
         part._t_D, part._tx_DA, part._tt_D = (sums[outputs_S] for sums in (self._t_D, self._tx_DA, self._tt_D))
         return part
@@ -52,7 +52,7 @@ class Moments:
 
     @property
     def means(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of inputs and targets, ``[A]`` and ``[D]``."""
+        """Means of inputs and targets, ``[A]`` and ``[D]``."""
         return self._x_A / self.count, self._t_D / self.count
 
     def about(self, x_A: torch.Tensor, t_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

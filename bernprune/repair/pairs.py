@@ -54,7 +54,7 @@ class Pair:
         self._pruned.advance()
 
     def last(self, place: Place, inputs_A: torch.Tensor, target: TargetName) -> Moments:
-        """Of what the branch's last projection takes in now, and of what it should give.
+        """Moments of what the branch's last projection takes in now, and of what it should give.
 
         Args:
             inputs_A: which of its inputs.
@@ -88,7 +88,7 @@ class Pair:
         return _finite(found, place)
 
     def first(self, place: Place, dense_DA: torch.Tensor, bias_D: torch.Tensor | None) -> Moments:
-        """Of what the branch takes in now, and of what projections ``dense_DA`` into it give in the dense model."""
+        """Moments of what the branch takes in now, and of what its projections ``dense_DA`` give in the dense model."""
         normed = iter(self._normed[int(place.branch == "ffn")])
         found = Moments(dense_DA.shape[1], dense_DA.shape[0], self._device)
 

@@ -78,7 +78,7 @@ def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int
 
 
 def policy_weights(config: RunConfig, space: UnitSpace) -> Effort:
-    """Of weights that are fitted to the policy where rounds end; where it is drawn in, they are once more."""
+    """Effort of refitting weights to the policy where rounds end; refits after it was drawn in are not counted."""
     architecture, workload = space.architecture, plan_work(config, space)
     if not _refits(config, workload):
         return Effort()
@@ -116,7 +116,7 @@ def _widths(architecture: Architecture, shape: LayerShape) -> tuple[int, int]:
 
 
 def _fitted_widths(space: UnitSpace) -> Iterator[int]:
-    """Of the branches whose units may go."""
+    """Inputs of the last projections of the branches whose units may go."""
     for layer, shape in enumerate(space.architecture.layers):
         for kind, every in zip(PARTS, _widths(space.architecture, shape), strict=True):
             if space.span(kind, layer) is not None:

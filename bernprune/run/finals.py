@@ -196,7 +196,7 @@ class _Text:
         return cls(stage, objective, stage.kept_back, 0, min(settings.final_windows, count), _READINGS * count, finals)
 
     def losses(self, masks_NU: torch.Tensor, count: int) -> torch.Tensor:
-        """Of each mask on each of the next windows, ``[N, W]``; infinite where there is none."""
+        """Losses of each mask on each of the next windows, ``[N, W]``; infinite where one is not finite."""
         start = self.first + self.finals.windows_read
         self.finals.windows_read += count
         self.finals.sequences += (len(masks_NU) + self._dense) * count

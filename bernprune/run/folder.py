@@ -157,7 +157,7 @@ class RunFolder:
         write_json(self.versions, versions())
 
     def changed_versions(self) -> str:
-        """Of which libraries the run began with another version than is here, in words; empty if it is not known."""
+        """Libraries of which the run began with another version than is here, in words; empty if that is not known."""
         try:
             before, now = json.loads(self.versions.read_text(encoding="utf-8")), versions()
         except (OSError, ValueError):  # a run of an older version of ours, or one that was killed as it began
@@ -188,7 +188,7 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Of this package, and of the libraries that decide what it computes."""
+    """Versions of this package, and of the libraries that decide what it computes."""
     return {"bernprune": bernprune.__version__} | {name: version(name) for name in ("torch", "transformers")}
 
 

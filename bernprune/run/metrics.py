@@ -10,7 +10,7 @@ _LAYERS = 32
 
 
 def metrics_table(metrics: Iterable[Metric]) -> str:
-    """Of each metric its name, cost, units, usual allocation and source, and what it says of a unit."""
+    """The name, cost, units, usual allocation and source of each metric, and what it says of a unit."""
     lines = [
         f"{'metric':<18}{'passes':>8}  {'allocation':<17}{'units':<24}source",
     ]
@@ -34,7 +34,7 @@ def _cost(metric: Metric) -> str:
 
 
 def scores_table(found: dict[str, Any]) -> str:
-    """Of what ``score_model`` returns: the mean score of each kind in each layer, and what the metric noted."""
+    """A table of what ``score_model`` returns: the mean score of each kind in each layer, and what the metric noted."""
     kinds = [kind for kind in KINDS if any(group["kind"] == kind for group in found["groups"])]
     means = {(group["layer"], group["kind"]): f"{group['mean']:.4g}" for group in found["groups"]}
     layers = sorted({layer for layer, _ in means})

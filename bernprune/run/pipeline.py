@@ -282,7 +282,7 @@ def _last_round(folder: RunFolder) -> dict[str, Any]:
 def _masked_losses(
     full: Stage, dense_loss: float | None, initial_U: torch.Tensor, uniform_U: torch.Tensor
 ) -> dict[str, float | None]:
-    """Of the model itself, dense and under what the metric would keep."""
+    """Losses of the model itself, dense and under what the metric would keep."""
     return {
         "dense": mean_loss(full.view.model, full.eval_windows_WT) if dense_loss is None else dense_loss,
         "uniform": mask_loss(full, uniform_U, "of the metric's uniform selection"),

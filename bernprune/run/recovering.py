@@ -235,7 +235,7 @@ def _pruned(source: _Source, device: torch.device) -> Any:
 
 
 def _ranks(source: _Source, view: ModelView | None, *, whole: bool) -> list[int]:
-    """Of the layers of the dense model, if that is trained as a ``whole``, or of those that remain of it."""
+    """Ranks of the layers of the dense model, if that is trained as a ``whole``, or of those that remain of it."""
     settings, layers = source.config.recover, source.plan.layers
     kept = [index for index, layer in enumerate(layers) if whole or not layer.is_empty]
     if view is None or settings.ranks == "uniform" or len(kept) == 1:
@@ -244,7 +244,7 @@ def _ranks(source: _Source, view: ModelView | None, *, whole: bool) -> list[int]
 
 
 def _influence(source: _Source, view: ModelView) -> torch.Tensor:
-    """Of each layer of the dense model, on the first windows that are trained on."""
+    """Influence of each layer of the dense model, on the first windows that are trained on."""
     windows_WT = source.train.windows(0, min(_INFLUENCE_WINDOWS, source.train.num_windows))
     context = Context(view, windows_WT, source.config.seed, TORCH, source.config.recover.rows, Options())
     return layer_influence(context, source.config.initial.influence)

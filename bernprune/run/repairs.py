@@ -97,7 +97,7 @@ class Workshop:
         return cls.of(config, view, train, ops, rows_per_forward(config, view))
 
     def losses(self, plan: KeepPlan) -> torch.Tensor:
-        """Of what a plan leaves of the model as it is now, on the judging windows, float64 ``[W]``."""
+        """Losses of what a plan leaves of the model as it is now, on the judging windows, float64 ``[W]``."""
         view = self.repairer.view
         with masked_objective(view, self.ops, rows_per_forward=self.repairer.rows_per_forward) as objective:
             return objective.window_losses(view.space.mask(plan)[None], self.judging_WT)[0]
@@ -111,7 +111,7 @@ class Workshop:
         return min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf), _finite(losses)
 
     def _loss_repaired(self, name: str, plan: KeepPlan) -> float:
-        """Of a finalist; infinite if it cannot be repaired, so that it just loses."""
+        """Mean loss of a finalist after its repair; infinite if it cannot be repaired, so that it just loses."""
         try:
             done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
         except BernpruneError as error:
@@ -147,11 +147,11 @@ class Workshop:
             return done, {"none": before, self.method: self.losses(plan).mean().item()}
 
     def _possible(self, plan: KeepPlan) -> tuple[RepairName, ...]:
-        """Of the methods that ``auto`` tries, those for which there is text enough."""
+        """Those of the methods that ``auto`` tries for which there is text enough; if none, ``scale``."""
         return tuple(method for method in _AUTO if method not in self._impossible(plan)) or _LESS
 
     def _impossible(self, plan: KeepPlan) -> dict[RepairName, DataError]:
-        """The others, and why."""
+        """Those for which there is not text enough, and why."""
         errors: dict[RepairName, DataError] = {}
         for method in _AUTO:
             try:

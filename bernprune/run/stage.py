@@ -132,7 +132,7 @@ def rows_per_forward(config: RunConfig, view: ModelView) -> int:
 
 
 def row_bytes(config: RunConfig, view: ModelView) -> int:
-    """Of gate, up and their product, and the residual stream a few times over, of the one layer at work."""
+    """Bytes that one row's activations take: gate, up, their product, and a few residual streams, of one layer."""
     widest = max(layer.channels for layer in view.architecture.layers)
     entries = config.data.window * (3 * widest + 6 * view.architecture.hidden_size)
     return entries * view.model.dtype.itemsize

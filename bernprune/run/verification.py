@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, t
 
 
 def reason(error: OSError | SafetensorError) -> str:
-    """Of a failure to write, in a few words."""
+    """The reason of a failure to write, in a few words."""
     return getattr(error, "strerror", None) or str(error)
 
 

@@ -25,7 +25,7 @@ _EVERY = 4  # window is one that they are tried on
 
 
 def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
-    """Of each unit among those of its group, from above 0 to below 1, float64 ``[U]``."""
+    """Rank of each unit among those of its group, from above 0 to below 1, float64 ``[U]``."""
     ranks_U = torch.zeros_like(scores_U, dtype=torch.float64)
     for group, units in zip(space.groups, space.spans, strict=True):
         ranks_U[units] = (scores_U[units].argsort(stable=True).argsort(stable=True).double() + 0.5) / group.count

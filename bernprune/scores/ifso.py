@@ -58,7 +58,7 @@ def _difference(step: float, gradients: Callable[[float], Vectors]) -> Vectors:
 
 
 def weight_gradients(context: Context, gate: float) -> Vectors:
-    """Of the mean loss by the weights of the output and down projections, with all gates at ``gate``, on the CPU."""
+    """Gradients of the mean loss by the output and down projections' weights, on the CPU, all gates at ``gate``."""
     view = context.view
     weights = [{point: getattr(layer, point).weight for point in POINTS} for layer in view.layers]
     gates = [{point: torch.full((1,), gate) for point in POINTS} for _ in view.layers]
@@ -79,7 +79,7 @@ def weight_gradients(context: Context, gate: float) -> Vectors:
 
 
 def gradients_of_gates(context: Context, toward: Vectors, moved: float) -> Vectors:
-    """Of the mean loss by a gate on each unit, ``[N]`` on the CPU, with weights ``moved`` so far along ``toward``."""
+    """Gradients of the mean loss by units' gates, ``[N]`` on the CPU, weights ``moved`` so far along ``toward``."""
     view = context.view
     gates = [
         {

@@ -33,10 +33,10 @@ WEIGHT_STEP = 1e-3
 
 
 def gate_gradients(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the loss by a gate on each unit, and the variance of each estimate, float64 ``[U]`` both.
+    """Gradients of the loss by a gate on each unit, and the variance of each estimate, float64 ``[U]`` both.
 
-    Every window has directions of its own, of plus and minus one a gate: the mean over them of z (L(1 + step z) -
-    L(1 - step z)) / (2 step).
+    Every window has directions z of its own, of plus and minus one a gate; the estimate is the mean over them of
+    z (L(1 + step z) - L(1 - step z)) / (2 step).
     """
     step, size = context.options.step or GATE_STEP, context.view.space.size
     sum_U, squares, count = torch.zeros(size, dtype=torch.float64), 0.0, 0
@@ -99,7 +99,7 @@ class _Direction:
 
 
 def _slopes(context: Context) -> list[tuple[_Direction, float]]:
-    """Of every direction how fast the loss of its windows grows along it, times their share of the text."""
+    """Every direction, and how fast the loss of its windows grows along it, times their share of the text."""
     step, slopes = context.options.step or WEIGHT_STEP, []
     for pair in range(context.options.pairs):
         for batch, tokens_BT in enumerate(context.windows_WT.split(context.rows_per_forward)):

@@ -92,7 +92,7 @@ class LayerPass:
         return projection_of(self.view, self.layer, name)
 
     def weight(self, name: str) -> torch.Tensor:
-        """Of a projection, float64 ``[D, E]`` on the model's device; also of a quantised one."""
+        """Weight of a projection, float64 ``[D, E]`` on the model's device; also of a quantised one."""
         return weight_of(self.projection(name), self.view.model.dtype).double()
 
     def check(self, statistics: RunningMoments) -> None:

@@ -25,8 +25,8 @@ Form = Literal["vector", "element", "second"]
 
 @dataclass(frozen=True)
 class WeightGradient:
-    """Of one projection of a layer, turned so that the rows of a unit lie side by side: weight, gradient of the mean
-    loss, and mean over windows of their own squared gradients, if that was asked for; float32 ``[O, I]``."""
+    """A projection's weight, its gradient of the mean loss and, if asked for, the mean over windows of their own
+    squared gradients; float32 ``[O, I]``, turned so that the rows of a unit lie side by side."""
 
     weight_OI: torch.Tensor
     grad_OI: torch.Tensor
@@ -37,7 +37,7 @@ LayerGradients = dict[Kind, list[WeightGradient]]
 
 
 def layer_gradients(context: Context, *, squares: bool = False) -> Iterator[tuple[int, LayerGradients]]:
-    """Of each layer, from the last to the first, its index and the gradients of all that belongs to its units.
+    """The index of each layer, from the last to the first, and the gradients of all that belongs to its units.
 
     Raises:
         ModelError: weights that are not in floating point.
@@ -64,7 +64,7 @@ def _turned(found: WeightGradient, name: str) -> WeightGradient:
 
 
 class _Sums:
-    """Of the gradients of a layer's weights over passes; with ``windows``, of squares too, if a pass is one window."""
+    """Sums of the gradients of a layer's weights over passes; with ``windows``, each a pass, of their squares too."""
 
     def __init__(self, weights: list[torch.Tensor], windows: int | None) -> None:
         self._weights, self._windows = weights, windows
@@ -76,7 +76,7 @@ class _Sums:
             assert weight.grad is not None
             self._sums[at] += weight.grad
             if self._squares is not None and self._windows is not None:
-                # A window's share of the mean loss has an Wth of its own gradient.
+                # Each window adds 1/W of its own gradient to that of the mean loss.
                 self._squares[at] += weight.grad.float().square() * self._windows
             weight.grad = None
 
@@ -87,7 +87,7 @@ class _Sums:
 
 
 def salience(found: WeightGradient, form: Form) -> torch.Tensor:
-    """Of each row of a weight, ``[O]``."""
+    """What each row of a weight counts for, ``[O]``."""
     first_OI = found.weight_OI * found.grad_OI
     if form == "vector":
         return first_OI.sum(1).abs()
