@@ -5,7 +5,7 @@ dotted key, the value and what is allowed.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -30,6 +30,7 @@ from bernprune.settings import merge
 from bernprune.units import ANCESTORS, KINDS, finest
 
 EXPLORED = (0.5, 1.5)  # times a run's own sparsity
+REPAIRS = tuple(name for name in get_args(RepairName) if name != "none")
 REFITTING: tuple[RepairName, ...] = ("auto", "ridge", "two-step", "admm")  # repairs that write other weights
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 
@@ -48,11 +49,11 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "search.reference": ("search.baseline", ("matched",)),
     "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published")),
     "search.epsilon": ("search.scaling", ("sqrt-fisher",)),
-    "repair.windows": ("repair.method", ("bias", "scale", "ridge", "two-step", "admm", "auto")),
-    "repair.target": ("repair.method", ("ridge", "two-step", "admm", "auto")),
+    "repair.windows": ("repair.method", REPAIRS),
+    "repair.target": ("repair.method", REFITTING),
     "repair.ridges": ("repair.method", ("scale", "ridge", "two-step", "auto")),
-    "repair.biases": ("repair.method", ("bias", "scale", "ridge", "two-step", "admm", "auto")),
-    "repair.judge_finalists": ("repair.method", ("bias", "scale", "ridge", "two-step", "admm", "auto")),
+    "repair.biases": ("repair.method", REPAIRS),
+    "repair.judge_finalists": ("repair.method", REPAIRS),
 }
 
 
@@ -244,10 +245,20 @@ class RunConfig(Section):
         return None
 
     @property
+    def searches(self) -> bool:
+        """Whether anything is learned: of no sequences, only the metric's own selection is made."""
+        return self.search.sequences != 0
+
+    @property
+    def fits_to_policy(self) -> bool:
+        """Whether weights are fitted to the policy while it is learned."""
+        return bool(self.search.refit) and self.searches
+
+    @property
     def judges_finalists(self) -> bool:
         """Whether finalists of the search are repaired, and judged by that."""
-        given, searches = self.repair.judge_finalists, self.search.sequences != 0
-        return self.repair.method != "none" and bool(self.search.refit and searches if given is None else given)
+        given = self.repair.judge_finalists
+        return self.repair.method != "none" and (self.fits_to_policy if given is None else given)
 
     @property
     def longest_window(self) -> int:

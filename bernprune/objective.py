@@ -169,12 +169,12 @@ class MaskedObjective:
     def _kept_shares(self, masks: MaskRows) -> torch.Tensor | None:
         """For each unit the share of masks under which it is alive (the expected share, for masks not made yet),
         float64 ``[U]`` on the CPU; None for gates, which keep all."""
-        numbers = masks if isinstance(masks, torch.Tensor) else masks.reference_U
+        space, numbers = self._view.space, masks if isinstance(masks, torch.Tensor) else masks.reference_U
         if numbers is not None and numbers.is_floating_point():
             return None
-        if not isinstance(masks, torch.Tensor):
-            return self._view.space.inherit(masks.probs_U[None], torch.mul)[0]
-        return self._view.space.alive(masks.flatten(0, -2)).mean(0, dtype=torch.float64).cpu()
+        if isinstance(masks, torch.Tensor):
+            return space.alive(masks.flatten(0, -2)).mean(0, dtype=torch.float64).cpu()
+        return space.inherit(masks.probs_U[None], torch.mul)[0]
 
     def _bits(self, masks: MaskRows, mask_R: torch.Tensor) -> Callable[[slice], PackedMasks] | None:
         """What lets a kernel make some of the masks as bits; None where they are numbers, or not of one row each."""

@@ -362,7 +362,10 @@ def test_rounds_follow_their_description(forgetting: float) -> None:
     for step in range(5):
         masks_BKCU = search.ask(step)
         losses_BKC = ((1 - masks_BKCU[:].double()) @ values_U).square() / 20
-        effects_BU, chances_U = search.effects(masks_BKCU, losses_BKC)[0], search.probs_U * (1 - search.probs_U)
+        effects_BU, chances_U = (
+            search.estimate(masks_BKCU, losses_BKC).effects_BU,
+            search.probs_U * (1 - search.probs_U),
+        )
         search.tell(masks_BKCU, losses_BKC, learning_rate=0.0)
         observed_U, noise_U = -effects_BU.mean(0), effects_BU.var(0) / 7
         for at in layers:  # those of a layer share their noise

@@ -75,12 +75,12 @@ def test_effects_are_unbiased(
     draws_TKCU, weights_T = DRAWS[sampling](probs_U, num_masks, num_chunks)
     losses_TKC, expected_U = losses_of(draws_TKCU), exact_effects(probs_U, num_chunks, discount)
     design = Design(1, num_masks, num_chunks, sampling)
-    effects_TU, _ = posterior(probs_U, design, worth_U, discount).effects(draws_TKCU, losses_TKC)
+    effects_TU = posterior(probs_U, design, worth_U, discount).estimate(draws_TKCU, losses_TKC).effects_BU
     assert_close(weights_T.sum(), 1.0, EXACT)
     assert_close(weights_T @ effects_TU, expected_U, EXACT)
     if sampling == "antithetic":  # negative control
         plain = posterior(probs_U, Design(1, num_masks, num_chunks), discount=discount)
-        misled_U = weights_T @ plain.effects(draws_TKCU, losses_TKC)[0]
+        misled_U = weights_T @ plain.estimate(draws_TKCU, losses_TKC).effects_BU
         assert ((misled_U - expected_U).abs() > 0.01 * expected_U.abs()).all()
     if num_chunks > 1 and discount < 1:  # negative control: discounting shows
         assert (expected_U - exact_effects(probs_U, num_chunks, 1.0)).abs().max() > 0.1
@@ -92,7 +92,7 @@ def test_four_antithetic_masks_are_unbiased(num_units: int, num_chunks: int, dis
     probs_U = PROBS_U[-num_units:]
     draws_TKCU, weights_T = antithetic_draws(probs_U, 4, num_chunks)
     search = posterior(probs_U, Design(1, 4, num_chunks, "antithetic"), discount=discount)
-    effects_TU, _ = search.effects(draws_TKCU, losses_of(draws_TKCU))
+    effects_TU = search.estimate(draws_TKCU, losses_of(draws_TKCU)).effects_BU
     assert_close(weights_T @ effects_TU, exact_effects(probs_U, num_chunks, discount), EXACT)
 
 
@@ -104,11 +104,12 @@ def test_what_is_explained_makes_no_noise(num_chunks: int, discount: float) -> N
     search = posterior(PROBS_U, Design(1, 3, num_chunks), worth_U, discount)
     masks_BKCU = torch.rand(17, 3, num_chunks, 4, generator=torch.Generator().manual_seed(0)) < PROBS_U
     losses_BKC = 3 - masks_BKCU.double() @ worth_U / num_chunks
-    effects_BU, advantages_BKC = search.effects(masks_BKCU, losses_BKC)
+    seen = search.estimate(masks_BKCU, losses_BKC)
+    effects_BU, advantages_BKC = seen.effects_BU, seen.advantages_BKC
     assert_close(effects_BU, -worth_U.expand(17, -1), EXACT)
     assert advantages_BKC.abs().max() < EXACT
     search.beliefs.worth_U = torch.zeros_like(worth_U)
-    assert search.effects(masks_BKCU, losses_BKC)[0].std(0).min() > 0.1
+    assert search.estimate(masks_BKCU, losses_BKC).effects_BU.std(0).min() > 0.1
 
 
 @pytest.mark.parametrize("probs_U", [PROBS_U, SHARP_U], ids=["any", "sharp"])
@@ -119,14 +120,16 @@ def test_pairs_are_those_of_disarm(probs_U: torch.Tensor) -> None:
     halves_T1 = (losses_TK[:, 0] - losses_TK[:, 1])[:, None] / 2
     signs_TU = (-1) ** kept_TKU[:, 1] * (kept_TKU[:, 0] != kept_TKU[:, 1])
     disarm_TU = halves_T1 * signs_TU * torch.sigmoid(probs_U.logit().abs())
-    effects_TU, _ = posterior(probs_U, Design(1, 2, 1, "antithetic")).effects(draws_TKCU, losses_TK[..., None])
+    effects_TU = posterior(probs_U, Design(1, 2, 1, "antithetic")).estimate(draws_TKCU, losses_TK[..., None]).effects_BU
     assert_close(effects_TU, disarm_TU / (probs_U * (1 - probs_U)), EXACT)
 
 
 def variance_U(draws: Draws, losses_TKC: torch.Tensor, probs_U: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Of the effects, unit by unit."""
     draws_TKCU, weights_T = draws
-    effects_TU, _ = posterior(probs_U, Design(1, draws_TKCU.shape[1], 1, sampling)).effects(draws_TKCU, losses_TKC)
+    effects_TU = (
+        posterior(probs_U, Design(1, draws_TKCU.shape[1], 1, sampling)).estimate(draws_TKCU, losses_TKC).effects_BU
+    )
     return weights_T @ effects_TU.square() - (weights_T @ effects_TU).square()
 
 

@@ -146,9 +146,10 @@ def test_effects_of_swinging_channels_are_unbiased(sampling: Sampling, num_masks
     losses_TKC = 3 - draws_TKCU.double() @ worth_U
     search = make_search(make_space(["channel"], [(1, 3)]), design=Design(1, num_masks, 1, sampling, swing))
     search.probs_U, search.beliefs.worth_U = probs_U, torch.tensor([0.2, 0.4, -0.1], dtype=torch.float64)
-    effects_TU, advantages_TKC = search.effects(draws_TKCU, losses_TKC, levels_TKCG)
+    seen = search.estimate(draws_TKCU, losses_TKC, levels_TKCG)
+    effects_TU, advantages_TKC = seen.effects_BU, seen.advantages_BKC
     assert_close(weights_T @ effects_TU, -worth_U, EXACT)
-    blind_TU, _ = search.effects(draws_TKCU, losses_TKC)
+    blind_TU = search.estimate(draws_TKCU, losses_TKC).effects_BU
     assert ((weights_T @ blind_TU + worth_U).abs() > 0.01).all()
     # And of all together, as ``tell`` sums it up.
     told_T = (advantages_TKC * levels_TKCG[..., 0]).sum((1, 2)) / num_masks

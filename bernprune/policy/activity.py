@@ -25,6 +25,7 @@ import torch
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import GroupMean
 from bernprune.policy.masks import CPU
+from bernprune.policy.rounds import copied
 from bernprune.policy.search import Reading
 from bernprune.policy.sums import MaskSums
 from bernprune.units import UnitSpace
@@ -234,10 +235,3 @@ class ActiveTokens:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self._sums).update(copied(state["sums"]))
         vars(self._calibration).update(copied(state["calibration"]))
-
-
-def copied(values: dict[str, Any]) -> dict[str, Any]:
-    """With tensors of their own on the CPU, for a snapshot."""
-    return {
-        name: value.to(CPU, copy=True) if isinstance(value, torch.Tensor) else value for name, value in values.items()
-    }

@@ -21,7 +21,7 @@ Letters: B windows of text, K masks a window, C chunks of a window, U units, G g
 N units of a group, S scores.
 """
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,13 +29,14 @@ import torch
 
 from bernprune.errors import ConfigError
 from bernprune.kernels.reference import SumKernels
-from bernprune.policy.activity import ActiveTokens, copied
+from bernprune.names import Kind
+from bernprune.policy.activity import ActiveTokens
 from bernprune.policy.baselines import less_the_others
 from bernprune.policy.beliefs import Beliefs, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import CPU, Design, Masks
-from bernprune.policy.rounds import Sums, Telling
+from bernprune.policy.rounds import Sums, Telling, copied, round_ends
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
@@ -43,7 +44,6 @@ from bernprune.units import MaskRows, UnitSpace
 _LEAST_ESTIMATES = 2  # of a round, for a variance
 _LEAST_SOFTNESS = 1 / 64  # by when a policy has all but decided
 _NODES = 15  # equally likely values that stand for a normal distribution; odd, so that its mean is one of them
-HAIR = 1e-9  # by which a whole number may be missed through rounding
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,25 @@ class PosteriorStats(StepStats):
     reliability: float
     softness: float
     unread: int
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """Of one step, a window each.
+
+    Attributes:
+        effects_BU: what keeping a unit does to the window's loss.
+        advantages_BKC: of masks, over the others on the same text.
+        swung_BG: what the levels of masks had to do with their losses; None without swing.
+        predicted_BKC: what the current worths say of the losses, up to a constant.
+        sums: over the masks of the step.
+    """
+
+    effects_BU: torch.Tensor
+    advantages_BKC: torch.Tensor
+    swung_BG: torch.Tensor | None
+    predicted_BKC: torch.Tensor
+    sums: MaskSums
 
 
 class PosteriorSearch(MaskSearch):
@@ -110,8 +129,7 @@ class PosteriorSearch(MaskSearch):
         self._sums, self._swung = Sums.empty(size), Sums.empty(len(budget.space.groups))
         self._order_U = torch.zeros(size, dtype=torch.float64)
         self._active = ActiveTokens(budget.space)
-        # Masks of a whole batch compete on all of it at once, not window by window.
-        self.needs_reading = by_activity and "channel" in budget.space.kinds and design.groups * design.chunks > 1
+        self.needs_reading = by_activity and can_read(design, budget.space.kinds)
         self._last_round: dict[str, Any] = {}
         self._telling, self.softness = Telling(), 1.0
 
@@ -158,34 +176,33 @@ class PosteriorSearch(MaskSearch):
         """As every search's, but without a step size: how far the policy moves follows from what is known."""
         self._check_told(masks_BKCU)
         losses_BKC, before_U, unread = losses_BKC.double().cpu(), self.probs_U, 0
-        sums, levels_BKCG = MaskSums(masks_BKCU, self._kernels), self._levels(masks_BKCU)
-        predicted_BKC = self._predicted(sums)
-        advantages_BKC = self._advantages(losses_BKC, predicted_BKC)
+        levels_BKCG = self._levels(masks_BKCU)
+        seen = self.estimate(masks_BKCU, losses_BKC, levels_BKCG)
         if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
             self._telling.add(losses_BKC, self._contrasts_U)
-            swung_BG = self._swings(advantages_BKC, levels_BKCG)
-            self._sums.add(self._effects(sums, advantages_BKC, swung_BG))
-            if swung_BG is not None:
-                self._swung.add(swung_BG)
+            self._sums.add(seen.effects_BU)
+            if seen.swung_BG is not None:
+                self._swung.add(seen.swung_BG)
             if reading is not None:
+                amplitude_U = self._amplitude_on(seen.sums.device)
                 unread = self._active.add(
-                    sums, reading, predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=self._amplitude_on(sums.device)
+                    seen.sums, reading, seen.predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=amplitude_U
                 )
         self.steps += 1
         self.drew_in = self.softness > _LEAST_SOFTNESS and self._telling.too_soft
         if self.drew_in:
             self._draw_in()
-        elif self._round_ends() and self._sums.count >= _LEAST_ESTIMATES:
+        elif round_ends(self.steps - 1, self.round_steps) and self._sums.count >= _LEAST_ESTIMATES:
             self._conclude_round()
-        stats = self._stats(losses_BKC, advantages_BKC, before_U).to_dict()
+        stats = self._stats(losses_BKC, seen.advantages_BKC, before_U).to_dict()
         return PosteriorStats(
             **stats, rounds=self.rounds, reliability=self.beliefs.reliability, softness=self.softness, unread=unread
         )
 
-    def effects(
+    def estimate(
         self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Estimates, one a window, of what keeping each unit does to the window's loss: ``[B, U]``; and advantages.
+    ) -> Estimates:
+        """What keeping each unit does to the losses of windows under these masks.
 
         E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u)] / contrast_u, where the contrast of independent masks is
         s_u (1 - s_u), and s_u the probability at the level of u's group. Of chunks with masks of their own it is the
@@ -194,24 +211,22 @@ class PosteriorSearch(MaskSearch):
 
         What the current worths predict of the losses is taken out of the advantages and put back exactly, a linear
         control variate, so that only what they do not explain makes noise.
+
+        Args:
+            levels_BKCG: of the groups of masks that swing.
         """
-        self._check_told(masks_BKCU)
         sums = MaskSums(masks_BKCU, self._kernels)
-        advantages_BKC = self._advantages(losses_BKC, self._predicted(sums))
-        effects_BU = self._effects(sums, advantages_BKC, self._swings(advantages_BKC, levels_BKCG))
-        return effects_BU, advantages_BKC
-
-    def _advantages(self, losses_BKC: torch.Tensor, predicted_BKC: torch.Tensor) -> torch.Tensor:
+        predicted_BKC = -sums.kept(self.worth_U)
         unexplained_BKC = losses_BKC - predicted_BKC / losses_BKC.shape[-1]
-        return less_the_others(rewards_to_go(unexplained_BKC, self.discount))
-
-    def _effects(self, sums: MaskSums, advantages_BKC: torch.Tensor, swung_BG: torch.Tensor | None) -> torch.Tensor:
-        """Masks count less their probabilities, up to what those on the same text share: advantages sum to zero."""
-        effects_BU = sums.scores(advantages_BKC) / advantages_BKC.shape[1]
-        if swung_BG is not None:
+        advantages_BKC = less_the_others(rewards_to_go(unexplained_BKC, self.discount))
+        # Masks count less their probabilities, up to what those on the same text share: advantages sum to zero.
+        effects_BU, swung_BG = sums.scores(advantages_BKC) / advantages_BKC.shape[1], None
+        if levels_BKCG is not None:
+            swung_BG = torch.einsum("bkc,bkcg->bg", advantages_BKC, levels_BKCG) / advantages_BKC.shape[1]
             swung_BU = swung_BG.to(sums.device)[:, self.budget.space.group_U.to(sums.device)]
             effects_BU = effects_BU - swung_BU * self._amplitude_on(sums.device)
-        return effects_BU / self._contrasts_on(sums.device) - self.worth_U.to(sums.device)
+        effects_BU = effects_BU / self._contrasts_on(sums.device) - self.worth_U.to(sums.device)
+        return Estimates(effects_BU, advantages_BKC, swung_BG, predicted_BKC, sums)
 
     def _levels(self, masks_BKCU: MaskRows) -> torch.Tensor | None:
         """Levels of the groups of masks, float64 ``[B, K, C, G]``; None without swing."""
@@ -220,12 +235,6 @@ class PosteriorSearch(MaskSearch):
         if not isinstance(masks_BKCU, Masks):
             raise ConfigError("masks that swing are told as they were asked for, but got a tensor")
         return masks_BKCU.levels().double()
-
-    def _swings(self, advantages_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None) -> torch.Tensor | None:
-        """What the levels of masks had to do with their losses, ``[B, G]``."""
-        if levels_BKCG is None:
-            return None
-        return torch.einsum("bkc,bkcg->bg", advantages_BKC, levels_BKCG) / advantages_BKC.shape[1]
 
     def _group_means(self) -> list[GroupMean]:
         """What was observed of the channels of each layer by their swing: the mean of their worths, by amplitude.
@@ -244,14 +253,6 @@ class PosteriorSearch(MaskSearch):
             mean = weights_N @ self.worth_U[members_N] - sums.mean_U()[group] / scale
             found.append(GroupMean(members_N, weights_N, mean, sums.variance_U()[group] / scale.square()))
         return found
-
-    def _predicted(self, sums: MaskSums) -> torch.Tensor:
-        """What the current worths say of a window's loss under each mask, up to a constant: ``[B, K, C]``."""
-        return -sums.kept(self.worth_U)
-
-    def _round_ends(self) -> bool:
-        """Whether the boundary of a round was reached with the last step."""
-        return rounds_in(self.steps, self.round_steps) > rounds_in(self.steps - 1, self.round_steps)
 
     def _draw_in(self) -> None:
         """What was seen of this policy is forgotten, and the next one is half as soft."""
@@ -357,6 +358,6 @@ def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Te
     return order_U
 
 
-def rounds_in(steps: int, round_steps: float) -> int:
-    """How many rounds of ``round_steps`` on average have ended after so many steps."""
-    return math.floor(steps / round_steps + HAIR)
+def can_read(design: Design, kinds: Collection[Kind]) -> bool:
+    """Whether a window's activity tells of masks: those of a whole batch compete on all of it at once."""
+    return "channel" in kinds and design.groups * design.chunks > 1

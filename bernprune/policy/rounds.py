@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from bernprune.policy.masks import CPU
+
+HAIR = 1e-9  # by which a whole number may be missed through rounding
 _TRIED = 16  # windows that say whether a policy is too soft
 _CLEARLY = 2.0  # standard errors
 
@@ -97,3 +100,20 @@ class Telling:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._noise_W = state["noise"].clone()
         self._first_noise, self._first_contrast, self._contrast = state["first"].tolist()
+
+
+def rounds_in(steps: int, round_steps: float) -> int:
+    """How many rounds of ``round_steps`` on average have ended after so many steps."""
+    return math.floor(steps / round_steps + HAIR)
+
+
+def round_ends(step: int, round_steps: float) -> bool:
+    """Whether a round ends with this step."""
+    return rounds_in(step + 1, round_steps) > rounds_in(step, round_steps)
+
+
+def copied(values: dict[str, Any]) -> dict[str, Any]:
+    """With tensors of their own on the CPU, for a snapshot."""
+    return {
+        name: value.to(CPU, copy=True) if isinstance(value, torch.Tensor) else value for name, value in values.items()
+    }

@@ -14,7 +14,7 @@ from bernprune.names import RepairName
 from bernprune.repair.closed import ADMM_STEPS
 from bernprune.repair.fitting import DECIDING
 from bernprune.run.initial import allocation_of
-from bernprune.run.workload import FITS, Workload, fitting_windows, plan_work
+from bernprune.run.workload import FITS, fitting_windows, plan_work
 from bernprune.scores.base import PARTS
 from bernprune.units import Architecture, LayerShape, UnitSpace
 
@@ -80,7 +80,7 @@ def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int
 def policy_weights(config: RunConfig, space: UnitSpace) -> Effort:
     """Effort of refitting weights to the policy where rounds end; refits after it was drawn in are not counted."""
     architecture, workload = space.architecture, plan_work(config, space)
-    if not _refits(config, workload):
+    if not config.fits_to_policy:
         return Effort()
     count = fitting_windows(architecture, config.data.window)
     fits = FITS if workload.steps is None else 1 + sum(map(workload.fits, range(workload.steps)))
@@ -92,7 +92,7 @@ def policy_weights(config: RunConfig, space: UnitSpace) -> Effort:
 
 def policy_bytes(config: RunConfig, space: UnitSpace, itemsize: int) -> int:
     """What weights for the policy keep on the CPU meanwhile: moments, and the projections as they were."""
-    if not _refits(config, plan_work(config, space)):
+    if not config.fits_to_policy:
         return 0
     outputs = space.architecture.hidden_size
     return sum(every * (max(4, itemsize) * every + itemsize * outputs) for every in _fitted_widths(space))
@@ -121,10 +121,6 @@ def _fitted_widths(space: UnitSpace) -> Iterator[int]:
         for kind, every in zip(PARTS, _widths(space.architecture, shape), strict=True):
             if space.span(kind, layer) is not None:
                 yield every
-
-
-def _refits(config: RunConfig, workload: Workload) -> bool:
-    return bool(config.search.refit) and workload.steps != 0
 
 
 def _rate(device: torch.device, dtype: torch.dtype) -> float:

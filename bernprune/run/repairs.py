@@ -176,7 +176,7 @@ class Workshop:
 @contextmanager
 def expected_weights(stage: Stage) -> Iterator[ExpectedWeights | None]:
     """For the length of the block, weights of the live model that can be fitted to a policy; None if none are to be."""
-    if not stage.config.search.refit or stage.workload.steps == 0:
+    if not stage.config.fits_to_policy:
         yield None
         return
     count = fitting_windows(stage.view.architecture, stage.train.window)

@@ -242,7 +242,7 @@ def _keep_back(
     """The stream to learn from and, if it may be read more than once, what of it the final choice has for itself."""
     window, num_windows = config.data.window, len(stream) // config.data.window
     learning, choosing = workload.windows_read(config.search, space)
-    if config.search.refit and workload.steps != 0:  # whatever repair follows: that may change on the way
+    if config.fits_to_policy:  # whatever repair follows: that may change on the way
         choosing = max(choosing, fitting_windows(space.architecture, config.data.window))
     if not choosing or learning + choosing <= num_windows:
         return stream, None

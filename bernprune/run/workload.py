@@ -13,9 +13,10 @@ from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import look_sequences, look_windows, most_changes
 from bernprune.policy.masks import Design
-from bernprune.policy.posterior import HAIR, PosteriorSearch, rounds_in
+from bernprune.policy.posterior import PosteriorSearch, can_read
 from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.rounds import HAIR, round_ends, rounds_in
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair.needs import needed_windows
@@ -79,7 +80,7 @@ class Workload:
 
     def round_ends(self, step: int) -> bool:
         """Whether a round ends with this step."""
-        return rounds_in(step + 1, self.round_steps) > rounds_in(step, self.round_steps)
+        return round_ends(step, self.round_steps)
 
     def fits(self, step: int) -> bool:
         """Whether weights are fitted to the policy after this step: where every ``fit_rounds``-th round ends."""
@@ -268,9 +269,8 @@ def make_search(
 
 def reads_activity(config: RunConfig) -> bool:
     """Whether each window is read once more, for the activity of its channels."""
-    search, design = config.search, _design(config)
-    by_activity = search.method == "posterior" and search.by_activity and "channel" in config.granularity
-    return by_activity and design.groups * design.chunks > 1
+    by_activity = config.search.method == "posterior" and config.search.by_activity
+    return by_activity and can_read(_design(config), config.granularity)
 
 
 def _design(config: RunConfig) -> Design:
