@@ -1,4 +1,4 @@
-"""What a layer does beside its products in one pass over memory each, for the length of a block.
+"""What a layer does apart from its products, in one pass over memory each, for the length of a block.
 
 A model's own norms and rotary embeddings are operations one after the other, and each of them reads and writes all
 hidden states: on a GPU, where products are fast, that takes longer than attention. What takes their place is known by

@@ -30,7 +30,7 @@ class LayerStream:
     def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
         self._view, self.index = view, 0
         self._device = next(view.model.parameters()).device
-        self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told beside hidden states, by rows
+        self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told besides hidden states, by rows
         self.hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
 
     @property
@@ -61,7 +61,7 @@ class LayerStream:
         return output_RTD
 
     def told(self, layer: int, rows: int) -> dict[str, Any]:
-        """What a layer is given beside the hidden states of so many rows: positions and masks."""
+        """What a layer is given besides the hidden states of so many rows: positions and masks."""
         return self._calls[rows][layer]
 
     @torch.no_grad()

@@ -2,8 +2,9 @@
 
 A budget limits the *expected cost alive* of each of its pools, sum over units u of c_u * P(u alive), where c_u is the
 cost that u owns and P(u alive) is the product of its keep probability and of those of all units it lies in. Without
-nesting that is the plain weighted sum. Beside it there may be caps, on other costs, which hold a policy in expectation
-and what is selected exactly; they have prices of their own (Meng et al., 2024, FALCON, arXiv 2403.07094).
+nesting that is the plain weighted sum. Besides, there may be caps on other costs, which hold for a policy in
+expectation and for what is selected exactly; they have prices of their own (Meng et al., 2024, FALCON, arXiv
+2403.07094).
 """
 
 import functools

@@ -14,7 +14,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 
 MOST_FINALISTS = 4  # what was learned, its widths in the metric's order, and the metric's own selections
-CHALLENGERS = 7  # of a heat, beside the mask they challenge
+CHALLENGERS = 7  # of a heat, besides the mask they challenge
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What is kept: finalists, then changes to the best of them, raced on text that was not learned from.
 
-All of it is inside the run's budget. Where the search knows what units save, it is looked at what single changes to the
-selection do, and steps that follow from that are raced against it; else random challengers are.
+All of it is inside the run's budget. Where the search knows what units save, single changes to the selection are tried
+on a few windows, and steps that follow from them are raced against it; else random challengers are.
 """
 
 import logging
@@ -216,7 +216,7 @@ class _Text:
 
     @property
     def _dense(self) -> int:
-        """Passes of the dense model beside each row, for its divergence."""
+        """Passes of the dense model for each window, from which the divergence is taken."""
         return int(self.stage.config.search.objective == "kl")
 
 
@@ -241,5 +241,5 @@ def _restore(folder: RunFolder, work: Work) -> Finals | None:
     except RunError as error:
         logger.warning("%s; racing the finalists again", error)
         return None
-    ours = state.keys() == {"step", *Finals.__dataclass_fields__}  # or it is another version's
+    ours = state.keys() == {"step", *Finals.__dataclass_fields__}  # else it is not in this form
     return Finals(**state) if ours and state.pop("step") == work.step else None

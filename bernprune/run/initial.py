@@ -23,7 +23,7 @@ _SCOPES: dict[Allocation, Scope] = {"uniform": "layer", "global": "global", "poo
 
 
 def options_of(config: RunConfig) -> Options:
-    """What metrics are told beside model and text."""
+    """What metrics are told besides model and text."""
     initial = config.initial
     return Options(
         sparsity=config.budget.sparsity,

@@ -234,7 +234,7 @@ def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
     """With the costs and rows that the run began with; None if it was killed before it knew them."""
     try:
         stored = json.loads(folder.costs.read_text(encoding="utf-8"))
-        known = {"listing": NEVER} | stored  # earlier versions knew no lists, and no other dtype
+        known = {"listing": NEVER} | stored  # not said: no lists, and the model's own dtype
         costs, rows = Costs(*(float(known[field.name]) for field in fields(Costs))), int(stored["rows"])
         dtype = stored.get("dtype", "same")
     except (OSError, ValueError, TypeError, KeyError):
@@ -254,7 +254,7 @@ def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
     except RunError as error:
         logger.warning("%s; computing the start again", error)
         return None
-    return start if start.keys() == {"scores_US", "shares_G", "probs_U"} else None  # or it is another version's
+    return start if start.keys() == {"scores_US", "shares_G", "probs_U"} else None  # else it is not in this form
 
 
 def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A little training of what a run kept, in a folder of its own: load, train, merge, save, verify, report.
 
 recover.yaml           the resolved configuration
-versions.json          of the libraries that it began with
+versions.json          versions of the libraries that it began with
 plan.json              what the run keeps
 metrics.jsonl          one line a step
 checkpoints/           the newest two states

@@ -50,7 +50,7 @@ class Context:
         windows_WT: calibration text, int64.
         seed: of all that is drawn.
         rows_per_forward: windows that are run at once.
-        notes: figures that it leaves beside its scores, such as how sure they are.
+        notes: figures that it leaves along with its scores, such as how sure they are.
     """
 
     view: ModelView

@@ -20,7 +20,7 @@ from bernprune.seeding import generator
 from bernprune.units import UnitSpace
 
 MEMBERS = (WANDA_SP, FLAP, GOA_MOMENT, CFSP)
-_DRAWN = 24 - len(MEMBERS) - 1  # mixtures that are tried beside each metric alone and all alike
+_DRAWN = 24 - len(MEMBERS) - 1  # mixtures that are tried besides each metric alone and all alike
 _EVERY = 4  # window is one that they are tried on
 
 
