@@ -66,7 +66,7 @@ class LayerStream:
 
     @torch.no_grad()
     def _embed(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """What the first layer takes in. Windows have no padding, so rows of one number are told the same."""
+        """What the first layer takes in. Windows have no padding, so equally many rows are told the same."""
         calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         with _passed_over(self._view, lambda hidden_RTD, told: calls.append((hidden_RTD, told))):
             self._view.decoder(input_ids=tokens_RT.to(self._device), use_cache=False)

@@ -45,7 +45,7 @@ class ModelView:
 
     @property
     def decoder(self) -> nn.Module:
-        """Token ids to the last hidden states, without the output embedding."""
+        """What takes token ids to the last hidden states, without the output embedding."""
         module: nn.Module = getattr(self.model, self.family.decoder)
         return module
 

@@ -226,7 +226,7 @@ def open_run(path: Path) -> RunFolder:
 
 
 def _is_scrap(name: str) -> bool:
-    """What a process killed before its run began may have left."""
+    """Whether a process that was killed before its run began may have left it."""
     return name == LOCK or (name.startswith(".") and name.endswith(".part"))
 
 

@@ -246,7 +246,7 @@ class _Loop:
         return by_step or time.monotonic() - self.saved_at >= settings.checkpoint_seconds
 
     def save(self, metrics: TextIO) -> None:
-        """A checkpoint, after the metrics it vouches for are safe."""
+        """Write a checkpoint, after the metrics it vouches for are safe."""
         state = {
             "step": self.work.step,
             "sequences": self.work.sequences,

@@ -270,7 +270,7 @@ def _train(
     *,
     progress: bool | None,
 ) -> float:
-    """Up to the end, or from where it was interrupted; seconds that it took in all."""
+    """Train from the start, or from where it was interrupted; returns the seconds that it took in all."""
     training, seconds = prepared.training, 0.0
     if state is not None:
         training.load_state_dict(state["training"])
