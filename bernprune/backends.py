@@ -23,13 +23,13 @@ class MaskedOps:
     """The operations that masking needs; signatures as in ``kernels/reference.py``.
 
     Attributes:
-        packs: whether masks that only keep or cut are given as bits, each for as many rows in turn; otherwise they are
-            given as numbers, one for each row.
-        masked_units: for modules that are called as they are; plain torch, of masks given as numbers.
+        packs: whether masks that only keep or cut are given as bits, each for equally many rows in turn; otherwise they
+            are given as numbers, one for each row.
+        masked_units: masks the inputs of modules that multiply by themselves; masks are given as numbers.
         activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
         attention_of_kept: None leaves attention to the model.
-        draw: the bits of masks that are not stored; None makes them in plain torch.
-        rotary: of queries or keys; None leaves that, and norms, to the model.
+        draw: makes the bits of masks that are not stored; None makes them in plain torch.
+        rotary: embedding of queries or keys; None leaves that, and norms, to the model.
         sums: None sums over masks in plain torch.
     """
 

@@ -28,7 +28,7 @@ NEVER = 2.0**40  # so costly that it is not done
 Way = Literal["dense", "gathered", "listed"]  # of running masks that keep half
 _LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty
 _MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 64)}  # few and many, or as many as a pass may have
-_MEASURED_PASSES = 5, 1  # of which the median is taken, and before which one warms up
+_MEASURED_PASSES = 5, 1  # those of which the median is taken, and the one before that warms up
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Costs:
         return self.copying < NEVER and self.copying * share < self.blocks * tokens * (1 - share)
 
     def lists(self, tokens: int, share: float, kept: float) -> bool:
-        """Whether going by lists pays for so many tokens, with a share of a layer at work and so much kept by each."""
+        """Whether going by lists pays for so many tokens, a share of a layer at work and so much kept by each mask."""
         return self.listing < NEVER and self.listing * kept < (share if self.gathers(tokens, share) else 1.0)
 
     def of_weights(self, tokens: int, share: float, kept: float = 1.0) -> float:
@@ -69,21 +69,20 @@ class Costs:
 
     @classmethod
     def measured(cls, seconds: Callable[[int, Way], float], few: int, many: int, ways: Sequence[Way] = ()) -> "Costs":
-        """From the time of passes of a few tokens and of many, dense and in such ``ways`` as there are.
+        """Costs from the times of passes of a few tokens and of many, dense and in such ``ways`` as there are.
 
-        They are rounded, to powers of 2 and to eighths, so that they are the same when they are measured again, or
-        nearly always.
+        They are rounded to powers of 2 and to eighths, so that measuring again gives the same, or nearly always.
         """
         dense = [seconds(tokens, "dense") for tokens in (few, many)]
         halved = [seconds(tokens, "gathered") for tokens in (few, many)] if "gathered" in ways else dense
         token = (dense[1] - dense[0]) / (many - few)
         token_halved = (halved[1] - halved[0]) / (many - few)
-        if not 0 < token_halved < token:  # too small a model, or too unquiet a machine: nothing is gained by gathering
+        if not 0 < token_halved < token:  # too small a model, or too busy a machine: nothing is gained by gathering
             return cls(_rounded(dense[0] / max(token, dense[1] / many)), NEVER, 0.5)
         passing, blocks = max(0.0, dense[0] / token - few), min(1.0, 2 * (1 - token_halved / token))
         copying = 2 * max(0.0, halved[0] / token - passing - few * (1 - blocks / 2))
         listing = NEVER
-        if "listed" in ways:  # of many tokens alone: few are over before the next operation is asked for
+        if "listed" in ways:  # timed on many tokens alone: few are over before the next operation is asked for
             listing = max(1, math.ceil(8 * 2 * (seconds(many, "listed") / dense[1] - 1 + blocks) / blocks)) / 8
         return cls(_rounded(passing), _rounded(copying), max(1, round(8 * blocks)) / 8, listing)
 
@@ -96,7 +95,7 @@ def _rounded(cost: float) -> float:
 def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Costs:
     """What forward passes of this model cost here.
 
-    Each way takes 6 passes of few windows and 6 of many, lists take those of many alone; of ``rows`` at most, or two.
+    Each way takes 6 passes of few windows and 6 of many, lists those of many alone; each has ``rows`` at most, or two.
     """
     space, device = view.space, view.device
     least, most = _MEASURED_ROWS[device.type]
@@ -174,7 +173,7 @@ class Planner:
     def listed(
         self, possible_U: torch.Tensor, kept_U: torch.Tensor, tokens: int | Sequence[int], *, each: int
     ) -> torch.Tensor | None:
-        """Units, bool, of layers of which masks keep so little that kernels had better go by lists of it; None: none.
+        """Units, bool, of the layers of which masks keep so little that kernels had better go by lists; None: none.
 
         Args:
             possible_U: units that masks may keep.

@@ -10,10 +10,10 @@ from torch import nn
 
 from bernprune.backends import TORCH, MaskedOps
 
-# Of the logits in float32 at once, by type of device. A GPU must not read the output embedding for too few tokens; a
+# Of float32 logits at once, by type of device. A GPU must not read the output embedding for too few tokens; a
 # processor does best with about the size of its caches.
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-_ROWS = 256  # of products that leave no part of a GPU idle are a multiple of this
+_ROWS = 256  # a product has a multiple of these rows if it leaves no part of a GPU idle
 
 
 def token_losses(

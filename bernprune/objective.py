@@ -1,8 +1,8 @@
 """Masks and text to losses: the only place where the search meets a model.
 
 Many rows go through in one forward pass, each under its own mask, or under one for each of its chunks of tokens. What
-no mask of a pass keeps is not computed where that pays, and of masks on the same windows what they agree on is computed
-once (``bernprune.costs``).
+no mask of a pass keeps is not computed where that pays, and what masks on the same windows agree on is computed once
+(``bernprune.costs``).
 
 Letters: K masks, U units, R rows, B windows, C chunks of a window, T tokens, P predictions, D hidden size.
 """
@@ -41,7 +41,7 @@ class MaskedObjective:
             a GPU's memory is too small for so many, it is halved.
         before_pass: called before every forward pass with the number of sequences that it counts for; what it raises
             ends the call.
-        costs: by which the way of running masks is chosen.
+        costs: those by which the way of running masks is chosen.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class MaskedObjective:
 
         ``see`` is called for each layer and some of the windows in turn, again where a GPU's memory was too small for
         so many, with the layer, the windows, and ``[R, T, F]`` of what enters the down projection, on the model's
-        device; removed channels are shown too, as they would be.
+        device; removed channels are shown too, as they would be if kept.
 
         Raises:
             ConfigError: a mask or windows of another shape.
@@ -177,7 +177,7 @@ class MaskedObjective:
         return space.inherit(masks.probs_U[None], torch.mul)[0]
 
     def _bits(self, masks: MaskRows, mask_R: torch.Tensor) -> Callable[[slice], PackedMasks] | None:
-        """What lets a kernel make some of the masks as bits; None where they are numbers, or not of one row each."""
+        """What lets a kernel make some of the masks as bits; None where they are numbers, or have not one row each."""
         draw = self._live.ops.draw
         if draw is None or isinstance(masks, torch.Tensor) or not masks.drawable:
             return None
@@ -222,7 +222,7 @@ class MaskedObjective:
             return self._hidden(tokens_BT, len(alive_KU) * windows)
 
     def _in_passes(self, run: Callable[[slice], torch.Tensor], total: int, most: Callable[[], int]) -> torch.Tensor:
-        """Results of ``run`` on slices of so many, as large as the memory allows, one after the other."""
+        """Results of ``run`` on one slice of ``total`` after the other, as large as ``most`` and the memory allow."""
         parts, start = list[torch.Tensor](), 0
         while start < total:
             chosen, refusal = slice(start, min(start + most(), total)), ""
@@ -236,7 +236,7 @@ class MaskedObjective:
         return torch.cat(parts)
 
     def _need_less(self, refusal: str) -> None:
-        """Half as many rows in a pass from now on. Raises ``BackendError`` if there is one already."""
+        """Take half as many rows in a pass from now on. Raises ``BackendError`` if it is one already."""
         torch.cuda.empty_cache()
         if self._rows == 1:
             raise BackendError(f"not one row fits in the GPU's memory: {refusal}")

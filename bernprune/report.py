@@ -22,7 +22,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def titles(report: dict[str, Any]) -> dict[str, str]:
-    """What each model is called; what is kept, learned only if it was, and repaired only if it was changed by that."""
+    """What each model is called: the kept one learned only if it was, and repaired only if that changed it."""
     kept = "learned" if report["search"]["kept"] in ("learned", "widths") else "kept"
     if report["repair"].get("chosen", "none") == "none":
         return ROWS | {"pruned": kept}
@@ -30,7 +30,7 @@ def titles(report: dict[str, Any]) -> dict[str, str]:
 
 
 def shown(perplexity: float | None, digits: int = 3) -> str:
-    """In few characters, however large; or that there is none."""
+    """A perplexity in few characters, however large; or that it is not finite."""
     if perplexity is None:
         return "not finite"
     return f"{perplexity:.{digits}f}" if perplexity < 1e7 else f"{perplexity:.3g}"
@@ -116,7 +116,7 @@ def repaired(repair: dict[str, Any]) -> list[str]:
 
 
 def _stopped(ended: str) -> str:
-    """In words, from a word and a clause."""
+    """Why something stopped, in words, from a word and a clause."""
     return f"stopped because {ended.partition(': ')[2]}"
 
 

@@ -210,7 +210,7 @@ class UnitSpace:
         return self._spread(torch.tensor([group.kind == kind for group in self.groups], dtype=torch.bool))
 
     def by_layer(self, kind: Kind) -> list[torch.Tensor]:
-        """Indices of the units of a kind, of one layer after the other that has some."""
+        """Indices of the units of a kind, for one layer after the other that has some."""
         spans = (self.spans[index] for index in self.of_groups(kind))
         return [torch.arange(span.start, span.stop) for span in spans]
 
@@ -224,14 +224,14 @@ class UnitSpace:
         return next((span.start for span in spans if span is not None), None)
 
     def costs_U(self, measure: CapName = "parameters") -> torch.Tensor:
-        """What each unit owns, float64 ``[U]``; of the ``kv_cache`` in numbers that a token adds to it."""
+        """What each unit owns, float64 ``[U]``; for ``kv_cache`` in numbers that a token adds to it."""
         values = [
             self._cached(group) if measure == "kv_cache" else float(getattr(group, measure)) for group in self.groups
         ]
         return self._spread(torch.tensor(values, dtype=torch.float64))
 
     def _cached(self, group: UnitGroup) -> float:
-        """Keys and values are the finest level's that holds them."""
+        """What a unit adds to the cache: keys and values are owned by the finest level that holds them."""
         holders = [kind for kind in ("kv_group", *ANCESTORS["kv_group"]) if (kind, group.layer) in self._index]
         if not holders or group.kind != holders[0]:
             return 0.0
@@ -307,7 +307,7 @@ class UnitSpace:
         )
 
     def mask(self, plan: "KeepPlan") -> torch.Tensor:
-        """A mask that keeps what a plan keeps, bool ``[U]``; of a block, if any part of it stays."""
+        """A mask that keeps what a plan keeps, bool ``[U]``; a block is kept if any part of it stays."""
         mask_U = torch.zeros(self.size, dtype=torch.bool)
         for group, span in zip(self.groups, self.spans, strict=True):
             kept = plan.layers[group.layer]

@@ -40,7 +40,7 @@ def kept(
 ):  # fmt: skip
     """Whether masks keep units, both blocks that broadcast; units that ``m_unit`` leaves out are not kept.
 
-    Of stored masks ``p_bits`` are their words, W a mask; of drawn ones it is the header.
+    ``p_bits`` is where the words of stored masks lie, W a mask, or the header of drawn ones.
     """
     if DRAWN:
         b_row, b_which = tl.load(p_rows + 2 * b_mask), tl.load(p_rows + 2 * b_mask + 1)
@@ -54,7 +54,7 @@ def kept(
 
 @triton.jit
 def kept_in_words(p_words, first, o_unit, W, SIZE: tl.constexpr):
-    """Whether stored masks keep units, ``[BM, SIZE]``; of words that start at ``p_words``, those few that hold them.
+    """Whether stored masks keep units, ``[BM, SIZE]``, from the few words that hold these, of those at ``p_words``.
 
     Args:
         first: the lowest of the units, of which there are at most SIZE side by side.

@@ -23,7 +23,7 @@ __all__ = [
     "masked_linear", "masked_mlp", "rotary",
 ]  # fmt: skip
 
-_WIDE = 16  # entries of a unit, from which on it fills tiles of its own
+_WIDE = 16  # entries from which on a unit fills tiles of its own
 _TORCH: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -50,7 +50,7 @@ def masked_linear(
     *,
     unit_width: int = 1,
 ) -> torch.Tensor:
-    """As ``reference.masked_linear``; of packed masks each serves as many rows in turn."""
+    """As ``reference.masked_linear``; each packed mask serves equally many rows in turn."""
     if not isinstance(masks, PackedMasks):
         return reference.masked_linear(x_RTE, masks, weight_DE, bias_D, unit_width=unit_width)
     if unit_width >= _WIDE and masks.listed:
@@ -83,7 +83,7 @@ def masked_mlp(
     activation: mlp.Activation,
     **biases: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As ``reference.masked_mlp``; of packed masks each serves as many rows in turn."""
+    """As ``reference.masked_mlp``; each packed mask serves equally many rows in turn."""
     if not isinstance(masks, PackedMasks):
         function = _TORCH[activation]
         return reference.masked_mlp(x_RTD, masks, gate_FD, up_FD, down_DF, activation=function, **biases)

@@ -57,13 +57,13 @@ def precision(x: torch.Tensor) -> str:
 
 
 def block_of(size: int, most: int) -> int:
-    """A power of two, at least what a matrix product takes."""
+    """The power of two that holds ``size``, up to ``most``; at least what a matrix product takes."""
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes that a block of threads may have on the device; of an interpreted kernel it does not matter."""
+    """Bytes that a block of threads may have on the device; for an interpreted kernel that does not matter."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
@@ -74,11 +74,11 @@ class Tiles:
     """How a kernel of matrix products cuts its work.
 
     Attributes:
-        rows: of a tile, at most; so ``columns``.
-        group: so many rows of tiles go together, column by column, so that weights that they share are in the cache.
-        products: of a tile, that sum at the same time.
+        rows, columns: size of a tile, at most.
+        group: rows of tiles that go together, column by column, so that weights that they share are in the cache.
+        products: how many of a tile are summed at the same time.
         buffers: blocks of what is summed over that are on their way at once, at most.
-        listed: what is read stands in a list, which must be read before it.
+        listed: whether what is read stands in a list, which must be read before it.
     """
 
     rows: int = 128
@@ -250,7 +250,7 @@ def _add_kept(
     UNIT: tl.constexpr, COMPACT: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr,
     m_m, m_n,
 ):  # fmt: skip
-    """``b_sum`` with the products of BK kept entries from a place on; a WHOLE block of them needs no mask.
+    """``b_sum`` plus the products of BK kept entries from ``start`` on; a WHOLE block of them needs no mask.
 
     With a mask whose last place is not known to be a multiple of anything, entries would be read one by one.
     """

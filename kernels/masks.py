@@ -2,7 +2,7 @@
 
 - ``PackedMasks``: bits, 32 units a word: a step's masks of a large model take megabytes instead of gigabytes.
 - ``DrawnMasks``: nothing stored; a kernel makes each bit from a random word and a threshold.
-- ``KeptUnits``: of each mask the list of what it keeps, for kernels that do no more work than that.
+- ``KeptUnits``: for each mask the list of what it keeps, for kernels that do no more work than that.
 
 Rows of a batch come in the order of their masks: of R rows under M masks, the first R / M are under the first.
 """
@@ -28,7 +28,7 @@ class PackedMasks:
         words_MW: int32.
         first: the number of the view's first unit.
         size: units in the view.
-        listed: whether kernels had better go by lists of what is kept than compute all, as they keep so little.
+        listed: whether kernels had better go by lists of what is kept than compute all, as masks keep so little.
     """
 
     words_MW: torch.Tensor
@@ -82,11 +82,11 @@ class DrawnMasks:
 
     Attributes:
         header: key, low and high half of the step; int64.
-        rows_M2: of each mask its row of random words, and which it is of those that share it; int64.
+        rows_M2: each mask's row of random words, and its place among the masks that share it; int64.
         levels_MG: which of the three rows of thresholds each mask takes for the units of a group; int8.
         groups_U: each unit's group, int32. U counts all units, of the view or not.
         thresholds_3U: int64, from 0 to 2^32.
-        shifts_KO: int64, of each mask that shares words, for units u % ORDERS.
+        shifts_KO: shift of each mask that shares words, for units u % ORDERS; int64.
         first: the number of the view's first unit.
         size: units in the view.
     """

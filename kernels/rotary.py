@@ -33,7 +33,7 @@ def rotary(x_RHTC: torch.Tensor, cos_RTC: torch.Tensor, sin_RTC: torch.Tensor) -
     """``x * cos + [-high, low] * sin`` of the halves ``[low, high]`` of each head, ``[R, H, T, C]``, with x's strides.
 
     Args:
-        cos_RTC: of as many rows, or of one for all; so ``sin_RTC``.
+        cos_RTC, sin_RTC: of equally many rows, or of one for all.
 
     Raises:
         ValueError: sizes that do not fit each other.

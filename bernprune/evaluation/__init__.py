@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, size, latency, each with its protocol."""
+"""What a model is worth: perplexity and latency, each with its protocol."""

@@ -67,7 +67,7 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """The exponential of a loss; of one beyond 709 nats, the largest number that JSON can hold."""
+    """The exponential of a loss; for one beyond 709 nats, the largest number that JSON can hold."""
     return math.exp(min(loss, _LARGEST_LOSS))
 
 

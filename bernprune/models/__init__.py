@@ -1,1 +1,2 @@
-"""The only room that knows transformers: what a model consists of, masking it live, slicing it, saving it."""
+"""The only package besides the command line that knows transformers: what a model consists of, masking it live,
+slicing it, saving it."""

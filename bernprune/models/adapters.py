@@ -43,7 +43,7 @@ class Adapters:
 
         Args:
             model: dense or pruned; its projections are wrapped in place.
-            ranks_L: of each of its layers; of a projection with fewer inputs or outputs, that many.
+            ranks_L: the rank in each of its layers; in a projection with fewer inputs or outputs, their number.
         """
         ranks = _ranks_by_name(model, family, ranks_L)
         peft = _peft()
@@ -53,7 +53,7 @@ class Adapters:
             alpha_pattern={name: scale * rank for name, rank in ranks.items()},
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, which peft asks for what is renamed
+            warnings.simplefilter("ignore", FutureWarning)  # from transformers, in which peft uses an old name
             self._adapted = peft.get_peft_model(model, settings)
         self.parameters: dict[str, nn.Parameter] = {
             name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
@@ -62,14 +62,14 @@ class Adapters:
 
     @torch.no_grad()
     def _draw(self, random: torch.Generator) -> None:
-        """A as peft draws it, but from a generator of its own."""
+        """Draw A as peft does, but from a generator of its own."""
         for name, parameter in self.parameters.items():
             if ".lora_A." in name:
                 bound = parameter.shape[1] ** -0.5
                 parameter.copy_((2 * torch.rand(parameter.shape, generator=random, dtype=torch.float64) - 1) * bound)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """A copy on the processor."""
+        """A copy of the parameters on the processor."""
         return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What one residual branch of one layer sees of the masks of the next passes, and what all of them share.
+"""What one residual branch of one layer sees of the masks of the next passes, and what all branches share.
 
 Letters: R rows of the batch, C chunks of a row, M masks, U units, W units at work, N units of one branch, T tokens, P
 pieces = R * C.
@@ -20,11 +20,11 @@ class CurrentMasks:
     """The masks of the next passes, by what they leave alive.
 
     Attributes:
-        numbers_MU: None where masks are given as bits from the start; then all units are at work.
-        numbers_MW: of the units at work.
-        bits: of the units at work, if masks are given as bits.
-        working_U: on the CPU; None: all units.
-        index_W: the units at work; None: all.
+        numbers_MU: masks as numbers; None where they are given as bits from the start, and all units are at work.
+        numbers_MW: those of the units at work.
+        bits: masks of the units at work as bits, if kernels take such.
+        working_U: which units are at work, on the CPU; None: all.
+        index_W: indices of the units at work; None: all.
         alone_U: the mask, on the CPU, if there is but one.
     """
 
@@ -56,7 +56,7 @@ class CurrentMasks:
         return slice(int(places[units.start - 1]) if units.start else 0, int(places[units.stop - 1]))
 
     def is_all_that_works(self, units: slice) -> bool:
-        """Whether nothing of some units at work is masked, as there is but one mask and it keeps them all."""
+        """Whether these units need no mask, as there is but one, and it keeps all of them that are at work."""
         if self.alone_U is None or self.working_U is None:
             return False
         return torch.equal(self.alone_U[units], self.working_U[units])
@@ -69,9 +69,9 @@ class Branch:
         last: the projection that its units are the input of.
     """
 
-    masks: torch.Tensor | PackedMasks | None = None  # each for as many pieces in turn; None: every unit is kept in all
-    open_M11: torch.Tensor | None = None  # of the same masks; None: the branch is open in every piece
-    kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and masked if they are
+    masks: torch.Tensor | PackedMasks | None = None  # each for equally many pieces in turn; None keeps all
+    open_M11: torch.Tensor | None = None  # whether the same masks leave the branch open; None: they all do
+    kept_N: torch.Tensor | None = None  # the units to gather; None: all are computed, and may be masked
     chunks = 1
     _strides: tuple[int, ...] | None = None  # how the last projection's weight lay in memory, if that was changed
     watch: Callable[[torch.Tensor], None] | None = None  # told what the last projection takes in, before it is masked
@@ -111,7 +111,7 @@ class Branch:
         self._last.weight.data = weight.new_empty_strided(weight.shape, strides).copy_(weight)
 
     def run(self, operation: Callable[[torch.Tensor, Any], torch.Tensor], x_RTE: torch.Tensor) -> torch.Tensor:
-        """``operation`` on the input and the units' masks, piece by piece, and closed where the branch is."""
+        """``operation`` on the input and the units' masks, piece by piece; zero where the branch is closed."""
         rows, tokens = x_RTE.shape[:2]
         x_PTE = x_RTE.reshape(rows * self.chunks, tokens // self.chunks, -1)
         masks, open_M11 = self.masks, self.open_M11

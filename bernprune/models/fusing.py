@@ -1,4 +1,4 @@
-"""What a layer does beside its products in one pass over memory each, for the length of a block.
+"""What a layer does apart from its products, in one pass over memory each, for the length of a block.
 
 A model's own norms and rotary embeddings are operations one after the other, and each of them reads and writes all
 hidden states: on a GPU, where products are fast, that takes longer than attention. What takes their place is known by
@@ -78,7 +78,7 @@ def _in_one_pass(
 
 @torch.no_grad()
 def _is_rms_norm(norm: nn.Module) -> bool:
-    """Whether a module of a layer computes what ``_Norm`` does of it."""
+    """Whether a module of a layer computes what ``_Norm`` in its place would."""
     weight = getattr(norm, "weight", None)
     if isinstance(norm, _Norm) or not isinstance(weight, torch.Tensor) or weight.ndim != 1:
         return False
@@ -97,7 +97,7 @@ def _rotates(own: Callable[..., Any], rotary: _Rotary, view: ModelView) -> bool:
 
 
 def _numbers(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Different ones from -1 to 1, the same in every run."""
+    """Different numbers from -1 to 1, the same in every run."""
     numbers = torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * 0.754877666
     return (2 * (numbers % 1) - 1).view(shape).to(like.device, like.dtype)
 

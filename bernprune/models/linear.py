@@ -1,4 +1,4 @@
-"""Linear layers whose weight is a matrix like any other, and those of which only the module knows how to multiply.
+"""Linear layers whose weight is a matrix like any other, and those with which only their module can multiply.
 
 Quantised layers are of the second kind: tensors of a class of their own in the place of the weight (torchao), or a
 class of their own in the place of the layer (bitsandbytes).
@@ -26,7 +26,7 @@ def kind_of(linear: nn.Module) -> str:
 
 @torch.inference_mode()
 def weight_of(linear: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-    """The weight ``[D, E]`` on its device; of a layer that is not plain, what comes out for each unit vector.
+    """The weight ``[D, E]`` on its device; for a layer that is not plain, what comes out for each unit vector.
 
     Args:
         dtype: of the layer's inputs.

@@ -82,7 +82,7 @@ def load_model(
 
 
 def _check_complete(path: str, info: Any) -> None:
-    """Whatever the folder did not give has random values."""
+    """Refuse a folder that did not give all weights, as the others have random values."""
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(f"model {path} lacks {len(missing)} weight(s) of its configuration, e.g. {missing[0]}")

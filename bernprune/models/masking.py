@@ -4,13 +4,13 @@ Masking the inputs of the attention output projection and of the FFN down projec
 branch of a block that has no unit left, equals physical slicing. For the length of a ``with`` block those modules are
 swapped for masked twins that hold no parameters; leaving it puts the very same objects back.
 
-Instead of being kept or cut, a unit may be scaled by a gate between: gates multiply those of all it lies in, and a
-branch is open as long as any of its gates is.
+Instead of being kept or cut, a unit may be scaled by a gate between: a gate is multiplied by those of all that its
+unit lies in, and a branch is open as long as any of its gates is.
 
 What none of the rows keeps need not be computed: each layer gathers the weights of the *working set* for the length of
-its own pass. Of a branch in which nothing is at work a single unit is computed, and switched off.
+its own pass. Where nothing of a branch is at work, a single unit of it is computed, and switched off.
 
-Of projections that are not plain linear layers, such as quantised ones, nothing is gathered: they are called as they
+Projections that are not plain linear layers, such as quantised ones, are not gathered: they are called as they
 are, and only what enters them is masked.
 
 A mask of a chunk says what its tokens may pass through; what earlier tokens left in the keys and values was made under
@@ -42,7 +42,7 @@ from bernprune.names import BackendName, Kind
 
 logger = logging.getLogger(__name__)
 _CAPABILITY = 8, 0  # of a GPU on which kernels are faster than plain torch
-_ALIGNED = {"cuda": 16}  # channels, of which a multiple is at work, by type of device
+_ALIGNED = {"cuda": 16}  # channels at work are a multiple of this, by type of device
 
 
 class _Gathered(nn.Module):
@@ -50,7 +50,7 @@ class _Gathered(nn.Module):
 
     def __init__(self, projection: "nn.Linear | _Gathered", branch: Branch, ops: MaskedOps) -> None:
         super().__init__()
-        dense = projection._dense[0] if isinstance(projection, _Gathered) else projection  # of a block around this one
+        dense = projection._dense[0] if isinstance(projection, _Gathered) else projection  # put here by a block around
         self._dense: tuple[nn.Linear] = (dense,)
         self._branch, self._ops = branch, ops
 
@@ -132,7 +132,7 @@ class _MaskedInput(nn.Module):
         if self._branch.watch is not None:
             self._branch.watch(x_PTE)
         unit_width = x_PTE.shape[-1] // self._branch.num_units
-        # Past the module's hooks, which see nothing under masks where weights are plain, either.
+        # Bypasses the module's hooks, which see nothing under masks where weights are plain, either.
         return self._dense[0].forward(self._ops.masked_units(x_PTE, masks, unit_width=unit_width))
 
 
@@ -153,18 +153,18 @@ class LiveMasks:
         listed_U: torch.Tensor | None = None,
         masks_of_layers: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """One mask a row, bool ``[R, U]``, or each for as many rows in turn, or one a chunk, ``[R, C, U]``; 1 keeps.
+        """Set one mask a row, bool ``[R, U]``, or each for equally many rows, or one a chunk, ``[R, C, U]``; 1 keeps.
 
         Floating-point numbers are gates, from 0 to 1. The tokens of a row must divide into C equal chunks.
 
         Args:
-            chunks: C, of masks given as bits, which are R times C.
-            working_U: units that some mask may keep, bool; only they are computed, and of a single mask that keeps them
-                all nothing is masked. Keys and values of other groups are then missing too, so nothing may be read on
-                from a cache under other masks. None: all units; so too if not all projections are plain.
-            listed_U: units of layers of which kernels had better go by lists of what masks of whole rows keep, bool.
-            masks_of_layers: for each layer of the model which of the masks its rows are under, if layers have different
-                numbers of rows; see ``bernprune.models.sharing``.
+            chunks: C, for masks given as bits, of which there are R times C.
+            working_U: units that some mask may keep, bool; only they are computed, and where a single mask
+                keeps them all nothing is masked. Keys and values of other groups are then missing too, so nothing may
+                be read on from a cache under other masks. None: all units; so too if not all projections are plain.
+            listed_U: units of layers in which kernels had better go by lists of what masks of whole rows keep, bool.
+            masks_of_layers: for each layer of the model, which of the masks its rows are under, if layers have
+                different numbers of rows; see ``bernprune.models.sharing``.
         """
         space = self.view.space
         if isinstance(masks, torch.Tensor) and masks.ndim == 3:
@@ -182,7 +182,7 @@ class LiveMasks:
                         branch.masks = replace(branch.masks, listed=bool(listed_U[units.start]))
 
     def _current(self, masks: torch.Tensor | PackedMasks, working_U: torch.Tensor | None) -> CurrentMasks:
-        """All that takes an operation on all units, once for all branches."""
+        """What takes an operation on all units, worked out once for all branches."""
         space = self.view.space
         working_U = None if working_U is None or not self._gathers else space.alive(working_U.cpu())
         working_U = None if working_U is None or working_U.all() else self._aligned(working_U)
@@ -200,7 +200,7 @@ class LiveMasks:
         return CurrentMasks(alive_MU, alive_MW, bits, working_U, index_W, alone_U)
 
     def _aligned(self, working_U: torch.Tensor) -> torch.Tensor:
-        """Some channels more, that all masks cut, for a GPU, which reads rows of other widths entry by entry."""
+        """The same with a few more channels, which all masks cut: a GPU reads rows of other widths entry by entry."""
         multiple = _ALIGNED.get(self._device.type, 1)
         working_U = working_U.clone()
         for layer in self._branches if multiple > 1 else ():
@@ -228,7 +228,7 @@ class LiveMasks:
     def _set_branch(
         self, branch: Branch, now: CurrentMasks, units: slice, rows: torch.Tensor | None, *, whole: bool
     ) -> None:
-        """By its units or, if it stays or goes as a ``whole``, by the one that it lies in."""
+        """Set a branch by its units or, if it stays or goes as a ``whole``, by the unit that it lies in."""
         branch.masks = branch.open_M11 = branch.kept_N = None
         at_work = now.at_work(units)
         nothing = at_work.start == at_work.stop
@@ -248,7 +248,7 @@ class LiveMasks:
             assert now.numbers_MW is not None, "masks are numbers or bits"
             numbers_MN = now.numbers_MW[:, at_work]
             branch.masks = (numbers_MN if rows is None else numbers_MN[rows]).to(self._dtype)
-        if branch.biased:  # without a unit, one without a bias is closed as it is
+        if branch.biased:  # one without a bias gives nothing anyway if it has no unit
             branch.open_M11 = self._opening(now.alive_MN(units).any(dim=1), rows)
 
     def _opening(self, open_M: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
@@ -259,9 +259,10 @@ class LiveMasks:
 def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = None) -> Iterator[LiveMasks]:
     """Let the model obey masks inside the block; afterwards, also after an exception, it is what it was.
 
-    Of the batches run inside each of the masks last set has as many rows. Nothing is masked before the first ``set``.
+    Every batch run inside must hold equally many rows for each of the masks last set. Nothing is masked before the
+    first ``set``.
     ``layers`` limits masking to some layers; the others stay what they were: dense, or masked by a block around this.
-    Kernels bring a rotary embedding that all layers take.
+    A rotary embedding that kernels bring is used by all layers.
 
     Raises:
         BackendError: ``ops`` cannot run this model.

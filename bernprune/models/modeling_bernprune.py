@@ -5,8 +5,8 @@ builds everything but the layers, and each layer is built by the stock layer cla
 ``config.per_layer_config[i]`` (transformers 5.14 or later). The global fields hold the largest layer. A layer may skip
 its ``"attention"`` or its ``"mlp"``: that block and its norm are gone and the residual passes unchanged.
 
-``config.bernprune["added_biases"]`` says, for each layer, the last projection of which of these blocks has a bias that
-the family's own has not: what repair found that the outputs of removed units came to.
+``config.bernprune["added_biases"]`` names, for each layer, the blocks whose last projection has a bias that the
+family's own has not: repair puts there what the outputs of removed units came to.
 """
 
 # mypy: disable-error-code="no-untyped-call"

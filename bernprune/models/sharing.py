@@ -23,8 +23,8 @@ class Branching:
     """Where masks part.
 
     Attributes:
-        masks_of_layers: of each layer, one mask for each class of masks that agree up to and including it.
-        parents_of_layers: to which class of the layer before each class belongs; of the first layer, all to class 0.
+        masks_of_layers: for each layer, one mask of each class of masks that agree up to and including it.
+        parents_of_layers: for each class of a layer, its class in the layer before; in the first layer, class 0.
         class_K: each mask's class in the last layer.
     """
 
@@ -62,7 +62,7 @@ class Branching:
 
 
 class _Grow:
-    """A hook that copies the rows of hidden states, where masks part, and of what else has one for each window."""
+    """A hook that copies rows of hidden states, where masks part, and of what else has one for each window."""
 
     def __init__(self, parents: torch.Tensor | None, windows: int, classes: int) -> None:
         each_B = torch.arange(windows)

@@ -181,7 +181,7 @@ def check_plan(model: PreTrainedModel, plan: KeepPlan) -> None:
 
 
 def _check_same_parts(model: PreTrainedModel, pruned: PreTrainedModel) -> None:
-    """Anything beside decoder and head, e.g. a classifier, would be lost without a word."""
+    """Refuse anything other than decoder and head, e.g. a classifier: it would be lost without a word."""
     found, wanted = _child_names(model), _child_names(pruned)
     if found != wanted:
         raise ModelError(f"the model has the parts {sorted(found)}, but a causal language model {sorted(wanted)}")

@@ -44,7 +44,7 @@ class RunningMoments:
 
 
 class Gram:
-    """Running second moments of what enters a projection with one another, float64 ``[E, E]`` on its device."""
+    """Running second moments of a projection's inputs with one another, float64 ``[E, E]`` on its device."""
 
     def __init__(self, projection: nn.Linear) -> None:
         size, device = projection.in_features, projection.weight.device

@@ -30,7 +30,7 @@ class LayerStream:
     def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
         self._view, self.index = view, 0
         self._device = view.device
-        self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told beside hidden states, by rows
+        self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told besides hidden states, by rows
         self.hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
 
     @property
@@ -58,12 +58,12 @@ class LayerStream:
         return self.layer.layer(hidden_RTD.to(self._device), **self.told(self.index, len(hidden_RTD)))
 
     def told(self, layer: int, rows: int) -> dict[str, Any]:
-        """What a layer is given beside the hidden states of so many rows: positions and masks."""
+        """What a layer is given besides the hidden states of so many rows: positions and masks."""
         return self._calls[rows][layer]
 
     @torch.no_grad()
     def _embed(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """What the first layer takes in. Windows have no padding, so rows of one number are told the same."""
+        """What the first layer takes in. Windows have no padding, so equally many rows are told the same."""
         calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
         with _passed_over(self._view, lambda hidden_RTD, told: calls.append((hidden_RTD, told))):
             self._view.decoder(input_ids=tokens_RT.to(self._device), use_cache=False)

@@ -46,7 +46,7 @@ class ModelView:
 
     @property
     def decoder(self) -> nn.Module:
-        """Token ids to the last hidden states, without the output embedding."""
+        """What takes token ids to the last hidden states, without the output embedding."""
         return getattr(self.model, self.family.decoder)
 
     @property

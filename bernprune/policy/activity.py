@@ -8,10 +8,10 @@ projection, by least squares through the origin:
 
     v = E[sum_t A_kt m_k r_t] / (contrast sum_t r_t^2),    A: advantages of single tokens,
 
-and the channel does v sum_t r_t to a window. That is a multiple of the truth: cutting it does more than in proportion
-where it is most active, and what it does to later tokens is not seen. The multiple hardly differs between the channels
-of a layer, and is found from the estimates that count all tokens alike (``Calibration``), which are noisier, but right
-on average. The activity is taken from one pass over the text under the current selection.
+and the channel's effect on a window is v sum_t r_t. That is a multiple of the truth: cutting it does more than in
+proportion where it is most active, and what it does to later tokens is not seen. The multiple hardly differs between
+the channels of a layer, and is found from the estimates that count all tokens alike (``Calibration``), which are
+noisier, but right on average. The activity is taken from one pass over the text under the current selection.
 
 Letters: B windows, K masks, C chunks, T tokens, N channels, L layers.
 """
@@ -50,7 +50,7 @@ class ActivitySums:
         self._noise_N = torch.zeros(num_channels, dtype=torch.float64)
 
     def add(self, products_BN: torch.Tensor, squares_BN: torch.Tensor, active_BN: torch.Tensor, *, tokens: int) -> None:
-        """Some windows of so many tokens: of each the sums of A m r, over masks their mean; of r^2; and of r."""
+        """Add windows of so many tokens, by each one's sums of A m r (their mean over masks), of r^2, and of r."""
         self.to(products_BN.device)
         for windows, number in ((slice(0, None, 2), self.count % 2), (slice(1, None, 2), 1 - self.count % 2)):
             self._products_2N[number] += products_BN[windows].sum(0)
@@ -69,7 +69,7 @@ class ActivitySums:
 
     @property
     def evenness_N(self) -> torch.Tensor:
-        """(mean of r)^2 / mean of r^2: 1 where a channel is as active at every token; and where it never is."""
+        """(mean of r)^2 / mean of r^2: 1 where a channel is equally active at every token, and where it never is."""
         squares_N = self._squares_2N.sum(0)
         share_N = self._active_N.square() / (self._tokens * squares_N).clamp(min=_TINY)
         return torch.where(squares_N > 0, share_N, torch.ones_like(share_N))
@@ -108,14 +108,14 @@ class Calibration:
         self._plain_L, self._active_L, self._noise_L = torch.zeros(3, num_layers, dtype=torch.float64)
 
     def learn(self, layer: int, plain_N: torch.Tensor, noise_N: torch.Tensor, active_N: torch.Tensor) -> None:
-        """One more round of a layer: what all tokens told of its channels, the variance of that, and active ones."""
+        """One more round of a layer: what all tokens told of its channels (and its variance), and active ones."""
         weights_N = 1 / noise_N
         self._plain_L[layer] += weights_N @ plain_N
         self._active_L[layer] += weights_N @ active_N
         self._noise_L[layer] += weights_N.sum()
 
     def factors(self) -> torch.Tensor:
-        """``[L]``, float64; 1 before anything is learned."""
+        """The factor of each layer, ``[L]``, float64; 1 before anything is learned."""
         precision_L = self._active_L.square() / self._noise_L.clamp(min=_TINY)
         weighted_L = self._plain_L * self._active_L / self._noise_L.clamp(min=_TINY)
         total = precision_L.sum()
@@ -147,12 +147,12 @@ class ActiveTokens:
         levels_BKCG: torch.Tensor | None,
         amplitude_U: torch.Tensor,
     ) -> int:
-        """The windows of a step, read now; how many were left out, as some activity in them is not finite.
+        """Add the windows of a step, read now; returns how many were left out as some activity in them is not finite.
 
         Args:
             sums: over the masks that had the losses.
-            predicted_BKC: of the losses; it counts for all tokens alike.
-            levels_BKCG: of masks that swing; what swings of them tells of layers, and is taken out.
+            predicted_BKC: what was predicted of the losses; it is spread over all tokens alike.
+            levels_BKCG: levels of masks that swing; what losses owe to them tells of layers, and is taken out.
         """
         windows, num_masks, window = reading.losses_BKT.shape
         size = window // predicted_BKC.shape[2]
@@ -195,12 +195,12 @@ class ActiveTokens:
         worth_U: torch.Tensor,
         means: Sequence[GroupMean] = (),
     ) -> bool:
-        """Put what active tokens told of channels in the place of what all tokens did; whether any were told of.
+        """Put what active tokens told of channels in the place of what all tokens did; False if they told nothing.
 
         Args:
-            observed_U, noise_U: of each unit's worth, and its variance; changed in place.
-            halves: of the effects, that is of worths with the other sign; changed in place.
-            worth_U: by which losses were predicted.
+            observed_U, noise_U: each unit's worth as observed, and its variance; changed in place.
+            halves: effects in either half of the text, that is worths with the other sign; changed in place.
+            worth_U: worths by which losses were predicted.
             means: what all tokens told of the channels of each layer together.
         """
         sums = self._sums.to(CPU)
@@ -208,7 +208,7 @@ class ActiveTokens:
         if not sums.count:
             return False
         at, contrast_N = self._channels_U, contrast_U[self._channels_U]
-        # What was taken out of the losses counted for all tokens alike, and is seen as far as a channel is even.
+        # What was taken out of the losses was spread over all tokens alike, and is seen as far as a channel is even.
         back_N = sums.evenness_N * worth_U[at]
         active_U, variance_U, shape_U = observed_U.clone(), torch.zeros_like(noise_U), torch.ones_like(noise_U)
         active_U[at], variance_U[at] = back_N - sums.effects(contrast_N), sums.variance(contrast_N)
@@ -221,7 +221,7 @@ class ActiveTokens:
         factors_U = torch.ones_like(noise_U)
         for members_N, factor in zip(self._layers, self._calibration.factors(), strict=True):
             common = (variance_U[members_N] / shape_U[members_N]).mean()
-            if common > 0:  # or none of them was seen to change
+            if common > 0:  # else none of them was seen to change
                 noise_U[members_N] = factor**2 * common * shape_U[members_N]
                 observed_U[members_N] = factor * active_U[members_N]
                 factors_U[members_N] = factor

@@ -71,7 +71,7 @@ class Evolution:
     Attributes:
         population: candidates of one generation.
         parents: the best ones, from which the next generation comes; they stay in it.
-        generations: after the first, which is random around equal shares.
+        generations: how many follow the first, which is random around equal shares.
         step: standard deviation of a change, in the log-odds of a share.
     """
 
@@ -101,7 +101,7 @@ def search_shares(
     Equal shares, those of ``keep``, are always among the candidates, so that nothing worse comes out.
 
     Args:
-        losses_of: of shares ``[K, G]`` the losses ``[K]`` of what would be selected by them.
+        losses_of: takes shares ``[K, G]`` to the losses ``[K]`` of what would be selected by them.
     """
     source = generator(seed, "search-shares")
     even_G = torch.full((num_groups,), math.log(keep / (1 - keep)), dtype=torch.float64)

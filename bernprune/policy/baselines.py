@@ -25,7 +25,7 @@ class Baseline(Protocol):
     min_masks: int
 
     def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
-        """``[B, K, C]`` nats per token; ``reference_BC``: losses of the reference mask on the same text."""
+        """Advantages, ``[B, K, C]`` nats per token; ``reference_BC``: losses of the reference mask on the same text."""
         ...
 
     def state_dict(self) -> dict[str, Any]: ...
@@ -44,7 +44,7 @@ class _Average:
         self.value_C: torch.Tensor | None = None
 
     def update(self, values_BKC: torch.Tensor) -> torch.Tensor:
-        """One more step; the mean with it, ``[C]``."""
+        """Add a step; returns the mean with it, ``[C]``."""
         now_C, past_C = values_BKC.mean((0, 1)), self.value_C
         self.value_C = now_C if past_C is None else (1 - self.weight) * past_C + self.weight * now_C
         return self.value_C
@@ -129,7 +129,7 @@ class Published(_Average):
     and a sum divided by K - 1.
 
     Its expectation is the true gradient times K/(K-1) (1 - 1/(K T)) for a window of T steps, and times 1 at step 0,
-    where the running mean is the step's own. K is the number asked for: of dropped masks the sum is merely shorter.
+    where the running mean is the step's own. K is the number asked for: dropped masks merely shorten the sum.
     """
 
     needs_reference, min_masks = False, 2

@@ -1,8 +1,8 @@
 """What is believed of each unit's worth: a line through its initial scores, and what sets it apart from that.
 
 All of it is empirical Bayes (Efron and Morris, 1973). A *group* has a line of its own: the channels of a layer, or all
-units of another kind. The groups of a *family*, those channels of all layers, resemble each other, so each one's line
-is shrunk towards the line of the family (Lindley and Smith, 1972), and so is how far its units differ from it.
+units of another kind. The groups of a *family*, such as the channels of all layers, resemble each other, so each one's
+line is shrunk towards the line of the family (Lindley and Smith, 1972), and so is how far its units differ from it.
 
 Between rounds the world changes: as a layer loses units, those left become worth more, all of them together. So lines
 forget, while what sets a unit apart is remembered.
@@ -33,7 +33,7 @@ class Prior:
 
     Attributes:
         mean_F, covariance_FF: its mean, and how well that is known.
-        variance_F: of the lines around that mean; coefficients are independent.
+        variance_F: variance of the lines around that mean; coefficients are independent.
     """
 
     mean_F: torch.Tensor
@@ -47,7 +47,7 @@ class GroupMean:
 
     Attributes:
         members_N, weights_N: which units, and weights that add up to 1.
-        mean, noise: of no dimension, nats per token and their square.
+        mean, noise: scalars, in nats per token and their square.
     """
 
     members_N: torch.Tensor
@@ -82,7 +82,7 @@ class Line:
         self.response_F = kept * self.response_F + (self.features_NF.T * weights_N) @ observed_N
 
     def observe_mean(self, weights_N: torch.Tensor, mean: torch.Tensor, noise: torch.Tensor) -> None:
-        """Something else of the same round: the weighted mean of all units, with its variance."""
+        """One more observation of the same round: the weighted mean of all units, with its variance."""
         weight = 1 / (noise + self.spread * weights_N.square().sum())
         features_F = weights_N @ self.features_NF
         self.information_FF = self.information_FF + weight * features_F.outer(features_F)
@@ -95,7 +95,7 @@ class Line:
         return self.information_FF + guard * torch.eye(len(self.response_F), dtype=torch.float64)
 
     def fit(self, prior: Prior | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Its values, and their variances as if slopes were free, ``[N]``."""
+        """The line's values, and their variances as if slopes were free, ``[N]``."""
         information_FF, response_F = self.guarded_FF, self.response_F
         if prior is None:
             covariance_FF = torch.linalg.inv(information_FF)

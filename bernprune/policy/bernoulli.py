@@ -74,7 +74,7 @@ def initial_probs(
 
 
 def _share(space: UnitSpace, units_N: torch.Tensor, keep: float, shares_G: torch.Tensor | None) -> float:
-    """What a set of units keeps: that of its groups, if they have one in common."""
+    """The share that a set of units keeps: that of its groups, if they have one in common, else ``keep``."""
     shares = None if shares_G is None else shares_G[space.group_U[units_N].unique()]
     return keep if shares is None or bool((shares != shares[0]).any()) else float(shares[0])
 
@@ -105,8 +105,8 @@ def graded(
     for an unknown scope.
 
     Args:
-        shares_G: where each group has its own, it keeps that when ``keep`` is kept of all, and all of it when all is;
-            between, shares are powers of one another.
+        shares_G: what each group keeps when ``keep`` is kept of all; when all is, it keeps all, and between, shares are
+            powers of one another.
     """
     priorities_U = torch.ones(space.size, dtype=torch.float64)
     for _, units_N in _mapped_sets(space, scope):

@@ -2,8 +2,9 @@
 
 A budget limits the *expected cost alive* of each of its pools, sum over units u of c_u * P(u alive), where c_u is the
 cost that u owns and P(u alive) is the product of its keep probability and of those of all units it lies in. Without
-nesting that is the plain weighted sum. Beside it there may be caps, on other costs, which hold a policy in expectation
-and what is selected exactly; they have prices of their own (Meng et al., 2024, FALCON, arXiv 2403.07094).
+nesting that is the plain weighted sum. Besides, there may be caps on other costs, which hold for a policy in
+expectation and for what is selected exactly; they have prices of their own (Meng et al., 2024, FALCON, arXiv
+2403.07094).
 """
 
 import functools
@@ -22,7 +23,7 @@ _SLACK = 1e-9  # share of a pool's cost by which a bound may miss the limit befo
 _RESOLUTION = 1e-15  # share of a pool's cost that counts as having met it
 _CAP_RESOLUTION = 1e-6  # share of a capped cost by which a policy may miss what is allowed
 _MOST_EVALUATIONS = 200
-_FIRST_PRICE = 1e-9  # of a cap that is tried; each one after it is four times as high
+_FIRST_PRICE = 1e-9  # the first price of a cap that is tried; each one after it is four times as high
 _MOST_STEPS = 32
 _ROUNDING = 1e-12  # of a sum of costs
 _SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 in float64
@@ -57,7 +58,7 @@ class Cap(_Limited):
 
     @property
     def share(self) -> float:
-        """What must go, of all."""
+        """The share that must go."""
         return 1 - self.limit / self.total
 
     def allows(self, mask_U: torch.Tensor) -> bool:
@@ -76,7 +77,7 @@ class Budget:
         measure: ``parameters``, or ``flops`` at the sequence length that the space was described for.
         pools: ``joint`` lets all units trade with each other; ``separate`` gives each kind the same sparsity, as the
             published method does (Gao et al., 2024, arXiv 2406.10576).
-        also: of other costs, ``kv_cache`` among them, the share that must go at least.
+        also: for other costs, ``kv_cache`` among them, the share that must go at least.
 
     Raises:
         ConfigError: an unknown measure or kind of pools.
@@ -167,7 +168,7 @@ class Budget:
         Solves, per pool: minimise sum c_u (s_u - z_u)^2 subject to sum c_u s_u = limit, floor <= s_u <= ceiling. The
         solution shifts every unit equally, s_u = clip(z_u - v), so that an expensive unit is not pushed further than
         the many cheap ones that cost as much. With nesting, the same equal shift is chosen such that the expected
-        cost alive meets the limit. A cap shifts units further by its price times what they have in it for their cost.
+        cost alive meets the limit. A cap shifts units further, by its price times what they have of it for their cost.
 
         Args:
             probs_U: float64 ``[U]``, any real numbers.
@@ -178,7 +179,7 @@ class Budget:
         return self._within_caps(lambda charge_U: self._nearest(probs_U - charge_U / self.metric_U, floor, ceiling))
 
     def _nearest(self, probs_U: torch.Tensor, floor: float, ceiling: float) -> torch.Tensor:
-        """Without caps."""
+        """``project`` without caps."""
         shifted = probs_U.clone()
         for pool in self.pools:
             members, values = pool.members_U, probs_U[pool.members_U]
@@ -213,7 +214,7 @@ class Budget:
     def _priced(
         self, worth_U: torch.Tensor, deviation_U: torch.Tensor, costs_U: torch.Tensor, floor: float, ceiling: float
     ) -> torch.Tensor:
-        """Without caps."""
+        """``at_price`` without caps."""
         probs_U = torch.full_like(worth_U, ceiling)
         for pool in self.pools:
             worth, deviation, costs = (values_U[pool.members_U] for values_U in (worth_U, deviation_U, costs_U))
@@ -255,8 +256,8 @@ class Budget:
         """The policy, on the budget, that follows when units are charged the lowest prices at which the caps hold.
 
         Args:
-            policy: of what units are charged, ``[U]``.
-            number: of the cap whose price is found here, with those behind it found at each price that is tried.
+            policy: takes what units are charged, ``[U]``, to a policy on the budget.
+            number: the cap whose price is found here; those of later caps are found at each price that is tried.
         """
         if number == len(self.caps):
             return policy(torch.zeros_like(self.costs_U))

@@ -25,7 +25,7 @@ def contrast(probs_U: torch.Tensor, design: Design, amplitude_U: torch.Tensor | 
         if design.sampling == "antithetic":
             both_U = _both_keep(own_U, other_U, design.masks)
         contrast_U += share * (own_U - own_U.square() + own_U * other_U - both_U)
-    return contrast_U.clamp(min=0)  # of what is settled, rounding may leave a trace
+    return contrast_U.clamp(min=0)  # where a unit is settled, rounding may leave a trace
 
 
 def _both_keep(first_U: torch.Tensor, second_U: torch.Tensor, masks: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ def entropy_by_layer(space: UnitSpace, probs_U: torch.Tensor) -> list[float | No
 
 
 def rank_correlation(space: UnitSpace, values_U: torch.Tensor, scores_U: torch.Tensor) -> dict[str, float]:
-    """Spearman's, of units of a kind within their layer (of all layers, where a layer has but one), layers averaged."""
+    """Spearman's rank correlation for each kind, in a layer (in all, where each has one unit), averaged over layers."""
     found: dict[str, float] = {}
     for kind in space.kinds:
         layers = space.by_layer(kind)
@@ -59,18 +59,18 @@ def expected_regret(probs_U: torch.Tensor, deviation_U: torch.Tensor) -> float:
     distance_U = torch.special.ndtri(probs_U).abs()
     density_U = torch.exp(-distance_U.square() / 2) / math.sqrt(2 * math.pi)
     lost_U = density_U - distance_U * torch.special.ndtr(-distance_U)
-    return float((deviation_U * lost_U.nan_to_num(0.0)).sum())  # of what is certain, distance is infinite
+    return float((deviation_U * lost_U.nan_to_num(0.0)).sum())  # where a unit is certain, distance is infinite
 
 
 def correlation(first_N: torch.Tensor, second_N: torch.Tensor) -> float:
-    """Pearson's; 0 where one of them does not vary."""
+    """Pearson's correlation; 0 where one of them does not vary."""
     first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
     scale = (first_N.norm() * second_N.norm()).item()
     return (first_N @ second_N).item() / scale if scale > 0 else 0.0
 
 
 def _ranks(values_N: torch.Tensor) -> torch.Tensor:
-    """Equal values share their mean rank."""
+    """Ranks; equal values share their mean rank."""
     _, inverse_N, counts = values_N.unique(return_inverse=True, return_counts=True)
     ends = counts.cumsum(0).double()
     return (ends - (counts.double() - 1) / 2)[inverse_N]

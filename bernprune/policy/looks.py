@@ -24,7 +24,7 @@ from bernprune.units import UnitSpace
 STEPS = (1.0, 0.5, 0.25)  # how far to follow a look: what it says of single changes does not simply add up
 _RACED = 4  # times as many windows as a look has, to race the steps on
 _PARTS = 16  # of a layer's channels, of which one is turned at a time
-_MEDIAN = torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64)).item()  # of the size of a standard normal
+_MEDIAN = torch.special.ndtri(torch.tensor(0.75, dtype=torch.float64)).item()  # of a standard normal's size
 _TINY = torch.finfo(torch.float64).tiny
 
 
@@ -39,7 +39,8 @@ class Change:
 
 
 def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) -> list[Change]:
-    """All that are looked at: those that change what is computed, and leave every layer that has channels one."""
+    """The changes to look at: each alters what is computed, and leaves at least one channel in every layer that has
+    channels."""
     found, space = [], budget.space
     finest_U = ~torch.isin(torch.arange(space.size), space.parents_U)
     computed_U = space.marginal(finest_U.double(), mask_U.double())  # 0 of a block that would come back empty
@@ -55,7 +56,7 @@ def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) ->
 
 
 def most_changes(space: UnitSpace) -> int:
-    """How many a look has at most."""
+    """How many changes a look has at most."""
     return sum(2 if group.kind == "channel" else group.count for group in space.groups)
 
 
@@ -70,7 +71,7 @@ def look_sequences(num_changes: int, looked_at: int, raced: int) -> int:
 
 
 def changed_masks(mask_U: torch.Tensor, changed: Sequence[Change]) -> torch.Tensor:
-    """The mask and, of each change, what it makes of it: bool ``[1 + N, U]``."""
+    """The mask and, for each change, what that makes of it: bool ``[1 + N, U]``."""
     masks_NU = mask_U.repeat(1 + len(changed), 1)
     for row_U, change in zip(masks_NU[1:], changed, strict=True):
         row_U[change.units] = ~row_U[change.units]
@@ -82,7 +83,7 @@ def moves(
 ) -> torch.Tensor:
     """What is to be added to the priorities after a look, ``[U]``.
 
-    A surprise x is how far what a change was seen to save for its cost is from the priorities of what it turned. They
+    The surprise x of a change is what it was seen to save for its cost, less the priorities of what it turned. Those
     move by f x, where f is the larger of 1 - v / m^2, with v the mean variance of such x of their kind and m their
     median size (as a standard deviation), and of 1 - v / x^2 (the non-negative garrote; Breiman, 1995): typical
     surprises are believed as far as they exceed their noise, one far from the others nearly whole. A layer's channels
@@ -90,8 +91,8 @@ def moves(
 
     Args:
         priorities_U: what units save for their cost, nats per token.
-        losses_NW: of ``changed_masks`` on the same windows, ``[1 + N, W]``; of a change with a loss that is not finite
-            nothing is believed.
+        losses_NW: losses of ``changed_masks`` on the same windows, ``[1 + N, W]``; a change with one that is not finite
+            tells nothing.
     """
     told_N = (losses_NW[:1] + losses_NW[1:]).isfinite().all(1)
     changed = list(itertools.compress(changed, told_N.tolist()))
@@ -106,7 +107,7 @@ def moves(
     shares_N = torch.zeros_like(noise_N)
     for kind in {change.kind for change in changed}:
         at_N = torch.tensor([change.kind == kind for change in changed])
-        noise = noise_N[at_N].mean()  # of few windows, the variance of one change alone says little
+        noise = noise_N[at_N].mean()  # with few windows, the variance of one change alone says little
         middle = (surprise_N[at_N].abs().median() / _MEDIAN).square()
         typical = (1 - noise / middle.clamp(min=_TINY)).clamp(min=0)
         shares_N[at_N] = (1 - noise / surprise_N[at_N].square().clamp(min=_TINY)).clamp(min=typical)

@@ -52,12 +52,12 @@ _ENTRIES = 2**23  # of masks that are numbers at once, 64 MiB in float64
 class Design:
     """How the masks of a step are laid out over its text, and how those on the same text hang together.
 
-    ``groups`` of ``masks`` compete on the same text, each with ``chunks`` masks of its own in turn. Under one mask for
-    a whole batch that is one group; otherwise there is a group for each window. ``swing``, from 0 to 1, is how far the
+    In each of ``groups`` groups, ``masks`` compete on the same text, each of them ``chunks`` masks in turn. Masks for a
+    whole batch are one group; otherwise there is a group for each window. ``swing``, from 0 to 1, is how far the
     channels of a layer are kept more, or fewer, together.
 
     Raises:
-        ConfigError: an unknown sampling, none of something, or a swing out of range or without what it needs.
+        ConfigError: an unknown sampling, a number below 1, or a swing out of range or without what it needs.
     """
 
     groups: int
@@ -142,14 +142,14 @@ class Masks:
         return self if device == self.device else replace(self, device=device, _known={})
 
     def levels(self, index: Any = slice(None)) -> torch.Tensor:
-        """Whether masks keep more of each group (1), less (-1) or neither (0), int64 ``[B, K, C, G]``, or those of an
-        index into all but U. Only of channels that means something."""
+        """Whether masks keep more of each group (1), less (-1) or neither (0), int64 ``[B, K, C, G]``; ``index`` is
+        into all but U. It means something for channels alone."""
         rows = self.rows[index]
         return self._levels(rows.flatten()).view(*rows.shape, -1)
 
     @property
     def drawable(self) -> bool:
-        """Whether they are made bit by bit, so that a kernel can."""
+        """Whether they are made bit by bit, so that a kernel can make them."""
         return self.design.sampling != "exact" and self.reference_U is None
 
     def drawn(self, index: Any = slice(None)) -> DrawnMasks:
@@ -164,7 +164,7 @@ class Masks:
         return self._of_rows("drawn", rows_N, self._drawn)
 
     def _of_rows(self, name: str, rows_N: torch.Tensor, make: Callable[[torch.Tensor], _Made]) -> _Made:
-        """Made once for the rows last asked for, as a step asks for all of its own several times."""
+        """What ``make`` gives, once for the rows last asked for: a step asks for all of its own several times."""
         if name not in self._known or not torch.equal(self._known[name][0], rows_N):
             self._known[name] = rows_N, make(rows_N)
         return self._known[name][1]
@@ -185,7 +185,7 @@ class Masks:
         )
 
     def _levels(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """``[N, G]``: by lot, from random words that lie behind those of the units."""
+        """Levels ``[N, G]``, by lot, from random words that lie behind those of the units."""
         return self._of_rows("levels", rows_N, self._drawn_levels)
 
     def _drawn_levels(self, rows_N: torch.Tensor) -> torch.Tensor:
@@ -214,7 +214,7 @@ class Masks:
         return self._known["shifts"]
 
     def _draw(self, rows_N: torch.Tensor) -> torch.Tensor:
-        """Bool ``[N, U]``, made from one block of random numbers after the other."""
+        """Masks, bool ``[N, U]``, made from one block of random numbers after the other."""
         draws_N, masks_N = self._coupled(rows_N)
         draws_D, which_N = draws_N.unique(return_inverse=True)
         levels_NG = self._levels(rows_N) if self.design.swing else None
@@ -231,14 +231,14 @@ class Masks:
         return kept_NU
 
     def _coupled(self, rows_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which row of random numbers each mask takes, and which it is of those that share it."""
+        """The row of random numbers that each mask takes, and its place among the masks that share it."""
         if self.design.sampling != "antithetic":
             return rows_N, torch.zeros_like(rows_N)
         masks, chunks = self.design.masks, self.design.chunks
         return rows_N // (masks * chunks) * chunks + rows_N % chunks, rows_N // chunks % masks
 
     def _tiles(self, num_draws: int) -> Iterator[tuple[slice, range]]:
-        """Rows of random numbers and units, a block of them after the other; an exact mask needs all units at once."""
+        """Blocks of rows of random numbers and of units, in turn; an exact mask needs all units at once."""
         size = len(self.probs_U)
         width = size if self.design.sampling == "exact" else min(size, _BLOCK)
         height = max(1, _BLOCK // width)
@@ -247,7 +247,7 @@ class Masks:
                 yield slice(draw, draw + height), range(unit, min(unit + width, size))
 
     def _shifted(self, words_DV: torch.Tensor, mask: int) -> torch.Tensor:
-        """The words of one of the masks that share them."""
+        """Words that masks share, shifted for one of them."""
         if self.design.sampling != "antithetic":
             return words_DV
         words_DOV: torch.Tensor = words_DV.unflatten(1, (-1, ORDERS)) + self._shifts_KO[mask]
@@ -277,14 +277,14 @@ def _signed(bits: int) -> int:
 def orders(num_masks: int) -> torch.Tensor:
     """How many times floor(2^32 / K) each of K antithetic masks adds for unit u, in row u % ``ORDERS``: ``[O, K]``.
 
-    Arbitrary permutations, the same in every run: of random words, counter k and row, in rising order.
+    Arbitrary permutations, the same in every run: the order of random words, by counter k and row.
     """
     counter = torch.arange(num_masks), torch.arange(ORDERS)[:, None], torch.tensor(0), torch.tensor(0)
     return philox(counter, counter_key(0, "orders"))[0].argsort(dim=1, stable=True)
 
 
 def with_reference(masks_BKCU: MaskRows, reference_U: torch.Tensor) -> MaskRows:
-    """One more mask on every text and chunk, after the others: a fixed one, or gates from 0 to 1."""
+    """The masks and, after them, one more on every text and chunk: a fixed one, or gates from 0 to 1."""
     if isinstance(masks_BKCU, Masks):
         rows = torch.cat([masks_BKCU.rows, torch.full_like(masks_BKCU.rows[:, :1], -1)], dim=1)
         return replace(masks_BKCU, rows=rows, reference_U=reference_U)
@@ -293,7 +293,7 @@ def with_reference(masks_BKCU: MaskRows, reference_U: torch.Tensor) -> MaskRows:
 
 
 def some_rows(masks: MaskRows, index: Any) -> MaskRows:
-    """Those of an index into all dimensions but U, not made before they are looked at if they were not."""
+    """The masks at an index into all dimensions but U; what is made when looked at stays so."""
     return replace(masks, rows=masks.rows[index]) if isinstance(masks, Masks) else masks[index]
 
 
@@ -303,7 +303,7 @@ def amplitude(probs_U: torch.Tensor, design: Design, space: UnitSpace) -> torch.
 
 
 def row_slices(shape: torch.Size) -> Iterator[slice]:
-    """Slices of the first dimension for who turns masks into numbers: of few entries, or of one window's masks."""
+    """Slices of the first dimension, for turning masks into numbers: of few entries, or of one window's masks."""
     size = max(1, _ENTRIES // math.prod(shape[1:]))
     for first in range(0, shape[0], size):
         yield slice(first, min(first + size, shape[0]))

@@ -82,15 +82,15 @@ class PosteriorSearch(MaskSearch):
 
     Args:
         probs_U: policy of the first round, float64 ``[U]``; sharp, so that what is sampled resembles what is shipped.
-        scores_US: initial scores, larger is kept, of one metric or several; only their order counts, of channels within
-            a layer, of other kinds over all layers. ``[U]`` is one metric's.
-        round_steps: steps of a round; of a broken number, rounds take the next whole step.
+        scores_US: initial scores, larger is kept, of one metric or several; only their order counts, channels' within a
+            layer, other kinds' over all layers. ``[U]`` is one metric's.
+        round_steps: steps of a round; with a fraction, a round ends at the next whole step.
         forgetting: share of a line's past that a round forgets; see ``Beliefs``.
         floor, ceiling: bounds of every probability, strictly within 0 and 1.
         discount: what a chunk's mask answers for of the chunks behind it; see ``rewards_to_go``.
-        design: ``swing`` is that of the first round, of round r an r-th of it. Masks that swing must be told as they
+        design: ``swing`` is that of the first round; round r has an r-th of it. Masks that swing must be told as they
             were asked for, not as a tensor.
-        by_activity: learn of channels from where they are active (``bernprune.policy.activity``), if told of it.
+        by_activity: learn of channels from where they are active (``bernprune.policy.activity``), if told where.
         kernels: what sums over masks; None: plain torch, on the masks' device.
 
     Raises:
@@ -151,7 +151,7 @@ class PosteriorSearch(MaskSearch):
 
     @property
     def priced(self) -> bool:
-        """After the first round."""
+        """True after the first round."""
         return self.rounds > 0
 
     def draw(self, random: torch.Generator) -> torch.Tensor:
@@ -205,21 +205,21 @@ class PosteriorSearch(MaskSearch):
         """What keeping each unit does to the losses of windows under these masks.
 
         E[L | m_u = 1] - E[L | m_u = 0] = E[A (m_u - s_u)] / contrast_u, where the contrast of independent masks is
-        s_u (1 - s_u), and s_u the probability at the level of u's group. Of chunks with masks of their own it is the
-        sum over chunks of what keeping the unit in that one alone does. Unbiased if the discount is 1 and masks are not
-        ``exact``; where masks swing, the mean over levels, weighted by their contrasts.
+        s_u (1 - s_u), and s_u the probability at the level of u's group. Where chunks have masks of their own it is
+        the sum over chunks of what keeping the unit in that one alone does. Unbiased if the discount is 1 and masks are
+        not ``exact``; where masks swing, the mean over levels, weighted by their contrasts.
 
         What the current worths predict of the losses is taken out of the advantages and put back exactly, a linear
         control variate, so that only what they do not explain makes noise.
 
         Args:
-            levels_BKCG: of the groups of masks that swing.
+            levels_BKCG: the levels of groups, of masks that swing.
         """
         sums = MaskSums(masks_BKCU, self._kernels)
         predicted_BKC = -sums.kept(self.worth_U)
         unexplained_BKC = losses_BKC - predicted_BKC / losses_BKC.shape[-1]
         advantages_BKC = less_the_others(rewards_to_go(unexplained_BKC, self.discount))
-        # Masks count less their probabilities, up to what those on the same text share: advantages sum to zero.
+        # Probabilities that masks on a text share are not subtracted, as advantages sum to zero.
         effects_BU, swung_BG = sums.scores(advantages_BKC) / advantages_BKC.shape[1], None
         if levels_BKCG is not None:
             swung_BG = torch.einsum("bkc,bkcg->bg", advantages_BKC, levels_BKCG) / advantages_BKC.shape[1]
@@ -237,7 +237,7 @@ class PosteriorSearch(MaskSearch):
         return masks_BKCU.levels().double()
 
     def _group_means(self) -> list[GroupMean]:
-        """What was observed of the channels of each layer by their swing: the mean of their worths, by amplitude.
+        """What was observed of the channels of each layer by their swing: their worths' mean, weighted by amplitude.
 
         For a linear loss E[sum_k A_k z_k / K] = -(sum_k z_k^2 / (K - 1)) sum_u a_u w_u, as levels z add up to zero.
         What was predicted of the losses is put back.
@@ -245,7 +245,7 @@ class PosteriorSearch(MaskSearch):
         sums, self._swung = self._swung, Sums.empty(len(self.budget.space.groups))
         masks, space, found = self.design.masks, self.budget.space, []
         if not sums.count or not sums.variance_U()[space.of_groups("channel")].all():
-            return []  # of losses that did not differ
+            return []  # the losses did not differ
         strength = 2 * (masks // 2) / (masks - 1)
         for group, members_N in zip(space.of_groups("channel"), space.by_layer("channel"), strict=True):
             amplitude_N = self._amplitude_U[members_N]
@@ -255,14 +255,14 @@ class PosteriorSearch(MaskSearch):
         return found
 
     def _draw_in(self) -> None:
-        """What was seen of this policy is forgotten, and the next one is half as soft."""
+        """Forget what was seen of this policy, and make the next one half as soft."""
         self.softness /= 2
         self._sums, self._swung = Sums.empty(len(self.probs_U)), Sums.empty(len(self.budget.space.groups))
         self._active.forget_round()
         self._follow(self.budget.marginal_cost(self.probs_U))
 
     def _follow(self, costs_U: torch.Tensor) -> None:
-        """The policy that follows from what is believed."""
+        """Take the policy that follows from what is believed."""
         self.probs_U = self.budget.at_price(self.worth_U, self.softness * self.deviation_U, costs_U, **self._bounds)
         self._telling.renew(first=not self.rounds)
 
@@ -342,7 +342,7 @@ class PosteriorSearch(MaskSearch):
 
 
 def expected_order(space: UnitSpace, mean_U: torch.Tensor, deviation_U: torch.Tensor) -> torch.Tensor:
-    """Values, ``[U]``, of which as many in each group lie above any price as are expected to, of normal ones.
+    """Values, ``[U]``; in each group as many lie above any price as would be expected of normal ones.
 
     The r-th best of the N units of one kind in a layer is given the (r - 1/2) / N quantile, from above, of all values
     that they may have. By their means alone, a layer whose units are hardly told apart would be kept or cut as a whole.

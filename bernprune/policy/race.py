@@ -14,7 +14,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 
 MOST_FINALISTS = 4  # what was learned, its widths in the metric's order, and the metric's own selections
-CHALLENGERS = 7  # of a heat, beside the mask they challenge
+CHALLENGERS = 7  # of a heat, besides the mask they challenge
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Heat:
     """The end of a heat.
 
     Attributes:
-        winner: by its index among the masks.
+        winner: its index among the masks.
         difference: loss of the best challenger, whether it won or not, less that of mask 0 on the windows that both
             saw, nats per token; None where a loss of either was not finite.
         error: standard error of that.
@@ -38,7 +38,7 @@ def stages(num_masks: int, windows: int) -> Iterator[tuple[int, int]]:
     seen = 0
     for left in range(max(1, math.ceil(math.log2(num_masks))) - 1, -1, -1):
         upto = math.ceil(windows / 2**left)
-        if upto > seen:  # of very few windows, some stages have none
+        if upto > seen:  # with very few windows, some stages have none
             yield num_masks, upto - seen
         num_masks, seen = max(2, math.ceil(num_masks / 2)), upto
 
@@ -54,7 +54,7 @@ def race(
     """Successive halving (Karnin et al., 2013): the worse half leaves after each stage, mask 0 stays to the end.
 
     Args:
-        windows: seen by the last two.
+        windows: how many the last two have seen in the end.
         evaluate: masks ``[N, U]`` and a number to losses ``[N, W]`` on so many windows that nobody has seen yet; a
             loss may be infinite, and a mask with one loses.
         margin: standard errors by which a challenger must beat mask 0.
@@ -82,11 +82,11 @@ def challengers(
     """Masks on the budget that differ from ``mask_U`` in what is least certain, bool ``[N, U]`` with N <= ``count``.
 
     In turn: some units are decided again by a draw from what is believed of them; a whole group, all units of one kind
-    in one layer, is thought better or worse of than it is; a whole group goes or comes back. The budget that this frees
-    or takes is settled by the next best units of the whole model.
+    in one layer, is taken to be better or worse than believed; a whole group goes or comes back. The budget that this
+    frees or takes is settled by the next best units of the whole model.
     """
     budget, base_U = search.budget, agreeing(search.priorities_U, mask_U, search.budget)
-    # Of few units at a time, whatever the model's size, or what they change cannot be told from noise.
+    # Few units at a time, whatever the model's size, or what they change cannot be told from noise.
     moves = [_redecide(8), _lean, _redecide(32), _lean, _redecide(128), _lean, _turn]
     found: list[torch.Tensor] = []
     for number in range(count):

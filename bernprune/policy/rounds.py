@@ -70,12 +70,12 @@ class Telling:
         self._first_noise, self._first_contrast, self._contrast = math.inf, math.inf, 0.0
 
     def add(self, losses_BKC: torch.Tensor, contrast_U: torch.Tensor) -> None:
-        """The windows of a step of the policy at hand."""
+        """Add the windows of a step under the policy at hand."""
         self._contrast = contrast_U.mean().item()
         self._noise_W = torch.cat([self._noise_W, losses_BKC.sum(2).var(1) / self._contrast])
 
     def renew(self, *, first: bool) -> None:
-        """Another policy follows; the one until now was the ``first``."""
+        """Another policy follows; ``first`` says whether the one until now was the first."""
         if first:
             self._first_noise, self._first_contrast = self._noise_W.mean().item(), self._contrast
         self._noise_W = self._noise_W[:0]
@@ -113,7 +113,7 @@ def round_ends(step: int, round_steps: float) -> bool:
 
 
 def copied(values: dict[str, Any]) -> dict[str, Any]:
-    """With tensors of their own on the CPU, for a snapshot."""
+    """The same values with tensors of their own, on the CPU, for a snapshot."""
     return {
         name: value.to(CPU, copy=True) if isinstance(value, torch.Tensor) else value for name, value in values.items()
     }

@@ -44,10 +44,10 @@ class Reading:
     """A step's text token by token.
 
     Attributes:
-        losses_BKT: of each mask, so that the sum over T is the window's loss; float64.
-        look: shows how active channels are under the current selection: for each layer and some of the windows in turn
-            calls what it is given with the layer, the windows, and ``[R, T, F]`` of the layer's F channels. The size of
-            an entry is the activity, in any scale. It may show the same more than once.
+        losses_BKT: losses of each mask, so that the sum over T is the window's loss; float64.
+        look: shows how active channels are under the current selection: it calls the function it is given, for each
+            layer and some of the windows in turn, with the layer, the windows, and ``[R, T, F]`` of the layer's F
+            channels. The size of an entry is the activity, in any scale. It may show the same more than once.
     """
 
     losses_BKT: torch.Tensor
@@ -77,7 +77,7 @@ class MaskSearch(ABC):
             raise ConfigError(f"sampling 'exact' needs units that do not nest, but got {budget.space.kinds}")
         self.budget, self.seed, self.design = budget, seed, design
         self.probs_U = probs_U.double()
-        self._worked_out: tuple[torch.Tensor, Design, dict[Any, Any]] | None = None  # of which policy and design
+        self._worked_out: tuple[torch.Tensor, Design, dict[Any, Any]] | None = None  # for which policy and design
 
     @property
     @abstractmethod
@@ -144,7 +144,7 @@ class MaskSearch(ABC):
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")
 
     def _of_policy(self, what: Any, work_out: Callable[[], Any]) -> Any:
-        """Worked out once for each policy, which is replaced, never written on."""
+        """What is worked out once for each policy, which is replaced, never written on."""
         known = self._worked_out
         if known is None or known[0] is not self.probs_U or known[1] is not self.design:
             known = self._worked_out = self.probs_U, self.design, {}
@@ -197,7 +197,7 @@ class MaskSearch(ABC):
 
 
 def _alike(state: Any, other: Any) -> bool:
-    """Whether dictionaries have the same keys, and so have those within them, but for what was last found."""
+    """Whether dictionaries, and those within them, have the same keys; ``last_round`` need not."""
     if not isinstance(state, dict) or not isinstance(other, dict):
         return isinstance(state, dict) == isinstance(other, dict)
     return state.keys() == other.keys() and all(

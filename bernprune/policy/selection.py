@@ -1,9 +1,9 @@
-"""From priorities to what is kept: exact, deterministic, never over the budget, and short of it by what fits no more.
+"""From priorities to what is kept: exact, deterministic, never over the budget, short of it only by what fits no more.
 
 Units are taken in order of their priority until the budget is full; one that no longer fits is passed over for a
 smaller one behind it. A unit counts as wanted only as much as the least wanted thing it lies in, which is the order in
 which lowering one threshold over all levels would let units in. Where that would break a cap of the budget on another
-cost, units come later by a price of what they have in it, and what no longer fits into it is passed over, too.
+cost, units are moved back by a price on what they have of it, and what no longer fits under it is passed over, too.
 """
 
 import math
@@ -41,9 +41,9 @@ class _Parts:
 
     Attributes:
         ranked_U: all units, those of a group together and the most wanted first.
-        first_P, size_P: where in that a part begins, and how many units it has.
-        cost_P: of all of them.
-        group_P, pool_P, parent_P: what they belong to; -1 where they lie in nothing.
+        first_P, size_P: where in ``ranked_U`` a part begins, and how many units it has.
+        cost_P: cost of all its units.
+        group_P, pool_P, parent_P: what its units belong to; parent -1 where they lie in nothing.
         forced_P: whether the limits ask for them.
     """
 
@@ -147,9 +147,9 @@ def _over_a_cap(caps: Sequence[Cap], forced_M: np.ndarray) -> BudgetError:
 
 
 def _charged(priorities_U: torch.Tensor, budget: Budget, sure_U: torch.Tensor) -> torch.Tensor:
-    """Priorities less the prices of the caps, each times what a unit has in it for its cost.
+    """Priorities less the prices of the caps, each times what a unit has of that cost for its own.
 
-    Those that are kept for sure have no part in what the prices follow from, and stay before the others.
+    Units that are kept for sure have no part in what the prices follow from, and stay before the others.
     """
     values_U, open_U = priorities_U.double().cpu(), ~sure_U
     values_U = values_U - values_U.min()
@@ -179,7 +179,7 @@ def _parts(
     own_U, wanted_U = priorities_U.numpy(), space.inherit(priorities_U, torch.minimum).numpy()
     second_U = np.zeros(space.size) if tie_break_U is None else tie_break_U.double().cpu().numpy()
     later_U = np.ones(space.size, dtype=bool) if core_U is None else ~core_U.cpu().numpy()
-    ranked_U = np.lexsort((-second_U, -own_U, -wanted_U, later_U, space.group_U.numpy()))  # of equals the first
+    ranked_U = np.lexsort((-second_U, -own_U, -wanted_U, later_U, space.group_U.numpy()))  # equals as they come
     minimum_G = np.array([_minimum(group.kind, group.layer, group.count, limits) for group in space.groups])
     multiple_G = np.array([limits.channel_multiple if group.kind == "channel" else 1 for group in space.groups])
     starts_G, counts_G = np.array(space.starts[:-1]), np.array([group.count for group in space.groups])

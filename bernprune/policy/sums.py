@@ -78,7 +78,7 @@ class MaskSums:
         return self._masks.masks(windows.start * per_window, windows.stop * per_window)
 
     def _unpacked(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """All masks of some units after the other, as numbers, ``[M, U]``; and which units."""
+        """Some units after the other, and all masks of them as numbers, ``[M, U]``."""
         assert isinstance(self._masks, PackedMasks), "only kernels draw masks once more"
         width = max(1, _NUMBERS // len(self._masks) // BITS) * BITS
         for first in range(0, self._shape[-1], width):

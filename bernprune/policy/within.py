@@ -22,7 +22,7 @@ def select_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: Seque
     """The mask, bool ``[U]``, of the units that are worth most together within all budgets.
 
     Args:
-        worth_U: of keeping each unit; what is not worth more than 0 is never kept.
+        worth_U: what keeping each unit is worth; one that is not above 0 is never kept.
         costs_MU: not negative.
 
     Raises:
@@ -49,7 +49,7 @@ def at_best_prices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is kept at the lowest prices that keep within all budgets, and what of each unit's worth they leave.
 
-    Of the first budget the price is found from one order of all units; of each other one by a bisection around that.
+    The first budget's price is found from one order of all units, each other one by a bisection around that.
     """
     costs_U, limit = costs_MU[-1], float(limits_M[-1])
     if len(limits_M) == 1:
@@ -79,7 +79,7 @@ def at_best_prices(
 
 
 def _at_best_price(worth_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """With one budget: those of most worth for their cost, up to the first that does not fit."""
+    """The same with one budget: units of most worth for their cost, up to the first that does not fit."""
     ratio_U = torch.where(costs_U > 0, worth_U / costs_U, torch.where(worth_U > 0, math.inf, -math.inf))
     order = ratio_U.argsort(descending=True, stable=True)
     fits = (costs_U[order].cumsum(0) <= limit) & (worth_U[order] > 0)
@@ -93,7 +93,7 @@ def _at_best_price(worth_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -
 def _filled(
     mask_U: torch.Tensor, worth_U: torch.Tensor, reduced_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor
 ) -> torch.Tensor:
-    """With what still fits, what is worth most at these prices first; within all budgets before, and after."""
+    """The mask with what still fits, worth most at these prices first; within all budgets before, and after."""
     mask_U, left_M = mask_U.clone(), limits_M * (1 + 1e-12) - costs_MU[:, mask_U].sum(1)
     for unit in reduced_U.argsort(descending=True, stable=True).tolist():
         if not mask_U[unit] and worth_U[unit] > 0 and bool((costs_MU[:, unit] <= left_M).all()):

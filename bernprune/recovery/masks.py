@@ -8,7 +8,7 @@ import torch
 from bernprune.models.masking import LiveMasks
 from bernprune.seeding import generator
 
-_SETTLED = 0.75  # of the training; what is left of it is under the plan alone
+_SETTLED = 0.75  # share of the training; the rest of it is under the plan alone
 
 
 class SampledMasks:

@@ -44,7 +44,7 @@ class Training:
         Args:
             held_out_WT: windows by which the best state is chosen; none of them is in ``train``.
             teacher: a model that the predictions are drawn to, for ``settings.distill``.
-            masks: of a dense model whose kept part is trained.
+            masks: those of a dense model whose kept part is trained.
         """
         self._model, self._adapters, self._train, self._settings = model, adapters, train, settings
         self._held_out_WT, self._teacher, self._masks = held_out_WT, teacher, masks
@@ -75,7 +75,7 @@ class Training:
 
     @property
     def tokens(self) -> int:
-        """Trained on so far."""
+        """Tokens trained on so far."""
         return self.steps * self._settings.batch * self._train.window
 
     def evaluate(self) -> float:
@@ -96,7 +96,7 @@ class Training:
         return loss
 
     def step(self) -> dict[str, float]:
-        """One step, and an evaluation if it is due; what happened."""
+        """Take a step, and evaluate if that is due; returns what happened."""
         settings, rate = self._settings, self.learning_rate(self.steps)
         tokens_BT = self._train.batch(self.steps, settings.batch)
         masks_BU = None
@@ -160,7 +160,7 @@ class Training:
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})
 
     def _loss(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy, and the divergence from the teacher in its part of it, nats per token."""
+        """Cross-entropy and, by its share, the divergence from the teacher, nats per token."""
         logits, share = self._logits(tokens_RT), self._settings.distill
         loss = (1 - share) * self._cross_entropy(logits, tokens_RT) if share < 1 else logits.new_zeros(())
         if self._teacher is not None:
@@ -171,7 +171,7 @@ class Training:
         return loss
 
     def _logits(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """``[R, T, V]``."""
+        """Logits, ``[R, T, V]``."""
         return self._model(input_ids=tokens_RT.to(self._model.device), use_cache=False).logits
 
     def _cross_entropy(self, logits: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
@@ -180,8 +180,8 @@ class Training:
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Recompute activations going back, if that is asked for: layers in training mode do so, and only they are, as
-        what they are made of would drop out units."""
+        """Recompute activations going back, if that is asked for: layers in training mode do so. Only they are put in
+        it, as modules within them would drop out units."""
         layers = [module for module in self._model.modules() if getattr(module, "gradient_checkpointing", False)]
         for layer in layers:
             layer.training = True
@@ -193,12 +193,12 @@ class Training:
 
 
 def _precise(logits: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """Logits in float32 at least."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _recomputing(model: Any, *, enabled: bool) -> None:
-    """Under the method's name of today, or that of older versions of transformers."""
+    """Switch recomputing, by the method's name of today or that of older versions of transformers."""
     name = f"checkpointing_{'enable' if enabled else 'disable'}"
     switch = getattr(model, f"activation_{name}", None) or getattr(model, f"gradient_{name}")
     switch()

@@ -88,7 +88,7 @@ def reformed(moments: Moments, dense: Linear, kept_A: torch.Tensor, *, biased: b
 
 
 def _about(moments: Moments, dense: Linear, *, biased: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """S and C."""
+    """S and C, as above."""
     if biased:
         return moments.about(*moments.means)
     mean_A, mean_D = moments.means
@@ -97,7 +97,7 @@ def _about(moments: Moments, dense: Linear, *, biased: bool) -> tuple[torch.Tens
 
 
 def _with_bias(moments: Moments, dense: Linear, weight_DA: torch.Tensor, *, biased: bool) -> Linear:
-    """With the bias that goes best with these weights, or the one that was there."""
+    """These weights with the bias that goes best with them, or the one that was there."""
     return compensated(moments, Linear(weight_DA, None)) if biased else Linear(weight_DA, dense.bias_D)
 
 

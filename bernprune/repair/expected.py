@@ -66,13 +66,13 @@ class _Place:
 class ExpectedWeights:
     """The weights of a model's last projections, written for one policy after another, and given back at the end.
 
-    What enters them is that of the dense model: errors that add up on the way are left to the repair.
+    They are fitted to what enters in the dense model: errors that add up on the way are left to the repair.
     """
 
     def __init__(
         self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int, ridge: float = RIDGE
     ) -> None:
-        """One pass over the windows, int64.
+        """Takes one pass over the windows, int64.
 
         Raises:
             ModelError: projections that are not plain, or activations that are not finite.

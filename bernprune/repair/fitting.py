@@ -20,7 +20,7 @@ from bernprune.repair.places import Place
 from bernprune.repair.weights import put
 from bernprune.seeding import generator
 
-Form = Callable[[Moments, Linear], Linear]  # of what the projection did before
+Form = Callable[[Moments, Linear], Linear]  # takes what the projection did before to what it will do
 
 DECIDING = 512  # outputs
 
@@ -44,7 +44,7 @@ class Fitter:
     """Fits on the windows of one pair and checks on those of the other.
 
     Args:
-        method: of the repairs, and neither ``none`` nor ``auto``.
+        method: a repair other than ``none`` and ``auto``.
         ridges: to choose from, relative to the mean square of an input.
         biases: whether a projection may get a bias that it has not.
     """
@@ -100,7 +100,7 @@ class Fitter:
 
     @property
     def _target(self) -> TargetName:
-        """One number a unit or output is too little to mend earlier layers with, and tried to makes things worse."""
+        """``own`` for one number a unit or output: that cannot mend earlier layers, and trying makes things worse."""
         return "own" if self.method in ("bias", "scale") else self.target
 
     def _forms(self, kept_A: torch.Tensor, units: int, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
@@ -113,13 +113,13 @@ class Fitter:
             yield from self._ridges(biased)
 
     def _ridges(self, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
-        """The one that changes most comes last."""
+        """Ridge regressions; the one that changes most comes last."""
         for ridge in sorted(self.ridges, reverse=True):
             yield "ridge", ridge, _reconstructing(ridge, biased)
 
 
 def _without(kept_A: torch.Tensor) -> Form:
-    """As it was, of kept inputs."""
+    """The projection as it was, on kept inputs alone."""
     return lambda _, dense: Linear(dense.weight_DA * kept_A, dense.bias_D)
 
 
@@ -138,7 +138,7 @@ def _rescaling(ridge: float, units: int, biased: bool) -> Form:
 def _choose(
     forms: list[tuple[str, float | None, Form]], dense: Linear, fit: Moments, check: Moments, *, alone: bool = True
 ) -> tuple[Choice, Linear]:
-    """The first of the best; ``fit`` has the tokens of both afterwards.
+    """The first of the best, fitted on both texts; ``fit`` has the tokens of both afterwards.
 
     Args:
         dense: what the projection did before.

@@ -30,7 +30,7 @@ def check_tokens(
 ) -> None:
     """Raises ``DataError`` if text of ``[windows, tokens]`` is too short for a method.
 
-    ``kept``: for what is kept of each layer, and not for whatever may be kept.
+    ``kept``: what is kept of each layer; None: whatever may be kept.
     """
     count, window = windows
     inputs = _inputs(architecture, method, kept)

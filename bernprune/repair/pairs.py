@@ -29,9 +29,9 @@ class Pair:
         self._dense, self._pruned = (
             LayerStream(view, windows_WT, rows_per_forward=rows_per_forward) for _ in ("dense", "pruned")
         )
-        self._before: list[list[torch.Tensor]] = []  # each branch: the dense residual stream, one pass after the other
-        self._normed: list[list[torch.Tensor]] = []  # and what the branch makes of it first
-        self._after: Sequence[torch.Tensor] = ()  # the last branch
+        self._before: list[list[torch.Tensor]] = []  # for each branch, the dense residual stream, pass by pass
+        self._normed: list[list[torch.Tensor]] = []  # and what the branch's norm makes of it
+        self._after: Sequence[torch.Tensor] = ()  # the dense residual stream after the last branch
 
     def enter(self, places: Sequence[Place], *, first: bool = False) -> None:
         """Take the dense windows through the layer; ``first`` keeps what ``first`` needs, too."""

@@ -1,7 +1,7 @@
 """Repair of a dense model for a plan, in place: what is left of it makes up for what will be cut, without training.
 
 Layer by layer, a stream of text through the dense model says what a projection should give, one through the model
-repaired so far what it takes in. Of what the plan removes, the last projection of each branch reads nothing any more,
+repaired so far what it takes in. The last projection of each branch no longer reads what the plan removes,
 so that the model computes what it will when it is sliced.
 """
 
@@ -32,9 +32,9 @@ class Repair:
     """What was done to a model.
 
     Attributes:
-        layers: of each layer and branch what was chosen for its last projection, and under ``first`` for those before
+        layers: for each layer and branch, what was chosen for its last projection, and under ``first`` for those before
             it if they were refitted, as in ``fitting.Choice``; None where the whole branch goes.
-        originals: of all that was changed.
+        originals: weights and biases as they were, of all that was changed.
     """
 
     method: RepairName

@@ -19,7 +19,7 @@ class Weights:
         return tuple(self._kept)
 
     def keep(self, *projections: nn.Linear) -> None:
-        """Those of further projections; what is kept already stays as it is."""
+        """Copy those of further projections; what is kept already stays as it is."""
         for projection in projections:
             if projection not in self._kept:
                 bias_D = projection.bias
@@ -37,7 +37,7 @@ class Weights:
 
     @contextmanager
     def put_back_on_error(self) -> Iterator[None]:
-        """For the length of the block; Ctrl-C is an error, too."""
+        """Put back what was kept on an error within the block; Ctrl-C is one, too."""
         try:
             yield
         except BaseException:

@@ -36,7 +36,7 @@ class Effort:
         return Effort(self.single + other.single, self.double + other.double, self.windows + other.windows)
 
     def seconds(self, device: torch.device, window_seconds: float) -> float:
-        """At what products and factors of matrices take now on a device."""
+        """Seconds it takes, at the speed that products and factors of matrices have now on a device."""
         single, double = (_rate(device, dtype) for dtype in (torch.float32, torch.float64))
         return self.single / single + self.double / double + self.windows * window_seconds
 
@@ -68,7 +68,7 @@ def _repair(config: RunConfig, architecture: Architecture, method: RepairName) -
 
 
 def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int) -> Effort:
-    """Moments, then the ridges on what decides, each with a factor and three products, then the best on all."""
+    """Effort of moments, of all ridges on what decides (a factor and three products each), and of the best on all."""
     deciding, steps, square = outputs if method == "scale" else min(outputs, DECIDING), 1, inputs**2
     if method in ("bias", "admm"):
         ridges, steps = int(method == "admm"), ADMM_STEPS
@@ -91,7 +91,7 @@ def policy_weights(config: RunConfig, space: UnitSpace) -> Effort:
 
 
 def policy_bytes(config: RunConfig, space: UnitSpace, itemsize: int) -> int:
-    """What weights for the policy keep on the CPU meanwhile: moments, and the projections as they were."""
+    """Bytes that weights for the policy keep on the CPU meanwhile: moments, and the projections as they were."""
     if not config.fits_to_policy:
         return 0
     outputs = space.architecture.hidden_size
@@ -99,7 +99,7 @@ def policy_bytes(config: RunConfig, space: UnitSpace, itemsize: int) -> int:
 
 
 def repair_bytes(config: RunConfig, architecture: Architecture) -> int:
-    """What a projection's moments on two texts, and solving with them, take on the device, of the dearest one."""
+    """Bytes that the dearest projection's moments on two texts, and solving with them, take on the device."""
     method, hidden = config.repair.method, architecture.hidden_size
     if method == "none":
         return 0

@@ -1,7 +1,7 @@
 """What is kept: finalists, then changes to the best of them, raced on text that was not learned from.
 
-All of it is inside the run's budget. Where the search knows what units save, it is looked at what single changes to the
-selection do, and steps that follow from that are raced against it; else random challengers are.
+All of it is inside the run's budget. Where the search knows what units save, single changes to the selection are tried
+on a few windows, and steps that follow from them are raced against it; else random challengers are.
 """
 
 import logging
@@ -56,7 +56,7 @@ class Finals:
     heats: list[dict[str, Any]] = field(default_factory=list)
 
     def take(self, masks: Sequence[torch.Tensor], heat: Heat) -> None:
-        """The winner of a heat, of which mask 0 is the one that was kept so far."""
+        """Keep the winner of a heat whose mask 0 is the one that was kept so far."""
         self.heats.append({**asdict(heat), "changed_units": int((masks[heat.winner] != self.mask_U).sum())})
         self.mask_U = masks[heat.winner]
 
@@ -116,14 +116,14 @@ def run_finals(
 
 
 def _go_on(stopping: Event, bar: Any, rows: int) -> None:
-    """Before so many rows are run forward. A look at a large model takes long, and what it has found so far is lost."""
+    """Stop here, before so many rows, if asked to: a look at a large model takes long. What it has found is lost."""
     if stopping.is_set():
         raise Interrupted
     bar.update(rows)
 
 
 def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int) -> str:
-    """A heat of random changes; why there was none, or empty."""
+    """Run a heat of random changes; returns why there was none, or an empty string."""
     finals, windows = text.finals, text.heat_windows
     refusal = text.refuses(heat_sequences(1 + CHALLENGERS, windows), windows, budget)
     if refusal:
@@ -138,7 +138,7 @@ def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int
 
 
 def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.Tensor, budget: int) -> str:
-    """A look at single changes, and a heat of the steps that follow; why there was none, or empty."""
+    """Look at single changes, and run a heat of the steps that follow; returns why not, or an empty string."""
     finals, mask_U, priorities_U = text.finals, text.finals.mask_U, text.finals.priorities_U
     if priorities_U is None:
         by_search_U = search.priorities_U
@@ -154,14 +154,14 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.T
         return refusal
     moves_U = moves(priorities_U, changed, text.losses(changed_masks(mask_U, changed), windows), stage.view.space)
     masks, ways = [mask_U], [priorities_U]
-    first_U = scores_U + (scores_U.max() - scores_U.min() + 1) * mask_U  # of equals, what is kept, then the metric's
+    first_U = scores_U + (scores_U.max() - scores_U.min() + 1) * mask_U  # ties: what is kept, then the metric's
     for step in STEPS:
         way_U = priorities_U + step * moves_U
         stepped_U = select(way_U, search.budget, limits=stage.limits, tie_break_U=first_U)
         if not any(stepped_U.equal(other_U) for other_U in masks):
             masks.append(stepped_U)
             ways.append(way_U)
-    if len(masks) > 1:  # or other text may say more
+    if len(masks) > 1:  # else other text may say more
         heat = race(torch.stack(masks), raced, text.losses, margin=_MARGIN)
         finals.take(masks, heat)
         if heat.winner:
@@ -174,7 +174,7 @@ class _Text:
     """Windows in turn from number ``first``, ``heat_windows`` a heat and ``most_read`` in all; counted here.
 
     They are what the search would have read next or, where it may read its text more than once, what was kept back
-    from it. Of that there may be less than a heat wants, and it is not read for ever: who is chosen on the same few
+    from it. Of that there may be less than a heat wants, and it is not read for ever: what is chosen on the same few
     windows again and again is good on those alone.
     """
 
@@ -204,7 +204,7 @@ class _Text:
         return losses_NW.masked_fill(~losses_NW.isfinite(), math.inf)
 
     def refuses(self, sequences: int, windows: int, budget: int) -> str:
-        """Why so many more fit no more: what is left of the sequences, or of the text; or empty.
+        """Why so many more do not fit, by what is left of the sequences or of the text; empty if they do.
 
         Passes of the dense model, one for each window, come on top.
         """
@@ -216,7 +216,7 @@ class _Text:
 
     @property
     def _dense(self) -> int:
-        """Passes of the dense model beside each row, for its divergence."""
+        """Passes of the dense model for each window, from which the divergence is taken."""
         return int(self.stage.config.search.objective == "kl")
 
 
@@ -241,5 +241,5 @@ def _restore(folder: RunFolder, work: Work) -> Finals | None:
     except RunError as error:
         logger.warning("%s; racing the finalists again", error)
         return None
-    ours = state.keys() == {"step", *Finals.__dataclass_fields__}  # or it is another version's
+    ours = state.keys() == {"step", *Finals.__dataclass_fields__}  # else it is not in this form
     return Finals(**state) if ours and state.pop("step") == work.step else None

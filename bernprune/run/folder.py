@@ -1,12 +1,12 @@
 """The folder of a run: what is in it, who may write it, and whether it is finished.
 
 config.yaml            the resolved configuration
-versions.json          of the libraries that the run began with
+versions.json          versions of the libraries that the run began with
 initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
 learned.safetensors    what was learned of every unit
-costs.json             of forward passes on the machine that the run began on, the rows of one, and the number format
+costs.json             costs of forward passes where the run began, the rows of one, and the number format
 finals.safetensors     heats of the final choice, so far
 plan.json              what is kept
 plans/                 what would be kept at other sparsities
@@ -41,7 +41,7 @@ _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LO
 _OURS |= {COSTS}
 
 # What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, the repair, which
-# comes last, and what is measured beside the result.
+# comes last, and what is measured besides the result.
 FREE_SETTINGS = (
     "search.rows_per_forward",
     "search.checkpoint_seconds",
@@ -151,7 +151,7 @@ class RunFolder:
     def start(self, config: RunConfig) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
         _remove(self.report)  # first, so that what is left is not taken for a finished run
-        for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without the latter, the rest is not known for a run
+        for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
         write_json(self.versions, versions())
@@ -160,7 +160,7 @@ class RunFolder:
         """Libraries of which the run began with another version than is here, in words; empty if that is not known."""
         try:
             before, now = json.loads(self.versions.read_text(encoding="utf-8")), versions()
-        except (OSError, ValueError):  # a run of an older version of ours, or one that was killed as it began
+        except (OSError, ValueError):  # a run that was killed as it began
             return ""
         return ", ".join(
             f"{name} {before.get(name)} and not {now[name]}" for name in now if before.get(name) != now[name]
@@ -172,7 +172,7 @@ class RunFolder:
         write_bytes(self.config, text.encode())
 
     def remove_model(self) -> None:
-        """The model, and what a process killed in writing it left beside. Raises ``OSError``."""
+        """Remove the model, and what a process that was killed while writing it left. Raises ``OSError``."""
         for path in (self.model, *self.path.glob(f".{MODEL}.*")):
             _remove(path)
 
@@ -226,7 +226,7 @@ def open_run(path: Path) -> RunFolder:
 
 
 def _is_scrap(name: str) -> bool:
-    """What a process killed before its run began may have left."""
+    """Whether a process that was killed before its run began may have left it."""
     return name == LOCK or (name.startswith(".") and name.endswith(".part"))
 
 

@@ -105,7 +105,7 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
 
 
 def _closed_forms(view: ModelView, config: RunConfig, device: torch.device, seconds_each: float) -> list[str]:
-    """By counting, at the speed of matrices here and now."""
+    """Time of what is solved in closed form, by counting, at the speed of matrices here and now."""
     repairs = repairs_of(config, view.architecture)
     fitting = policy_weights(config, view.space)
     told = []

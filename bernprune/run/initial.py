@@ -18,12 +18,12 @@ from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
 _BY_KIND: tuple[Allocation, ...] = ("uniform", "global")  # in which kinds do not compete
-SEARCH_EVERY = 4  # calibration window is one that an allocation is searched on
+SEARCH_EVERY = 4  # an allocation is searched on every fourth calibration window
 _SCOPES: dict[Allocation, Scope] = {"uniform": "layer", "global": "global", "pooled": "pooled"}
 
 
 def options_of(config: RunConfig) -> Options:
-    """What metrics are told beside model and text."""
+    """What metrics are told besides model and text."""
     initial = config.initial
     return Options(
         sparsity=config.budget.sparsity,
@@ -35,12 +35,12 @@ def options_of(config: RunConfig) -> Options:
 
 
 def score_names(config: RunConfig) -> tuple[str, ...]:
-    """The first is what the policy starts from."""
+    """Metrics and files of scores; the policy starts from the first."""
     return config.initial.score, *config.initial.also
 
 
 def metrics_of(config: RunConfig) -> list[Metric]:
-    """Those that are taken; scores from a file cost nothing."""
+    """The metrics that are taken; scores from a file cost nothing."""
     return [SCORES[name] for name in score_names(config) if name in SCORES]
 
 
@@ -78,7 +78,7 @@ def check_scores(config: RunConfig) -> None:
 
 
 def _check_kv_sparsity(config: RunConfig, finest_kinds: Sequence[Kind], allocation: Allocation) -> None:
-    """Raises ``ConfigError`` where it would be ignored."""
+    """Raises ``ConfigError`` where ``initial.kv_sparsity`` would be ignored."""
     if allocation not in _BY_KIND or set(finest_kinds) != set(PARTS):
         raise ConfigError(
             f"initial.kv_sparsity needs kv_group and channel as the finest granularity, and initial.allocation "
@@ -92,7 +92,7 @@ def _check_kv_sparsity(config: RunConfig, finest_kinds: Sequence[Kind], allocati
 
 
 def check_scoring(config: RunConfig, view: ModelView, windows_WT: torch.Tensor) -> None:
-    """What can be told of metrics and files of scores once model and text are there, before the work.
+    """Check metrics and files of scores once model and text are there, before the work.
 
     Raises:
         ConfigError: a file of other scores, or too little text for a metric.
@@ -112,7 +112,7 @@ def allocation_of(config: RunConfig) -> Allocation:
 
 
 def evolution_of(config: RunConfig) -> Evolution:
-    """By which shares of layers are searched for."""
+    """The evolution by which shares of layers are searched for."""
     return Evolution(generations=config.initial.generations)
 
 

@@ -84,7 +84,7 @@ def evaluate(
     tokens_BT: torch.Tensor,
     reference_U: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Reading | None]:
-    """Losses ``[B, K, C]`` of the masks of a step, and what the search needs beside them.
+    """Losses ``[B, K, C]`` of the masks of a step, and what the search needs besides.
 
     That may be the losses ``[B, C]`` of the reference, or a reading of the text under it, which is then a selection.
     """
@@ -246,7 +246,7 @@ class _Loop:
         return by_step or time.monotonic() - self.saved_at >= settings.checkpoint_seconds
 
     def save(self, metrics: TextIO) -> None:
-        """A checkpoint, after the metrics it vouches for are safe."""
+        """Write a checkpoint, after the metrics it vouches for are safe."""
         state = {
             "step": self.work.step,
             "sequences": self.work.sequences,

@@ -75,7 +75,7 @@ class Opened(NamedTuple):
 
 
 def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, anywhere: bool = False) -> Opened:
-    """The model on the device with its weights in a number format; of ``auto`` it is told which that is.
+    """The model on the device with its weights in a number format; ``Opened.dtype`` says what ``auto`` resolved to.
 
     To be shortened they are loaded on the processor, where there must be room for the model itself.
 

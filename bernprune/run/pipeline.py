@@ -103,7 +103,7 @@ def resume(
 
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
-    """All that can fail on its input, a model that gives NaN for one, fails before the run is started in its folder."""
+    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
     Workshop.of_stage(stage)  # whether there is text enough
     known = _known_stage(stage, folder) if continued else None
     stage = known or replace(stage, costs=stage.measured_costs())
@@ -159,7 +159,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
 
 
 def _with_own_weights(stage: Stage, folder: RunFolder) -> Stage:
-    """The model itself. Raises ``RunError`` with how to go on, as all but the result is there."""
+    """The stage with the model itself. Raises ``RunError`` with how to go on, as all but the result is there."""
     try:
         return stage.with_weights("same")
     except BernpruneError as error:
@@ -186,7 +186,7 @@ def _finalists(
 def _write_kept(
     stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], scores_U: torch.Tensor
 ) -> Learned:
-    """The plan, and what decides at other sparsities."""
+    """Write the plan, and what decides at other sparsities; returns the latter."""
     priorities_U = followed[finals.kept] if finals.priorities_U is None else finals.priorities_U
     learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
     learned.write(folder.learned)
@@ -210,7 +210,7 @@ def _judge_repaired(
 
 
 def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
-    """The picture; whatever is wrong with it, the model is good."""
+    """Draw the picture; whatever is wrong with it, the model is good."""
     try:
         write_bytes(folder.picture, draw(report, folder.read_metrics()))
     except Exception as error:  # matplotlib and what it calls raise nearly every kind
@@ -231,10 +231,10 @@ def _followed(
 
 
 def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
-    """With the costs and rows that the run began with; None if it was killed before it knew them."""
+    """The stage with the costs and rows that the run began with; None if it was killed before it knew them."""
     try:
         stored = json.loads(folder.costs.read_text(encoding="utf-8"))
-        known = {"listing": NEVER} | stored  # earlier versions knew no lists, and no other dtype
+        known = {"listing": NEVER} | stored  # unless said: no lists, and the model's own dtype
         costs, rows = Costs(*(float(known[field.name]) for field in fields(Costs))), int(stored["rows"])
         dtype = stored.get("dtype", "same")
     except (OSError, ValueError, TypeError, KeyError):
@@ -254,11 +254,11 @@ def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
     except RunError as error:
         logger.warning("%s; computing the start again", error)
         return None
-    return start if start.keys() == {"scores_US", "shares_G", "probs_U"} else None  # or it is another version's
+    return start if start.keys() == {"scores_US", "shares_G", "probs_U"} else None  # else it is not in this form
 
 
 def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:
-    """Write and evaluate the plans for other sparsities; of a loss that is not finite, there is no figure."""
+    """Write and evaluate the plans for other sparsities; a loss that is not finite gives no figure."""
     found, config = [], stage.config
     nested = config.plans.nested
     for sparsity in sorted(config.plans.sparsities):

@@ -74,7 +74,7 @@ class Learned:
 
 
 def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan, *, nested: bool = False) -> Path:
-    """The plan's file among the run's plans."""
+    """Write a plan among the run's plans; returns its path."""
     folder.plans.mkdir(exist_ok=True)
     path = folder.plans / f"{sparsity:g}{'-nested' if nested else ''}.json"
     try:
@@ -87,7 +87,7 @@ def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan, *, nested: bo
 
 
 def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Write the plan of another sparsity into the run folder ``out``: its path, and what it keeps.
+    """Write the plan of another sparsity into the run folder ``out``; returns its path, and what it keeps.
 
     Raises:
         RunError: no run, or one that is not done with learning.
@@ -102,7 +102,7 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
 
 
 def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
-    """Markdown."""
+    """A table of plans in Markdown."""
     lines = ["| sparsity | removed | perplexity | plan |", "| --- | --- | --- | --- |"]
     for plan in plans:
         figure = shown(plan["perplexity"])

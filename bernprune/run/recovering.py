@@ -1,7 +1,7 @@
 """A little training of what a run kept, in a folder of its own: load, train, merge, save, verify, report.
 
 recover.yaml           the resolved configuration
-versions.json          of the libraries that it began with
+versions.json          versions of the libraries that it began with
 plan.json              what the run keeps
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
@@ -270,7 +270,7 @@ def _train(
     *,
     progress: bool | None,
 ) -> float:
-    """Up to the end, or from where it was interrupted; seconds that it took in all."""
+    """Train from the start, or from where it was interrupted; returns the seconds that it took in all."""
     training, seconds = prepared.training, 0.0
     if state is not None:
         training.load_state_dict(state["training"])

@@ -1,8 +1,8 @@
 """Repair as part of a run: on which text, by which method, and what the report says of it.
 
-The windows are the first that the search reads. Others judge, which are not fitted on: of the text that is kept back
-from the search, if some is, otherwise those that come after what the search reads, or, if there are none, after those.
-None is of the text that the run is evaluated on.
+Weights are fitted on the first windows that the search reads. Other windows judge: of the text that is kept back from
+the search, if some is; otherwise those that come after what the search reads or, if there are none, after the fitted
+ones. None is of the text that the run is evaluated on.
 """
 
 import logging
@@ -82,7 +82,7 @@ class Workshop:
 
     @classmethod
     def of_stage(cls, stage: Stage) -> "Workshop | None":
-        """None where nothing is to be repaired."""
+        """The workshop of a run; None where nothing is to be repaired."""
         if stage.config.repair.method == "none":
             return None
         learned = (stage.workload.steps or 0) * stage.config.search.windows
@@ -90,7 +90,7 @@ class Workshop:
 
     @classmethod
     def of_model(cls, config: RunConfig, model: Any, stream_N: torch.Tensor) -> "Workshop":
-        """Without a run: on the windows of ``repair_text`` that a run with these settings would read first."""
+        """A workshop without a run, on the windows of ``repair_text`` that one with these settings would read first."""
         view = describe(model)
         ops = choose_ops(config.backend, view)
         train = TokenWindows(stream_N, window=config.data.window, seed=config.seed)
@@ -123,7 +123,7 @@ class Workshop:
             done.undo()
 
     def repair(self, plan: KeepPlan) -> dict[str, Any]:
-        """Repair the live model for a plan; what the report says of it."""
+        """Repair the live model for a plan; returns what the report says of it."""
         started = time.monotonic()
         done, losses = self._repair(plan)
         if self.method != "auto" and not losses[self.method] <= losses["none"]:
@@ -204,7 +204,7 @@ def repair_text(config: RunConfig, tokenizer: Any, model_config: Any) -> torch.T
 def _shared_out(
     train: TokenWindows, kept_back: TokenWindows | None, fitted: int, learned: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to fit on, at most so many, and as many others to judge by; of little text, a third as many.
+    """Windows to fit on, at most so many, and as many others to judge by; with little text, a third as many.
 
     Raises:
         DataError: there are not two of each.
@@ -226,5 +226,5 @@ def _shared_out(
 
 
 def _finite(losses: Mapping[str, float]) -> dict[str, float | None]:
-    """As JSON can hold them."""
+    """Losses as JSON can hold them."""
     return {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}

@@ -68,7 +68,7 @@ def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
 
 
 def _searched(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
-    """Shares by what the best units of each group lose together, within budget and limits, on some of the windows."""
+    """Shares with which the best units of each group lose least together, within budget and limits, on some windows."""
     space, keep = stage.view.space, 1 - stage.config.budget.sparsity
 
     def mask_by(shares_G: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ class Stage:
 
 
 def rows_per_forward(config: RunConfig, view: ModelView) -> int:
-    """Most windows in one forward pass; of a GPU as its memory is now."""
+    """Most windows in one forward pass; on a GPU, as its memory is now."""
     given, device = config.search.rows_per_forward, view.device
     if given != "auto":
         return given
@@ -260,7 +260,7 @@ def _keep_back(
 
 
 def _initial_windows(config: RunConfig, stream: torch.Tensor) -> torch.Tensor:
-    """What the metric sees: the first windows that the search would see, if they are of one length."""
+    """The windows that the metric sees: the first ones of the search, if both are of one length."""
     source = TokenWindows(stream, window=config.initial.window or config.data.window, seed=config.seed)
     return source.batch(0, min(config.initial.windows, source.num_windows))
 

@@ -53,7 +53,7 @@ def save_and_verify(
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """Matrix products of float32 in float32, as in a clean process, whatever was set in this one for all devices."""
+    """Multiply float32 in float32 within the block, as in a clean process, whatever is set here for all devices."""
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # it was set for each kind of device by itself

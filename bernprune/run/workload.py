@@ -26,11 +26,11 @@ from bernprune.units import Architecture, UnitSpace
 # The published budget for 7B models (15,000 steps of 2 masks on 8 windows), and the least that is worth a run.
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
-FITS = 32  # of weights to a policy, which takes as long for a large model as thousands of sequences
+FITS = 32  # of weights to the policy, at most: one takes as long on a large model as thousands of sequences
 FITTING_WINDOWS, LEAST_JUDGING = 128, 2  # two for a standard error
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
-# Of the sequences, for the final choice: what so many looks take and the race before them, if it is no more than that.
-LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # and where nothing is looked at, a tenth
+# Share of the sequences for the final choice: what LOOKS looks and the race before them take, MOST_CHOOSING at most.
+LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # CHOOSING where nothing is looked at
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Work:
 
 @dataclass(frozen=True)
 class Workload:
-    """How much is to be done: steps of ``step_sequences`` windows, or as many as fit in ``seconds``; and a round's.
+    """A search's budget: ``steps`` steps of ``step_sequences`` windows each, or as many as fit in ``seconds``, grouped
+    into rounds of ``round_steps``.
 
     At the end of a round, what would be selected now is probed on ``probe_sequences`` more. ``choosing`` is what
     may be run to choose among finalists, as a share of what the search took; ``sequences`` is the limit of all.
@@ -94,7 +95,7 @@ class Workload:
     def windows_read(self, search: SearchConfig, space: UnitSpace) -> tuple[float, float]:
         """Most windows of text that the search reads, and that are then read to choose; infinite if unknown.
 
-        Of a look at fewer changes than there may be, that is as good as all: it reads little.
+        A look at fewer changes than there may be reads little: it counts as one at all of them.
         """
         learning = math.inf if self.steps is None else float(self.steps * search.windows)
         work = Work(sequences=0 if self.steps is None else self.steps * self.step_sequences)
@@ -201,7 +202,7 @@ def fitting_windows(architecture: Architecture, window: int) -> int:
 
 
 def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = None) -> Budget:
-    """That of a run, or one like it for another sparsity. Raises ``BudgetError`` if units and pools do not fit."""
+    """A run's budget, or one like it for another sparsity. Raises ``BudgetError`` if units and pools do not fit."""
     given = config.budget
     share = given.sparsity if sparsity is None else sparsity
     return Budget(space, share, measure=given.measure, pools=given.pools, also=given.also)
@@ -210,7 +211,7 @@ def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = No
 def check_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     """Raises ``BudgetError`` if no selection can be on it, or no policy between the run's floor and ceiling.
 
-    A policy is only asked for the run's own, and under caps, which would make of a selection one of another sparsity.
+    A policy is asked for at the run's own sparsity, and under caps, which would turn a selection into one of another.
     """
     probs_U = torch.full((budget.space.size,), 0.5, dtype=torch.float64)
     select(probs_U, budget, limits=limits)
@@ -233,7 +234,7 @@ def _baseline(config: RunConfig) -> Any:
 def make_search(
     config: RunConfig, budget: Budget, start: dict[str, torch.Tensor], kernels: SumKernels | None = None
 ) -> MaskSearch:
-    """The search of a run at its start, which holds ``scores_US`` and ``probs_U``."""
+    """The search of a run, at its beginning; ``start`` holds ``scores_US`` and ``probs_U``."""
     search, policy = config.search, config.policy
     design = _design(config)
     if search.method == "posterior":

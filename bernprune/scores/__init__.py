@@ -99,7 +99,7 @@ def initial_scores(
         score: one of ``SCORES``, or a function of one's own, see above.
         ops: what runs masks, for metrics that try some; by default those of backend ``auto``.
         options: what else it is told, such as whether each layer sees what pruned ones before it hand on.
-        notes: takes the figures that a metric leaves beside its scores.
+        notes: takes the figures that a metric leaves along with its scores.
 
     Raises:
         ConfigError: no text, too little of it, a model that is under masks, a score that is not a function, or one that

@@ -45,7 +45,7 @@ class BackwardStream:
         self._upstream = [self._of_head(hidden_RTD, tokens_RT, predictions) for hidden_RTD, tokens_RT in pairs]
 
     def back(self, after: Callable[[], None] | None = None) -> None:
-        """Through the next layer from the end: ``grad`` of what asks for it grows; ``after`` follows each pass."""
+        """Go through the next layer from the end: ``grad`` of what asks for it grows; ``after`` follows each pass."""
         index, inputs = len(self._inputs) - 1, self._inputs.pop()
         for at, hidden_RTD in enumerate(inputs):
             hidden_RTD = hidden_RTD.to(self._device).requires_grad_()

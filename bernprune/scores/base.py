@@ -31,7 +31,7 @@ class Options:
         pruned_inputs: whether a metric that goes layer by layer scores each on what the already pruned earlier ones
             hand on, every kind in every layer losing that share of its units (Wanda-sp as published).
         pairs: differences of losses that are taken of each window, where a gradient is estimated from some.
-        step: how far apart; by default the metric's own.
+        step: how far to either side they are taken; by default the metric's own.
         cost_power: scores are divided by this power of what a unit costs, in parameters; by default the metric's own.
     """
 
@@ -48,9 +48,9 @@ class Context:
 
     Attributes:
         windows_WT: calibration text, int64.
-        seed: of all that is drawn.
+        seed: that of all that is drawn.
         rows_per_forward: windows that are run at once.
-        notes: figures that it leaves beside its scores, such as how sure they are.
+        notes: figures that it leaves along with its scores, such as how sure they are.
     """
 
     view: ModelView
@@ -78,16 +78,16 @@ class Metric:
         about: what it says of a unit, in one line.
         source: author and year.
         run: scores of all units, ``[U]``; those of kinds that it does not know may be anything.
-        kinds: which it can score.
+        kinds: those that it can score.
         allocation: how many units each layer keeps if nothing else is said. It follows from how far the values compare:
             within a layer and kind (``uniform``), a kind (``global``), or all over the model (``pooled``).
         passes: how often the calibration text is run forward, by the number of layers.
         gradients: whether it back-propagates, layer by layer, which costs as much as three passes more.
         plain: whether it needs weights that can be moved or differentiated by, which quantised ones cannot.
-        reads: of ``Options``, what only some metrics look at.
+        reads: fields of ``Options`` that it looks at, and only some metrics do.
         layerwise: whether it goes layer by layer, so that inputs of pruned layers have a meaning for it.
         cost_power: see ``Options``.
-        needs: raises ``ConfigError`` or ``ModelError`` if it cannot score a model, or not on so much text.
+        needs: raises ``ConfigError`` or ``ModelError`` if it cannot score a model, or not on so little text.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Metric:
         return passes * (2 if options.pruned_inputs else 4 if self.gradients else 1)
 
     def check(self, kinds: tuple[Kind, ...], options: Options) -> None:
-        """Raises ``ConfigError`` if it cannot score the kinds, or not so."""
+        """Raises ``ConfigError`` if it cannot score the kinds, or not with these options."""
         unknown = [kind for kind in kinds if kind not in self.kinds]
         if unknown:
             raise ConfigError(

@@ -39,7 +39,7 @@ def _block_perplexity(context: Context) -> torch.Tensor:
 
 
 def _passes(layers: int, options: Options) -> float:
-    """At most, if blocks cost the same: all of them, then one fewer each round."""
+    """Passes at most, if blocks cost the same: all of them, then one fewer each round."""
     blocks = 2 * layers
     rounds = min(blocks, math.ceil(options.sparsity * blocks) + 1)
     return float(sum(blocks - done for done in range(rounds)))

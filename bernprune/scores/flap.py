@@ -24,7 +24,7 @@ def ifv(projection: Projection) -> torch.Tensor:
 
 def _standardised(score: Score) -> Score:
     def standardised(projection: Projection) -> torch.Tensor:
-        """Squared before standardising at the attention output, as released."""
+        """Standardised scores; at the attention output they are squared before that, as released."""
         scores_E = score(projection)
         if projection.kind == "kv_group":
             scores_E = scores_E.square()

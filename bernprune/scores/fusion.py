@@ -1,6 +1,6 @@
 """Several metrics in one: what they think of a unit's rank among the layer's units of its kind, averaged.
 
-With equal weights, or with those of a few that leave the least loss when their worst units are masked.
+Weights are equal, or of a few mixtures those that leave the least loss when their worst units are masked.
 
 Letters: M metrics, U units, K candidate weights, W windows.
 """
@@ -20,8 +20,8 @@ from bernprune.seeding import generator
 from bernprune.units import UnitSpace
 
 MEMBERS = (WANDA_SP, FLAP, GOA_MOMENT, CFSP)
-_DRAWN = 24 - len(MEMBERS) - 1  # mixtures that are tried beside each metric alone and all alike
-_EVERY = 4  # window is one that they are tried on
+_DRAWN = 24 - len(MEMBERS) - 1  # mixtures that are tried besides each metric alone and all alike
+_EVERY = 4  # they are tried on every fourth window
 
 
 def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
 
 
 def ranks_of_members(context: Context) -> torch.Tensor:
-    """What each metric says, ``[M, U]``."""
+    """Ranks by each metric, ``[M, U]``."""
     return torch.stack([ranks(context.view.space, metric.run(context)) for metric in MEMBERS])
 
 

@@ -33,7 +33,7 @@ def channel_scores(down_moment_F: torch.Tensor, gate_F: torch.Tensor, up_F: torc
 def listed_at(distance_GG: torch.Tensor) -> torch.Tensor:
     """The distance at which each is listed for removal, ``[G]``; the last, which nothing stands in for, has the most.
 
-    Pairs are gone through from the most alike: of one in which neither is listed, the first is.
+    Pairs are gone through from the most alike: where neither of one is listed, its first then is.
     """
     count = len(distance_GG)
     at_G = torch.full((count,), math.log(2), dtype=torch.float64)  # the most that two distributions can differ

@@ -31,7 +31,7 @@ def errors(weight_DE: torch.Tensor, moments_EE: torch.Tensor, units: int) -> tup
     Args:
         weight_DE: float64.
         moments_EE: second moments of x, float64; damped by a hundredth of the mean of their diagonal.
-        units: that own equal numbers of adjacent columns.
+        units: their number; each owns equally many adjacent columns.
 
     Returns:
         Both ``[N]``.
@@ -46,13 +46,13 @@ def errors(weight_DE: torch.Tensor, moments_EE: torch.Tensor, units: int) -> tup
 
 
 def _blocks(matrix_EE: torch.Tensor, units: int) -> torch.Tensor:
-    """Those of the units on the diagonal, ``[N, C, C]``."""
+    """The blocks of the units on the diagonal, ``[N, C, C]``."""
     width = len(matrix_EE) // units
     return matrix_EE.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _of_layer(combined: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[LayerPass], Scores]:
-    """What is made of both errors of a layer's units."""
+    """A metric of layers: what is made of both errors of their units."""
 
     def scores(at: LayerPass) -> Scores:
         moments, energy = {point: Gram(at.projection(point)) for point in POINTS}, list[float]()

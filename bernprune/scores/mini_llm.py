@@ -27,7 +27,7 @@ from bernprune.scores.stream import COUPLED, LayerPass, Scores, by_layer, of_par
 from bernprune.scores.wanda_sp import WANDA_SP
 from bernprune.seeding import generator
 
-_READ = {"key": "query", "value": "query", "up": "gate"}  # projections that read what another one does
+_READ = {"key": "query", "value": "query", "up": "gate"}  # projections that read the same as another
 GATE_STEP = 2**-4  # which every number format holds exactly
 WEIGHT_STEP = 1e-3
 
@@ -61,7 +61,7 @@ def _of_gates(context: Context) -> torch.Tensor:
 
 
 def _note(context: Context, grad_U: torch.Tensor, variance_U: torch.Tensor) -> None:
-    """How sure the gradients are: of their mean square, what is variance is none of theirs."""
+    """Note how reliable the gradients are: what their mean square exceeds the estimated variance by is signal."""
     noise, observed = variance_U.mean().item(), grad_U.square().mean().item()
     context.notes["standard error of a gradient"] = noise**0.5
     context.notes["signal to noise of gradients, in variances"] = max(0.0, observed - noise) / max(noise, 1e-300)

@@ -22,7 +22,7 @@ from bernprune.names import Kind
 from bernprune.scores.base import Context
 from bernprune.units import UnitSpace
 
-COUPLED: dict[Kind, tuple[str, ...]] = {  # projections that have something of a unit: columns of the last, or rows
+COUPLED: dict[Kind, tuple[str, ...]] = {  # projections that hold a unit: columns of the last, rows of others
     "kv_group": ("query", "key", "value", "output"),
     "channel": ("gate", "up", "down"),
 }
@@ -54,7 +54,7 @@ def projection_of(view: ModelView, layer: LayerView, name: str) -> nn.Linear:
 
 @dataclass(frozen=True)
 class LayerPass:
-    """What a metric of layers is given of each: it hooks what it likes, and then calls ``run``, once.
+    """What a metric of layers is given for each: it hooks what it likes, and then calls ``run``, once.
 
     Attributes:
         run: sends all windows through the layer.
@@ -73,7 +73,7 @@ class LayerPass:
         return self.view.layers[self.index]
 
     def moments(self, inputs: tuple[str, ...], outputs: tuple[str, ...] = ()) -> dict[str, RunningMoments]:
-        """Run the layer; of what enters and leaves projections, by their names in ``Family``, the moments.
+        """Run the layer; returns moments of what enters and leaves projections, by their names in ``Family``.
 
         Raises:
             ConfigError: nothing came by.
@@ -88,7 +88,7 @@ class LayerPass:
         return seen
 
     def projection(self, name: str) -> nn.Linear:
-        """``query``, ``key``, ``value``, ``output``, ``gate``, ``up`` or ``down``."""
+        """The projection ``query``, ``key``, ``value``, ``output``, ``gate``, ``up`` or ``down``."""
         return projection_of(self.view, self.layer, name)
 
     def weight(self, name: str) -> torch.Tensor:
@@ -142,7 +142,7 @@ def by_column(score: Score) -> Callable[[Context], torch.Tensor]:
 
 
 def by_weights(score: Score) -> Callable[[Context], torch.Tensor]:
-    """As ``by_column``, of a metric that looks at no inputs: no text is run."""
+    """As ``by_column``, for a metric that looks at no inputs: no text is run."""
 
     def run(context: Context) -> torch.Tensor:
         scores_U = torch.zeros(context.view.space.size, dtype=torch.float64)
@@ -165,7 +165,7 @@ def _of_projections(
 
 
 def _advance_pruned(context: Context, stream: LayerStream, scores_U: torch.Tensor) -> None:
-    """Go on through the layer without what it has scored worst."""
+    """Go on through the layer without the units that were scored worst."""
     with masked(context.view, context.ops, layers=[stream.index]) as live:
         live.set(without_worst(context.view.space, scores_U, context.options.sparsity)[None])
         stream.advance()
@@ -186,7 +186,7 @@ def of_columns(layer: LayerView, output_E: torch.Tensor, down_E: torch.Tensor) -
 
 
 def of_parts(kv_groups_N: torch.Tensor, channels_N: torch.Tensor) -> Scores:
-    """A block or layer has the sum of its kv groups and channels."""
+    """Scores of one layer: a block, or the layer, has the sum of its kv groups and channels."""
     return {
         "kv_group": kv_groups_N,
         "channel": channels_N,

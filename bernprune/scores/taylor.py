@@ -1,7 +1,7 @@
 """Taylor: how much the loss would change to first or second order if a unit's weights went (Ma, Fang and Wang, 2023,
 LLM-Pruner, arXiv 2305.11627, and its released code). It back-propagates, layer by layer.
 
-Of every row (q, k, v, gate, up) or column (o, down) that belongs to a unit, ``vector`` takes the absolute value of the
+For every row (q, k, v, gate, up) or column (o, down) that belongs to a unit, ``vector`` takes the absolute value of the
 sum of w g, ``element`` the sum of the absolute values, and ``second`` the sum of |w g - 1/2 w^2 F|, with F the mean
 over windows of their squared gradients; a unit has the total. Biases are left out, as released.
 
