@@ -131,24 +131,26 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
     followed = _followed(stage, search, start_U, start)
     learned = _write_kept(stage, folder, finals, followed, scores_U)
-    report: dict[str, Any] = {
-        "search": _search_report(stage, dense_loss, work, finals),
-        "diagnostics": _last_round(folder),
-    }
     folder.remove_model()  # of an earlier try that did not reach its report
+    search_report = _search_report(stage, dense_loss, work, finals)
     full = _with_own_weights(stage, folder)
     workshop = Workshop.of_stage(full)
-    report["repair"] = _judge_repaired(full, workshop, finals, finalists)
-    if report["repair"]:
+    judged = _judge_repaired(full, workshop, finals, finalists)
+    if judged:
         learned = _write_kept(full, folder, finals, followed, scores_U)  # which may be another now
-    report["search"] |= {"kept": finals.kept, "changed_units": int((initial_U != finals.mask_U).sum())}
-    report |= _report_head(full, finals.mask_U)
     losses = _masked_losses(full, dense_loss if full is stage else None, initial_U, uniform_U)
     if workshop is not None:
         losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
-    report["plans"] = _plans(full, folder, learned)
+    report = {
+        "search": search_report | {"kept": finals.kept, "changed_units": int((initial_U != finals.mask_U).sum())},
+        "diagnostics": _last_round(folder),
+        "repair": judged,
+        **_report_head(full, finals.mask_U),
+        "loss": losses,
+        "plans": _plans(full, folder, learned),
+    }
     try:
-        _finish(full, folder, finals.mask_U, initial_U, workshop, report, losses)
+        report = _with_ratios(merge(report, _finish(full, folder, finals.mask_U, initial_U, workshop)))
         _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
@@ -338,48 +340,48 @@ def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
 
 
 def _finish(
-    stage: Stage,
-    folder: RunFolder,
-    mask_U: torch.Tensor,
-    initial_U: torch.Tensor,
-    workshop: Workshop | None,
-    report: dict[str, Any],
-    losses: dict[str, float | None],
-) -> None:
-    """Repair, slice, evaluate, save and verify; adds what it finds to the report. The dense model is used up."""
-    settings = stage.config.report
+    stage: Stage, folder: RunFolder, mask_U: torch.Tensor, initial_U: torch.Tensor, workshop: Workshop | None
+) -> dict[str, Any]:
+    """Repair, slice, evaluate, save and verify; returns its part of the report. The dense model is used up."""
+    settings, device = stage.config.report, stage.view.device
     rows = stage.eval_windows_WT[: settings.latency_rows]
     plan, initial_plan = (stage.view.space.plan(each_U) for each_U in (mask_U, initial_U))
-    device = stage.view.device
     times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
-    report["repair"] |= {"method": "none"} if workshop is None else workshop.repair(plan)
+    repaired = {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(stage.view.model, plan)
-    losses["pruned"] = mean_loss(sliced, stage.eval_windows_WT)
+    loss = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
-    report["parameters"]["pruned"] = count_parameters(sliced)
+    sizes = {"pruned": count_parameters(sliced)}
     verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
     del sliced
     gc.collect()
-    if settings.initial_latency:
-        _time_initial(stage, initial_plan, device, times, report)
-    dense = report["parameters"]["dense"]
-    report["sparsity"]["total_parameters"] = 1 - report["parameters"]["pruned"] / dense
-    report["perplexity"] = {name: None if loss is None else perplexity(loss) for name, loss in losses.items()}
-    report["loss"] = losses
-    report["latency"] = {name: figure.to_dict() for name, figure in times.items()}
-    report["verified"] = verified
-    report["layers"] = describe_plan(plan)
+    if settings.initial_latency and (timed := _timed_initial(stage, initial_plan, device)):
+        times["initial"], sizes["initial"] = timed
+    return {
+        "repair": repaired,
+        "loss": {"pruned": loss},
+        "parameters": sizes,
+        "latency": {name: figure.to_dict() for name, figure in times.items()},
+        "verified": verified,
+        "layers": describe_plan(plan),
+    }
 
 
-def _time_initial(
-    stage: Stage, plan: KeepPlan, device: torch.device, times: dict[str, Latency], report: dict[str, Any]
-) -> None:
-    """Latency and size of what the metric alone would give; the result of the run must not hang on them."""
+def _timed_initial(stage: Stage, plan: KeepPlan, device: torch.device) -> tuple[Latency, int] | None:
+    """Latency and size of what the metric alone would give; None if that fails: the run must not hang on it."""
     settings = stage.config.report
     try:
         initial = slice_model(open_model(stage.config, device), plan)
         rows = stage.eval_windows_WT[: settings.latency_rows]
-        times["initial"] = latency(initial, rows, repeats=settings.latency_repeats)
-        report["parameters"]["initial"] = count_parameters(initial)
+        return latency(initial, rows, repeats=settings.latency_repeats), count_parameters(initial)
     except (BernpruneError, OSError, RuntimeError) as error:
         logger.warning("the initial metric's model could not be timed: %s", error)
+        return None
+
+
+def _with_ratios(report: dict[str, Any]) -> dict[str, Any]:
+    """A report with what follows from its figures."""
+    losses, parameters = report["loss"], report["parameters"]
+    perplexities = {name: None if loss is None else perplexity(loss) for name, loss in losses.items()}
+    total = 1 - parameters["pruned"] / parameters["dense"]
+    return merge(report, {"perplexity": perplexities, "sparsity": {"total_parameters": total}})
