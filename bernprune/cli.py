@@ -27,9 +27,9 @@ from bernprune.report import applied, evaluated, recovered, selected, table
 from bernprune.run import applying, pipeline, recovering
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
-from bernprune.run.metrics import metrics_table, scores_table
 from bernprune.run.plans import select_plan
 from bernprune.run.recovering import RECOVERY_SETTINGS, RecoveryFolder
+from bernprune.run.score_tables import metrics_table, scores_table
 from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES
 from bernprune.scores.files import SUFFIX
@@ -168,6 +168,7 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. search.masks=8; see bernprune settings."),
 ]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # seen to by _run
 SetOfModel = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="MODEL.B=C", help="A setting of the model, and no other, e.g. model.dtype=float32."),
@@ -215,7 +216,7 @@ def prune(
     seed: Annotated[str | None, typer.Option(help=f"Seed of masks and windows; by default {DEFAULTS.seed}.")] = None,
     settings: Set = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the folder.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Learn what to remove, remove it, save and verify. Without arguments: the embedded model."""
     flags = {
@@ -244,7 +245,7 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help=f"What may change meanwhile: {', '.join(FREE_SETTINGS)}."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Continue a run that was killed or interrupted."""
     changes = parse_settings(settings or [], only=FREE_SETTINGS)
@@ -269,7 +270,7 @@ def apply(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help="A setting of the model, the data or the repair."),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Slice any copy of a model by a plan, save and verify; repaired before that if asked."""
     flags = without_none({"model": {"path": model}, "repair": {"method": repair}, "data": {"text": text}})
@@ -277,7 +278,7 @@ def apply(
     if text is not None and checked.repair.method == "none":
         raise ConfigError("--text is the text of a repair, but --repair is 'none'")
     _quiet_libraries()
-    done = applying.apply_plan(checked, applying.read_plan(plan), out, repair=True)
+    done = applying.apply_plan(checked, applying.read_plan(plan), out)
     _show(f"{applied(done)}\nresult       {out}")
 
 
@@ -291,7 +292,7 @@ def recover(
         typer.Option("--set", metavar="A.B=C", help=f"What may differ from the run: {', '.join(RECOVERY_SETTINGS)}."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier recovery in the folder.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """A little training of what a run kept, by low-rank adapters that are merged; the same command goes on."""
     changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
@@ -306,7 +307,7 @@ def select(
     out: Annotated[Path, typer.Argument(help="Run folder.")],
     sparsity: Annotated[float, typer.Option(help="Share of the prunable cost to remove.")],
     nested: Annotated[bool, typer.Option("--nested", help="Contain, or be contained in, what the run keeps.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Make the plan for another sparsity from what a run has learned, without a new search."""
     path, kept = select_plan(out, sparsity, nested=nested)
@@ -330,7 +331,7 @@ def evaluate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     settings: SetOfModel = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Perplexity with its protocol. Windows and length are by default those of a run."""
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
@@ -346,7 +347,7 @@ def units(
     ] = EMBEDDED,
     granularity: Granularity = None,
     settings: Set = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """What can be removed from a model, what it costs, and what a run would take."""
     given = read_yaml(Path(model)) if Path(model).suffix in (".yaml", ".yml") else {"model": {"path": model}}
@@ -367,7 +368,7 @@ def scores(
     granularity: Granularity = None,
     out: Annotated[Path | None, typer.Option(help="A .safetensors file to write, for prune --score.")] = None,
     settings: Set = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the metrics, or score the units of a model by one, as a run would."""
     flags = {"model": {"path": model}, "data": {"text": text}, "granularity": granularity, "initial": {"score": score}}

@@ -29,25 +29,25 @@ def read_plan(path: str | Path) -> KeepPlan:
         raise ModelError(f"plan {path} cannot be read: {error}") from None
 
 
-def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path, *, repair: bool = False) -> dict[str, Any]:
+def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, Any]:
     """Slice any copy of a model by a plan, save it in the new folder ``out`` and verify it there.
 
-    Args:
-        repair: whether the model is repaired before that, as ``config.repair`` says, on ``config.data.text``.
+    Before that it is repaired on ``config.data.text``, if ``config.repair`` says so.
 
     Raises:
         ModelError: a plan of another architecture.
         RunError: ``out`` exists or cannot be written.
         DataError: text that is missing, or too short for the repair.
-        ConfigError: ``repair`` with finalists to judge, of which there are none.
+        ConfigError: a repair with finalists to judge, of which there are none.
     """
     out = Path(out)
     check_writable(out)
     if out.exists():
         raise RunError(f"output {out} exists already; give a folder that does not")
     model_config, tokenizer = check_family(config), open_tokenizer(config)
-    repairs = repair and config.repair.method != "none"
-    stream_N = repair_text(config, tokenizer, model_config) if repairs else None  # before weights are read
+    stream_N = None
+    if config.repair.method != "none":
+        stream_N = repair_text(config, tokenizer, model_config)  # before weights are read
     model = open_model(config, find_device(config.model.device))
     check_plan(model, plan)
     dense = count_parameters(model)
