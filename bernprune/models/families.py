@@ -1,10 +1,11 @@
 """The model families: one table entry each, naming where a decoder layer keeps its parts.
 
 To add a family, name its parts below, declare the classes of its pruned form in ``modeling_bernprune`` (configuration,
-decoder, causal language model) and list them in its ``FAMILIES``, so that it can be loaded, and add a tiny
+decoder, causal language model) and list them in its ``PRUNED``, so that it can be loaded, and add a tiny
 configuration to ``tests/tiny_models.py``: the invariants of masking, slicing and saving then run over it. The table
 assumes pre-norm decoder layers with separate q, k, v, o projections (rotary or not), a gated FFN, and query heads that
-share key/value heads in equal, contiguous groups.
+share key/value heads in equal, contiguous groups. All entries have the same names so far, which ``modeling_bernprune``
+takes for granted, as it cannot import the table.
 """
 
 from dataclasses import dataclass

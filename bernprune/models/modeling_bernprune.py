@@ -12,7 +12,7 @@ family's own has not: repair puts there what the outputs of removed units came t
 # mypy: disable-error-code="no-untyped-call"
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -215,12 +215,20 @@ class BernpruneQwen3ForCausalLM(PrunedModel, Qwen3ForCausalLM):
     layer_class = Qwen3DecoderLayer
 
 
-# Stock model type to config, decoder (the class vLLM asks for) and causal language model of its pruned form.
-FAMILIES: dict[str, tuple[Any, Any, Any]] = {
-    "llama": (BernpruneLlamaConfig, BernpruneLlamaModel, BernpruneLlamaForCausalLM),
-    "mistral": (BernpruneMistralConfig, BernpruneMistralModel, BernpruneMistralForCausalLM),
-    "qwen2": (BernpruneQwen2Config, BernpruneQwen2Model, BernpruneQwen2ForCausalLM),
-    "qwen3": (BernpruneQwen3Config, BernpruneQwen3Model, BernpruneQwen3ForCausalLM),
+class PrunedClasses(NamedTuple):
+    """The pruned form of a family; ``decoder`` is the class that vLLM asks for."""
+
+    config: Any
+    decoder: Any
+    causal_lm: Any
+
+
+# By the model type of the dense model.
+PRUNED: dict[str, PrunedClasses] = {
+    "llama": PrunedClasses(BernpruneLlamaConfig, BernpruneLlamaModel, BernpruneLlamaForCausalLM),
+    "mistral": PrunedClasses(BernpruneMistralConfig, BernpruneMistralModel, BernpruneMistralForCausalLM),
+    "qwen2": PrunedClasses(BernpruneQwen2Config, BernpruneQwen2Model, BernpruneQwen2ForCausalLM),
+    "qwen3": PrunedClasses(BernpruneQwen3Config, BernpruneQwen3Model, BernpruneQwen3ForCausalLM),
 }
 
 
@@ -228,7 +236,7 @@ def auto_map(family: str) -> dict[str, str]:
     """Where the Auto classes find the pruned form of ``family`` in a saved folder that holds this file."""
     file = __name__.rpartition(".")[2]
     names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
-    return {name: f"{file}.{part.__name__}" for name, part in zip(names, FAMILIES[family], strict=True)}
+    return {name: f"{file}.{part.__name__}" for name, part in zip(names, PRUNED[family], strict=True)}
 
 
 def register() -> None:
@@ -237,7 +245,7 @@ def register() -> None:
     It also makes every ``save_pretrained`` of a pruned model bring this file along, so that a folder saved again by
     plain transformers still loads elsewhere.
     """
-    for config_class, model_class, causal_class in FAMILIES.values():
+    for config_class, model_class, causal_class in PRUNED.values():
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, model_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, causal_class, exist_ok=True)

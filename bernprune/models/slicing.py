@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from bernprune.errors import ModelError
 from bernprune.models.architecture import architecture_of, first_opaque, part, projections
 from bernprune.models.families import Family, family_of
-from bernprune.models.modeling_bernprune import FAMILIES, auto_map, share_config
+from bernprune.models.modeling_bernprune import PRUNED, auto_map, share_config
 from bernprune.models.shortening import release
 from bernprune.units import KeepPlan, LayerPlan, LayerShape
 
@@ -51,7 +51,7 @@ def slice_model(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
         config.bernprune["added_biases"] = added
     family = family_of(plan.architecture.model_type)
     with torch.device("meta"):
-        pruned = FAMILIES[plan.architecture.model_type][2](config)
+        pruned = PRUNED[plan.architecture.model_type].causal_lm(config)
     _check_same_parts(model, pruned)
     pruned.name_or_path = model.name_or_path
     if model.generation_config is not None:
@@ -84,7 +84,7 @@ def pruned_config(config: PreTrainedConfig, plan: KeepPlan) -> Any:
     }
     if getattr(config, "layer_types", None) is not None:
         values["layer_types"] = _layer_types(config.layer_types, plan)
-    return FAMILIES[model_type][0](
+    return PRUNED[model_type].config(
         **values,
         per_layer_config={index: _layer_fields(shape) for index, shape in enumerate(shapes)},
         attn_implementation=config._attn_implementation,
@@ -96,9 +96,10 @@ def pruned_config(config: PreTrainedConfig, plan: KeepPlan) -> Any:
 
 def _added_biases(model: PreTrainedModel, plan: KeepPlan) -> list[list[str]]:
     """For each layer that remains, the blocks whose last projection has a bias where the family's own has none."""
-    family, layer_class = family_of(plan.architecture.model_type), FAMILIES[plan.architecture.model_type][2].layer_class
+    model_type = plan.architecture.model_type
+    family = family_of(model_type)
     with torch.device("meta"):
-        stock = layer_class(model.config, 0)
+        stock = PRUNED[model_type].causal_lm.layer_class(model.config, 0)
     places = {"attention": (family.attention, family.output), "mlp": (family.ffn, family.down)}
     unknown = [block for block, place in places.items() if part(stock, *place).bias is None]
     found = []
