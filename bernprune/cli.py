@@ -275,7 +275,7 @@ def apply(
     """Slice any copy of a model by a plan, save and verify; repaired before that if asked."""
     flags = without_none({"model": {"path": model}, "repair": {"method": repair}, "data": {"text": text}})
     checked = make_config(merge(flags, parse_settings(settings or [], only=["model", "data", "repair"])))
-    if text is not None and checked.repair.method == "none":
+    if "text" in checked.data.model_fields_set and checked.repair.method == "none":
         raise ConfigError("--text is the text of a repair, but --repair is 'none'")
     _quiet_libraries()
     done = applying.apply_plan(checked, applying.read_plan(plan), out)

@@ -103,6 +103,10 @@ class RunConfig(Section):
             object.__setattr__(self, "search", self.search.model_copy(update={"refit": refit}))
         if self.data.eval_join is not None and self.data.eval_text is None:
             raise ValueError("data.eval_join is for data.eval_text, which is not given")
+        if self.data.eval_tokens < self.data.window:
+            raise ValueError(
+                f"data.eval_tokens must be a window of {self.data.window} or more, but is {self.data.eval_tokens}"
+            )
         if not self.granularity or len(set(self.granularity)) != len(self.granularity):
             raise ValueError(f"granularity must name different levels out of {', '.join(KINDS)}")
         if len({self.initial.score, *self.initial.also}) <= len(self.initial.also):

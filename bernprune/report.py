@@ -23,7 +23,8 @@ def table(report: dict[str, Any]) -> str:
 
 def titles(report: dict[str, Any]) -> dict[str, str]:
     """What each model is called: the kept one learned only if it was, and repaired only if that changed it."""
-    kept = "learned" if report["search"]["kept"] in ("learned", "widths") else "kept"
+    learned = report["search"]["steps"] and report["search"]["kept"] in ("learned", "widths")
+    kept = "learned" if learned else "kept"
     if report["repair"].get("chosen", "none") == "none":
         return ROWS | {"pruned": kept}
     return ROWS | {"unrepaired": kept, "pruned": "repaired"}
@@ -120,6 +121,15 @@ def _stopped(ended: str) -> str:
     return f"stopped because {ended.partition(': ')[2]}"
 
 
+def _searched(search: dict[str, Any]) -> list[str]:
+    if not search["steps"]:
+        return ["search       none, as search.sequences is 0"]
+    return [
+        f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
+        f"{search['seconds']:.0f} s; {_stopped(search['ended'])}"
+    ]
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     search, sparsity = report["search"], report["sparsity"]
     figure = report["latency"]["dense"]
@@ -130,8 +140,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         _protocol(report["protocol"]),
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
-        f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
-        f"{search['seconds']:.0f} s; {_stopped(search['ended'])}",
+        *_searched(search),
         *_weights(report),
         *_choice(report),
         *repaired(report["repair"]),

@@ -1,7 +1,8 @@
 """Settings as a user writes them, in YAML files and after ``--set``: nested plain data, not yet checked."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,25 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+class _Loader(yaml.SafeLoader):
+    """As the safe one, but of a key that is given twice none is silently lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = _repeated(keys)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice!r} is given twice")
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The nested data of a YAML file. Raises ``ConfigError`` if there is none."""
+    """The nested data of a YAML file, in which ``a.b: c`` stands for ``a: {b: c}``.
+
+    Raises:
+        ConfigError: there is none, or a setting is given twice.
+    """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -34,7 +50,30 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"config file {path} must hold keys and values, but holds {str(data)[:80]!r}")
-    return data
+    sections = [_as_section(key, value) for key, value in data.items()]
+    twice = _repeated([key for section in sections for key in _keys(section)])
+    if twice is not None:
+        raise ConfigError(f"config file {path}: setting {twice!r} is given twice")
+    return functools.reduce(merge, sections, {})
+
+
+def _as_section(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _keys(data: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of what nested data hold."""
+    if isinstance(data, dict) and data:
+        for name, value in data.items():
+            yield from _keys(value, f"{prefix}.{name}" if prefix else str(name))
+    else:
+        yield prefix
+
+
+def _repeated(values: Sequence[Any]) -> Any:
+    return next((value for number, value in enumerate(values) if value in values[:number]), None)
 
 
 def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -57,9 +96,7 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"--set {setting!r}: the value is not YAML") from None
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        nested = merge(nested, value)
+        nested = merge(nested, _as_section(key, value))
     return nested
 
 

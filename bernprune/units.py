@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,7 +65,11 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Architecture":
+        """Raises ``ValueError`` for sizes that are none."""
         layers = tuple(LayerShape(**layer) for layer in data["layers"])
+        sizes = [data["hidden_size"], data["head_dim"], *(size for layer in layers for size in astuple(layer))]
+        if not all(isinstance(size, int) and size >= 0 for size in sizes):
+            raise ValueError("sizes of an architecture must be whole numbers")
         return cls(data["model_type"], data["hidden_size"], data["head_dim"], layers)
 
     def difference(self, other: "Architecture") -> str | None:
@@ -73,7 +77,7 @@ class Architecture:
         for name in ("model_type", "hidden_size", "head_dim"):
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
-                return f"{name} {mine} against {theirs}"
+                return f"{name} {mine!r} against {theirs!r}"
         if len(self.layers) != len(other.layers):
             return f"{len(self.layers)} layers against {len(other.layers)}"
         for index, (mine, theirs) in enumerate(zip(self.layers, other.layers, strict=True)):

@@ -26,6 +26,7 @@ from tiny_run import (
     tiny_tokenizer,
     words,
 )
+from transformers import AutoModelForCausalLM
 
 from bernprune.config import RunConfig, make_config
 from bernprune.models.architecture import architecture_of
@@ -120,9 +121,22 @@ def _damaged_config(place: Place) -> Path:
     return place.out
 
 
+def _folder(place: Place, name: str) -> Path:
+    (place.folder / name).mkdir()
+    return place.folder / name
+
+
 def _something_else(place: Place) -> Path:
     place.out.mkdir(parents=True)
     (place.out / "thesis.tex").write_text("precious")
+    return place.out
+
+
+def _of_another_program(place: Place) -> Path:
+    """Many have a config.yaml, and a folder for checkpoints."""
+    (place.out / "checkpoints").mkdir(parents=True)
+    (place.out / "checkpoints/a.pt").write_text("precious")
+    (place.out / "config.yaml").write_text("lr: 0.1")
     return place.out
 
 
@@ -146,6 +160,13 @@ def _damaged_learned(place: Place) -> Path:
 def _plan(place: Place, content: Any) -> list[str]:
     path = place.file("plan.json", content if isinstance(content, str) else json.dumps(content))
     return ["apply", str(path), str(place.model), str(place.out)]
+
+
+def _plan_of(place: Place, model: Path, **sizes: Any) -> list[str]:
+    """Of a model in a folder, keeping the first unit of each kind in each layer."""
+    architecture = architecture_of(AutoModelForCausalLM.from_pretrained(model))
+    plan = KeepPlan(architecture, tuple(LayerPlan((0,), (0,)) for _ in architecture.layers)).to_dict()
+    return [*_plan(place, plan | {"architecture": plan["architecture"] | sizes})[:2], str(model), str(place.out)]
 
 
 def _plan_of_another_model(place: Place) -> list[str]:
@@ -309,6 +330,14 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "config-of-numbers": (lambda p: ["prune", str(p.file("c.yaml", "1: 2"))], ("c.yaml", "keys and values")),
     "config-binary": (lambda p: ["prune", str(p.file("c.yaml", b"\xff\x00"))], ("c.yaml", "cannot be read")),
     "config-a-folder": (lambda p: ["prune", "model"], ("model", "cannot be read")),
+    "config-section-twice": (
+        lambda p: ["prune", str(p.file("c.yaml", "search: {masks: 4}\nsearch: {windows: 4}"))],
+        ("c.yaml", "'search' is given twice"),
+    ),
+    "config-setting-twice": (
+        lambda p: ["prune", str(p.file("c.yaml", "search: {masks: 4}\nsearch.masks: 8"))],
+        ("c.yaml", "'search.masks' is given twice"),
+    ),
     "config-key-unknown": (lambda p: ["prune", str(p.file("c.yaml", "modle: {}"))], ("'modle'", "'model'")),
     # windows, devices, backends
     "window-beyond-positions": (
@@ -326,6 +355,11 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: ["evaluate", str(p.model), "--text", str(p.text), "--window", "65"],
         ("65", "positions"),
     ),
+    "evaluate-less-than-a-window": (
+        lambda p: ["evaluate", str(p.model), "--text", str(p.text), "--window", "16", "--tokens", "15"],
+        ("16", "15"),
+    ),
+    "eval-tokens-less-than-a-window": (lambda p: p.prune("data.eval_tokens=15"), ("data.eval_tokens", "16", "15")),
     "evaluate-window-1": (
         lambda p: ["evaluate", str(p.model), "--text", str(p.text), "--window", "1"],
         ("--window", "2"),
@@ -343,6 +377,22 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "out-something-else-overwritten": (
         lambda p: [*p.prune(out=_something_else(p)), "--overwrite"],
         ("not empty", "no bernprune run"),
+    ),
+    "out-of-another-program": (
+        lambda p: [*p.prune(out=_of_another_program(p)), "--overwrite"],
+        ("not empty", "no bernprune run"),
+    ),
+    "resume-another-program": (
+        lambda p: ["resume", str(_of_another_program(p))],
+        ("config.yaml", "not what a run leaves", "'lr'"),
+    ),
+    "scores-over-a-model": (
+        lambda p: ["scores", str(p.model), "--score", "magnitude", "--out", str(p.model / "model.safetensors")],
+        ("model.safetensors", "holds no scores"),
+    ),
+    "scores-over-a-folder": (
+        lambda p: ["scores", str(p.model), "--score", "magnitude", "--out", str(_folder(p, "s.safetensors"))],
+        ("s.safetensors", "holds no scores"),
     ),
     "out-of-another-config": (lambda p: p.prune(out=_unfinished(p, "seed=5")), ("unfinished", "seed is 5", "0 here")),
     "out-finished": (lambda p: p.prune(out=_finished(p)), ("finished run", "--overwrite")),
@@ -372,6 +422,12 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "plan-a-list": (lambda p: _plan(p, []), ("not a plan",)),
     "plan-of-another-format": (lambda p: _plan(p, {"format": 99}), ("format 99", "1")),
     "plan-of-another-model": (_plan_of_another_model, ("plan", "another model", "4 layers against 3")),
+    "plan-of-words": (lambda p: _plan_of(p, p.model, hidden_size="32"), ("not a plan", "whole numbers")),
+    "plan-of-a-model-that-gives-nan": (lambda p: _plan_of(p, _weights_that_are_nan(p)), ("outputs are not finite",)),
+    "apply-a-text-that-nothing-reads": (
+        lambda p: [*_plan_of(p, p.model), *settings("data.text=none.txt")],
+        ("--text", "--repair is 'none'"),
+    ),
     "plan-into-a-file": (lambda p: [*_plan_of_another_model(p)[:3], str(p.text)], ("text.txt", "folder")),
     "plan-into-something-else": (
         lambda p: [*_plan_of_another_model(p)[:3], str(_something_else(p))],
@@ -516,6 +572,7 @@ GOOD: dict[str, Try] = {
     "plans-just-explored": lambda p: p.prune("plans.sparsities=[0.15, 0.45]"),
     "select-lowest": lambda p: _select(_learned(p), "--sparsity", "0.15"),
     "select-highest-nested": lambda p: _select(_learned(p), "--sparsity", "0.45", "--nested"),
+    "dotted-config": lambda p: ["prune", str(p.file("c.yaml", "search.masks: 4\nsearch.windows: 4")), *p.prune()[1:]],
     "empty-config": lambda p: ["prune", str(p.file("c.yaml", "# nothing")), *p.prune()[1:]],
 }
 

@@ -309,6 +309,22 @@ def test_a_checkpoint_of_another_text_is_refused(place: Place, undisturbed: Path
     assert "training text" in in_one_sentence(run("resume", str(place.out)))
 
 
+def test_a_checkpoint_of_other_weights_is_refused(place: Place, undisturbed: Path) -> None:
+    """Weights that changed under the run are noticed before it mixes two models."""
+    _stopped_after_its_search(place, undisturbed)
+    changed = place.copied()
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    stored = (place.out / "config.yaml").read_text()
+    old = re.search(r"path: (\S+)", stored)
+    assert old is not None
+    (place.out / "config.yaml").write_text(stored.replace(old[1], str(changed)))
+    before = place.contents()
+    assert "weights are not those" in in_one_sentence(run("resume", str(place.out)))
+    assert place.contents() == before
+
+
 @pytest.mark.parametrize("missing", ["settled", "search.beliefs.spread_L", "search"])
 def test_a_checkpoint_of_another_version_is_refused(missing: str, place: Place, undisturbed: Path) -> None:
     """What it lacks, at any depth, is noticed before anything is taken over."""

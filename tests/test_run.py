@@ -303,6 +303,13 @@ def test_without_a_search(place: Place) -> None:
     assert report["search"]["changed_units"] == report["search"]["steps"] == report["search"]["sequences"] == 0
     assert report["perplexity"]["pruned"] == pytest.approx(report["perplexity"]["initial"], rel=1e-5)
     assert steps_of(place.out) == []
+    told = table(report).splitlines()
+    assert "learned" not in "".join(told) and "search       none, as search.sequences is 0" in told
+
+
+def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
+    done = succeed(*place.prune("search.sequences=0", f"data.eval_text={place.text}"))
+    assert f"{place.text} is both learned from and evaluated on" in done.err
 
 
 @pytest.mark.parametrize("limit", ["search.sequences=null", "search.sequences=20000"])
@@ -364,10 +371,11 @@ def test_channel_multiples_reach_the_saved_model(place: Place) -> None:
 def test_all_levels_at_once(place: Place) -> None:
     """All five granularities: half of the model goes, it loads, generates, and is worth what the report says."""
     everything = "granularity=layer,attention,kv_group,ffn,channel"
-    report = report_of(place, everything, flags=("--sparsity", "0.5", "--eval-text", str(place.text)))
+    held_out = str(tiny_text(place.folder / "held-out.txt", seed=1))
+    report = report_of(place, everything, flags=("--sparsity", "0.5", "--eval-text", held_out))
     assert 0.5 <= report["sparsity"]["achieved"] < 0.6
     folder = str(place.out / "model")
-    same = ["--text", str(place.text), "--window", str(WINDOW), "--tokens", "320", "--json"]
+    same = ["--text", held_out, "--window", str(WINDOW), "--tokens", "320", "--json"]
     result = json.loads(succeed("evaluate", folder, *same).out)
     assert result["perplexity"] == pytest.approx(report["perplexity"]["pruned"], rel=1e-6)
     tokens = torch.arange(5, 9)[None]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bernprune.backends import find_device
 from bernprune.data import evaluation_windows, fingerprint, tokenize
-from bernprune.errors import LossError, ModelError
+from bernprune.errors import ConfigError, LossError, ModelError
 from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.view import count_parameters
 from bernprune.sections import ModelConfig
@@ -61,9 +61,14 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
         ).item()
     loss = total / (count * (window - 1))
     if not math.isfinite(loss):
-        advice = "; with model.dtype=bfloat16 or float32 they may be" if model.dtype == torch.float16 else ""
+        advice = advice_on(model.dtype)
         raise LossError(f"the loss on the evaluation text is {loss}; the model's outputs are not finite{advice}")
     return loss
+
+
+def advice_on(dtype: torch.dtype) -> str:
+    """What to do about outputs that are not finite, as the end of a sentence."""
+    return "; with model.dtype=bfloat16 or float32 they may be" if dtype == torch.float16 else ""
 
 
 def perplexity(loss: float) -> float:
@@ -93,12 +98,12 @@ def evaluate(
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config, tokenizer = load_config(model.path, **options), load_tokenizer(model.path, **options)
     check_window(config, window)
+    if max_tokens is not None and max_tokens < window:
+        raise ConfigError(f"at least a window of {window} tokens must be evaluated, but {max_tokens} were asked for")
     characters = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
     documents = load_documents(text, split="held-out", max_characters=characters, joined_by=joined_by)
     stream_N = tokenize(tokenizer, documents, vocab_size=config.vocab_size)
-    windows_WT = evaluation_windows(
-        stream_N, window, max_windows=None if max_tokens is None else max(1, max_tokens // window)
-    )
+    windows_WT = evaluation_windows(stream_N, window, max_windows=None if max_tokens is None else max_tokens // window)
     loaded = load_model(model.path, dtype=model.dtype, device=device, **options)
     loss = mean_loss(loaded, windows_WT)
     return {

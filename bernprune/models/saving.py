@@ -28,10 +28,11 @@ from bernprune.units import KeepPlan
 
 # Run by a clean interpreter. Its last line makes sure that the folder, and not an installed bernprune, did the work.
 CLEAN_LOAD = """
+import os
 import sys
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder, exchange, dtype, device = sys.argv[1:]
 tokens = load_file(exchange + "/tokens.safetensors")["tokens"].to(device)
@@ -40,6 +41,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dty
 with torch.no_grad():
     logits = model(input_ids=tokens).logits
 save_file({"logits": logits.cpu().contiguous()}, exchange + "/logits.safetensors")
+if os.path.exists(folder + "/tokenizer_config.json"):
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 if "bernprune" in sys.modules:
     raise ImportError("the saved folder imports bernprune")
 """

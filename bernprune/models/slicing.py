@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from bernprune.embedded import EMBEDDED, MODEL_FOLDER
 from bernprune.errors import ModelError
 from bernprune.models.architecture import architecture_of, first_opaque, part, projections
 from bernprune.models.families import Family, family_of
@@ -119,6 +120,8 @@ def plan_hash(plan: KeepPlan) -> str:
 def _public_name(name: str | None) -> str:
     """A hub name as it is; of a path only the last part, since the rest tells about one machine alone."""
     name = name or ""
+    if name == str(MODEL_FOLDER):
+        return EMBEDDED
     return Path(name).name if Path(name).is_absolute() or Path(name).exists() else name
 
 

@@ -1,5 +1,6 @@
 """A model seen as units: which there are, what each costs, and where its masks bite."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,8 @@ from bernprune.models.families import Family, family_of
 from bernprune.models.linear import is_plain
 from bernprune.names import Kind
 from bernprune.units import KINDS, Architecture, LayerShape, UnitGroup, UnitSpace
+
+_SAMPLED = 64  # numbers of a parameter, by which weights are told apart
 
 
 @dataclass(frozen=True)
@@ -172,3 +175,14 @@ def _channel_cost(layer: LayerView, family: Family) -> _Cost:
     weights = gate.in_features + up.in_features + layer.down.out_features
     biases = (gate.bias is not None) + (up.bias is not None)
     return _Cost(weights + biases, 2.0 * weights)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell weights apart, from a few numbers of each parameter that is not quantised."""
+    found = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        if type(parameter) is nn.Parameter:
+            numbers_N = parameter.detach().flatten()
+            found.update(numbers_N[:: max(1, len(numbers_N) // _SAMPLED)].double().cpu().numpy().tobytes())
+    return found.hexdigest()[:16]

@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, who may write it, and whether it is finished.
 
 config.yaml            the resolved configuration
-versions.json          versions of the libraries that the run began with
+versions.json          versions of the libraries, and the fingerprint of the weights, that the run began with
 initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
@@ -29,7 +29,7 @@ import yaml
 
 import bernprune
 from bernprune.config import RunConfig, make_config
-from bernprune.errors import RunError
+from bernprune.errors import ConfigError, RunError
 from bernprune.settings import read_yaml
 from bernprune.storage import write_bytes, write_json
 
@@ -37,6 +37,7 @@ CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.jso
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
 COSTS = "costs.json"
+_WEIGHTS = "weights"  # beside the versions
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
 _OURS |= {COSTS}
 
@@ -105,12 +106,17 @@ class RunFolder:
         return True
 
     def _check_is_run(self) -> None:
-        if not self.config.is_file():
+        """What is to be replaced must be ours: others, too, call a file config.yaml, and a folder model."""
+        sections = {"model", "data", "budget"}
+        if not self.config.is_file() or not sections <= read_yaml(self.config).keys():
             raise RunError(f"{self.path} is not empty and holds no bernprune {self.WORK}; {self.OTHER}")
 
     def read_config(self) -> RunConfig:
         """The stored configuration. Raises ``ConfigError`` if it is damaged."""
-        return make_config(read_yaml(self.config))
+        try:
+            return make_config(read_yaml(self.config))
+        except ConfigError as error:
+            raise ConfigError(f"{self.config} is not what a {self.WORK} leaves: {error}") from None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -148,19 +154,38 @@ class RunFolder:
             (self.path / LOCK).unlink(missing_ok=True)
             _remove_empty(self.path, existed)
 
-    def start(self, config: RunConfig) -> None:
-        """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``."""
+    def start(self, config: RunConfig, weights: str | None = None) -> None:
+        """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``.
+
+        Args:
+            weights: the fingerprint of those that it begins with.
+        """
         _remove(self.report)  # first, so that what is left is not taken for a finished run
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
-        write_json(self.versions, versions())
+        write_json(self.versions, versions() | ({} if weights is None else {_WEIGHTS: weights}))
+
+    def check_weights(self, weights: str) -> None:
+        """Raises ``RunError`` if the run began with others."""
+        before = self._began_with().get(_WEIGHTS, weights)
+        if before != weights:
+            raise RunError(
+                f"the model's weights are not those that the {self.WORK} in {self.path} began with (fingerprint "
+                f"{before}, but now {weights}); give them back to go on, or start over with --overwrite"
+            )
+
+    def _began_with(self) -> dict[str, str]:
+        """Empty for a run that was killed as it began."""
+        try:
+            return dict(json.loads(self.versions.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return {}
 
     def changed_versions(self) -> str:
         """Libraries of which the run began with another version than is here, in words; empty if that is not known."""
-        try:
-            before, now = json.loads(self.versions.read_text(encoding="utf-8")), versions()
-        except (OSError, ValueError):  # a run that was killed as it began
+        before, now = self._began_with(), versions()
+        if not before:
             return ""
         return ", ".join(
             f"{name} {before.get(name)} and not {now[name]}" for name in now if before.get(name) != now[name]

@@ -19,7 +19,7 @@ from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.slicing import slice_model
-from bernprune.models.view import count_parameters
+from bernprune.models.view import count_parameters, fingerprint
 from bernprune.names import SearchDtype
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import even_probs, graded, reordered
@@ -116,12 +116,15 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)
     uniform_U = select(even_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
+        weights_sha256 = fingerprint(stage.view.model)
         if continued:
+            if known is not None:  # else the model may be in another number format than it was
+                folder.check_weights(weights_sha256)
             folder.write_config(stage.config)  # some settings may change
             if changed := folder.changed_versions():
                 logger.warning("the run began with %s: it may not go on to the bit", changed)
         else:
-            folder.start(stage.config)
+            folder.start(stage.config, weights_sha256)
         if known is None:
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:

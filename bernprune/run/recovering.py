@@ -142,7 +142,7 @@ def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _So
             f"{config.recover.held_out} windows of {window} tokens, but there are {len(stream_N) // window}"
         )
     with naming(eval_name):
-        eval_WT = evaluation_windows(held_out_N, window, max_windows=max(1, config.data.eval_tokens // window))
+        eval_WT = evaluation_windows(held_out_N, window, max_windows=config.data.eval_tokens // window)
     return _Source(
         config,
         folder,

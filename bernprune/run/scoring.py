@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
+from bernprune.errors import RunError
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
 from bernprune.policy.bernoulli import graded
 from bernprune.policy.selection import select
 from bernprune.run.folder import check_writable
 from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, start_probs
 from bernprune.run.stage import Stage, set_stage
-from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
+from bernprune.scores import SCORES, holds_scores, initial_scores, read_scores, write_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
 
@@ -96,10 +97,12 @@ def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
         For each layer and kind the mean score and how many units there are, and what the metric noted.
 
     Raises:
-        RunError: ``out`` cannot be written; before the work.
+        RunError: ``out`` cannot be written, or is something else than scores; before the work.
     """
     if out is not None:
         check_writable(out.parent)
+        if out.exists() and not holds_scores(out):
+            raise RunError(f"output {out} exists and holds no scores; give a file that does not exist")
     stage, notes, name = set_stage(config), dict[str, float](), config.initial.score
     started = time.monotonic()
     scores_U = scores_of(stage, name, notes)

@@ -159,7 +159,7 @@ def set_stage(config: RunConfig) -> Stage:
         _initial_windows(config, stream)
     with naming(eval_name):
         windows_WT = evaluation_windows(
-            held_out, config.data.window, max_windows=max(1, config.data.eval_tokens // config.data.window)
+            held_out, config.data.window, max_windows=config.data.eval_tokens // config.data.window
         )
     view, dtype, _ = open_view(config, device, config.search.dtype)
     budget, limits = make_budget(config, view.space), make_limits(config)
@@ -219,6 +219,8 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
             config.model.path,
         )
     stream = _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
+    if data.eval_text == data.text:
+        logger.warning("%s is both learned from and evaluated on: its perplexities flatter what was learned", data.text)
     eval_characters = CHARACTERS_PER_TOKEN * data.eval_tokens
     if data.eval_text is not None:
         held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", eval_characters, joined_by=data.eval_join)

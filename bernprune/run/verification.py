@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from bernprune.errors import RunError
+from bernprune.errors import LossError, RunError
+from bernprune.evaluation.perplexity import advice_on
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.units import KeepPlan
 
@@ -27,11 +28,18 @@ def reason(error: OSError | SafetensorError) -> str:
 def save_and_verify(
     model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor
 ) -> dict[str, float]:
-    """Save, load in a clean process, compare. Raises ``RunError`` above the tolerance."""
-    save_pruned(model, tokenizer, target, plan=plan)
+    """Save, load in a clean process, compare.
+
+    Raises:
+        LossError: the model's outputs are not finite; before it is saved.
+        RunError: they differ by more than the tolerance.
+    """
     device = model.device
     with _full_precision():
         logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
+    if not logits.isfinite().all():
+        raise LossError(f"the pruned model's outputs are not finite{advice_on(model.dtype)}")
+    save_pruned(model, tokenizer, target, plan=plan)
     tolerance = TOLERANCE[model.dtype] * logits.abs().max().item()
     if device.type == "cuda":  # the other process needs room for its own copy
         model.to("cpu")

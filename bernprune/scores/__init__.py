@@ -21,7 +21,7 @@ from bernprune.scores.base import Context, Metric, Options, run_metric
 from bernprune.scores.block_influence import BLOCK_INFLUENCE
 from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
 from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
-from bernprune.scores.files import read_scores, write_scores
+from bernprune.scores.files import holds_scores, read_scores, write_scores
 from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
 from bernprune.scores.fusion import FUSED, RANK_AVERAGE
 from bernprune.scores.goa import GOA, GOA_MOMENT
@@ -75,6 +75,7 @@ __all__ = [
     "Scores",
     "by_column",
     "by_layer",
+    "holds_scores",
     "initial_scores",
     "read_scores",
     "write_scores",

@@ -24,6 +24,15 @@ def write_scores(path: Path, space: UnitSpace, scores_U: torch.Tensor, facts: di
     write_bytes(path, save({_KEY: scores_U.double().contiguous()}, metadata))
 
 
+def holds_scores(path: Path) -> bool:
+    """Whether it is a file of scores, of whatever units."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _FINGERPRINT in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def read_scores(path: Path, space: UnitSpace) -> torch.Tensor:
     """Scores of the units of a space, float64 ``[U]``.
 
