@@ -89,6 +89,18 @@ def test_selections_are_exact_within_a_unit_a_budget(budgets: int, kind: str) ->
     assert sum(gaps) / len(gaps) < 0.08 and min(gaps) < 1e-9  # and on average much nearer
 
 
+def test_one_dear_unit_does_not_blur_the_others_price() -> None:
+    """The bound holds of what fits, too: with two budgets, two units short of the best of the cheap ones at most."""
+    for seed in range(12):
+        source = torch.Generator().manual_seed(seed)
+        worth_U, costs_MU = (torch.rand(size, generator=source, dtype=torch.float64) for size in ((81,), (2, 81)))
+        costs_MU[:, 80], worth_U[80] = 500.0, 1.0
+        limits = (0.4 * costs_MU[:, :80].sum(1)).tolist()
+        found = worth_U[select_within(worth_U, costs_MU, limits)].sum()
+        without = worth_U[:80][select_within(worth_U[:80], costs_MU[:, :80], limits)].sum()
+        assert found >= without - 2 * worth_U[:80].max()
+
+
 def test_a_budget_that_leaves_room_does_not_matter() -> None:
     """Nor do units that cost nothing of it."""
     source = torch.Generator().manual_seed(0)

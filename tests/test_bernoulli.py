@@ -1,5 +1,6 @@
 """The policy's start keeps what it should on average, in the order of the scores."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -10,6 +11,8 @@ from tolerances import EXACT, assert_close
 
 from bernprune.names import MapName, Scope
 from bernprune.policy.bernoulli import const, entropy, graded, initial_probs, norm, reordered, sigmap
+from bernprune.policy.budget import Budget
+from bernprune.policy.selection import Limits, select
 from bernprune.units import UnitSpace
 
 Map = Callable[[torch.Tensor, float], torch.Tensor]
@@ -210,6 +213,19 @@ def test_graded_priorities_take_the_same_share_everywhere(scope: Scope) -> None:
             best, others = priorities_U[units & kept_U], priorities_U[units & ~kept_U]
             assert not len(best) or not len(others) or best.min() > others.max()
             assert_close(priorities_U[units].mean(), 0.5, EXACT)
+
+
+def test_an_even_selection_is_even() -> None:
+    """However scores of layers compare, each loses as many of its units as another, within one."""
+    space = make_space(["kv_group", "channel"], [(8, 100)] * 6)
+    levels_U = torch.tensor([10.0**layer for layer in range(6)], dtype=torch.float64)[space.layer_U]
+    for seed, sparsity in itertools.product(range(4), (0.2, 0.3, 0.5)):
+        scores_U = levels_U * random_numbers(space.size, seed)
+        mask_U = select(graded(space, scores_U), Budget(space, sparsity), limits=Limits(), tie_break_U=scores_U)
+        for kind in space.kinds:
+            kept = [int(mask_U[units].sum()) for units in space.by_layer(kind)]
+            assert max(kept) - min(kept) <= 1
+            assert max(kept) / len(space.by_layer(kind)[0]) == pytest.approx(1 - sparsity, abs=1 / 8)
 
 
 @pytest.mark.parametrize("space", [FLAT, NESTED, LAYERED_BLOCKS], ids=["flat", "nested", "layered_blocks"])

@@ -297,6 +297,17 @@ def test_what_never_changed_is_not_known_best() -> None:
     assert precision_U[unseen].max() <= precision_U[~unseen].max()
 
 
+def test_a_family_that_never_changed_is_not_known_by_its_rounding() -> None:
+    """Its variance is what rounding leaves of zero; it counts as unseen."""
+    search = make_search(FLAT, design=Design(2, 4), round_steps=50, floor=0.02, ceiling=0.98)
+    run(search, range(2), curved)
+    members_N = search.beliefs.groups[0]
+    sums = search._sums
+    sums.squares_U[members_N] = sums.sum_U[members_N].square() / sums.count * (1 + 1e-14)
+    noise_U = search._noise_U() * search._contrasts_U
+    assert noise_U[members_N].min() > 0.1 * noise_U.mean()
+
+
 def advantages_by_hand(search: PosteriorSearch, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> torch.Tensor:
     """What the worths do not explain, later chunks at a discount, less the other masks' mean; by loops."""
     num_windows, num_masks, num_chunks = losses_BKC.shape

@@ -20,7 +20,7 @@ from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
-from bernprune.policy.race import Heat, challengers, heat_sequences, race, stages
+from bernprune.policy.race import Heat, agreeing, challengers, heat_sequences, race, stages
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
@@ -258,6 +258,16 @@ def test_few_units_change_at_a_time(incumbent: str, method: str) -> None:
     assert 0 < changed[8] < changed[32] < changed[128]
     if incumbent == "another":  # of which little is right
         assert changed[32] > 2 * 8 and changed[128] > 2 * 32
+
+
+@pytest.mark.parametrize("space", [FLAT, LAYERED_BLOCKS], ids=["flat", "layered_blocks"])
+def test_what_agrees_with_a_mask_selects_it(space: UnitSpace) -> None:
+    """Whatever the priorities were, of units of every kind."""
+    budget = Budget(space, 0.4)
+    for seed in range(20):
+        mask_U = select(random_numbers(space.size, seed + 100), budget, limits=Limits())
+        agreeing_U = agreeing(random_numbers(space.size, seed), mask_U, budget)
+        assert torch.equal(select(agreeing_U, budget, limits=Limits(), tie_break_U=mask_U.double()), mask_U)
 
 
 def one_group_against_the_rest(found_U: torch.Tensor, mask_U: torch.Tensor) -> bool:

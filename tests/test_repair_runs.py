@@ -186,6 +186,9 @@ def test_finalists_are_judged_on_text_that_was_not_learned_from(sequences: int, 
     assert (stage.kept_back is not None) == kept_back and (len(read_WT) > stage.train.num_windows) == kept_back
     assert len(judging) == len(workshop.judging_WT) == 6 and read.isdisjoint(judging)
     assert {tuple(row_T.tolist()) for row_T in workshop.repairer.windows_WT} <= read
+    if not kept_back:  # a search that was ended earlier leaves more
+        earlier = Workshop.of_stage(stage, 4)
+        assert earlier is not None and torch.equal(earlier.judging_WT, stage.train.windows(8, 6))
 
 
 @pytest.mark.parametrize(

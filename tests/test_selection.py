@@ -172,6 +172,15 @@ def test_ties_go_to_the_tie_break_then_to_the_index() -> None:
     assert without.nonzero().flatten().tolist() == [0, 1, 2, 3]
 
 
+def test_ties_do_not_prefer_a_kind() -> None:
+    """Units that lie side by side are taken in the order of the tie-break, whatever they are, until the cost is met."""
+    budget = Budget(FLAT, 0.4)
+    for seed in range(10):
+        second_U = random_numbers(FLAT.size, seed)
+        alike_U = select(torch.full_like(second_U, 0.5), budget, limits=FREE, tie_break_U=second_U)
+        assert torch.equal(alike_U, select(second_U, budget, limits=FREE))
+
+
 @all_spaces
 def test_units_of_a_group_are_interchangeable(space: UnitSpace) -> None:
     """Permuting units within their groups permutes the mask."""

@@ -37,7 +37,7 @@ from benchmarks.learning.rows import SIMULATED, Row, append_row, commit, key_of,
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.evaluation.latency import machine
-from bernprune.policy.bernoulli import even_probs
+from bernprune.policy.bernoulli import graded
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.run.initial import start_probs
@@ -145,8 +145,7 @@ class Surrogate:
 
 def uniform_selection(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
     """What the score keeps when every layer and kind loses the same share."""
-    probs_U = even_probs(space, scores_U, 1 - SPARSITY)
-    return select(probs_U, Budget(space, SPARSITY), limits=Limits(), tie_break_U=scores_U)
+    return select(graded(space, scores_U), Budget(space, SPARSITY), limits=Limits(), tie_break_U=scores_U)
 
 
 def run(name: str, num_units: int, sequences: int, seed: int) -> Row:

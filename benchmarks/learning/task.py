@@ -26,7 +26,7 @@ from bernprune.losses import token_losses
 from bernprune.models.loading import load_config, load_tokenizer
 from bernprune.names import Scope
 from bernprune.objective import masked_objective
-from bernprune.policy.bernoulli import even_probs
+from bernprune.policy.bernoulli import graded
 from bernprune.policy.selection import select
 from bernprune.run.stage import set_stage
 from bernprune.scores import SCORES, Options, initial_scores
@@ -194,7 +194,7 @@ class Task:
 
     def select_by(self, scores_U: torch.Tensor, scope: Scope) -> torch.Tensor:
         """As ``select``; each kind loses the same share in every layer, or over all layers, or all are pooled."""
-        return self.select(even_probs(self.space, scores_U, 1 - self.budget.sparsity, scope), scores_U)
+        return self.select(graded(self.space, scores_U, scope), scores_U)
 
     # What the benchmark itself looks at, unmetered
 

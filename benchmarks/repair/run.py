@@ -27,7 +27,7 @@ from bernprune.config import make_config
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.latency import machine
 from bernprune.objective import masked_objective
-from bernprune.policy.bernoulli import even_probs
+from bernprune.policy.bernoulli import graded
 from bernprune.repair import Repairer
 from bernprune.run.initial import scope_of
 from bernprune.run.scoring import group_shares, scores_of
@@ -74,7 +74,7 @@ def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
         scores_U = scores_of(stage, score)
         shares_G = group_shares(stage, scores_U)
         return task.select(
-            even_probs(task.space, scores_U, 1 - task.budget.sparsity, scope_of(config), shares_G), scores_U
+            graded(task.space, scores_U, scope_of(config), keep=1 - task.budget.sparsity, shares_G=shares_G), scores_U
         )
     for row in read_rows(LEARNED):
         here = row["model"], row["method"], row["sparsity"], row["seed"]

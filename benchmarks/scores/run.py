@@ -26,7 +26,7 @@ from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
-from bernprune.policy.bernoulli import even_probs
+from bernprune.policy.bernoulli import graded
 from bernprune.run.initial import scope_of
 from bernprune.run.scoring import group_shares, scores_of
 from bernprune.scores import SCORES, Metric
@@ -146,8 +146,8 @@ class Bench:
         started = time.perf_counter()
         shares_G = group_shares(stage, scored[0])
         seconds = scored[1] + time.perf_counter() - started
-        probs_U = even_probs(task.space, scored[0], 1 - sparsity, scope_of(stage.config), shares_G)
-        return task.select(probs_U, scored[0]), (scored[0], seconds, scored[2])
+        order_U = graded(task.space, scored[0], scope_of(stage.config), keep=1 - sparsity, shares_G=shares_G)
+        return task.select(order_U, scored[0]), (scored[0], seconds, scored[2])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -79,18 +79,6 @@ def _share(space: UnitSpace, units_N: torch.Tensor, keep: float, shares_G: torch
     return keep if shares is None or bool((shares != shares[0]).any()) else float(shares[0])
 
 
-def even_probs(
-    space: UnitSpace,
-    scores_U: torch.Tensor,
-    keep: float,
-    scope: Scope = "layer",
-    shares_G: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What a metric keeps by itself: the best of every set that ``initial_probs`` maps, the same share of each, or its
-    own."""
-    return initial_probs(space, scores_U, keep=keep, map_name="const", scope=scope, shares_G=shares_G)
-
-
 def graded(
     space: UnitSpace,
     scores_U: torch.Tensor,

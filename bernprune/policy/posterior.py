@@ -42,6 +42,7 @@ from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
 
 _LEAST_ESTIMATES = 2  # of a round, for a variance
+_ROUNDING = 1e-12  # what a variance of nothing may come to, as a share of a typical one
 _LEAST_SOFTNESS = 1 / 64  # by when a policy has all but decided
 _NODES = 15  # equally likely values that stand for a normal distribution; odd, so that its mean is one of them
 
@@ -308,7 +309,8 @@ class PosteriorSearch(MaskSearch):
         everywhere = levels_U.mean()
         for members_N in self.beliefs.groups:
             level = levels_U[members_N].mean()
-            levels_U[members_N] = level if level > 0 else everywhere  # 0: none of them was seen to change
+            seen = level > _ROUNDING * everywhere  # else none of them was seen to change
+            levels_U[members_N] = level if seen else everywhere
         return levels_U / contrast_U
 
     def state_dict(self) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def agreeing(priorities_U: torch.Tensor, mask_U: torch.Tensor, budget: Budget) -
     order = priorities_U.argsort(descending=True)
     last = int((budget.costs_U[order].cumsum(0) <= budget.most).sum()) - 1
     level = priorities_U[order[max(last, 0)]].item()  # at which the budget is full
-    return torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=level))
+    below = math.nextafter(level, -math.inf)  # of equals, what contains others would come first, kept or not
+    return torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=below))
 
 
 def _redecide(num_units: int) -> Callable[[MaskSearch, torch.Tensor, torch.Generator], torch.Tensor]:

@@ -79,7 +79,8 @@ def select(
         priorities_U: larger is kept; keep probabilities, worths for their cost or scores.
         tie_break_U: decides between equal priorities (larger is kept), e.g. the initial scores; then the unit's index.
         core_U: a selection of some other budget, bool. What it keeps comes first, and the first that no longer fits
-            ends the selection: then what is kept at any budget is part of what is kept at a larger one.
+            ends the selection: then what is kept at any budget is part of what is kept at a larger one. Under caps
+            that bind that holds between the core and each other selection only, as prices follow from the budget.
 
     Raises:
         BudgetError: what the limits force to be kept costs more than the budget allows, or does not exist.
@@ -198,7 +199,8 @@ def _parts(
     mean_P = np.minimum(wanted_U[best_P], _sums(wanted_U[ranked_U], first_P, size_P) / size_P)
     turn_P = np.where(required_P & (parent_P >= 0), wanted_U[parent_P], mean_P)
     forced_P, later_P = required_P & (parent_P < 0), _sums(later_U[ranked_U], first_P, size_P) > 0
-    depth_P = np.array([KINDS.index(group.kind) for group in space.groups])[group_P]
+    # Of equals, what contains others comes before them; of kinds that lie side by side, none comes before another.
+    depth_P = np.array([KINDS.index(group.kind) if space.nested else 0 for group in space.groups])[group_P]
     order_P = np.lexsort((best_P, -second_U[best_P], -own_U[best_P], depth_P, -turn_P, later_P, ~forced_P))
     columns = (first_P, size_P, cost_P, group_P, pool_P, parent_P, forced_P)
     return _Parts(ranked_U, *(column[order_P] for column in columns))

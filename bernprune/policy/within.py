@@ -68,13 +68,10 @@ def at_best_prices(
         if not low < middle < high:
             break
         found_U, left_U = at(middle)
-        spare = limit - float(costs_U[found_U].sum())
-        if spare < 0:
+        if float(costs_U[found_U].sum()) > limit:
             low = middle
             continue
         high, kept_U, reduced_U = middle, found_U, left_U
-        if spare < float(costs_U.max()):
-            break  # not one more of the dearest would fit
     return kept_U, reduced_U
 
 

@@ -66,7 +66,7 @@ def run_finals(
     folder: RunFolder,
     search: MaskSearch,
     finalists: dict[str, torch.Tensor],
-    scores_U: torch.Tensor,
+    order_U: torch.Tensor,
     work: Work,
     *,
     progress: bool | None = None,
@@ -105,7 +105,7 @@ def run_finals(
                 settle()
         while not stopping.is_set():
             if search.priced:
-                finals.ended = _by_looks(stage, search, text, scores_U, budget)
+                finals.ended = _by_looks(stage, search, text, order_U, budget)
             else:
                 finals.ended = _by_challengers(stage, search, text, budget)
             if finals.ended:
@@ -137,13 +137,13 @@ def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int
     return ""
 
 
-def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.Tensor, budget: int) -> str:
+def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", order_U: torch.Tensor, budget: int) -> str:
     """Look at single changes, and run a heat of the steps that follow; returns why not, or an empty string."""
     finals, mask_U, priorities_U = text.finals, text.finals.mask_U, text.finals.priorities_U
     if priorities_U is None:
         by_search_U = search.priorities_U
         if finals.kept != "learned":
-            by_search_U = reordered(stage.view.space, by_search_U, scores_U)
+            by_search_U = reordered(stage.view.space, by_search_U, order_U)
         priorities_U = agreeing(by_search_U, mask_U, search.budget)
     changed = changes(mask_U, priorities_U, search.budget)
     if not changed:
@@ -154,7 +154,7 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", scores_U: torch.T
         return refusal
     moves_U = moves(priorities_U, changed, text.losses(changed_masks(mask_U, changed), windows), stage.view.space)
     masks, ways = [mask_U], [priorities_U]
-    first_U = scores_U + (scores_U.max() - scores_U.min() + 1) * mask_U  # ties: what is kept, then the metric's
+    first_U = order_U + (order_U.max() - order_U.min() + 1) * mask_U  # ties: what is kept, then the metric's
     for step in STEPS:
         way_U = priorities_U + step * moves_U
         stepped_U = select(way_U, search.budget, limits=stage.limits, tie_break_U=first_U)
@@ -221,11 +221,11 @@ class _Text:
 
 
 def _affordable(text: _Text, num_masks: int, budget: int) -> int:
-    """Windows of a heat: as many as are wanted, or can be paid."""
+    """Windows of a heat: as many as are wanted, or can be paid; none if that is one, which has no error to go by."""
     windows = text.heat_windows
     while windows and text.refuses(heat_sequences(num_masks, windows), windows, budget):
         windows -= 1
-    return windows
+    return windows if windows > 1 else 0
 
 
 def _save(folder: RunFolder, work: Work, finals: Finals) -> None:

@@ -38,7 +38,7 @@ def run_search(
     stage: Stage,
     folder: RunFolder,
     search: MaskSearch,
-    scores_U: torch.Tensor,
+    order_U: torch.Tensor,
     initial_U: torch.Tensor,
     weights: ExpectedWeights | None = None,
     *,
@@ -47,7 +47,7 @@ def run_search(
     """Run or continue the search in its folder, up to its budget; ``search`` holds the result.
 
     Args:
-        scores_U: the initial scores, which break ties and to which what is learned is compared.
+        order_U: how the metric orders units, which breaks ties and to which what is learned is compared.
         initial_U: the selection at the start.
         weights: if given, masks are run on weights that are fitted to the policy as it changes.
         progress: None shows a bar on a terminal only.
@@ -58,7 +58,7 @@ def run_search(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     work, fitted_U = _restore(folder, search, stage.text_sha256)
-    loop, workload = _Loop(stage, folder, search, scores_U, initial_U, work, weights), stage.workload
+    loop, workload = _Loop(stage, folder, search, order_U, initial_U, work, weights), stage.workload
     loop.fit(search.probs_U if fitted_U is None else fitted_U)
     hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
     with (
@@ -104,13 +104,13 @@ def evaluate(
     return losses_BKC[:, :-1], losses_BKC[:, -1], None
 
 
-def current_selection(search: MaskSearch, scores_U: torch.Tensor, limits: Limits) -> torch.Tensor:
+def current_selection(search: MaskSearch, order_U: torch.Tensor, limits: Limits) -> torch.Tensor:
     """What would be kept if the search ended now, bool ``[U]``; scores break ties."""
-    return select(search.priorities_U, search.budget, limits=limits, tie_break_U=scores_U)
+    return select(search.priorities_U, search.budget, limits=limits, tie_break_U=order_U)
 
 
 def reference(
-    name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, scores_U: torch.Tensor, limits: Limits
+    name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, order_U: torch.Tensor, limits: Limits
 ) -> torch.Tensor:
     """What the baseline ``matched`` compares with in the next step, ``[U]``: a mask, or gates in float32.
 
@@ -119,7 +119,7 @@ def reference(
     if name == "dense":
         return torch.ones_like(initial_U)
     if name == "current":
-        return current_selection(search, scores_U, limits)
+        return current_selection(search, order_U, limits)
     if name == "mean-field":
         return search.probs_U.float()
     return initial_U
@@ -130,7 +130,7 @@ class _Loop:
     stage: Stage
     folder: RunFolder
     search: MaskSearch
-    scores_U: torch.Tensor
+    order_U: torch.Tensor
     initial_U: torch.Tensor
     work: Work
     weights: ExpectedWeights | None = None
@@ -147,7 +147,7 @@ class _Loop:
         if self.search.needs_reading:
             reference_U = self._selected()
         else:
-            reference_U = reference(settings.reference, self.search, self.initial_U, self.scores_U, self.stage.limits)
+            reference_U = reference(settings.reference, self.search, self.initial_U, self.order_U, self.stage.limits)
         losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, step)
         if dropped:
@@ -177,7 +177,7 @@ class _Loop:
 
     def _probe(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and the loss of what would be selected now, on the text of the step."""
-        found, self.selected_U = self.search.diagnose(self.scores_U), None
+        found, self.selected_U = self.search.diagnose(self.order_U), None
         if self.stage.workload.probe_sequences:
             loss = objective.losses(self._selected()[None], tokens_BT).item()
             self.work.sequences += self.stage.workload.probe_sequences
@@ -188,7 +188,7 @@ class _Loop:
     def _selected(self) -> torch.Tensor:
         """What would be kept if the search ended now; it changes with the rounds."""
         if self.selected_U is None:
-            self.selected_U = current_selection(self.search, self.scores_U, self.stage.limits)
+            self.selected_U = current_selection(self.search, self.order_U, self.stage.limits)
         return self.selected_U
 
     def _check_read(self, stats: StepStats, step: int) -> None:

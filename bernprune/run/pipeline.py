@@ -22,18 +22,17 @@ from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters, fingerprint
 from bernprune.names import SearchDtype
 from bernprune.picture import draw
-from bernprune.policy.bernoulli import even_probs, graded, reordered
+from bernprune.policy.bernoulli import reordered
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, open_run, versions
-from bernprune.run.initial import scope_of
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.opening import open_model
 from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
 from bernprune.run.repairs import Workshop, expected_weights
-from bernprune.run.scoring import take_start
+from bernprune.run.scoring import ByMetric, take_start
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.run.workload import Work, make_search
@@ -110,42 +109,37 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
     stored = _stored_start(folder) if continued else None
     start = stored or take_start(stage)
-    scores_U, search = start["scores_US"][:, 0], make_search(stage.config, stage.budget, start, stage.ops.sums)
-    start_U = search.probs_U
-    initial_U = select(start_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
-    even_U = even_probs(stage.view.space, scores_U, keep=1 - stage.config.budget.sparsity)
-    uniform_U = select(even_U, stage.budget, limits=stage.limits, tie_break_U=scores_U)
+    search = make_search(stage.config, stage.budget, start, stage.ops.sums)
+    start_U, metric = search.probs_U, ByMetric.of(stage, start, search.probs_U)
+    by_metric, order_U = metric.masks(stage), metric.order_U
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
-        weights_sha256 = fingerprint(stage.view.model)
         if continued:
-            if known is not None:  # else the model may be in another number format than it was
-                folder.check_weights(weights_sha256)
-            folder.write_config(stage.config)  # some settings may change
-            if changed := folder.changed_versions():
-                logger.warning("the run began with %s: it may not go on to the bit", changed)
+            _go_on(stage, folder, same_dtype=known is not None)
         else:
-            folder.start(stage.config, weights_sha256)
+            folder.start(stage.config, fingerprint(stage.view.model))
         if known is None:
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
             write_state(folder.initial, start)
-        work = run_search(stage, folder, search, scores_U, initial_U, weights, progress=progress)
-        finalists = _finalists(stage, search, scores_U, {"initial": initial_U, "uniform": uniform_U})
-        finals = run_finals(stage, folder, search, finalists, scores_U, work, progress=progress)
-    followed = _followed(stage, search, start_U, start)
-    learned = _write_kept(stage, folder, finals, followed, scores_U)
+        work = run_search(stage, folder, search, order_U, by_metric["initial"], weights, progress=progress)
+        finalists = _finalists(stage, search, order_U, by_metric)
+        finals = run_finals(stage, folder, search, finalists, order_U, work, progress=progress)
+    learned_U = metric.initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
+    followed = metric.followed(stage.view.space, learned_U)
+    learned = _write_kept(stage, folder, finals, followed, order_U)
     folder.remove_model()  # of an earlier try that did not reach its report
     search_report = _search_report(stage, dense_loss, work, finals)
     full = _with_own_weights(stage, folder)
-    workshop = Workshop.of_stage(full)
+    workshop = Workshop.of_stage(full, work.step)
     judged = _judge_repaired(full, workshop, finals, finalists)
     if judged:
-        learned = _write_kept(full, folder, finals, followed, scores_U)  # which may be another now
-    losses = _masked_losses(full, dense_loss if full is stage else None, initial_U, uniform_U)
+        learned = _write_kept(full, folder, finals, followed, order_U)  # which may be another now
+    losses = _masked_losses(full, dense_loss if full is stage else None, by_metric)
     if workshop is not None:
         losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
     report = {
-        "search": search_report | {"kept": finals.kept, "changed_units": int((initial_U != finals.mask_U).sum())},
+        "search": search_report
+        | {"kept": finals.kept, "changed_units": int((by_metric["initial"] != finals.mask_U).sum())},
         "diagnostics": _last_round(folder),
         "repair": judged,
         **_report_head(full, finals.mask_U),
@@ -153,7 +147,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         "plans": _plans(full, folder, learned),
     }
     try:
-        report = _with_ratios(merge(report, _finish(full, folder, finals.mask_U, initial_U, workshop)))
+        report = _with_ratios(merge(report, _finish(full, folder, finals.mask_U, by_metric["initial"], workshop)))
         _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
@@ -161,6 +155,15 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
+
+
+def _go_on(stage: Stage, folder: RunFolder, *, same_dtype: bool) -> None:
+    """Take up a run that was begun: with the same weights, maybe with other settings and libraries."""
+    if same_dtype:  # otherwise they cannot be told
+        folder.check_weights(fingerprint(stage.view.model))
+    folder.write_config(stage.config)
+    if changed := folder.changed_versions():
+        logger.warning("the run began with %s: it may not go on to the bit", changed)
 
 
 def _with_own_weights(stage: Stage, folder: RunFolder) -> Stage:
@@ -172,13 +175,13 @@ def _with_own_weights(stage: Stage, folder: RunFolder) -> Stage:
 
 
 def _finalists(
-    stage: Stage, search: MaskSearch, scores_U: torch.Tensor, metric: dict[str, torch.Tensor]
+    stage: Stage, search: MaskSearch, order_U: torch.Tensor, metric: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What may be kept, by name: what was learned, its widths in the metric's order, and the metric's own."""
-    widths_U = reordered(stage.view.space, search.priorities_U, scores_U)
+    widths_U = reordered(stage.view.space, search.priorities_U, order_U)
     candidates = {
-        "learned": current_selection(search, scores_U, stage.limits),
-        "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=scores_U),
+        "learned": current_selection(search, order_U, stage.limits),
+        "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=order_U),
         **metric,
     }
     finalists: dict[str, torch.Tensor] = {}
@@ -189,11 +192,11 @@ def _finalists(
 
 
 def _write_kept(
-    stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], scores_U: torch.Tensor
+    stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], order_U: torch.Tensor
 ) -> Learned:
     """Write the plan, and what decides at other sparsities; returns the latter."""
     priorities_U = followed[finals.kept] if finals.priorities_U is None else finals.priorities_U
-    learned = Learned(stage.view.space, priorities_U, scores_U, finals.mask_U)
+    learned = Learned(stage.view.space, priorities_U, order_U, finals.mask_U)
     learned.write(folder.learned)
     write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
     return learned
@@ -220,19 +223,6 @@ def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
         write_bytes(folder.picture, draw(report, folder.read_metrics()))
     except Exception as error:  # matplotlib and what it calls raise nearly every kind
         logger.warning("%s could not be drawn: %s", folder.picture, error)
-
-
-def _followed(
-    stage: Stage, search: MaskSearch, start_U: torch.Tensor, start: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The priorities that each finalist goes by at other sparsities."""
-    space, scores_U, initial_U = stage.view.space, start["scores_US"][:, 0], start_U
-    if stage.config.initial.map == "const":  # which knows two levels only
-        keep, scope = 1 - stage.config.budget.sparsity, scope_of(stage.config)
-        initial_U = graded(space, scores_U, scope, keep=keep, shares_G=start["shares_G"])
-    learned_U = initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
-    widths_U = reordered(space, learned_U, scores_U)
-    return {"learned": learned_U, "widths": widths_U, "initial": initial_U, "uniform": graded(space, scores_U)}
 
 
 def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
@@ -285,13 +275,13 @@ def _last_round(folder: RunFolder) -> dict[str, Any]:
 
 
 def _masked_losses(
-    full: Stage, dense_loss: float | None, initial_U: torch.Tensor, uniform_U: torch.Tensor
+    full: Stage, dense_loss: float | None, by_metric: dict[str, torch.Tensor]
 ) -> dict[str, float | None]:
     """Losses of the model itself, dense and under what the metric would keep."""
     return {
         "dense": mean_loss(full.view.model, full.eval_windows_WT) if dense_loss is None else dense_loss,
-        "uniform": mask_loss(full, uniform_U, "of the metric's uniform selection"),
-        "initial": mask_loss(full, initial_U, "of the initial selection"),
+        "uniform": mask_loss(full, by_metric["uniform"], "of the metric's uniform selection"),
+        "initial": mask_loss(full, by_metric["initial"], "of the initial selection"),
     }
 
 

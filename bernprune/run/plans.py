@@ -48,8 +48,9 @@ class Learned:
         """The mask of another budget, bool ``[U]``.
 
         Args:
-            nested: of two sparsities, what the higher keeps is part of what the lower keeps, the run's own among them.
-                That may leave a little more of the budget unspent.
+            nested: of two sparsities, what the higher keeps is part of what the lower keeps, the run's own among them;
+                under ``budget.also`` one of the two must be the run's own. That may leave a little more of the budget
+                unspent.
 
         Raises:
             BudgetError: a sparsity too far from the run's, or one that the limits do not allow.

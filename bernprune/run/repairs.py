@@ -81,11 +81,16 @@ class Workshop:
         return cls(settings.method, repairer, judging_WT, ops)
 
     @classmethod
-    def of_stage(cls, stage: Stage) -> "Workshop | None":
-        """The workshop of a run; None where nothing is to be repaired."""
+    def of_stage(cls, stage: Stage, steps: int | None = None) -> "Workshop | None":
+        """The workshop of a run; None where nothing is to be repaired.
+
+        Args:
+            steps: that the search has taken; by default those that are planned, if any are.
+        """
         if stage.config.repair.method == "none":
             return None
-        learned = (stage.workload.steps or 0) * stage.config.search.windows
+        taken = (stage.workload.steps or 0) if steps is None else steps
+        learned = taken * stage.config.search.windows
         return cls.of(stage.config, stage.view, stage.train, stage.ops, stage.rows, stage.kept_back, learned)
 
     @classmethod

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import torch
 from bernprune.config import RunConfig
 from bernprune.errors import RunError
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
-from bernprune.policy.bernoulli import graded
+from bernprune.policy.bernoulli import graded, reordered
 from bernprune.policy.selection import select
 from bernprune.run.folder import check_writable
-from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, start_probs
+from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, scope_of, start_probs
 from bernprune.run.stage import Stage, set_stage
 from bernprune.scores import SCORES, holds_scores, initial_scores, read_scores, write_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
+from bernprune.units import UnitSpace
 
 _SCORED_TOKENS = 2048  # of one forward pass for a metric, which keeps float32 copies of activations
 
@@ -50,6 +51,42 @@ def take_start(stage: Stage) -> dict[str, torch.Tensor]:
     shares_G = group_shares(stage, scores_US[:, 0])
     probs_U = start_probs(config, stage.view.space, scores_US[:, 0], shares_G)
     return {"scores_US": scores_US, "shares_G": shares_G, "probs_U": probs_U}
+
+
+@dataclass(frozen=True)
+class ByMetric:
+    """What the metric says before anything is learned, ``[U]``.
+
+    Attributes:
+        order_U: of units, so that layers compare as its allocation says; it breaks all ties.
+        initial_U: priorities of the start.
+        evenly_U: priorities by which every layer loses the same share.
+    """
+
+    order_U: torch.Tensor
+    initial_U: torch.Tensor
+    evenly_U: torch.Tensor
+
+    @classmethod
+    def of(cls, stage: Stage, start: dict[str, torch.Tensor], probs_U: torch.Tensor) -> "ByMetric":
+        config, space, scores_U = stage.config, stage.view.space, start["scores_US"][:, 0]
+        keep, shares_G = 1 - config.budget.sparsity, start["shares_G"]
+        order_U = graded(space, scores_U, scope_of(config), keep=keep, shares_G=shares_G)
+        # The map const knows two levels only: within them, the order says what comes first.
+        return cls(order_U, order_U if config.initial.map == "const" else probs_U, graded(space, scores_U))
+
+    def masks(self, stage: Stage) -> dict[str, torch.Tensor]:
+        """What it keeps of itself."""
+        priorities = {"initial": self.initial_U, "uniform": self.evenly_U}
+        return {
+            name: select(values_U, stage.budget, limits=stage.limits, tie_break_U=self.order_U)
+            for name, values_U in priorities.items()
+        }
+
+    def followed(self, space: UnitSpace, learned_U: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The priorities that each finalist goes by at other sparsities."""
+        widths_U = reordered(space, learned_U, self.order_U)
+        return {"learned": learned_U, "widths": widths_U, "initial": self.initial_U, "uniform": self.evenly_U}
 
 
 def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
