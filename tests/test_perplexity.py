@@ -147,11 +147,11 @@ def text(tmp_path: Path) -> Path:
 
 
 @needs_stories
-@pytest.mark.parametrize(("max_tokens", "windows"), [(None, None), (100, 3), (31, 1), (96, 3)])
+@pytest.mark.parametrize(("max_tokens", "windows"), [(None, None), (100, 3), (32, 1), (96, 3)])
 def test_evaluate_measures_disjoint_windows_from_the_beginning(
     text: Path, max_tokens: int | None, windows: int | None
 ) -> None:
-    """BOS and the text's tokens, cut to windows in order; ``max_tokens`` cuts to whole windows, but at least one."""
+    """BOS and the text's tokens, cut to windows in order; ``max_tokens`` cuts to whole windows."""
     model, tokenizer = load_model(str(STORIES_MODEL), dtype="float32"), load_tokenizer(str(STORIES_MODEL))
     stream = torch.tensor([1, *tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]])
     count = len(stream) // 32 if windows is None else windows

@@ -106,10 +106,9 @@ def test_rows_follow_from_the_memory_of_a_gpu(free: int, expected: int, monkeypa
     """Half of what is free, up to a limit; a power of 2, one at least. A number that is given is taken."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**15))
     monkeypatch.setattr(module, "_ACTIVATION_BYTES", 2**30 if free < 10**15 else 10**15)
-    parameter = SimpleNamespace(device=torch.device("cuda"))
-    model = SimpleNamespace(parameters=lambda: iter([parameter]), dtype=torch.bfloat16)
+    model = SimpleNamespace(dtype=torch.bfloat16)
     shape = SimpleNamespace(layers=[SimpleNamespace(channels=100_000)], hidden_size=20_000)
-    view = SimpleNamespace(model=model, architecture=shape)
+    view = SimpleNamespace(model=model, architecture=shape, device=torch.device("cuda"))
     config = make_config({"data": {"window": 70}})
     assert row_bytes(config, view) == 2 * 70 * 420_000
     assert rows_per_forward(config, view) == expected
