@@ -341,9 +341,9 @@ def test_kernels_are_chosen_where_they_can_run(
 
     monkeypatch.setattr(masking, "load_backend", load)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: given.get("capability", (9, 0)))
-    parameter = SimpleNamespace(device=torch.device(given.get("device", "cuda")))
     view: Any = SimpleNamespace(
-        model=SimpleNamespace(parameters=lambda: iter([parameter]), dtype=given.get("dtype", torch.bfloat16)),
+        device=torch.device(given.get("device", "cuda")),
+        model=SimpleNamespace(dtype=given.get("dtype", torch.bfloat16)),
         layers=[SimpleNamespace(ffn=SimpleNamespace(act_fn=given.get("activation", nn.SiLU())))],
         family=SimpleNamespace(activation="act_fn"),
         opaque=given.get("opaque"),

@@ -176,7 +176,7 @@ def test_architectures_name_their_first_difference() -> None:
     """None between equals; otherwise what differs, with both values."""
     shapes = ARCHITECTURE.layers
     changes: dict[str, Architecture] = {
-        "model_type llama against opt": replace(ARCHITECTURE, model_type="opt"),
+        "model_type 'llama' against 'opt'": replace(ARCHITECTURE, model_type="opt"),
         "hidden_size 36 against 37": replace(ARCHITECTURE, hidden_size=37),
         "head_dim 8 against 4": replace(ARCHITECTURE, head_dim=4),
         "3 layers against 2": replace(ARCHITECTURE, layers=shapes[:2]),
