@@ -47,7 +47,7 @@ def main() -> None:
     args = arguments_of(
         str(__doc__),
         out=Path(source.model),
-        steps=2400,
+        steps=1000,
         batch=256,
         micro_batch=64,
         vocab_size=8192,
