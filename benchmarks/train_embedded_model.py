@@ -8,16 +8,12 @@ hour; glibc's allocator spends half of that returning memory unless told to keep
     MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 python benchmarks/train_embedded_model.py
 """
 
-import json
 import sys
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.training import arguments_of, pack, save, table_of, train, train_tokenizer
+from benchmarks.training import arguments_of, make
 from bernprune.embedded.prose import documents
 
 CARD = """# The embedded test model
@@ -47,26 +43,18 @@ def main() -> None:
     args = arguments_of(
         str(__doc__), out=Path("bernprune/embedded/model"), steps=3000, batch=32, micro_batch=8, vocab_size=2048
     )
-    texts = documents("train")
-    tokenizer = train_tokenizer(texts, args.vocab_size)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    make(
+        documents("train"),
+        documents("held-out"),
+        args,
+        CARD,
         hidden_size=192,
         intermediate_size=512,
         num_hidden_layers=8,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=args.window,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
         attn_implementation="eager",
     )
-    torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(config)
-    figures = train(model, pack(tokenizer, texts), pack(tokenizer, documents("held-out")), args)
-    save(model, tokenizer, CARD.format(rows=table_of(figures)), args.out)
-    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

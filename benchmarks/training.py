@@ -1,6 +1,7 @@
 """Train a small Llama from nothing: what the scripts that make models to be pruned have in common."""
 
 import argparse
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
@@ -33,6 +34,24 @@ def arguments_of(description: str, **defaults: Any) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.set_defaults(**defaults)
     return parser.parse_args()
+
+
+def make(texts: Sequence[str], held_out: Sequence[str], args: argparse.Namespace, card: str, **shape: Any) -> None:
+    """Train a Llama of this shape and save it; ``card`` is its model card but for the ``rows`` of its table."""
+    tokenizer = train_tokenizer(texts, args.vocab_size)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=args.window,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **shape,
+    )
+    torch.manual_seed(args.seed)
+    model = LlamaForCausalLM(config)
+    figures = train(model, pack(tokenizer, texts), pack(tokenizer, held_out), args)
+    save(model, tokenizer, card.format(rows=table_of(figures)), args.out)
+    print(json.dumps(figures, indent=2))
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -60,9 +60,11 @@ def test_ablations_are_compared_seed_by_seed(tmp_path: Path) -> None:
 
 
 def test_losses_taken_differently_are_not_compared(tmp_path: Path) -> None:
-    """Nor is a table made of nothing."""
+    """Nor those of a model that was trained again, and no table is made of nothing."""
     with pytest.raises(DataError, match="no rows yet"):
         show.main(["--folder", str(tmp_path)])
+    with pytest.raises(DataError, match=r"tiny at sparsity 0.3 are of models with other weights"):
+        show.lines_of([made_row("better", 0, 2.0), made_row("worse", 0, 2.5, dense_loss=1.1)])
     other = made_row("worse", 0, 2.5)["protocol"] | {"window": 32}
     for row in (made_row("better", 0, 2.0), made_row("worse", 0, 2.5, protocol=other)):
         append_row(tmp_path / "results.jsonl", row)

@@ -64,7 +64,7 @@ def test_novels_become_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(task.SOURCES, "novels", source)
     monkeypatch.setattr(train_novels, "SHARED", tmp_path)
     monkeypatch.setattr(train_novels, "OTHERS", ("others.jsonl",))
-    monkeypatch.setattr(train_novels, "LlamaConfig", lambda **given: small(vocab_size=given["vocab_size"]))
+    monkeypatch.setattr(training, "LlamaConfig", lambda **given: small(vocab_size=given["vocab_size"]))
     assert len(train_novels.novels(source.text)) == 2
     sizes = ["--steps=3", "--batch=2", "--micro-batch=2", "--window=16", "--vocab-size=262", "--device=cpu"]
     monkeypatch.setattr("sys.argv", ["train_novels.py", *sizes])

@@ -27,6 +27,7 @@ from bernprune.evaluation.perplexity import perplexity
 from bernprune.storage import write_bytes
 
 HERE = Path(__file__).parent
+SAME = 1e-3  # nats; by so much the loss of the same weights may differ between machines
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ Place = tuple[str, float]  # a model at a sparsity
 
 
 def lines_of(rows: Sequence[Row]) -> dict[Place, list[Line]]:
-    """Of every place, the best method first. Raises ``DataError`` where losses were not taken alike."""
+    """Of every place, the best method first. Raises ``DataError`` where losses are of other texts or other weights."""
     places: dict[Place, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         same = json.dumps([row["method"], row["settings"], row["sequences"]], sort_keys=True)
@@ -72,6 +73,9 @@ def lines_of(rows: Sequence[Row]) -> dict[Place, list[Line]]:
         protocols = {json.dumps(row["protocol"], sort_keys=True) for seeds in found.values() for row in seeds}
         if len(protocols) > 1:
             raise DataError(f"the losses of {model} at sparsity {sparsity} were taken by {len(protocols)} protocols")
+        dense = [row["dense_loss"] for seeds in found.values() for row in seeds]
+        if max(dense) - min(dense) > SAME:
+            raise DataError(f"the rows of {model} at sparsity {sparsity} are of models with other weights")
     return {
         place: sorted(map(Line, found.values()), key=lambda line: line.mean("loss"))
         for place, found in sorted(places.items())

@@ -7,17 +7,15 @@ held out are other novels. Writes bf16 safetensors, the tokenizer and a model ca
 folder that git ignores.
 """
 
-import json
 import sys
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.task import SHARED, SOURCES
-from benchmarks.training import arguments_of, pack, save, table_of, train, train_tokenizer
+from benchmarks.training import arguments_of, make
 from bernprune.errors import BernpruneError
 from bernprune.text import load_documents
 
@@ -25,7 +23,7 @@ OTHERS = ("data/tinystories/train.jsonl", "data/c4-sample/c4-sample.jsonl")
 
 CARD = """# The model of the task `novels`
 
-A Llama to measure pruning on, by `benchmarks/learning/train_novels.py`: {layers} layers, hidden size {hidden},
+A Llama to measure pruning on, by `benchmarks/learning/train_novels.py`: 12 layers, hidden size 512,
 byte-level BPE tokens, tied embeddings; Muon for matrices, AdamW for the rest, bf16 autocast. The loss is that of the
 stored weights over disjoint windows of novels that it was not trained on.
 
@@ -56,25 +54,17 @@ def main() -> None:
     texts = novels(source.text)
     for name in OTHERS:
         texts += load_documents(str(SHARED / name), split="train")
-    tokenizer = train_tokenizer(texts, args.vocab_size)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+    make(
+        texts,
+        novels(source.held_out),
+        args,
+        CARD,
         hidden_size=512,
         intermediate_size=1408,
         num_hidden_layers=12,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=args.window,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
     )
-    torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(config)
-    figures = train(model, pack(tokenizer, texts), pack(tokenizer, novels(source.held_out)), args)
-    card = CARD.format(layers=config.num_hidden_layers, hidden=config.hidden_size, rows=table_of(figures))
-    save(model, tokenizer, card, args.out)
-    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
