@@ -212,16 +212,20 @@ def _name(axes: Any, ends: list[tuple[str, float, float]], colours: dict[str, An
 def simulation_table(rows: Sequence[Row]) -> str:
     """What was recovered at the end of each search, in Markdown; a column a method, mean over seeds."""
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = defaultdict(list)
+    found: dict[tuple[int, int, str], list[float]] = defaultdict(list)
+    levels: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
     for row in rows:
         found[row["units"], row["sequences"], row["method"]].append(row["recovered"][-1])
+        levels[row["units"], row["sequences"]][row["seed"]] = row["levels"]
     parts = [
         "## Large models, simulated\n\nShare of the possible gain over the score's own uniform selection that was "
-        "recovered; below 0 is worse than the score (`simulate.py`, 30% removed). Mean over seeds, whose number stands "
-        f"in brackets.\n\n| units | sequences | {' | '.join(methods)} |\n| ---: | ---: |{' ---: |' * len(methods)}\n"
+        "recovered; below 0 is worse than the score (`simulate.py`, 30% removed). *Levels*: by a selection that knows "
+        "all there is to know but for what sets units of a layer apart. Mean over seeds, whose number stands in "
+        f"brackets.\n\n| units | sequences | {' | '.join(methods)} | levels |\n"
+        f"| ---: | ---: |{' ---: |' * (len(methods) + 1)}\n"
     ]
     for units, sequences in sorted({(row["units"], row["sequences"]) for row in rows}):
-        cells = [found[units, sequences, method] for method in methods]
+        cells = [found[units, sequences, method] for method in methods] + [[*levels[units, sequences].values()]]
         written = [f"{statistics.fmean(cell):.2f} ({len(cell)})" if cell else "-" for cell in cells]
         parts.append(f"| {units:,} | {sequences:,} | {' | '.join(written)} |\n")
     return "".join(parts)

@@ -14,7 +14,9 @@ showed on stories260K when few units were changed. It knows no tokens, so that `
 There is no final choice: the search has nine tenths of the sequences, and what it learned is selected.
 
 Recovered is the share of what can be gained over the score's uniform selection, that is over the best selection which
-knows all worths: 0 is no better than the score, 1 is the best there is.
+knows all worths: 0 is no better than the score, 1 is the best there is. *Levels* is what is recovered by one that knows
+exactly what the units of a kind in a layer are worth on average, and what the score says of each: what can be learned
+without telling single units apart.
 
 Letters: U units, L layers, B windows, K masks, C chunks.
 """
@@ -46,7 +48,7 @@ from bernprune.seeding import generator
 from bernprune.units import Architecture, LayerShape, UnitGroup, UnitSpace
 
 SPARSITY, START_EXCESS, TEXT_SPREAD, TEXT_SHARE = 0.3, 1.2, 0.35, 3.0
-SCORE_SPREAD = 0.2
+SCORE_SPREAD, SCORE_DOUBT = 0.2, 1.6  # the doubt is in logarithms of worths, which deviate by 1 themselves
 LOOKS = 8  # at what would be selected, in a run
 LAYERS, CHANNELS_OF_A_HEAD = 32, 344  # kv groups are a 344th of the channels, as in Llama-2-7B, and cost 43 of them
 METHODS: dict[str, dict[str, Any]] = {
@@ -89,14 +91,17 @@ class Surrogate:
         level_L = torch.randn(LAYERS, generator=random, dtype=torch.float64).mul(0.7).exp()
         within_U = torch.randn(size, generator=random, dtype=torch.float64)
         self.worth_U = level_L[self.layers_U] * within_U.exp() * costs_U
-        known_U = within_U + 1.6 * torch.randn(size, generator=random, dtype=torch.float64)
+        known_U = within_U + SCORE_DOUBT * torch.randn(size, generator=random, dtype=torch.float64)
         self.scores_U = (SCORE_SPREAD * known_U / known_U.std()).exp()
         self.curvature = 0.0
         budget = Budget(space, SPARSITY)
         start_U = uniform_selection(space, self.scores_U)
         self.worth_U *= 0.5 * START_EXCESS / self.excess(start_U)
         self.curvature = (START_EXCESS - self.excess(start_U)) / self._by_layer(start_U).square().sum().item()
-        self.start, self.best = self.excess(start_U), self.excess(self._best(budget))
+        self.start, self.best = self.excess(start_U), self.excess(self._best(budget, self.worth_U))
+        said_U = (known_U / (1 + SCORE_DOUBT**2)).exp()  # expected of a unit, but for a factor
+        levels = [said_U[units] * self.worth_U[units].sum() / said_U[units].sum() for units in space.spans]
+        self.levels = self.recovered(self._best(budget, torch.cat(levels)))
 
     def _by_layer(self, mask_U: torch.Tensor) -> torch.Tensor:
         return torch.zeros(LAYERS, dtype=torch.float64).index_add(
@@ -108,12 +113,12 @@ class Surrogate:
         lost_L = self._by_layer(mask_U)
         return (lost_L.sum() + self.curvature * lost_L.square().sum()).item()
 
-    def _best(self, budget: Budget) -> torch.Tensor:
-        """By true worths at the margin, until they change no more."""
+    def _best(self, budget: Budget, worth_U: torch.Tensor) -> torch.Tensor:
+        """By these worths at the margin, until they change no more."""
         mask_U, lost_L = torch.ones(self.space.size, dtype=torch.bool), torch.zeros(LAYERS, dtype=torch.float64)
         for _ in range(50):
             lost_L = 0.7 * lost_L + 0.3 * self._by_layer(mask_U)
-            margin_U = self.worth_U * (1 + 2 * self.curvature * lost_L[self.layers_U])
+            margin_U = worth_U * (1 + 2 * self.curvature * lost_L[self.layers_U])
             mask_U = select(margin_U / budget.costs_U, budget, limits=Limits())
         return mask_U
 
@@ -179,6 +184,7 @@ def run(name: str, num_units: int, sequences: int, seed: int) -> Row:
         "recovered": recovered,
         "start": surrogate.start,
         "best": surrogate.best,
+        "levels": surrogate.levels,
         "seconds": round(time.monotonic() - started, 1),
         "machine": machine(torch.device("cpu")),
         "commit": commit(),
