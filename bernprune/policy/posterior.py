@@ -8,7 +8,8 @@ rounds into beliefs (``bernprune.policy.beliefs``), and a unit is kept with the 
 
 with the price lambda at which the policy meets the budget, and c_u what keeping the unit costs under the policy of the
 round before. From this masks are drawn. What is selected in the end follows from mu, sigma and c: of each group as many
-units as are expected to be worth their price, the best ones (``expected_order``).
+units as are expected to be worth their price, the best ones (``expected_order``). For channels, sigma there is the
+doubt about their line alone: what is not known of single ones is no reason to keep more of them, or fewer.
 
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
@@ -146,8 +147,7 @@ class PosteriorSearch(MaskSearch):
 
     @property
     def priorities_U(self) -> torch.Tensor:
-        """Values, of which each group has as many above any price as the policy expects to keep; see
-        ``expected_order``."""
+        """Values, of which each group has as many above any price as are expected to be worth it."""
         return self._order_U if self.rounds else self.probs_U
 
     @property
@@ -284,12 +284,13 @@ class PosteriorSearch(MaskSearch):
             self.softness = min(1.0, 2 * self.softness)
         self._follow(costs_U)
         self._end_round(self.rounds + 1)
-        charged_U = self.budget.marginal_cost(self.probs_U)
-        self._order_U = expected_order(self.budget.space, self.worth_U / charged_U, self.deviation_U / charged_U)
+        space, charged_U = self.budget.space, self.budget.marginal_cost(self.probs_U)
+        doubt_U = torch.where(space.of_kind("channel"), self.beliefs.line_deviation_U, self.deviation_U)
+        self._order_U = expected_order(space, self.worth_U / charged_U, doubt_U / charged_U)
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
         self._last_round = {
-            "signal_to_noise": signal_to_noise(self.budget.space, observed_U, noise_U),
-            "agreement": correlation_by_kind(self.budget.space, *halves),
+            "signal_to_noise": signal_to_noise(space, observed_U, noise_U),
+            "agreement": correlation_by_kind(space, *halves),
             "regret": expected_regret(free_U, self.deviation_U),
         }
 
