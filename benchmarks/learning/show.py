@@ -216,7 +216,8 @@ def simulation_table(rows: Sequence[Row]) -> str:
     levels: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
     for row in rows:
         found[row["units"], row["sequences"], row["method"]].append(row["recovered"][-1])
-        levels[row["units"], row["sequences"]][row["seed"]] = row["levels"]
+        if "levels" in row:  # rows of before know nothing of them
+            levels[row["units"], row["sequences"]][row["seed"]] = row["levels"]
     parts = [
         "## Large models, simulated\n\nShare of the possible gain over the score's own uniform selection that was "
         "recovered; below 0 is worse than the score (`simulate.py`, 30% removed). *Levels*: by a selection that knows "

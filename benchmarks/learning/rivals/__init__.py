@@ -35,6 +35,7 @@ _STAGES = (
     {"offspring": 32, "survivors": [8, 2, 1], "windows": [2, 8, 32]},
     {"offspring": 16, "survivors": [4, 1], "windows": [4, 32]},
 )
+_RATES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _L0 = ((1.0, 2.0), (2.0, 2.0), (4.0, 2.0), (8.0, 2.0), (4.0, 1.0), (2.0, 4.0), (4.0, 4.0), (8.0, 4.0))
 
 
@@ -55,7 +56,11 @@ def _ste(order: str) -> tuple[Settings, ...]:
 METHODS = {
     "default": Method(default),
     "reinforce": Method(reinforce),
-    "paper": Method(paper, tuple({"learning_rate": rate} for rate in (0.0005, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1))),
+    "reinforce-pulled": Method(
+        reinforce,
+        tuple({"learning_rate": rate, "pull": pull} for rate in (0.1, 0.3, 1.0) for pull in (0.0001, 0.001, 0.01)),
+    ),
+    "paper": Method(paper, tuple({"learning_rate": rate} for rate in _RATES)),
     "paper-published": Method(paper, ({"learning_rate": 0.002},)),
     "wanda-sp": _metric("wanda-sp", "layer"),
     "wanda-sp-global": _metric("wanda-sp", "global"),

@@ -44,7 +44,7 @@ def default(task: Task, settings: Settings) -> torch.Tensor:
 
 
 def reinforce(task: Task, settings: Settings) -> torch.Tensor:
-    """Plain policy gradients."""
+    """Natural policy gradients, of which ``pull`` draws the policy to its start (its divergence in nats)."""
     return run_preset("reinforce", task, {"search": settings})
 
 
