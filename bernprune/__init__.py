@@ -25,8 +25,9 @@ from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair import Repairer
-from bernprune.run.applying import apply_plan, read_plan
+from bernprune.run.applying import apply_plan
 from bernprune.run.pipeline import prune, resume
+from bernprune.run.plans import read_plan
 from bernprune.run.recovering import recover
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KeepPlan, UnitSpace

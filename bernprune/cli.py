@@ -27,7 +27,7 @@ from bernprune.report import applied, evaluated, recovered, selected, table
 from bernprune.run import applying, pipeline, recovering
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
-from bernprune.run.plans import select_plan
+from bernprune.run.plans import read_plan, select_plan
 from bernprune.run.recovering import RECOVERY_SETTINGS, RecoveryFolder
 from bernprune.run.score_tables import metrics_table, scores_table
 from bernprune.run.scoring import score_model
@@ -71,6 +71,8 @@ def _run(arguments: list[str]) -> int:
     except torch.OutOfMemoryError:
         return _fail("the GPU's memory is full; another model.device, or a shorter model.dtype, may do", debug)
     except Exception as error:
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words, of a RuntimeError
+            return _fail(f"the machine's memory is full{_how_to_resume()}", debug)
         if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
             raise
         return _fail(error.format_message(), debug)
@@ -278,7 +280,7 @@ def apply(
     if "text" in checked.data.model_fields_set and checked.repair.method == "none":
         raise ConfigError("--text is the text of a repair, but --repair is 'none'")
     _quiet_libraries()
-    done = applying.apply_plan(checked, applying.read_plan(plan), out)
+    done = applying.apply_plan(checked, read_plan(plan), out)
     _show(f"{applied(done)}\nresult       {out}")
 
 

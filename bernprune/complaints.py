@@ -1,11 +1,14 @@
 """What is wrong with settings, in one sentence that names the dotted key, the value and what is allowed."""
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
+
+from bernprune.names import meant
 
 
 def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
@@ -23,7 +26,8 @@ def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
     # A value of which several types are allowed has a problem with each.
     same = [other["msg"] for other in others if _key(other, keys) == key and other["input"] is given]
     messages = dict.fromkeys(each[0].lower() + each[1:] for each in (message, *same))
-    return f"setting {key!r}: {' or '.join(messages)}, but got {given!r}"
+    names = re.findall("'(.*?)'", " ".join(messages)) if isinstance(given, str) else []
+    return f"setting {key!r}: {' or '.join(messages)}, but got {given!r}{meant(str(given), names)}"
 
 
 def _key(problem: Any, keys: list[str]) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bernprune.complaints import sentence
 from bernprune.errors import ConfigError
-from bernprune.names import BackendName, Kind, MethodName, PresetName, RepairName
+from bernprune.names import BackendName, Kind, MethodName, PresetName, RepairName, unknown
 from bernprune.presets import PRESETS
 from bernprune.sections import (
     BudgetConfig,
@@ -39,6 +39,7 @@ METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity", "look_windows"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
 }
+COMPARING = ("leave-one-out", "published")  # baselines that take the masks of a step from each other
 # Other settings that mean nothing unless another one has one of these values.
 _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "initial.also": ("search.method", ("posterior",)),
@@ -172,6 +173,15 @@ class RunConfig(Section):
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
             if self._changed(setting) and self._value(other) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
+        channels, flops = "channel" in self.granularity, "flops" in {self.budget.measure, *self.budget.also}
+        for setting, meant, why in (
+            ("plans.nested", bool(self.plans.sparsities), "without plans.sparsities"),
+            ("budget.flops_window", flops, "for a budget that is not of flops"),
+            ("budget.channel_multiple", channels, "without channel in the granularity"),
+            ("search.swing", channels, "without channel in the granularity"),
+        ):
+            if self._changed(setting) and not meant:
+                raise ValueError(f"{setting} has no meaning {why}")
         for name in ("search.final_windows", "search.look_windows"):
             if self._changed(name) and not self.search.selection and (self.search.refit or self.search.selection == 0):
                 why = "" if self.search.selection == 0 else ", which is the default with search.refit"
@@ -196,6 +206,10 @@ class RunConfig(Section):
             raise ValueError(f"search.chunk {search.chunk} must divide data.window, which is {self.data.window}")
         if search.sequences == "auto" and search.method != "posterior":
             raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
+        if search.method == "reinforce" and search.baseline in COMPARING and search.masks < 2:
+            raise ValueError(
+                f"search.baseline {search.baseline!r} needs 2 masks or more, but search.masks is {search.masks}"
+            )
         if search.pull > 0 and not 0 < self.policy.floor < self.policy.ceiling < 1:
             raise ValueError("search.pull needs policy.floor above 0 and policy.ceiling below 1")
         if search.dtype == "int8" and self.backend == "triton":
@@ -288,7 +302,7 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
     """
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
-        raise ConfigError(f"preset {preset!r} is unknown; known are {', '.join(PRESETS)}")
+        raise ConfigError(unknown("preset", str(preset), PRESETS))
     try:
         return RunConfig.model_validate(merge(PRESETS[preset], given))
     except ValidationError as error:

@@ -1,6 +1,7 @@
 """The names of what can be chosen by a word, in one place, so that the configuration depends on no other module."""
 
 import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from bernprune.errors import ConfigError
@@ -57,7 +58,19 @@ PresetName = Literal["default", "reinforce", "paper"]
 def check_name(what: str, name: str, names: Any) -> None:
     """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
     if name not in get_args(names):
-        raise ConfigError(f"{what} {name!r} is unknown; known are {', '.join(get_args(names))}")
+        raise ConfigError(unknown(what, name, get_args(names)))
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """That a name is unknown, which ones are known, and which one was meant if that can be guessed."""
+    known = tuple(known)
+    return f"{what} {name!r} is unknown; known are {', '.join(known)}{meant(name, known)}"
+
+
+def meant(name: str, known: Sequence[str]) -> str:
+    """The question whether another name was meant, to end a sentence with; empty if none is spelt like this one."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def nearest(name: str, names: Any) -> str:

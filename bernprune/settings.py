@@ -32,6 +32,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+def _load(text: str) -> Any:
+    """Raises ``yaml.YAMLError`` for all that is not YAML, a date with a thirteenth month, say."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise yaml.YAMLError(error) from error
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The nested data of a YAML file, in which ``a.b: c`` stands for ``a: {b: c}``.
 
@@ -39,7 +47,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is none, or a setting is given twice.
     """
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = _load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -93,9 +101,9 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
         if only and not _among(key, only):
             raise ConfigError(f"--set {setting!r} is not possible here; what can be set is {', '.join(only)}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {setting!r}: the value is not YAML") from None
+            value = _load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {setting!r}: the value is not YAML: {' '.join(str(error).split())}") from None
         nested = merge(nested, _as_section(key, value))
     return nested
 

@@ -37,6 +37,7 @@ from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.plans import Learned
 from bernprune.sections import PolicyConfig
 from bernprune.settings import merge, parse_settings
+from bernprune.storage import write_json
 from bernprune.units import KeepPlan, LayerPlan
 
 # --- the table: what is tried, and what the sentence must say ---
@@ -146,8 +147,14 @@ def _select(out: str | Path, *given: str) -> list[str]:
 
 def _learned(place: Place, *more: str) -> Path:
     """A run that is done with learning; what it learned is of units made by hand."""
-    numbers_U = torch.linspace(0, 1, FLAT.size, dtype=torch.float64)
-    Learned(FLAT, numbers_U, numbers_U.exp(), numbers_U > 0.3).write(RunFolder(_unfinished(place, *more)).learned)
+    numbers_U, folder = torch.linspace(0, 1, FLAT.size, dtype=torch.float64), RunFolder(_unfinished(place, *more))
+    Learned(FLAT, numbers_U, numbers_U.exp(), numbers_U > 0.3).write(folder.learned)
+    write_json(folder.plan, FLAT.plan(numbers_U > 0.3).to_dict())
+    return place.out
+
+
+def _learned_elsewhere(place: Place) -> Path:
+    write_json(RunFolder(_learned(place)).plan, FLAT.plan(torch.ones(FLAT.size, dtype=torch.bool)).to_dict())
     return place.out
 
 
@@ -249,7 +256,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: p.prune(*REINFORCE, "search.sequences=7", "search.baseline=matched"),
         ("search.sequences", "one step of 8", "got 7"),
     ),
-    "masks-too-few": (lambda p: p.prune(*REINFORCE, "search.masks=1"), ("leave-one-out", "2 masks", "1")),
+    "masks-too-few": (lambda p: p.prune(*REINFORCE, "search.masks=1"), ("leave-one-out", "2 masks", "search.masks is 1")),
     # methods
     "posterior-of-one-mask": (
         lambda p: p.prune("search.masks=1"),
@@ -317,15 +324,27 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "score-unknown": (lambda p: [*p.prune(), "--score", "wand"], ("initial.score", "'wand'", *get_args(ScoreName))),
     "preset-unknown": (lambda p: [*p.prune(), "--preset", "best"], ("preset", "'best'", *get_args(PresetName))),
     "baseline-unknown": (lambda p: p.prune("search.baseline=mean"), ("baseline", "'mean'", *get_args(BaselineName))),
+    "repair-unknown": (lambda p: p.prune("repair.method=rigde"), ("repair.method", "'rigde'", "mean 'ridge'?")),
+    "preset-misspelt": (lambda p: [*p.prune(), "--preset", "papper"], ("preset", "'papper'", "mean 'paper'?")),
+    "allocation-misspelt": (lambda p: p.prune("initial.allocation=globl"), ("allocation", "mean 'global'?")),
+    "nested-alone": (lambda p: p.prune("plans.nested=true"), ("plans.nested", "without plans.sparsities")),
+    "flops-window-alone": (lambda p: p.prune("budget.flops_window=64"), ("budget.flops_window", "not of flops")),
+    "multiple-of-no-channels": (
+        lambda p: p.prune("granularity=kv_group", "budget.channel_multiple=2"),
+        ("budget.channel_multiple", "without channel"),
+    ),
     "granularity-unknown": (lambda p: [*p.prune(), "--granularity", "head"], ("granularity", "'head'", "kv_group")),
     "granularity-twice": (lambda p: [*p.prune(), "--granularity", "channel,channel"], ("granularity", "different")),
     "granularity-empty": (lambda p: p.prune("granularity=[]"), ("granularity", "channel")),
     "set-without-equals": (lambda p: p.prune("search.masks"), ("--set", "'search.masks'", "section.key=value")),
+    "set-no-date": (lambda p: p.prune("model.revision=2024-13-01"), ("--set", "YAML", "month")),
+    "set-too-deep": (lambda p: p.prune("granularity=" + "[" * 5000), ("--set", "YAML")),
     "set-not-yaml": (lambda p: p.prune("granularity=["), ("--set", "YAML")),
     "config-missing-for-units": (lambda p: ["units", "none.yaml"], ("none.yaml", "does not exist")),
     "config-missing": (lambda p: ["prune", "none.yaml"], ("none.yaml", "does not exist")),
     "config-not-yaml": (lambda p: ["prune", str(p.file("c.yaml", "a: ["))], ("c.yaml", "not YAML")),
     "config-a-list": (lambda p: ["prune", str(p.file("c.yaml", "- a"))], ("c.yaml", "keys and values", "['a']")),
+    "config-no-date": (lambda p: ["prune", str(p.file("c.yaml", "seed: 2024-13-01"))], ("c.yaml", "YAML", "month")),
     "config-false": (lambda p: ["prune", str(p.file("c.yaml", "no"))], ("c.yaml", "keys and values", "False")),
     "config-of-numbers": (lambda p: ["prune", str(p.file("c.yaml", "1: 2"))], ("c.yaml", "keys and values")),
     "config-binary": (lambda p: ["prune", str(p.file("c.yaml", b"\xff\x00"))], ("c.yaml", "cannot be read")),
@@ -495,6 +514,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "select-damaged": (
         lambda p: _select(_damaged_learned(p), "--sparsity", "0.2"),
         ("learned.safetensors", "damaged"),
+    ),
+    "select-elsewhere": (
+        lambda p: _select(_learned_elsewhere(p), "--sparsity", "0.2"),
+        ("learned.safetensors", "another run", "plan.json"),
     ),
     "select-damaged-config": (lambda p: _select(_damaged_config(p), "--sparsity", "0.2"), ("config.yaml", "not YAML")),
     **{

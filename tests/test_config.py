@@ -11,10 +11,10 @@ from tiny_run import REPOSITORY, Place, run, visit
 
 import bernprune
 from bernprune import names
-from bernprune.config import METHOD_SETTINGS, PRESETS, RunConfig, make_config
+from bernprune.config import COMPARING, METHOD_SETTINGS, PRESETS, RunConfig, make_config
 from bernprune.errors import ConfigError
 from bernprune.manual import manual
-from bernprune.policy.baselines import BASELINES
+from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.run import stage
 from bernprune.run.folder import RunFolder
 from bernprune.scores import SCORES
@@ -314,6 +314,20 @@ def test_a_setting_without_meaning_is_refused(preset: str, name: str) -> None:
     assert str(caught.value) == f"search.{name} has no meaning for search.method {method!r}"
     default = getattr(RunConfig().search, name)
     assert make_config({"preset": preset, "search": {name: default}}) == make_config({"preset": preset})
+
+
+def test_baselines_that_compare_masks_are_known() -> None:
+    """One mask a step is refused for them, and for no other."""
+    for name in get_args(names.BaselineName):
+        search = {"baseline": name, "masks": 1}
+        if name in COMPARING:
+            with pytest.raises(ConfigError, match=f"'{name}' needs 2 masks or more, but search.masks is 1"):
+                make_config({"preset": "reinforce", "search": search})
+            with pytest.raises(ConfigError, match="at least 2 masks"):
+                make_baseline(name, window=5, num_masks=1)
+        else:
+            assert make_config({"preset": "reinforce", "search": search}).search.masks == 1
+            make_baseline(name, window=5, num_masks=1)
 
 
 def test_every_setting_of_a_method_is_known() -> None:

@@ -38,8 +38,9 @@ from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
 from bernprune.run import applying, loop, opening, pipeline, verification
-from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint, write_state
 from bernprune.run.folder import RunFolder
+from bernprune.run.plans import read_plan
 
 # 10 steps, checkpoints at 4, 8 and 10, in the middle of rounds of 5; what was learned is what is kept.
 WORKING = (
@@ -197,7 +198,7 @@ def test_how_far_logits_may_differ(
     tensors = load_file(weights)
     tensors["lm_head.weight"] *= scale
     save_file(tensors, weights, metadata={"format": "pt"})
-    plan = applying.read_plan(undisturbed / "plan.json")
+    plan = read_plan(undisturbed / "plan.json")
     config = make_config({"model": {"path": str(weights.parent)}, "repair": {"method": "none"}})
     largest, differences = list[float](), iter([0.0, 0.9e-5, 1.1e-5, math.inf])
 
@@ -272,6 +273,20 @@ def test_the_older_checkpoint_is_used(damage: str, place: Place, undisturbed: Pa
     assert state_of(newer) == whole
     assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
     assert steps_of(place.out) == list(range(10))
+
+
+def test_a_damaged_checkpoint_takes_no_place(tmp_path: Path) -> None:
+    """Two that are whole are kept while a search that went on from an older one catches up."""
+    for step in (80, 90, 100):
+        write_checkpoint(tmp_path, step, {"step": step})
+    _flipped(tmp_path / "step-00000100.safetensors")
+    for step in (93, 96):
+        write_checkpoint(tmp_path, step, {"step": step})
+        assert read_latest(tmp_path) == {"step": step}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-00000093.safetensors",
+        "step-00000096.safetensors",
+    ]
 
 
 def test_no_checkpoint_is_whole(place: Place, undisturbed: Path) -> None:

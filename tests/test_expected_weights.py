@@ -27,7 +27,7 @@ from bernprune.policy.rounds import Telling
 from bernprune.repair import ExpectedWeights, Repairer
 from bernprune.repair.expected import expected_fit
 from bernprune.run import loop, workload
-from bernprune.run.applying import read_plan
+from bernprune.run.plans import read_plan
 from bernprune.run.repairs import Workshop
 from bernprune.settings import merge, read_yaml
 from bernprune.units import KeepPlan

@@ -42,10 +42,10 @@ from bernprune.policy.race import Heat
 from bernprune.policy.selection import select
 from bernprune.report import table
 from bernprune.run import finals, loop, pipeline
-from bernprune.run.applying import read_plan
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder
+from bernprune.run.plans import read_plan
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.workload import Work, make_search
 from bernprune.settings import merge, parse_settings

@@ -89,7 +89,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.units": ("bernprune.names", "bernprune.errors"),
     "bernprune.presets": (),
     "bernprune.settings": ("bernprune.errors", "bernprune.embedded"),
-    "bernprune.complaints": (),
+    "bernprune.complaints": ("bernprune.names",),
     "bernprune.config": (
         "bernprune.complaints",
         "bernprune.names",

@@ -22,8 +22,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.report import table
 from bernprune.run import plans
-from bernprune.run.applying import read_plan
-from bernprune.run.plans import Learned, removed_parameter_share
+from bernprune.run.plans import Learned, read_plan, removed_parameter_share
 from bernprune.units import UnitSpace
 
 # What may be selected

@@ -107,6 +107,15 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     assert reports[0]["held_out"] == reports[1]["held_out"] and reports[0]["loss"] == reports[1]["loss"]
 
 
+def test_masks_of_a_policy_that_is_gone_are_refused(place: Place, finished: Path) -> None:
+    """Those of the start would be masks of another policy."""
+    folder = shutil.copytree(finished, place.folder / "finished")
+    shutil.rmtree(folder / "checkpoints")
+    said = in_one_sentence(run(*recover(place, folder, "recover.masks=policy")))
+    assert "recover.masks 'policy'" in said and "holds no checkpoint" in said
+    assert not (place.folder / "recovered").exists()
+
+
 def test_a_finished_recovery_is_replaced_on_request(place: Place, finished: Path) -> None:
     succeed(*recover(place, finished))
     before = (place.folder / "recovered" / "report.json").read_bytes()

@@ -1,6 +1,5 @@
 """A plan on any copy of the model that it was made for, without a run."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
-from bernprune.errors import ModelError, RunError
+from bernprune.errors import RunError
 from bernprune.models.slicing import check_plan, slice_model
 from bernprune.models.view import count_parameters
 from bernprune.run.folder import check_writable, whole_or_gone
@@ -17,16 +16,6 @@ from bernprune.run.opening import check_family, open_model, open_tokenizer
 from bernprune.run.repairs import Workshop, repair_text
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.units import KeepPlan
-
-
-def read_plan(path: str | Path) -> KeepPlan:
-    """A plan from its JSON file. Raises ``ModelError`` if there is none or it is not one."""
-    try:
-        return KeepPlan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ModelError(f"plan {path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"plan {path} cannot be read: {error}") from None
 
 
 def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, Any]:

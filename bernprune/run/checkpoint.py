@@ -30,11 +30,14 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Save the state after ``step`` steps, and forget all but the newest two."""
+    """Save the state after ``step`` steps, and forget all but the newest two. Later ones could not be read: they go."""
     folder.mkdir(exist_ok=True)
-    write_state(folder / f"step-{step:08d}.safetensors", state)
-    for old in sorted(folder.glob(_PATTERN))[:-KEPT]:
-        old.unlink()
+    path = folder / f"step-{step:08d}.safetensors"
+    write_state(path, state)
+    written = sorted(folder.glob(_PATTERN))
+    last = written.index(path) + 1
+    for other in (*written[last:], *written[: max(0, last - KEPT)]):
+        other.unlink()
 
 
 def read_latest(folder: Path) -> dict[str, Any] | None:

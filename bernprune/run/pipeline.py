@@ -63,7 +63,7 @@ def prune(
         try:
             return _run(stage, folder, continued=continued, progress=progress)
         except torch.OutOfMemoryError as error:
-            raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, config)}") from error
+            raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
             raise RunError(f"{out} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
 
@@ -74,11 +74,10 @@ def _how_to_continue(folder: RunFolder) -> str:
     return f"; when that is mended, continue with: bernprune resume {shlex.quote(str(folder.path))}"
 
 
-def _how_to_need_less(folder: RunFolder, config: RunConfig) -> str:
+def _how_to_need_less(folder: RunFolder, stage: Stage) -> str:
     if not folder.unfinished:
         return "lower search.rows_per_forward and report.latency_rows"
-    at_once = 64 if config.search.rows_per_forward == "auto" else config.search.rows_per_forward
-    rows, latency_rows = max(1, at_once // 2), max(1, config.report.latency_rows // 2)
+    rows, latency_rows = max(1, stage.rows // 2), max(1, stage.config.report.latency_rows // 2)
     return (
         f"continue with less at once: bernprune resume {shlex.quote(str(folder.path))} "
         f"--set search.rows_per_forward={rows} --set report.latency_rows={latency_rows}"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.errors import BudgetError, RunError
+from bernprune.errors import BudgetError, ModelError, RunError
 from bernprune.evaluation.perplexity import Protocol
 from bernprune.policy.selection import select
 from bernprune.report import shown
@@ -74,6 +74,16 @@ class Learned:
         )
 
 
+def read_plan(path: str | Path) -> KeepPlan:
+    """A plan from its JSON file. Raises ``ModelError`` if there is none or it is not one."""
+    try:
+        return KeepPlan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise ModelError(f"plan {path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"plan {path} cannot be read: {error}") from None
+
+
 def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan, *, nested: bool = False) -> Path:
     """Write a plan among the run's plans; returns its path."""
     folder.plans.mkdir(exist_ok=True)
@@ -91,11 +101,14 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
     """Write the plan of another sparsity into the run folder ``out``; returns its path, and what it keeps.
 
     Raises:
-        RunError: no run, or one that is not done with learning.
+        RunError: no run, one that is not done with learning, or what another run has learned.
+        ModelError: the plan of the run is missing or damaged.
         BudgetError: see ``Learned.select``.
     """
     folder = open_run(Path(out))
     config, learned = folder.read_config(), Learned.read(folder.learned)
+    if learned.space.plan(learned.mask_U) != read_plan(folder.plan):
+        raise RunError(f"{folder.learned} says what another run has learned: it does not fit {folder.plan}")
     mask_U = learned.select(config, sparsity, nested=nested)
     plan = learned.space.plan(mask_U)
     path = write_plan(folder, sparsity, plan, nested=nested)

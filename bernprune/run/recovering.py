@@ -36,10 +36,10 @@ from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, count_parameters, describe
 from bernprune.policy.allocation import shares_by_importance
 from bernprune.recovery import SampledMasks, Training, whole_ranks
-from bernprune.run.applying import read_plan
-from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint
+from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.opening import open_model
+from bernprune.run.plans import read_plan
 from bernprune.run.signals import signals
 from bernprune.run.stage import naming, read_texts
 from bernprune.run.verification import reason, save_and_verify
@@ -251,14 +251,16 @@ def _influence(source: _Source, view: ModelView) -> torch.Tensor:
 
 
 def _policy(source: _Source) -> torch.Tensor:
-    """Keep probabilities that the run ended with; those that it began with if it searched nothing."""
+    """Keep probabilities that the run ended with."""
     try:
         state = read_latest(source.folder.checkpoints)
-        found: torch.Tensor = (read_state(source.folder.initial) if state is None else state["search"])["probs_U"]
+        if state is None:
+            raise RunError(f"{source.folder.checkpoints} holds no checkpoint")
     except RunError as error:
         raise RunError(
             f"the policy that the run has learned cannot be read, which recover.masks 'policy' needs: {error}"
         ) from None
+    found: torch.Tensor = state["search"]["probs_U"]
     return found
 
 
