@@ -256,7 +256,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: p.prune(*REINFORCE, "search.sequences=7", "search.baseline=matched"),
         ("search.sequences", "one step of 8", "got 7"),
     ),
-    "masks-too-few": (lambda p: p.prune(*REINFORCE, "search.masks=1"), ("leave-one-out", "2 masks", "search.masks is 1")),
+    "masks-too-few": (
+        lambda p: p.prune(*REINFORCE, "search.masks=1"),
+        ("leave-one-out", "2 masks", "search.masks is 1"),
+    ),
     # methods
     "posterior-of-one-mask": (
         lambda p: p.prune("search.masks=1"),

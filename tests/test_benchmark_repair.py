@@ -60,6 +60,7 @@ def test_the_table(tmp_path: Path) -> None:
         append_row(tmp_path / "results.jsonl", row)
     show.main(["--folder", str(tmp_path)])
     table = (tmp_path / "table.md").read_text()
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert "| flap | `none` | 3.0000 | +0.0000 | +0.0000 | 0 | 2 | 0 |" in table
     assert "| flap | `auto` | 2.8000 | +0.2000 | +0.0000 | 0 | 2 | 4 |" in table
     assert "| flap | `ridge` | 2.7000 | +0.3000 | +0.1000 | 0 | 2 | 2 |" in table
@@ -69,7 +70,7 @@ def test_the_table(tmp_path: Path) -> None:
 def test_losses_that_were_not_taken_alike_are_refused(tmp_path: Path) -> None:
     rows = made_row("ridge", 0, 2.5, 0.3), made_row("ridge", 1, 2.5, 0.3, protocol={"text": "another"})
     with pytest.raises(DataError, match="2 protocols"):
-        show.table(rows)
+        show.table(show.places_of(rows))
     with pytest.raises(DataError, match="no rows yet"):
         show.main(["--folder", str(tmp_path)])
 

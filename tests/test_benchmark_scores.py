@@ -41,6 +41,7 @@ def test_rows_of_metrics_alone(model: str, tmp_path: Path, capsys: pytest.Captur
     more = read_rows(tmp_path / "results.jsonl", show.KEY)
     assert more[: len(rows)] == rows and len(more) == 2 * len(rows)
     assert (tmp_path / "table.md").read_text() == show.table(more)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_every_metric_is_tried() -> None:

@@ -34,6 +34,7 @@ def test_rows_of_starts(place: Place, tmp_path: Path, monkeypatch: pytest.Monkey
     assert len({row["loss"] for row in rows}) >= 2
     text = (folder / "starts.md").read_text()
     assert all(f"{row['loss']:.3f}" in text for row in rows) and "| metric | alone | 400 sequences | draws |" in text
+    assert (folder / "starts.png").read_bytes().startswith(b"\x89PNG")
     starts.main(given)
     assert read_rows(folder / "starts.jsonl", starts.KEY) == rows
 

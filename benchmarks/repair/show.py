@@ -1,4 +1,4 @@
-"""Make ``table.md`` from the rows of ``results.jsonl`` alone.
+"""Make ``table.md`` and ``picture.png`` from the rows of ``results.jsonl`` alone.
 
 python benchmarks/repair/show.py
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.rows import Row, read_rows
+from benchmarks.picture import dots
 from benchmarks.repair.run import HERE, KEY, REPAIRS
 from bernprune.errors import BernpruneError, DataError
 from bernprune.storage import write_bytes
@@ -38,15 +39,21 @@ def auto(rows: dict[str, Row]) -> tuple[str, float] | None:
     return ("none", rows[AUTO[0]]["unrepaired"]) if best is None else (title(best), best["loss"])
 
 
-def table(rows: Sequence[Row]) -> str:
-    """All models and sparsities in Markdown."""
-    places: dict[tuple[str, float], dict[str, dict[int, dict[str, Row]]]] = defaultdict(
-        lambda: defaultdict(lambda: defaultdict(dict))
-    )
+Plans = dict[str, dict[int, dict[str, Row]]]  # plan, seed, and repair
+
+
+def places_of(rows: Sequence[Row]) -> dict[tuple[str, float], Plans]:
+    """Rows by model and sparsity."""
+    places: dict[tuple[str, float], Plans] = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for row in rows:
         places[row["model"], row["sparsity"]][row["plan"]][row["seed"]][title(row)] = row
+    return dict(sorted(places.items()))
+
+
+def table(places: dict[tuple[str, float], Plans]) -> str:
+    """All models and sparsities in Markdown. Raises ``DataError`` where losses were not taken alike."""
     parts = ["# What repair brings\n\nMade by `show.py`; README.md says how to read it.\n"]
-    for (model, sparsity), plans in sorted(places.items()):
+    for (model, sparsity), plans in places.items():
         protocols = {
             str(row["protocol"]) for seeds in plans.values() for found in seeds.values() for row in found.values()
         }
@@ -87,15 +94,31 @@ def _cells(plan: str, seeds: dict[int, dict[str, Row]]) -> list[list[str]]:
     ]
 
 
+def picture(places: dict[tuple[str, float], Plans]) -> bytes:
+    """A PNG: a panel a model and sparsity, a line a plan, a colour a repair."""
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for (model, sparsity), plans in places.items():
+        panel = panels.setdefault(f"{model}, {sparsity:.0%} removed", {})
+        for plan, seeds in plans.items():
+            for repaired in seeds.values():
+                found = panel.setdefault(plan, {"none": []})
+                found["none"].append(next(iter(repaired.values()))["unrepaired"])
+                for name, row in repaired.items():
+                    found.setdefault(name, []).append(row["loss"])
+    return dots(panels, ["none", *REPAIRS], "held-out loss, nats per token")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the table beside the rows. Raises ``DataError`` if there are none."""
+    """Write table and picture beside the rows. Raises ``DataError`` if there are none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE, help="where the rows lie")
     folder: Path = parser.parse_args(arguments).folder
     rows = read_rows(folder / "results.jsonl", KEY)
     if not rows:
         raise DataError(f"{folder / 'results.jsonl'} holds no rows yet; run run.py first")
-    write_bytes(folder / "table.md", table(rows).encode())
+    places = places_of(rows)
+    write_bytes(folder / "table.md", table(places).encode())
+    write_bytes(folder / "picture.png", picture(places))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make ``table.md`` from the rows of ``results.jsonl`` alone.
+"""Make ``table.md`` and ``picture.png`` from the rows of ``results.jsonl`` alone.
 
 python benchmarks/scores/show.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.rows import Row, read_rows
+from benchmarks.picture import dots
 from bernprune.storage import write_bytes
 
 KEY = ("model", "score", "inputs", "allocation", "sparsity", "seed")
@@ -51,9 +52,22 @@ def _mean(rows: Sequence[Row], name: str) -> float:
     return statistics.fmean(row[name] for row in rows)
 
 
+def picture(rows: Sequence[Row]) -> bytes:
+    """A PNG: a panel a model and sparsity, a line a metric, a colour an allocation."""
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
+        name = row["allocation"] + (", in turn" if row["inputs"] == "pruned" else "")
+        panel = panels.setdefault(f"{row['model']}, {row['sparsity']:.0%} removed", {})
+        panel.setdefault(row["score"], {}).setdefault(name, []).append(row["loss"] - row["dense_loss"])
+    series = sorted({name for panel in panels.values() for found in panel.values() for name in found})
+    return dots(panels, series, "held-out loss over that of the dense model, nats per token")
+
+
 def show(results: Path) -> None:
-    """Write the table beside the rows."""
-    write_bytes(results.with_name("table.md"), table(read_rows(results, KEY)).encode())
+    """Write the table and the picture beside the rows."""
+    rows = read_rows(results, KEY)
+    write_bytes(results.with_name("table.md"), table(rows).encode())
+    write_bytes(results.with_name("picture.png"), picture(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Run what is missing of the benchmark of metrics as starts of the search; README.md says what it is.
 
-python benchmarks/scores/starts.py                                       # everything, and starts.md
+python benchmarks/scores/starts.py                                       # everything, starts.md and starts.png
 python benchmarks/scores/starts.py --model stories --score flap,cfsp --seed 0
 """
 
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.task import SOURCES, at_hand
 from benchmarks.learning.whole import named, run_settings
+from benchmarks.picture import dots
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
 from bernprune.run.pipeline import prune
@@ -65,7 +66,7 @@ def table(rows: Sequence[Row]) -> str:
     lines = ["# Metrics as starts", "", "Held-out loss after the repair, nats per token; `starts.py` makes this.", ""]
     for (model, sparsity), found in sorted(places.items()):
         budgets = sorted({sequences for by_budget in found.values() for sequences in by_budget})
-        titles = ["metric", *("alone" if not budget else f"{budget:,} sequences" for budget in budgets), "draws"]
+        titles = ["metric", *map(_title, budgets), "draws"]
         lines += [f"## {model}, {sparsity:.0%} removed", "", f"| {' | '.join(titles)} |"]
         lines += [f"| --- |{' ---: |' * (len(budgets) + 1)}"]
         for score, by_budget in sorted(found.items(), key=lambda item: _mean(item[1].get(budgets[-1], []))):
@@ -74,6 +75,20 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(f"| `{score}` | {' | '.join(cells)} | {draws} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def picture(rows: Sequence[Row]) -> bytes:
+    """A PNG: a panel a model and sparsity, a line a metric, a colour a number of sequences."""
+    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
+        panel = panels.setdefault(f"{row['model']}, {row['sparsity']:.0%} removed", {})
+        panel.setdefault(row["score"], {}).setdefault(_title(row["sequences"]), []).append(row["loss"])
+    series = [_title(sequences) for sequences in sorted({row["sequences"] for row in rows})]
+    return dots(panels, series, "held-out loss after the repair, nats per token")
+
+
+def _title(sequences: int) -> str:
+    return f"{sequences:,} sequences" if sequences else "alone"
 
 
 def _mean(rows: Sequence[Row]) -> float:
@@ -95,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
     parser.add_argument("--seed", type=list_of(int), default=SEEDS)
     parser.add_argument("--sequences", type=list_of(int), default=SEQUENCES)
-    parser.add_argument("--folder", type=Path, default=HERE, help="where starts.jsonl and starts.md lie")
+    parser.add_argument("--folder", type=Path, default=HERE, help="where starts.jsonl, starts.md and starts.png lie")
     given = parser.parse_args(arguments)
     results = given.folder / "starts.jsonl"
     with TemporaryDirectory() as scratch:
@@ -105,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ):
                 key = {"model": model, "score": score, "sparsity": sparsity, "sequences": sequences, "seed": seed}
                 _fill(results, Path(scratch), key)
-    write_bytes(given.folder / "starts.md", table(read_rows(results, KEY)).encode())
+    if rows := read_rows(results, KEY):
+        write_bytes(given.folder / "starts.md", table(rows).encode())
+        write_bytes(given.folder / "starts.png", picture(rows))
 
 
 def _fill(results: Path, scratch: Path, key: dict[str, Any]) -> None:
