@@ -1,17 +1,15 @@
 """Shares of layers from an evolution, and selections under several budgets at once against all there are."""
 
 import itertools
-import math
 
 import pytest
 import torch
-from spaces import FLAT
 from tiny_models import tiny_model
 
 from bernprune.errors import BudgetError
 from bernprune.models.view import describe
 from bernprune.policy.allocation import Evolution, search_shares, shares_by_importance
-from bernprune.policy.within import select_within
+from bernprune.policy.within import at_best_prices
 
 
 def losses_of(shares_KG: torch.Tensor) -> torch.Tensor:
@@ -59,6 +57,17 @@ def test_importances_must_be_finite() -> None:
 # Several budgets
 
 
+def kept_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits: list[float]) -> torch.Tensor:
+    """What is kept at the best prices, and what still fits after that, the units that are worth most at them first."""
+    totals_M, limits_M = costs_MU.sum(1).clamp(min=1e-9), torch.tensor(limits, dtype=torch.float64)
+    mask_U, reduced_U = at_best_prices(worth_U, costs_MU / totals_M[:, None], limits_M / totals_M)
+    for unit in reduced_U.argsort(descending=True, stable=True).tolist():
+        with_U = mask_U | (torch.arange(len(mask_U)) == unit)
+        if worth_U[unit] > 0 and (costs_MU @ with_U.double() <= limits_M * (1 + 1e-12)).all():
+            mask_U = with_U
+    return mask_U
+
+
 def best_of_all(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits: list[float]) -> float:
     """By trying every mask."""
     masks = torch.tensor(list(itertools.product([0.0, 1.0], repeat=len(worth_U))), dtype=torch.float64)
@@ -80,7 +89,7 @@ def test_selections_are_exact_within_a_unit_a_budget(budgets: int, kind: str) ->
         if kind == "conflicting" and budgets > 1:
             costs_MU[1] = 1.3 - costs_MU[0]
         limits = [(0.3 + 0.5 * torch.rand(1, generator=source).item()) * total for total in costs_MU.sum(1).tolist()]
-        mask_U = select_within(worth_U, costs_MU, limits)
+        mask_U = kept_within(worth_U, costs_MU, limits)
         assert all(spent <= limit * (1 + 1e-9) for spent, limit in zip(costs_MU @ mask_U.double(), limits, strict=True))
         best, found = best_of_all(worth_U, costs_MU, limits), worth_U[mask_U].sum().item()
         assert best - budgets * worth_U.max() <= found <= best + 1e-9
@@ -96,8 +105,8 @@ def test_one_dear_unit_does_not_blur_the_others_price() -> None:
         worth_U, costs_MU = (torch.rand(size, generator=source, dtype=torch.float64) for size in ((81,), (2, 81)))
         costs_MU[:, 80], worth_U[80] = 500.0, 1.0
         limits = (0.4 * costs_MU[:, :80].sum(1)).tolist()
-        found = worth_U[select_within(worth_U, costs_MU, limits)].sum()
-        without = worth_U[:80][select_within(worth_U[:80], costs_MU[:, :80], limits)].sum()
+        found = worth_U[kept_within(worth_U, costs_MU, limits)].sum()
+        without = worth_U[:80][kept_within(worth_U[:80], costs_MU[:, :80], limits)].sum()
         assert found >= without - 2 * worth_U[:80].max()
 
 
@@ -105,12 +114,12 @@ def test_a_budget_that_leaves_room_does_not_matter() -> None:
     """Nor do units that cost nothing of it."""
     source = torch.Generator().manual_seed(0)
     worth_U, costs_U = (torch.rand(200, generator=source, dtype=torch.float64) for _ in range(2))
-    alone = select_within(worth_U, costs_U[None], [20.0])
+    alone = kept_within(worth_U, costs_U[None], [20.0])
     free = torch.zeros(200, dtype=torch.float64)
     for other, limit in ((free, 0.0), (torch.ones(200, dtype=torch.float64), 200.0)):
-        assert torch.equal(select_within(worth_U, torch.stack([costs_U, other]), [20.0, limit]), alone)
-        assert torch.equal(select_within(worth_U, torch.stack([other, costs_U]), [limit, 20.0]), alone)
-    assert select_within(worth_U, costs_U[None], [1e9]).all()
+        assert torch.equal(kept_within(worth_U, torch.stack([costs_U, other]), [20.0, limit]), alone)
+        assert torch.equal(kept_within(worth_U, torch.stack([other, costs_U]), [limit, 20.0]), alone)
+    assert kept_within(worth_U, costs_U[None], [1e9]).all()
 
 
 def test_parameters_flops_and_cache_together() -> None:
@@ -121,17 +130,6 @@ def test_parameters_flops_and_cache_together() -> None:
     worth_U = torch.rand(space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     worth_U[space.of_kind("kv_group")] += 10
     limits = (costs_MU.sum(1) * torch.tensor([0.8, 0.8, 0.5])).tolist()
-    mask_U = select_within(worth_U, costs_MU, limits)
+    mask_U = kept_within(worth_U, costs_MU, limits)
     assert mask_U[space.of_kind("kv_group")].double().mean() == 0.5
     assert (costs_MU @ mask_U.double() <= torch.tensor(limits, dtype=torch.float64) * (1 + 1e-9)).all()
-
-
-def test_budgets_that_say_nothing_are_refused() -> None:
-    """Other sizes, negative costs, numbers that are not finite."""
-    worth_U = torch.ones(FLAT.size)
-    with pytest.raises(BudgetError, match="of each budget and unit, but are"):
-        select_within(worth_U, torch.ones(2, FLAT.size), [1.0])
-    with pytest.raises(BudgetError, match="must not be negative"):
-        select_within(worth_U, -torch.ones(1, FLAT.size), [1.0])
-    with pytest.raises(BudgetError, match="must be finite"):
-        select_within(worth_U * math.nan, torch.ones(1, FLAT.size), [1.0])

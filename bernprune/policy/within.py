@@ -2,46 +2,17 @@
 
 max sum_u w_u z_u subject to sum_u c_mu z_u <= limit_m for every budget m. In the linear relaxation a unit is kept if
 its worth exceeds what it costs at one price a budget, w_u > sum_m price_m c_mu (Meng et al., 2024, FALCON, arXiv
-2403.07094, with two budgets), and no more than M units are kept in part. They are cut, and what still fits comes back:
-the result is worse than the best one by the worth of M units at most.
+2403.07094, with two budgets), and no more than M units are kept in part. They are cut, and what still fits comes back
+(``bernprune.policy.selection``): the result is worse than the best one by the worth of M units at most.
 
 Letters: U units, M budgets.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 
-from bernprune.errors import BudgetError
-
 _STEPS = 60  # of a bisection
-
-
-def select_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: Sequence[float]) -> torch.Tensor:
-    """The mask, bool ``[U]``, of the units that are worth most together within all budgets.
-
-    Args:
-        worth_U: what keeping each unit is worth; one that is not above 0 is never kept.
-        costs_MU: not negative.
-
-    Raises:
-        BudgetError: numbers that are not finite, costs below 0, or other sizes; units that nothing limits are fine.
-    """
-    worth_U, costs_MU = worth_U.double().cpu(), costs_MU.double().cpu()
-    if costs_MU.shape != (len(limits_M), len(worth_U)) or not len(limits_M):
-        raise BudgetError(
-            f"costs must be [{len(limits_M)}, {len(worth_U)}], of each budget and unit, but are {list(costs_MU.shape)}"
-        )
-    limits = torch.tensor(list(limits_M), dtype=torch.float64)
-    if not (worth_U.isfinite().all() and costs_MU.isfinite().all() and limits.isfinite().all()):
-        raise BudgetError("worths, costs and limits must be finite")
-    if (costs_MU < 0).any() or (limits < 0).any():
-        raise BudgetError("costs and limits must not be negative")
-    totals_M = costs_MU.sum(1).clamp(min=1e-300)
-    costs_MU, limits = costs_MU / totals_M[:, None], limits / totals_M
-    mask_U, reduced_U = at_best_prices(worth_U, costs_MU, limits)
-    return _filled(mask_U, worth_U, reduced_U, costs_MU, limits)
 
 
 def at_best_prices(
@@ -50,6 +21,10 @@ def at_best_prices(
     """What is kept at the lowest prices that keep within all budgets, and what of each unit's worth they leave.
 
     The first budget's price is found from one order of all units, each other one by a bisection around that.
+
+    Args:
+        worth_U: what keeping each unit is worth; one that is not above 0 is never kept.
+        costs_MU, limits_M: not negative, and of the same size for all budgets, such as shares of what all units cost.
     """
     costs_U, limit = costs_MU[-1], float(limits_M[-1])
     if len(limits_M) == 1:
@@ -85,15 +60,3 @@ def _at_best_price(worth_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -
     kept_U[order[:count]] = True
     price = 0.0 if count == len(order) else max(0.0, float(ratio_U[order[count]]))
     return kept_U, worth_U - price * costs_U
-
-
-def _filled(
-    mask_U: torch.Tensor, worth_U: torch.Tensor, reduced_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor
-) -> torch.Tensor:
-    """The mask with what still fits, worth most at these prices first; within all budgets before, and after."""
-    mask_U, left_M = mask_U.clone(), limits_M * (1 + 1e-12) - costs_MU[:, mask_U].sum(1)
-    for unit in reduced_U.argsort(descending=True, stable=True).tolist():
-        if not mask_U[unit] and worth_U[unit] > 0 and bool((costs_MU[:, unit] <= left_M).all()):
-            mask_U[unit] = True
-            left_M -= costs_MU[:, unit]
-    return mask_U
