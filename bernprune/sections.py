@@ -167,9 +167,9 @@ class PolicyConfig(Section):
 
 class SearchConfig(Section):
     sequences: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
-    """Windows run forward to learn and to choose, reference passes included, but not those of the initial metric; by
-    default by the model's size. 0: the metric alone. 'auto': until search.regret is reached, or eight times the
-    default is spent."""
+    """Windows run forward to learn and to choose, reference passes included, but not those of the initial metric, of
+    weights that are fitted, and of repairs; by default by the model's size. 0: the metric alone. 'auto': until
+    search.regret is reached, or eight times the default is spent."""
     regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """posterior: stop once knowing all units exactly would gain less, in nats per token; by default 0.1 for 'auto'."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

@@ -340,7 +340,7 @@ def test_a_checkpoint_of_other_weights_is_refused(place: Place, undisturbed: Pat
     assert place.contents() == before
 
 
-@pytest.mark.parametrize("missing", ["settled", "search.beliefs.spread_L", "search"])
+@pytest.mark.parametrize("missing", ["work", "search.beliefs.spread_L", "search"])
 def test_a_checkpoint_of_another_version_is_refused(missing: str, place: Place, undisturbed: Path) -> None:
     """What it lacks, at any depth, is noticed before anything is taken over."""
     _stopped_after_its_search(place, undisturbed)

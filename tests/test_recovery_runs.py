@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bernprune
+from bernprune.data import TokenWindows
 from bernprune.errors import ConfigError
 from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
@@ -133,11 +134,22 @@ def test_it_is_said_if_nothing_was_gained(rate: str, said: bool, place: Place, f
     assert (f"nothing was recovered: the loss on the evaluation text is {loss['after']:.4f}" in done.err) == said
 
 
-def test_other_text_may_be_trained_on(place: Place, finished: Path) -> None:
-    """Its path is that of the moment, wherever the run was."""
-    other = tiny_text(place.folder / "other.txt", 900, seed=4)
+def test_other_text_may_be_trained_on(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path is that of the moment, wherever the run was; none of it is left out, and the run's own is judged by."""
+    other, lengths = tiny_text(place.folder / "other.txt", 900, seed=4), []
+
+    class Watched(TokenWindows):
+        def __init__(self, stream_N: torch.Tensor, **given: Any) -> None:
+            lengths.append(len(stream_N))
+            super().__init__(stream_N, **given)
+
+    monkeypatch.setattr(recovering, "TokenWindows", Watched)
     succeed(*recover(place, finished), "--text", "other.txt")
     assert str(other) in (place.folder / "recovered" / "recover.yaml").read_text()
+    tokens = AutoTokenizer.from_pretrained(finished / "model")(other.read_text())["input_ids"]
+    assert lengths[-1] + 8 * 16 >= len(tokens)  # windows that are held out
+    protocols = [read_json(folder / "report.json")["protocol"] for folder in (finished, place.folder / "recovered")]
+    assert protocols[0] == protocols[1]
 
 
 def test_a_failure_in_saving_leaves_no_model(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

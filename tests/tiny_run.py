@@ -186,7 +186,7 @@ def steps_of(out: Path) -> list[int]:
 def state_of(path: Path) -> Any:
     """A checkpoint's content but for its time; equal if and only if all is equal to the last bit."""
     state = read_state(path)
-    state.pop("seconds", None)
+    state.get("work", state).pop("seconds", None)
     return _plain(state)
 
 

@@ -82,7 +82,8 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     planned = plan_work(config, view.space).sequences
     sequences = default_sequences(view.space.size) if planned is None else planned
     seconds_each = _time_sequences(view, config)
-    evaluations = len(("dense", "uniform", "initial", "pruned", *config.plans.sparsities))
+    again = ("unrepaired",) * (config.repair.method != "none") + ("dense",) * (opened.dtype != "same")
+    evaluations = len(("dense", "uniform", "initial", "pruned", *again, *config.plans.sparsities))
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights, full = stored_bytes(view.model), view.num_parameters * opened.full.itemsize
     searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])

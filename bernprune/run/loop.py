@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TextIO
 
@@ -248,10 +248,7 @@ class _Loop:
     def save(self, metrics: TextIO) -> None:
         """Write a checkpoint, after the metrics it vouches for are safe."""
         state = {
-            "step": self.work.step,
-            "sequences": self.work.sequences,
-            "seconds": self.work.seconds,
-            "settled": self.work.settled,
+            "work": asdict(self.work),
             "text_sha256": self.stage.text_sha256,
             "search": self.search.state_dict(),
             "fitted_U": self.fitted_U,
@@ -266,12 +263,13 @@ def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> tuple[W
     state = read_latest(folder.checkpoints)
     if state is None:
         return Work(), None
-    if state.keys() != {"step", "sequences", "seconds", "settled", "text_sha256", "search", "fitted_U"}:
+    if state.keys() != {"work", "text_sha256", "search", "fitted_U"}:
         raise RunError(
             f"the checkpoints in {folder.checkpoints} are of another version; delete that folder to start over"
         )
     if state["text_sha256"] != text_sha256:
         raise RunError(f"the training text is not the one that the checkpoints in {folder.path} were made with")
     search.load_state_dict(state["search"])
-    logger.info("continuing at step %d", state["step"])
-    return Work(state["step"], state["sequences"], state["seconds"], state["settled"]), state["fitted_U"]
+    work = Work(**state["work"])
+    logger.info("continuing at step %d", work.step)
+    return work, state["fitted_U"]

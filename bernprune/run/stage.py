@@ -211,6 +211,19 @@ def naming(source: str) -> Iterator[None]:
 
 def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The stream to learn from, the stream to evaluate on, and the name of the latter."""
+    data, stream = config.data, learning_text(config, tokenizer, vocab_size)
+    eval_characters = CHARACTERS_PER_TOKEN * data.eval_tokens
+    if data.eval_text is not None:
+        held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", eval_characters, joined_by=data.eval_join)
+        return stream, held_out, data.eval_text
+    if data.text == EMBEDDED:
+        return stream, _tokens(tokenizer, vocab_size, EMBEDDED, "held-out", eval_characters), "embedded, held out"
+    cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
+    return stream[:cut], stream[cut:], f"{data.text}, last tenth"
+
+
+def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.Tensor:
+    """The stream of all of ``data.text`` that may be learned from."""
     data = config.data
     if config.model.path != EMBEDDED and "text" not in data.model_fields_set:
         logger.warning(
@@ -218,20 +231,9 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
             "data.text (--text) names another",
             config.model.path,
         )
-    stream = _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
     if data.eval_text == data.text:
         logger.warning("%s is both learned from and evaluated on: its perplexities flatter what was learned", data.text)
-    eval_characters = CHARACTERS_PER_TOKEN * data.eval_tokens
-    if data.eval_text is not None:
-        held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", eval_characters, joined_by=data.eval_join)
-        name = data.eval_text
-    elif data.text == EMBEDDED:
-        held_out = _tokens(tokenizer, vocab_size, EMBEDDED, "held-out", eval_characters)
-        name = "embedded, held out"
-    else:
-        cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
-        stream, held_out, name = stream[:cut], stream[cut:], f"{data.text}, last tenth"
-    return stream, held_out, name
+    return _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
 
 
 def _windows(config: RunConfig, stream: torch.Tensor) -> TokenWindows:
