@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +20,8 @@ from bernprune.errors import ConfigError
 from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
 from bernprune.run import recovering
+from bernprune.run.checkpoint import read_state, write_state
+from bernprune.storage import write_json
 
 SMALL = ("recover.tokens=1024", "recover.batch=8", "recover.held_out=8", "recover.learning_rate=0.01", "recover.rank=2")
 STEPS = 8
@@ -80,20 +82,49 @@ def test_layers_were_removed(layered: Path) -> None:
     assert sum(not layer["kv_groups"] and not layer["channels"] for layer in layers) == 1, layers
 
 
-def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same command ends in the same weights to the last bit; a setting that costs memory may differ."""
-    succeed(*recover(place, finished, out="whole"))
-    step, out = Training.step, place.folder / "recovered"
+def interrupted(place: Place, folder: Path) -> Path:
+    """The folder of a recovery that was stopped in its sixth step, after a checkpoint."""
+    step = Training.step
 
-    def interrupted(training: Training) -> Any:
+    def once_more(training: Training) -> Any:
         if training.steps == 5:
             raise KeyboardInterrupt
         return step(training)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Training, "step", interrupted)
-        done = run(*recover(place, finished, "recover.checkpoint_seconds=0"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "step", once_more)
+        done = run(*recover(place, folder, "recover.checkpoint_seconds=0"))
     assert done.code == 130 and "interrupted; the same command, without --overwrite, goes on" in done.err
+    return place.folder / "recovered"
+
+
+def test_a_recovery_goes_on_with_what_it_began_with_alone(place: Place, finished: Path) -> None:
+    """Not with weights that were repaired in another way since, nor from a checkpoint of another version."""
+    folder = shutil.copytree(finished, place.folder / "finished")
+    out = interrupted(place, folder)
+    weights = load_file(folder / "model" / "model.safetensors")
+    changed = weights | {"model.norm.weight": 1.01 * weights["model.norm.weight"]}
+    save_file(changed, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    said = in_one_sentence(run(*recover(place, folder)))
+    assert "weights are not those that the recovery" in said
+    save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+    write_json(out / "versions.json", read_json(out / "versions.json") | {"torch": "1.0"})
+    for path in (out / "checkpoints").iterdir():
+        state = read_state(path)
+        write_state(path, {name: value for name, value in state.items() if name != "ranks"})
+    assert "of another version" in in_one_sentence(run(*recover(place, folder)))
+    shutil.rmtree(out / "checkpoints")
+    (out / "plan.json").unlink()  # as if killed before it was written
+    done = succeed(*recover(place, folder, "recover.rows=1"))
+    assert "the recovery began with torch 1.0" in done.err
+    assert "rows: 1\n" in (out / "recover.yaml").read_text()
+    assert (out / "plan.json").read_bytes() == (folder / "plan.json").read_bytes()
+
+
+def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command ends in the same weights to the last bit; a setting that costs memory may differ."""
+    succeed(*recover(place, finished, out="whole"))
+    out = interrupted(place, finished)
     assert not (out / "model").exists() and not (out / "report.json").exists()
     assert "another configuration" in in_one_sentence(run(*recover(place, finished, "recover.rank=3")))
     with monkeypatch.context() as patch:  # ranks that are known are not computed again, and not otherwise

@@ -18,6 +18,7 @@ report.json            written last: its presence means the run is finished
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -32,6 +33,8 @@ from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
 from bernprune.settings import read_yaml
 from bernprune.storage import write_bytes, write_json
+
+logger = logging.getLogger(__name__)
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
@@ -166,8 +169,22 @@ class RunFolder:
         self.write_config(config)
         write_json(self.versions, versions() | ({} if weights is None else {_WEIGHTS: weights}))
 
-    def check_weights(self, weights: str) -> None:
-        """Raises ``RunError`` if the run began with others."""
+    def go_on(self, config: RunConfig, weights: str | None) -> None:
+        """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``.
+
+        Args:
+            weights: the fingerprint of those that it goes on with; None where they cannot be compared.
+
+        Raises:
+            RunError: the run began with other weights.
+        """
+        if weights is not None:
+            self._check_weights(weights)
+        self.write_config(config)
+        if changed := self._changed_versions():
+            logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
+
+    def _check_weights(self, weights: str) -> None:
         before = self._began_with().get(_WEIGHTS, weights)
         if before != weights:
             raise RunError(
@@ -182,7 +199,7 @@ class RunFolder:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def changed_versions(self) -> str:
+    def _changed_versions(self) -> str:
         """Libraries of which the run began with another version than is here, in words; empty if that is not known."""
         before, now = self._began_with(), versions()
         if not before:

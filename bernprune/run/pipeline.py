@@ -113,7 +113,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
     by_metric, order_U = metric.masks(stage), metric.order_U
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
         if continued:
-            _go_on(stage, folder, same_dtype=known is not None)
+            folder.go_on(stage.config, None if known is None else fingerprint(stage.view.model))
         else:
             folder.start(stage.config, fingerprint(stage.view.model))
         if known is None:
@@ -154,15 +154,6 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
     return report
-
-
-def _go_on(stage: Stage, folder: RunFolder, *, same_dtype: bool) -> None:
-    """Take up a run that was begun: with the same weights, maybe with other settings and libraries."""
-    if same_dtype:  # otherwise they cannot be told
-        folder.check_weights(fingerprint(stage.view.model))
-    folder.write_config(stage.config)
-    if changed := folder.changed_versions():
-        logger.warning("the run began with %s: it may not go on to the bit", changed)
 
 
 def _with_own_weights(stage: Stage, folder: RunFolder) -> Stage:

@@ -34,6 +34,7 @@ from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, count_parameters, describe
+from bernprune.models.view import fingerprint as weights_fingerprint
 from bernprune.policy.allocation import shares_by_importance
 from bernprune.recovery import SampledMasks, Training, whole_ranks
 from bernprune.run.checkpoint import read_latest, write_checkpoint
@@ -50,6 +51,8 @@ from bernprune.storage import sync_stream, write_json
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
+
+_STATE = {"seconds", "text_sha256", "ranks", "training"}  # of a checkpoint
 
 RECOVERY_SETTINGS = ("recover", "data", "model.device", "model.dtype", "initial.influence", "seed")
 
@@ -160,9 +163,11 @@ def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _So
 def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
     state = _stored(source, folder) if continued else None
     with _prepared(source, None if state is None else state["ranks"]) as prepared:
-        if not continued:  # what can fail on its input has not
-            folder.start(source.config)
-            write_json(folder.plan, source.plan.to_dict())
+        if continued:  # what can fail on its input has not
+            folder.go_on(source.config, prepared.weights)
+        else:
+            folder.start(source.config, prepared.weights)
+        write_json(folder.plan, source.plan.to_dict())
         seconds = _train(prepared, source, folder, state, progress=progress)
         report = _report(source, prepared, seconds)
     model = prepared.training.finish()
@@ -191,6 +196,10 @@ def _stored(source: _Source, folder: RecoveryFolder) -> dict[str, Any] | None:
     if folder.plan.is_file() and read_plan(folder.plan) != source.plan:
         raise RunError(f"{folder.path} holds an unfinished recovery of another run; give another folder")
     state = read_latest(folder.checkpoints)
+    if state is not None and state.keys() != _STATE:
+        raise RunError(
+            f"the checkpoints in {folder.checkpoints} are of another version; delete that folder to start over"
+        )
     if state is not None and state["text_sha256"] != source.text_sha256:
         raise RunError(f"the text is not the one that the checkpoints in {folder.path} were made with")
     return state
@@ -198,9 +207,11 @@ def _stored(source: _Source, folder: RecoveryFolder) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A training, the ranks of the layers, and the loss of what the run kept on the evaluation text."""
+    """A training, the fingerprint of the weights that it begins with, the ranks of the layers, and the loss of what the
+    run kept on the evaluation text."""
 
     training: Training
+    weights: str
     ranks: list[int]
     before: float
 
@@ -222,13 +233,14 @@ def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
         else:
             view, trained = None, _pruned(source, device)
             before = mean_loss(trained, source.eval_windows_WT)
+        weights = weights_fingerprint(trained)
         adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
         if view is not None:
             live = stack.enter_context(masked(adapted_view(view), TORCH))
             masks = SampledMasks(live, _policy(source), view.space.mask(source.plan), seed=config.seed)
         training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks)
         assert before is not None, "what the run kept was evaluated"
-        yield _Prepared(training, ranks, before)
+        yield _Prepared(training, weights, ranks, before)
 
 
 def _pruned(source: _Source, device: torch.device) -> Any:
