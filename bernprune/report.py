@@ -130,6 +130,25 @@ def _searched(search: dict[str, Any]) -> list[str]:
     ]
 
 
+def _known(found: dict[str, Any]) -> list[str]:
+    """What the search knew of itself after its last round; nothing where it did not learn in rounds."""
+    if "agreement" not in found:
+        return []
+    agreed, told = (
+        ", ".join(f"{kind} {value:.2f}" for kind, value in found[name].items())
+        for name in ("agreement", "signal_to_noise")
+    )
+    gap = (
+        f"; sampled masks lost {found['gap']:.3f} nats more than what would be selected"
+        if found.get("gap") is not None
+        else ""
+    )
+    return [
+        f"known        in the last round two halves of its text agreed to {agreed}, signal over noise was {told}; "
+        f"knowing every unit would gain about {found['regret']:.3f} nats{gap}"
+    ]
+
+
 def _notes(report: dict[str, Any]) -> list[str]:
     search, sparsity = report["search"], report["sparsity"]
     figure = report["latency"]["dense"]
@@ -141,6 +160,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
         *_searched(search),
+        *_known(report["diagnostics"]),
         *_weights(report),
         *_choice(report),
         *repaired(report["repair"]),

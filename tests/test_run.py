@@ -86,6 +86,9 @@ def test_the_report(finished: Path) -> None:
     assert search["finals"].pop("ended").startswith("sequences: ")
     assert search["finals"] == {"sequences": 0, "heats": []} and report["plans"] == []
     assert report["diagnostics"] == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["round"]
+    known = next(line for line in table(report).splitlines() if line.startswith("known "))
+    assert f"channel {report['diagnostics']['agreement']['channel']:.2f}" in known
+    assert f"{report['diagnostics']['gap']:.3f} nats more than what would be selected" in known
     assert 0 < search["seconds"] < 60
     assert report["verified"]["max_logit_difference"] == 0
 
