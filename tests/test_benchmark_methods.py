@@ -27,7 +27,7 @@ from bernprune.settings import merge
 
 OF_BONSAI = 1760  # sequences, the least that its regressions take
 ABLATED = [name for name in METHODS if name not in RIVALS]
-OURS = ("default", "reinforce", "paper", "paper-published", *ABLATED)
+OURS = ("default", "reinforce", "reinforce-pulled", "paper", "paper-published", *ABLATED)
 TRIED = [(name, index) for name, method in METHODS.items() for index in sorted({0, len(method.grid) - 1})]
 
 

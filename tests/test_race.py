@@ -212,13 +212,13 @@ def test_challengers(space: UnitSpace, pools: Any, limits: Limits, method: str) 
     learned_U = select(search.priorities_U, search.budget, limits=limits)
     other_U = select(random_numbers(space.size, 9), search.budget, limits=limits)
     for mask_U in (learned_U, other_U):
-        found_NU = challengers(search, mask_U, limits, generator(0, "heat"), 21)
+        found_NU = challengers(search, mask_U, limits, generator(7, "heat"), 21)
         assert 0 < len(found_NU) <= 21
         for found_U in found_NU:
             check(found_U, search.budget, limits)
         assert len({tuple(found_U.tolist()) for found_U in (mask_U, *found_NU)}) == 1 + len(found_NU)
-        assert torch.equal(found_NU, challengers(search, mask_U, limits, generator(0, "heat"), 21))
-        fewer_NU = challengers(search, mask_U, limits, generator(0, "heat"), 3)
+        assert torch.equal(found_NU, challengers(search, mask_U, limits, generator(7, "heat"), 21))
+        fewer_NU = challengers(search, mask_U, limits, generator(7, "heat"), 3)
         assert torch.equal(fewer_NU, found_NU[: len(fewer_NU)])
     others_NU = challengers(search, other_U, limits, generator(1, "heat"), 21)
     assert found_NU.shape != others_NU.shape or not torch.equal(found_NU, others_NU)

@@ -102,12 +102,12 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
 
     Raises:
         RunError: no run, one that is not done with learning, or what another run has learned.
-        ModelError: the plan of the run is missing or damaged.
+        ModelError: the plan of the run is damaged.
         BudgetError: see ``Learned.select``.
     """
     folder = open_run(Path(out))
     config, learned = folder.read_config(), Learned.read(folder.learned)
-    if learned.space.plan(learned.mask_U) != read_plan(folder.plan):
+    if folder.plan.is_file() and learned.space.plan(learned.mask_U) != read_plan(folder.plan):
         raise RunError(f"{folder.learned} says what another run has learned: it does not fit {folder.plan}")
     mask_U = learned.select(config, sparsity, nested=nested)
     plan = learned.space.plan(mask_U)
