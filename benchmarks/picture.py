@@ -2,19 +2,21 @@
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from statistics import fmean, stdev
 
 import numpy as np
 
-Panel = Mapping[str, Mapping[str, Sequence[float]]]  # line, then series, to the losses of its seeds
+Losses = dict[str, dict[str, list[float]]]  # of each line and series, those of all seeds
 
 
-def dots(panels: Mapping[str, Panel], series: Sequence[str], label: str) -> bytes:
+def dots(points: Iterable[tuple[str, str, str, float]], series: Sequence[str], label: str) -> bytes:
     """A PNG of the mean loss of every line and series, with its standard deviation, on a logarithmic axis.
 
     Args:
-        panels: by title; the line whose best series is the best stands at the top.
+        points: of each seed its panel, line, series and loss. In a panel the line whose best series is the best stands
+            at the top.
         series: all there are, in the order of the legend.
         label: of the axis of losses.
     """
@@ -22,6 +24,9 @@ def dots(panels: Mapping[str, Panel], series: Sequence[str], label: str) -> byte
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullLocator
 
+    panels: dict[str, Losses] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for title, line, name, loss in points:
+        panels[title][line][name].append(loss)
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     longest = max(map(len, panels.values()))

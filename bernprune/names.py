@@ -68,12 +68,6 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Sequence[str]) -> str:
-    """The question whether another name was meant, to end a sentence with; empty if none is spelt like this one."""
+    """The question whether another name was meant, to go on with after a fault; empty if none is spelt like this."""
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def nearest(name: str, names: Any) -> str:
-    """The one of ``names``, which is one of the types above, that is spelt most like ``name``."""
-    known: tuple[str, ...] = get_args(names)
-    return difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

@@ -27,7 +27,7 @@ from bernprune.names import (
     ScoreName,
     SearchDtype,
     TargetName,
-    nearest,
+    meant,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -149,9 +149,10 @@ class InitialConfig(Section):
     def _are_known(cls, value: Any) -> Any:
         for name in [value] if isinstance(value, str) else value:
             if name not in get_args(ScoreName) and not name.endswith(".safetensors"):
+                known = get_args(ScoreName)
                 raise ValueError(
-                    f"score {name!r} is unknown; did you mean {nearest(name, ScoreName)!r}? known are "
-                    f"{', '.join(get_args(ScoreName))}, and paths of .safetensors files"
+                    f"score {name!r} is unknown{meant(name, known) or ';'} known are {', '.join(known)}, and paths of "
+                    ".safetensors files"
                 )
         return value
 

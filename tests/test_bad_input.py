@@ -327,6 +327,12 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "score-unknown": (lambda p: [*p.prune(), "--score", "wand"], ("initial.score", "'wand'", *get_args(ScoreName))),
     "preset-unknown": (lambda p: [*p.prune(), "--preset", "best"], ("preset", "'best'", *get_args(PresetName))),
     "baseline-unknown": (lambda p: p.prune("search.baseline=mean"), ("baseline", "'mean'", *get_args(BaselineName))),
+    "score-misspelt": (
+        lambda p: p.prune("initial.score=wandasp"),
+        ("unknown; did you mean 'wanda-sp'? known are", "'wandasp'"),
+    ),
+    "score-of-no-name": (lambda p: p.prune("initial.score=zzzz"), ("score", "unknown; known are wanda-sp")),
+    "repair-a-number": (lambda p: p.prune("repair.method=3"), ("repair.method", "'ridge'", "but got 3")),
     "repair-unknown": (lambda p: p.prune("repair.method=rigde"), ("repair.method", "'rigde'", "mean 'ridge'?")),
     "preset-misspelt": (lambda p: [*p.prune(), "--preset", "papper"], ("preset", "'papper'", "mean 'paper'?")),
     "allocation-misspelt": (lambda p: p.prune("initial.allocation=globl"), ("allocation", "mean 'global'?")),

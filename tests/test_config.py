@@ -316,6 +316,14 @@ def test_a_setting_without_meaning_is_refused(preset: str, name: str) -> None:
     assert make_config({"preset": preset, "search": {name: default}}) == make_config({"preset": preset})
 
 
+@pytest.mark.parametrize("given", [{"initial": {"score": "wandasp"}}, {"repair": {"method": "rigde"}}])
+def test_what_was_meant_is_asked_once(given: dict[str, Any]) -> None:
+    """And it is not what was given."""
+    with pytest.raises(ConfigError) as caught:
+        make_config(given)
+    assert re.findall("did you mean '(.*?)'", str(caught.value)) in (["wanda-sp"], ["ridge"])
+
+
 def test_baselines_that_compare_masks_are_known() -> None:
     """One mask a step is refused for them, and for no other."""
     for name in get_args(names.BaselineName):

@@ -37,7 +37,7 @@ from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
-from bernprune.run import applying, loop, opening, pipeline, verification
+from bernprune.run import applying, loop, opening, pipeline, stage, verification
 from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.plans import read_plan
@@ -563,6 +563,35 @@ def test_what_a_full_gpu_advises_can_be_done(command: str, place: Place, monkeyp
     succeed(*sentence.rpartition("bernprune ")[2].split())
     config = RunFolder(place.out).read_config()
     assert (config.search.rows_per_forward, config.report.latency_rows) == (6, 1)
+
+
+def test_what_is_advised_is_less_than_there_was_room_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's memory may have left room for a few rows only, long before it was full."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(stage, "rows_per_forward", lambda *_: 4)
+    monkeypatch.setattr(pipeline, "run_search", full)
+    assert "--set search.rows_per_forward=2 " in in_one_sentence(run(*place.prune()))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")],
+)
+def test_a_full_machine(error: Exception, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said in a sentence, with how to go on; other errors of torch keep their traceback."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(pipeline, "run_search", full)
+    sentence = in_one_sentence(run(*place.prune()))
+    assert "the machine's memory is full; continue with: bernprune resume" in sentence
+    error = RuntimeError("shapes do not match")
+    with pytest.raises(RuntimeError, match="shapes"):
+        run("resume", str(place.out))
 
 
 def test_a_gpu_too_small_for_the_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

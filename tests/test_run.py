@@ -46,7 +46,7 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
-from bernprune.run import forecast, loop
+from bernprune.run import effort, forecast, loop
 from bernprune.run.checkpoint import read_state
 from bernprune.run.plans import Learned
 from bernprune.run.stage import set_stage
@@ -262,17 +262,21 @@ def test_units_takes_what_prune_takes(place: Place, monkeypatch: pytest.MonkeyPa
     assert seen == [make_config(given)]
 
 
-def test_units_tells_the_time_of_whole_steps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("repair", "evaluated"), [("none", 4), ("bias", 5)])
+def test_units_tells_the_time_of_whole_steps(
+    repair: str, evaluated: int, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Passes of the dense model and of reading, beside each mask's, are counted too, as they are in the budget."""
     ticks = iter([100.0, 103.0])
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(effort, "_rate", lambda *_: 1e12)  # which would take the time, too
     given = settings(
-        "search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}", "repair.method=none"
+        "search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}", f"repair.method={repair}"
     )
     shown = succeed("units", str(place.model), *given, "--set", "search.sequences=960").out
     each = 3.0 / (3 * (3 + 2) * 2)  # seconds of three steps of three masks, the dense model and reading on two windows
     assert f"about {960 * each:,.0f} s of search for 960 sequences" in shown and f"({1 / each:,.0f} a second" in shown
-    others = 128 + 4 * (131_072 // WINDOW)  # scores, and the loss of four models on the evaluation text
+    others = 128 + evaluated * (131_072 // WINDOW)  # scores, and the loss of each model on the evaluation text
     assert f"{others * each:,.0f} s or less of scoring and evaluation" in shown
 
 

@@ -27,6 +27,11 @@ def title(row: Row) -> str:
     return TITLES[row["repair"], row["target"], row["biases"]]
 
 
+def unrepaired(rows: dict[str, Row]) -> float:
+    """The loss of a plan as it is, which the rows of all its repairs name."""
+    return float(next(iter(rows.values()))["unrepaired"])
+
+
 def auto(rows: dict[str, Row]) -> tuple[str, float] | None:
     """What ``auto`` takes of the repairs of one plan, and its loss on held-out text; None if it was not all tried.
 
@@ -36,7 +41,7 @@ def auto(rows: dict[str, Row]) -> tuple[str, float] | None:
         return None
     clear = [rows[name] for name in AUTO if rows[name]["judged_gain"] > rows[name]["judged_error"]]
     best = max(clear, key=lambda row: row["judged_gain"], default=None)
-    return ("none", rows[AUTO[0]]["unrepaired"]) if best is None else (title(best), best["loss"])
+    return ("none", unrepaired(rows)) if best is None else (title(best), best["loss"])
 
 
 Plans = dict[str, dict[int, dict[str, Row]]]  # plan, seed, and repair
@@ -72,7 +77,7 @@ def _cells(plan: str, seeds: dict[int, dict[str, Row]]) -> list[list[str]]:
     """A line for no repair, for each repair, and for ``auto``."""
     found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for rows in seeds.values():
-        before = next(iter(rows.values()))["unrepaired"]
+        before = unrepaired(rows)
         found["none"].append((before, 0.0, 0.0))
         for name, row in rows.items():
             found[name].append((row["loss"], before - row["loss"], row["seconds"]))
@@ -96,16 +101,14 @@ def _cells(plan: str, seeds: dict[int, dict[str, Row]]) -> list[list[str]]:
 
 def picture(places: dict[tuple[str, float], Plans]) -> bytes:
     """A PNG: a panel a model and sparsity, a line a plan, a colour a repair."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for (model, sparsity), plans in places.items():
-        panel = panels.setdefault(f"{model}, {sparsity:.0%} removed", {})
-        for plan, seeds in plans.items():
-            for repaired in seeds.values():
-                found = panel.setdefault(plan, {"none": []})
-                found["none"].append(next(iter(repaired.values()))["unrepaired"])
-                for name, row in repaired.items():
-                    found.setdefault(name, []).append(row["loss"])
-    return dots(panels, ["none", *REPAIRS], "held-out loss, nats per token")
+    points = [
+        (f"{model}, {sparsity:.0%} removed", plan, name, loss)
+        for (model, sparsity), plans in places.items()
+        for plan, seeds in plans.items()
+        for rows in seeds.values()
+        for name, loss in [("none", unrepaired(rows)), *((name, row["loss"]) for name, row in rows.items())]
+    ]
+    return dots(points, ["none", *REPAIRS], "held-out loss, nats per token")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -54,13 +54,17 @@ def _mean(rows: Sequence[Row], name: str) -> float:
 
 def picture(rows: Sequence[Row]) -> bytes:
     """A PNG: a panel a model and sparsity, a line a metric, a colour an allocation."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
-        name = row["allocation"] + (", in turn" if row["inputs"] == "pruned" else "")
-        panel = panels.setdefault(f"{row['model']}, {row['sparsity']:.0%} removed", {})
-        panel.setdefault(row["score"], {}).setdefault(name, []).append(row["loss"] - row["dense_loss"])
-    series = sorted({name for panel in panels.values() for found in panel.values() for name in found})
-    return dots(panels, series, "held-out loss over that of the dense model, nats per token")
+    points = [
+        (
+            f"{row['model']}, {row['sparsity']:.0%} removed",
+            row["score"],
+            row["allocation"] + (", in turn" if row["inputs"] == "pruned" else ""),
+            row["loss"] - row["dense_loss"],
+        )
+        for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"]))
+    ]
+    series = sorted({name for _, _, name, _ in points})
+    return dots(points, series, "held-out loss over that of the dense model, nats per token")
 
 
 def show(results: Path) -> None:

@@ -79,12 +79,12 @@ def table(rows: Sequence[Row]) -> str:
 
 def picture(rows: Sequence[Row]) -> bytes:
     """A PNG: a panel a model and sparsity, a line a metric, a colour a number of sequences."""
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"])):
-        panel = panels.setdefault(f"{row['model']}, {row['sparsity']:.0%} removed", {})
-        panel.setdefault(row["score"], {}).setdefault(_title(row["sequences"]), []).append(row["loss"])
+    points = [
+        (f"{row['model']}, {row['sparsity']:.0%} removed", row["score"], _title(row["sequences"]), row["loss"])
+        for row in sorted(rows, key=lambda row: (row["model"], row["sparsity"]))
+    ]
     series = [_title(sequences) for sequences in sorted({row["sequences"] for row in rows})]
-    return dots(panels, series, "held-out loss after the repair, nats per token")
+    return dots(points, series, "held-out loss after the repair, nats per token")
 
 
 def _title(sequences: int) -> str:

@@ -42,7 +42,7 @@ from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
 from bernprune.run.signals import signals
-from bernprune.run.stage import learning_text, naming, read_texts
+from bernprune.run.stage import evaluation_text, learning_text, naming, read_texts
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
@@ -135,10 +135,12 @@ def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _So
     model_config, window = load_config(str(folder.model)), config.data.window
     check_window(model_config, window)
     tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
-    other = config.data.eval_text is None and config.data.text != of_run.data.text
-    stream_N, held_out_N, eval_name = read_texts(of_run if other else config, tokenizer, vocabulary)
-    if other:  # is learned from, and evaluated is on that of the run, so that figures compare
+    if config.data.eval_text is None and config.data.text != of_run.data.text:  # the run's, so that figures compare
+        own = evaluation_text(of_run, tokenizer, vocabulary)
+        held_out_N, eval_name = own or read_texts(of_run, tokenizer, vocabulary)[1:]
         stream_N = learning_text(config, tokenizer, vocabulary)
+    else:
+        stream_N, held_out_N, eval_name = read_texts(config, tokenizer, vocabulary)
     cut = len(stream_N) - config.recover.held_out * window
     if cut < config.recover.batch * window:
         raise DataError(

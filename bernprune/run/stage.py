@@ -211,15 +211,24 @@ def naming(source: str) -> Iterator[None]:
 
 def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The stream to learn from, the stream to evaluate on, and the name of the latter."""
-    data, stream = config.data, learning_text(config, tokenizer, vocab_size)
-    eval_characters = CHARACTERS_PER_TOKEN * data.eval_tokens
-    if data.eval_text is not None:
-        held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", eval_characters, joined_by=data.eval_join)
-        return stream, held_out, data.eval_text
-    if data.text == EMBEDDED:
-        return stream, _tokens(tokenizer, vocab_size, EMBEDDED, "held-out", eval_characters), "embedded, held out"
+    stream = learning_text(config, tokenizer, vocab_size)
+    own = evaluation_text(config, tokenizer, vocab_size)
+    if own is not None:
+        return stream, *own
     cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
-    return stream[:cut], stream[cut:], f"{data.text}, last tenth"
+    return stream[:cut], stream[cut:], f"{config.data.text}, last tenth"
+
+
+def evaluation_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, str] | None:
+    """The stream to evaluate on and its name; None where that is a part of ``data.text``."""
+    data = config.data
+    characters = CHARACTERS_PER_TOKEN * data.eval_tokens
+    if data.eval_text is not None:
+        held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", characters, joined_by=data.eval_join)
+        return held_out, data.eval_text
+    if data.text == EMBEDDED:
+        return _tokens(tokenizer, vocab_size, EMBEDDED, "held-out", characters), "embedded, held out"
+    return None
 
 
 def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.Tensor:
