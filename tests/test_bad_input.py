@@ -338,6 +338,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "allocation-misspelt": (lambda p: p.prune("initial.allocation=globl"), ("allocation", "mean 'global'?")),
     "nested-alone": (lambda p: p.prune("plans.nested=true"), ("plans.nested", "without plans.sparsities")),
     "flops-window-alone": (lambda p: p.prune("budget.flops_window=64"), ("budget.flops_window", "not of flops")),
+    "swing-of-no-channels": (
+        lambda p: p.prune("granularity=kv_group", "search.swing=0.5"),
+        ("search.swing", "without channel"),
+    ),
     "multiple-of-no-channels": (
         lambda p: p.prune("granularity=kv_group", "budget.channel_multiple=2"),
         ("budget.channel_multiple", "without channel"),

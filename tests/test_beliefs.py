@@ -305,6 +305,22 @@ def test_what_is_believed_is_as_sure_as_it_says(kind: Kind, rounds: int) -> None
     assert said == pytest.approx(off, rel=0.15)
 
 
+def test_what_is_believed_is_restored() -> None:
+    """All of it, and what is learned next is the same."""
+    space = make_space(["kv_group", "channel"], [(3, 11), (2, 9)])
+    beliefs, restored = (Beliefs(space, random_numbers(space.size, 0)[:, None], 0.1) for _ in range(2))
+    rounds = normal_numbers(4, space.size, seed=1), 0.5 + random_numbers(space.size, 2)
+    for observed_U in rounds[0][:3]:
+        beliefs.learn(observed_U, rounds[1])
+    restored.load_state_dict(beliefs.state_dict())
+    for _ in range(2):
+        for name in ("worth_U", "deviation_U", "line_deviation_U"):
+            assert torch.equal(getattr(restored, name), getattr(beliefs, name)), name
+        assert restored.reliability == beliefs.reliability
+        for each in (beliefs, restored):
+            each.learn(rounds[0][3], rounds[1])
+
+
 class LiteralLine:
     """One line as it is described, with every round's rows kept and none of the sums."""
 

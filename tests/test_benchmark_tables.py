@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from benchmarks.learning import show, simulate
 from benchmarks.learning.rows import SIMULATED, append_row, read_rows, removed_units
+from benchmarks.picture import dots
 from bernprune.errors import BernpruneError, ConfigError, DataError
 
 # The table and the picture
@@ -70,6 +72,27 @@ def test_losses_taken_differently_are_not_compared(tmp_path: Path) -> None:
         append_row(tmp_path / "results.jsonl", row)
     with pytest.raises(BernpruneError, match=r"tiny at sparsity 0.3 .* 2 protocols"):
         show.main(["--folder", str(tmp_path)])
+
+
+def test_dots_stand_where_losses_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the mean over seeds, the best line at the top of its panel, with the standard deviation."""
+    drawn: dict[str, tuple[list[float], list[int], list[float]]] = {}
+    monkeypatch.setattr(
+        Axes, "errorbar", lambda _, x, y, xerr, label, **__: drawn.update({label: (list(x), list(y), list(xerr))})
+    )
+    points = [
+        ("panel", line, name, loss)
+        for line, name, loss in (
+            ("worst", "none", 3.0),
+            ("best", "none", 2.5),
+            ("best", "ridge", 1.0),
+            ("best", "ridge", 2.0),
+            ("mid", "none", 2.0),
+        )
+    ]
+    dots(points, ["none", "ridge"], "loss")
+    assert drawn["none"] == ([3.0, 2.0, 2.5], [0, 1, 2], [0.0, 0.0, 0.0])
+    assert drawn["ridge"] == ([1.5], [2], [pytest.approx(0.5**0.5)])
 
 
 def test_names_do_not_cover_each_other() -> None:

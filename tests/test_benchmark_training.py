@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,8 +58,8 @@ def test_parts_of_a_batch_add_up_to_its_gradient() -> None:
 
 
 def test_novels_become_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("train", "valid"):
-        (tmp_path / f"{name}.txt").write_text(f"{TEXT * 40}\n{name}: {TEXT * 40}")
+    for name, count in (("train", 40), ("valid", 20)):
+        (tmp_path / f"{name}.txt").write_text(f"{TEXT * count}\n{name}: {TEXT * count}")
     (tmp_path / "others.jsonl").write_text(json.dumps({"text": TEXT}))
     source = Source(str(tmp_path / "model"), str(tmp_path / "train.txt"), str(tmp_path / "valid.txt"))
     monkeypatch.setitem(task.SOURCES, "novels", source)
@@ -71,6 +72,9 @@ def test_novels_become_a_model_that_loads(tmp_path: Path, monkeypatch: pytest.Mo
     train_novels.main()
     model, tokenizer = (kind.from_pretrained(source.model) for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert model.dtype == torch.bfloat16 and len(tokenizer) == 262 == model.config.vocab_size
+    card = (tmp_path / "model" / "README.md").read_text()
+    trained, held_out = (int(found) for found in re.findall(r"\| (?:train|held out) tokens \| (\d+) \|", card))
+    assert 0.4 * trained < held_out < 0.6 * trained  # of the shorter text
     assert "| tokens seen | 96 |" in (tmp_path / "model" / "README.md").read_text()
     monkeypatch.setattr(train_novels, "OTHERS", ("none.jsonl",))
     with pytest.raises(DataError, match="does not exist"):

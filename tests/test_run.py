@@ -262,18 +262,19 @@ def test_units_takes_what_prune_takes(place: Place, monkeypatch: pytest.MonkeyPa
     assert seen == [make_config(given)]
 
 
-@pytest.mark.parametrize(("repair", "evaluated"), [("none", 4), ("bias", 5)])
+@pytest.mark.parametrize(
+    ("given", "evaluated"),
+    [("repair.method=none", 4), ("repair.method=bias", 5), ("search.dtype=bfloat16", 5)],
+)
 def test_units_tells_the_time_of_whole_steps(
-    repair: str, evaluated: int, place: Place, monkeypatch: pytest.MonkeyPatch
+    given: str, evaluated: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Passes of the dense model and of reading, beside each mask's, are counted too, as they are in the budget."""
     ticks = iter([100.0, 103.0])
     monkeypatch.setattr(forecast.time, "perf_counter", lambda: next(ticks))
     monkeypatch.setattr(effort, "_rate", lambda *_: 1e12)  # which would take the time, too
-    given = settings(
-        "search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}", f"repair.method={repair}"
-    )
-    shown = succeed("units", str(place.model), *given, "--set", "search.sequences=960").out
+    usual = ("search.objective=kl", "search.masks=3", "search.windows=2", f"data.window={WINDOW}", "repair.method=none")
+    shown = succeed("units", str(place.model), *settings(*usual, given), "--set", "search.sequences=960").out
     each = 3.0 / (3 * (3 + 2) * 2)  # seconds of three steps of three masks, the dense model and reading on two windows
     assert f"about {960 * each:,.0f} s of search for 960 sequences" in shown and f"({1 / each:,.0f} a second" in shown
     others = 128 + evaluated * (131_072 // WINDOW)  # scores, and the loss of each model on the evaluation text
