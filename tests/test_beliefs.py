@@ -314,7 +314,7 @@ def test_what_is_believed_is_restored() -> None:
         beliefs.learn(observed_U, rounds[1])
     restored.load_state_dict(beliefs.state_dict())
     for _ in range(2):
-        for name in ("worth_U", "deviation_U", "line_deviation_U"):
+        for name in ("worth_U", "deviation_U"):
             assert torch.equal(getattr(restored, name), getattr(beliefs, name)), name
         assert restored.reliability == beliefs.reliability
         for each in (beliefs, restored):
@@ -346,8 +346,8 @@ class LiteralLine:
 
 def literal_round(
     lines: Sequence[LiteralLine], observed: Sequence[np.ndarray], noise: Sequence[np.ndarray]
-) -> torch.Tensor:
-    """After one more round of a family, ``[3, U]``: worths, and variances of lines and of what sets units apart."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Worths and their variances after one more round of a family."""
     for line, observed_N, noise_N in zip(lines, observed, noise, strict=True):
         line.observe(observed_N, noise_N)
     prior = common_prior([line.as_line() for line in lines])
@@ -356,12 +356,13 @@ def literal_round(
         line.precision, line.weighted = line.precision + 1 / noise_N, line.weighted + (observed_N - values) / noise_N
     residuals = [torch.from_numpy(line.weighted / line.precision) for line in lines]
     spreads = common_spreads(residuals, [torch.from_numpy(1 / line.precision) for line in lines])
-    told = []
+    worths, variances = [], []
     for line, line.spread, (values, variance) in zip(lines, spreads, fits, strict=True):
         signal = line.spread / (line.spread + 1 / line.precision)
         line.apart = signal * line.weighted / line.precision
-        told.append(np.stack([values + line.apart, (1 - signal) ** 2 * variance, signal / line.precision]))
-    return torch.from_numpy(np.concatenate(told, axis=1))
+        worths.append(values + line.apart)
+        variances.append((1 - signal) ** 2 * variance + signal / line.precision)
+    return torch.from_numpy(np.concatenate(worths)), torch.from_numpy(np.concatenate(variances))
 
 
 @pytest.mark.parametrize("forgetting", [0.0, 0.2])
@@ -386,9 +387,8 @@ def test_rounds_follow_their_description(forgetting: float) -> None:
         for at in layers:  # those of a layer share their noise
             noise_U[at] = (noise_U[at] * chances_U[at]).mean() / chances_U[at]
         told = [[values_U[at].numpy() for at in layers] for values_U in (observed_U, noise_U)]
-        worth_U, of_lines_U, apart_U = literal_round(lines, *told)
+        worth_U, variance_U = literal_round(lines, *told)
         assert_close(search.worth_U, worth_U, GUARDED)
-        assert_close(search.beliefs.line_deviation_U, of_lines_U.sqrt(), GUARDED)
         costs_U = torch.full_like(worth_U, 3.0)
-        expected_U = budget.at_price(worth_U, (of_lines_U + apart_U).sqrt(), costs_U, floor=0.03, ceiling=0.9)
+        expected_U = budget.at_price(worth_U, variance_U.sqrt(), costs_U, floor=0.03, ceiling=0.9)
         assert_close(search.probs_U, expected_U, GUARDED)

@@ -199,7 +199,6 @@ class Beliefs:
     Attributes:
         groups: units that share a line.
         worth_U, deviation_U: mean and standard deviation of what keeping a unit saves, nats per token, ``[U]``.
-        line_deviation_U: how much of the latter is doubt about a unit's line, which others share.
         reliability: mean share of a unit's observed difference that is signal.
     """
 
@@ -209,7 +208,7 @@ class Beliefs:
         ]
         self.groups = [line.members_N for line in self.lines]
         self.worth_U = torch.zeros(space.size, dtype=torch.float64)
-        self.deviation_U, self.line_deviation_U = torch.zeros_like(self.worth_U), torch.zeros_like(self.worth_U)
+        self.deviation_U = torch.zeros_like(self.worth_U)
         self.reliability = 0.0
         # What sets units apart from their line, by precision: information, and information times value.
         self._precision_U = torch.zeros_like(self.worth_U)
@@ -247,8 +246,7 @@ class Beliefs:
         self._apart_U = reliable_U * residual_U
         self.worth_U += self._apart_U
         # (1 - r) line + r observed: as far as a unit's own observations are believed, its line is not.
-        self.line_deviation_U = variance_U.sqrt() * (1 - reliable_U)
-        self.deviation_U = (self.line_deviation_U.square() + reliable_U * noise_U).sqrt()
+        self.deviation_U = (variance_U * (1 - reliable_U).square() + reliable_U * noise_U).sqrt()
         self.reliability = reliable_U.mean().item()
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,7 +255,6 @@ class Beliefs:
             "reliability": self.reliability,
             "worth_U": self.worth_U.clone(),
             "deviation_U": self.deviation_U,
-            "line_deviation_U": self.line_deviation_U,
             "precision_U": self._precision_U.clone(),
             "weighted_U": self._weighted_U.clone(),
             "apart_U": self._apart_U.clone(),
@@ -273,7 +270,6 @@ class Beliefs:
             raise RunError("the checkpoint was written for another number of initial scores")
         self.reliability = state["reliability"]
         self.worth_U, self.deviation_U = state["worth_U"].clone(), state["deviation_U"].clone()
-        self.line_deviation_U = state["line_deviation_U"].clone()
         self._precision_U, self._weighted_U = state["precision_U"].clone(), state["weighted_U"].clone()
         self._apart_U = state["apart_U"].clone()
         for line, information_FF, response_F, spread in zip(

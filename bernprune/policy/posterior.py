@@ -8,8 +8,7 @@ rounds into beliefs (``bernprune.policy.beliefs``), and a unit is kept with the 
 
 with the price lambda at which the policy meets the budget, and c_u what keeping the unit costs under the policy of the
 round before. From this masks are drawn. What is selected in the end follows from mu, sigma and c: of each group as many
-units as are expected to be worth their price, the best ones (``expected_order``). For channels, sigma there is the
-doubt about their line alone: what is not known of single ones is no reason to keep more of them, or fewer.
+units as are expected to be worth their price, the best ones (``expected_order``).
 
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
@@ -285,8 +284,7 @@ class PosteriorSearch(MaskSearch):
         self._follow(costs_U)
         self._end_round(self.rounds + 1)
         space, charged_U = self.budget.space, self.budget.marginal_cost(self.probs_U)
-        doubt_U = torch.where(space.of_kind("channel"), self.beliefs.line_deviation_U, self.deviation_U)
-        self._order_U = expected_order(space, self.worth_U / charged_U, doubt_U / charged_U)
+        self._order_U = expected_order(space, self.worth_U / charged_U, self.deviation_U / charged_U)
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
         self._last_round = {
             "signal_to_noise": signal_to_noise(space, observed_U, noise_U),
