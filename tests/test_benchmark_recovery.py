@@ -41,6 +41,7 @@ def test_rows_are_filled_once(tiny: list[str], tmp_path: Path) -> None:
     assert rows[0]["protocol"]["text_sha256"] != sweep[0]["protocol"]["text_sha256"]
     assert str(tmp_path) not in (folder / "results.jsonl").read_text() + (folder / "sweeps.jsonl").read_text()
     assert rows[0]["loss"]["after"] < rows[0]["loss"]["before"]
+    assert rows[0]["peak_mib"] > 0
     before = (folder / "results.jsonl").read_bytes()
     run.main([*tiny, "--folder", str(folder)])
     assert (folder / "results.jsonl").read_bytes() == before

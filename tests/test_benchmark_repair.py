@@ -31,6 +31,7 @@ def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.
     ]
     assert rows[0]["unrepaired"] == rows[1]["unrepaired"] == rows[4]["unrepaired"] == rows[5]["unrepaired"]
     assert rows[0]["loss"] == rows[4]["loss"] != rows[1]["loss"] == rows[5]["loss"]
+    assert all(row["peak_mib"] >= 0 for row in rows)
     run.main([*arguments, "--repair", "bias,ridge"])
     assert read_rows(tmp_path / "results.jsonl", run.KEY) == rows
 

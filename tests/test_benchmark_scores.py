@@ -9,6 +9,7 @@ from tiny_run import Place, tiny_text
 
 from benchmarks.learning.rows import read_rows
 from benchmarks.learning.task import SOURCES, Source
+from benchmarks.memory import Peak
 from benchmarks.scores import run, show
 from bernprune.scores import SCORES
 
@@ -73,7 +74,7 @@ def test_the_table_has_means_and_spreads() -> None:
 
 def test_memory_is_that_of_the_peak() -> None:
     """Of what is taken meanwhile, also if it is given back."""
-    peak = run.Peak(torch.device("cpu"))
+    peak = Peak(torch.device("cpu"))
     held = torch.ones(64 * 2**20 // 4)
     held += 1
     del held

@@ -18,7 +18,9 @@ from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, r
 from benchmarks.learning.run import SEQUENCES
 from benchmarks.learning.task import SOURCES, Settings, at_hand
 from benchmarks.learning.whole import named, run_settings
+from benchmarks.memory import Peak
 from benchmarks.recovery.show import KEY, show
+from bernprune.backends import find_device
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError
 from bernprune.run.pipeline import prune
@@ -51,12 +53,14 @@ class Bench:
                 return row
         run = self._pruned(key["model"], key["plan"], key["sparsity"], key["seed"], held_out=held_out)
         settings = {**WAYS[key["way"]], "tokens": key["tokens"], "learning_rate": key["learning_rate"]}
+        peak = Peak(find_device("auto"))
         with TemporaryDirectory(dir=self._scratch) as folder:
             report = recover(run, Path(folder) / "recovered", changes={"recover": settings}, progress=False)
         kept = ("loss", "best_step", "steps", "ended", "seconds", "ranks", "machine")
         row = {
             **key,
             **{name: report[name] for name in kept},
+            "peak_mib": round(peak.mib()),
             "protocol": named(report["protocol"], held_out=held_out),
             "commit": self._commit,
         }

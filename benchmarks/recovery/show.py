@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.rows import Row, read_rows
+from benchmarks.memory import mean_peak
 from bernprune.errors import BernpruneError, DataError
 from bernprune.storage import write_bytes
 
@@ -40,8 +41,8 @@ def table(rows: list[Row]) -> str:
         lines = [f"| {' | '.join(_cells(*key, each))} |" for key, each in sorted(found.items())]
         parts.append(
             f"## {model}, {sparsity:.0%} removed, {tokens:,} tokens\n\n"
-            "| plan | recovery | learning rate | repaired | recovered | worst seed | seeds | seconds |\n"
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "\n".join(lines) + "\n"
+            "| plan | recovery | learning rate | repaired | recovered | worst seed | seeds | seconds | peak MiB |\n"
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "\n".join(lines) + "\n"
         )
     return "\n".join(parts)
 
@@ -59,6 +60,7 @@ def _cells(plan: str, way: str, rate: float, rows: list[Row]) -> list[str]:
         f"{min(gains):+.3f}",
         f"{len(rows)}",
         f"{statistics.fmean(row['seconds'] for row in rows):.0f}",
+        mean_peak(rows),
     ]
 
 

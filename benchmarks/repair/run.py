@@ -23,6 +23,7 @@ from benchmarks.learning.rivals.ours import run_preset
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.run import SEQUENCES
 from benchmarks.learning.task import SOURCES, Task, at_hand
+from benchmarks.memory import Peak
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.latency import machine
@@ -105,9 +106,9 @@ class Bench:
     def measure(self, name: str) -> Row:
         """Repair, look, and undo."""
         method, target, biases = REPAIRS[name]
-        plan, started = self.task.space.plan(self.mask_U), time.monotonic()
+        plan, peak, started = self.task.space.plan(self.mask_U), Peak(self.task.view.device), time.monotonic()
         done = Repairer(self.task.view, self.windows_WT, target=target, biases=biases).repair(plan, method)
-        seconds, gains_W = time.monotonic() - started, self.before_W - self.judged()
+        seconds, mib, gains_W = time.monotonic() - started, peak.mib(), self.before_W - self.judged()
         (loss,), protocol = self.task.report(self.mask_U[None], held_out=True)
         done.undo()
         return {
@@ -116,6 +117,7 @@ class Bench:
             "judged_gain": gains_W.mean().item(),
             "judged_error": gains_W.std().item() / JUDGING**0.5,
             "seconds": round(seconds, 1),
+            "peak_mib": round(mib),
             "windows": WINDOWS,
             "judging_windows": JUDGING,
             "protocol": protocol.to_dict(),

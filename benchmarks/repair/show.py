@@ -13,6 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.rows import Row, read_rows
+from benchmarks.memory import mean_peak
 from benchmarks.picture import dots
 from benchmarks.repair.run import HERE, KEY, REPAIRS
 from bernprune.errors import BernpruneError, DataError
@@ -67,23 +68,22 @@ def table(places: dict[tuple[str, float], Plans]) -> str:
         lines = [f"| {' | '.join(cells)} |" for plan, seeds in plans.items() for cells in _cells(plan, seeds)]
         parts.append(
             f"## {model}, {sparsity:.0%} removed\n\n"
-            "| plan | repair | loss | less than unrepaired | worst seed | regressions | seeds | seconds |\n"
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "\n".join(lines) + "\n"
+            "| plan | repair | loss | less than unrepaired | worst seed | regressions | seeds | seconds | peak MiB |\n"
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "\n".join(lines) + "\n"
         )
     return "\n".join(parts)
 
 
 def _cells(plan: str, seeds: dict[int, dict[str, Row]]) -> list[list[str]]:
     """A line for no repair, for each repair, and for ``auto``."""
-    found: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    found: dict[str, list[tuple[float, float, list[Row]]]] = defaultdict(list)
     for rows in seeds.values():
         before = unrepaired(rows)
-        found["none"].append((before, 0.0, 0.0))
+        found["none"].append((before, 0.0, []))
         for name, row in rows.items():
-            found[name].append((row["loss"], before - row["loss"], row["seconds"]))
+            found[name].append((row["loss"], before - row["loss"], [row]))
         if (chosen := auto(rows)) is not None:
-            seconds = sum(rows[name]["seconds"] for name in AUTO)
-            found["auto"].append((chosen[1], before - chosen[1], seconds))
+            found["auto"].append((chosen[1], before - chosen[1], [rows[name] for name in AUTO]))
     return [
         [
             plan,
@@ -93,7 +93,8 @@ def _cells(plan: str, seeds: dict[int, dict[str, Row]]) -> list[list[str]]:
             f"{min(gain for _, gain, _ in each):+.4f}",
             f"{sum(gain < 0 for _, gain, _ in each)}",
             f"{len(each)}",
-            f"{statistics.fmean(seconds for _, _, seconds in each):.0f}",
+            f"{statistics.fmean(sum(row['seconds'] for row in tried) for _, _, tried in each):.0f}",
+            mean_peak([max(tried, key=lambda row: row.get("peak_mib", 0)) for _, _, tried in each if tried]),
         ]
         for name, each in ((name, found[name]) for name in ("none", "auto", *REPAIRS) if name in found)
     ]

@@ -5,9 +5,7 @@ python benchmarks/scores/run.py --model stories --score flap,cfsp --seed 0
 """
 
 import argparse
-import ctypes
 import dataclasses
-import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the ch
 
 from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
 from benchmarks.learning.task import SOURCES, Task, at_hand
+from benchmarks.memory import Peak
 from benchmarks.scores.show import KEY, show
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
@@ -56,32 +55,6 @@ def variants(metric: Metric) -> Iterator[tuple[str, str]]:
         yield "dense", allocation
     if metric.name in IN_TURN:
         yield "pruned", "uniform"
-
-
-class Peak:
-    """The most memory that was taken beyond what was held at the start, in MiB: of the process, or of the GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-            self._before = float(torch.cuda.memory_allocated(device)) / 2**20
-        else:
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-            self._before = _status("VmRSS")
-
-    def mib(self) -> float:
-        """So far."""
-        if self._device.type == "cuda":
-            return float(torch.cuda.max_memory_allocated(self._device)) / 2**20 - self._before
-        return _status("VmHWM") - self._before
-
-
-def _status(name: str) -> float:
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
 
 
 class Bench:
