@@ -206,8 +206,8 @@ def prune(
     score: Annotated[
         str | None,
         typer.Option(
-            help="Metric that starts the policy, of those that bernprune scores lists, or a .safetensors file of "
-            f"scores; by default {DEFAULTS.initial.score}."
+            help="Metric that starts the policy, of those that bernprune scores lists, a .safetensors file of scores, "
+            f"or a function of yours as FILE.py:NAME; by default {DEFAULTS.initial.score}."
         ),
     ] = None,
     preset: Annotated[

@@ -1,6 +1,7 @@
 """The names of what can be chosen by a word, in one place, so that the configuration depends on no other module."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
@@ -59,6 +60,12 @@ def check_name(what: str, name: str, names: Any) -> None:
     """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
     if name not in get_args(names):
         raise ConfigError(unknown(what, name, get_args(names)))
+
+
+def place_of_score(name: str) -> tuple[str, str] | None:
+    """Python file and name in it, of a score that is given as ``path/to/file.py:name``; None if it is no such place."""
+    found = re.fullmatch(r"(.+\.py):([^\W\d]\w*)", name)
+    return (found[1], found[2]) if found else None
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

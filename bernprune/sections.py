@@ -28,6 +28,7 @@ from bernprune.names import (
     SearchDtype,
     TargetName,
     meant,
+    place_of_score,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -112,9 +113,12 @@ class BudgetConfig(Section):
 
 class InitialConfig(Section):
     score: ScoreName | str = "wanda-sp"
-    """Metric that starts the policy (bernprune scores lists them), or a .safetensors file of scores."""
+    """Metric that starts the policy (bernprune scores lists them), a .safetensors file of scores, or a metric of one's
+    own: FILE.py:NAME, of a function in a Python file, which is executed."""
     also: tuple[ScoreName | str, ...] = ()
     """posterior: other metrics, which the regression of worths on scores looks at besides initial.score."""
+    members: tuple[ScoreName | str, ...] = ()
+    """rank-average, fused: the metrics that are fused; by default wanda-sp, flap, goa-moment and cfsp."""
     map: MapName = "const"
     """How scores become keep probabilities."""
     allocation: Allocation | None = None
@@ -144,15 +148,15 @@ class InitialConfig(Section):
     inputs: Literal["dense", "pruned"] = "dense"
     """Score each layer on the dense model's activations, or on those of the already pruned earlier layers."""
 
-    @field_validator("score", "also")
+    @field_validator("score", "also", "members")
     @classmethod
     def _are_known(cls, value: Any) -> Any:
         for name in [value] if isinstance(value, str) else value:
-            if name not in get_args(ScoreName) and not name.endswith(".safetensors"):
-                known = get_args(ScoreName)
+            known = get_args(ScoreName)
+            if name not in known and not name.endswith(".safetensors") and place_of_score(name) is None:
                 raise ValueError(
-                    f"score {name!r} is unknown{meant(name, known) or ';'} known are {', '.join(known)}, and paths of "
-                    ".safetensors files"
+                    f"score {name!r} is unknown{meant(name, known) or ';'} known are {', '.join(known)}, paths of "
+                    ".safetensors files, and metrics of one's own as FILE.py:NAME"
                 )
         return value
 

@@ -10,6 +10,7 @@ import yaml
 
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
+from bernprune.names import place_of_score
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +137,8 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         return os.path.abspath(value) if local else value
 
     def scores(value: Any) -> Any:
+        if place := place_of_score(str(value)):
+            return f"{path(place[0])}:{place[1]}"
         return path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
 
     def source(value: Any) -> Any:
@@ -152,7 +155,7 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         data = {**data, "data": {**text, **texts}}
     if isinstance(initial, dict):
         files = {"score": scores(initial["score"])} if "score" in initial else {}
-        if isinstance(initial.get("also"), list):
-            files["also"] = [scores(name) for name in initial["also"]]
+        lists = {key: initial[key] for key in ("also", "members") if isinstance(initial.get(key), list)}
+        files |= {key: [scores(name) for name in names] for key, names in lists.items()}
         data = {**data, "initial": {**initial, **files}}
     return data

@@ -191,7 +191,7 @@ def test_the_manual_tells_of_every_setting() -> None:
 def test_help_gives_defaults_and_choices() -> None:
     """Of what many will set, as the models have it."""
     told, config = " ".join(run("prune", "--help").out.split()), RunConfig()
-    assert f"that bernprune scores lists, or a .safetensors file of scores; by default {config.initial.score}" in told
+    assert f"a function of yours as FILE.py:NAME; by default {config.initial.score}" in told
     assert f"remove; by default {config.budget.sparsity:g}" in told and f"windows; by default {config.seed}" in told
     assert run("settings").out == f"{manual()}\n" and run("--version").out == f"{bernprune.__version__}\n"
 

@@ -88,7 +88,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.seeding": (),
     "bernprune.units": ("bernprune.names", "bernprune.errors"),
     "bernprune.presets": (),
-    "bernprune.settings": ("bernprune.errors", "bernprune.embedded"),
+    "bernprune.settings": ("bernprune.errors", "bernprune.embedded", "bernprune.names"),
     "bernprune.complaints": ("bernprune.names",),
     "bernprune.config": (
         "bernprune.complaints",

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -12,8 +11,9 @@ from bernprune.models.view import ModelView
 from bernprune.names import Allocation, Kind, Scope
 from bernprune.policy.allocation import Evolution
 from bernprune.policy.bernoulli import initial_probs
-from bernprune.scores import SCORES, Metric, Options, read_scores
+from bernprune.scores import Metric, Options, metric_named
 from bernprune.scores.base import PARTS
+from bernprune.scores.files import SUFFIX
 from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
@@ -31,6 +31,7 @@ def options_of(config: RunConfig) -> Options:
         cost_power=initial.cost_power,
         pairs=initial.pairs,
         step=initial.step,
+        members=tuple(metric_named(name) for name in initial.members),
     )
 
 
@@ -40,23 +41,22 @@ def score_names(config: RunConfig) -> tuple[str, ...]:
 
 
 def metrics_of(config: RunConfig) -> list[Metric]:
-    """The metrics that are taken; scores from a file cost nothing."""
-    return [SCORES[name] for name in score_names(config) if name in SCORES]
+    """The metrics that are taken, and those that are files of scores. Raises ``ConfigError`` if one is not there."""
+    return [metric_named(name) for name in score_names(config)]
 
 
 def check_scores(config: RunConfig) -> None:
     """Raises ``ConfigError`` if a metric cannot score what may be removed, or a file of scores is not there."""
-    for metric in metrics_of(config):
-        metric.check(finest(config.granularity), options_of(config))
-    for name in score_names(config):
-        if name not in SCORES and not Path(name).is_file():
-            raise ConfigError(f"score file {name} does not exist")
-    initial, told = config.initial, [name for metric in metrics_of(config) for name in metric.reads]
-    for name, default in (("pairs", Options.pairs), ("step", Options.step)):
+    initial, options, metrics = config.initial, options_of(config), metrics_of(config)
+    for metric in (*metrics, *options.members):
+        metric.check(finest(config.granularity), options)
+    told = [name for metric in (*metrics, *options.members) for name in metric.reads]
+    for name, default in (("pairs", Options.pairs), ("step", Options.step), ("members", Options.members)):
         if getattr(initial, name) != default and name not in told:
             raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
+    _check_members(options.members)
     given, allocation = finest(config.granularity), allocation_of(config)
-    if initial.cost_power is not None and not metrics_of(config):
+    if initial.cost_power is not None and any(name.endswith(SUFFIX) for name in score_names(config)):
         raise ConfigError("initial.cost_power has no meaning for a file of scores, which are taken as they are")
     if initial.inputs == "pruned" and not set(PARTS) & set(config.granularity):
         raise ConfigError(
@@ -75,6 +75,16 @@ def check_scores(config: RunConfig) -> None:
             f"initial.allocation {allocation!r} says how many units each layer keeps, but with granularity "
             f"{', '.join(config.granularity)} a layer has one of a kind; take another, or add kv_group and channel"
         )
+
+
+def _check_members(members: Sequence[Metric]) -> None:
+    """Raises ``ConfigError`` where ``initial.members`` is nothing to fuse."""
+    names = [metric.name for metric in members]
+    if len(names) == 1 or len(set(names)) < len(names):
+        raise ConfigError(f"initial.members must name two different metrics or more, but has {', '.join(names)}")
+    for metric in members:
+        if "members" in metric.reads:
+            raise ConfigError(f"initial.members cannot hold a fusion, but has {metric.name!r}")
 
 
 def _check_kv_sparsity(config: RunConfig, finest_kinds: Sequence[Kind], allocation: Allocation) -> None:
@@ -98,17 +108,13 @@ def check_scoring(config: RunConfig, view: ModelView, windows_WT: torch.Tensor) 
         ConfigError: a file of other scores, or too little text for a metric.
         ModelError: a model that a metric cannot score.
     """
-    for metric in metrics_of(config):
+    for metric in (*metrics_of(config), *options_of(config).members):
         metric.check_model(view, windows_WT)
-    for name in score_names(config):
-        if name not in SCORES:
-            read_scores(Path(name), view.space)
 
 
 def allocation_of(config: RunConfig) -> Allocation:
     """How many units each layer keeps at first: as set, or as suits the first metric."""
-    score = config.initial.score
-    return config.initial.allocation or (SCORES[score].allocation if score in SCORES else "uniform")
+    return config.initial.allocation or metric_named(config.initial.score).allocation
 
 
 def evolution_of(config: RunConfig) -> Evolution:

@@ -16,7 +16,7 @@ from bernprune.policy.selection import select
 from bernprune.run.folder import check_writable
 from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, scope_of, start_probs
 from bernprune.run.stage import Stage, set_stage
-from bernprune.scores import SCORES, holds_scores, initial_scores, read_scores, write_scores
+from bernprune.scores import holds_scores, initial_scores, metric_named, write_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
 from bernprune.units import UnitSpace
@@ -28,14 +28,12 @@ def scores_of(stage: Stage, name: str, notes: dict[str, float] | None = None) ->
     """Scores by a metric's name, or from a file of them, float64 ``[U]``.
 
     Raises:
-        ConfigError: what ``initial_scores`` or ``read_scores`` refuse.
+        ConfigError: what ``metric_named`` or ``initial_scores`` refuse.
     """
-    if name not in SCORES:
-        return read_scores(Path(name), stage.view.space)
     return initial_scores(
         stage.view,
         stage.initial_windows_WT,
-        SCORES[name],
+        metric_named(name),
         seed=stage.config.seed,
         ops=stage.ops,
         rows_per_forward=_rows(stage),

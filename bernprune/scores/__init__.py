@@ -6,22 +6,24 @@ To add one, write a function and give it a ``Metric`` that says what it is, wher
 - of one layer, ``def my_score(at: LayerPass) -> Scores``, lifted by ``by_layer``: hook what you like, ``at.run()``;
 - of the whole model, ``def my_score(context: Context) -> torch.Tensor``.
 
-In Python, ``initial_scores`` takes a ``Metric`` or a function of columns as it is. For a name in the configuration,
-list the ``Metric`` in ``SCORES`` and its name in ``bernprune.names.ScoreName``.
+``initial_scores`` takes a ``Metric`` or a function of columns as it is, and a configuration the place where it stands,
+``initial.score: path/to/file.py:my_score``. To give one that comes along a name of its own, list the ``Metric`` in
+``SCORES`` and the name in ``bernprune.names.ScoreName``.
 """
 
-from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
+from bernprune.names import place_of_score
 from bernprune.scores.base import Context, Metric, Options, run_metric
 from bernprune.scores.block_influence import BLOCK_INFLUENCE
 from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
 from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
-from bernprune.scores.files import holds_scores, read_scores, write_scores
+from bernprune.scores.files import holds_scores, metric_of_file, read_scores, write_scores
 from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
 from bernprune.scores.fusion import FUSED, RANK_AVERAGE
 from bernprune.scores.goa import GOA, GOA_MOMENT
@@ -30,6 +32,7 @@ from bernprune.scores.ifso import IFSO
 from bernprune.scores.ifso_repaired import IFSO_HALFWAY, IFSO_REPAIRED
 from bernprune.scores.magnitude import MAGNITUDE
 from bernprune.scores.mini_llm import MINI_LLM, MINI_LLM_WEIGHTS
+from bernprune.scores.own import of_ones_own, own_metric
 from bernprune.scores.random_score import RANDOM
 from bernprune.scores.stream import LayerPass, Projection, Score, Scores, by_column, by_layer
 from bernprune.scores.taylor import TAYLOR_ELEMENT, TAYLOR_SECOND, TAYLOR_VECTOR
@@ -77,9 +80,25 @@ __all__ = [
     "by_layer",
     "holds_scores",
     "initial_scores",
+    "metric_named",
     "read_scores",
     "write_scores",
 ]
+
+
+def metric_named(name: str) -> Metric:
+    """One of ``SCORES``, one of one's own as ``path/to/file.py:name``, or that which a file of scores is.
+
+    Raises:
+        ConfigError: a place at which there is no metric, or no such file.
+    """
+    if name in SCORES:
+        return SCORES[name]
+    if place := place_of_score(name):
+        return own_metric(*place)
+    if not Path(name).is_file():
+        raise ConfigError(f"score file {name} does not exist")
+    return metric_of_file(Path(name))
 
 
 def initial_scores(
@@ -111,9 +130,8 @@ def initial_scores(
         raise ConfigError(f"a score must be a function, or such as SCORES['wanda-sp'], but is {score!r}")
     if windows_WT.ndim != 2 or not windows_WT.numel():
         raise ConfigError(f"calibration windows must be [W, T] of a token or more, but are {list(windows_WT.shape)}")
-    metric = score if isinstance(score, Metric) else _of_ones_own(score)
     return run_metric(
-        metric,
+        of_ones_own(score),
         view,
         windows_WT,
         seed=seed,
@@ -122,8 +140,3 @@ def initial_scores(
         options=options or Options(),
         notes=notes,
     )
-
-
-def _of_ones_own(score: Callable[[Projection], torch.Tensor]) -> Metric:
-    name = getattr(score, "__name__", type(score).__name__)
-    return Metric(name, "a function of one's own", "", by_column(score), layerwise=True)

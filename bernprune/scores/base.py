@@ -33,6 +33,7 @@ class Options:
         pairs: differences of losses that are taken of each window, where a gradient is estimated from some.
         step: how far to either side they are taken; by default the metric's own.
         cost_power: scores are divided by this power of what a unit costs, in parameters; by default the metric's own.
+        members: metrics that a fusion fuses; by default its own.
     """
 
     sparsity: float = 0.3
@@ -40,6 +41,7 @@ class Options:
     pairs: int = 8
     step: float | None = None
     cost_power: float | None = None
+    members: tuple["Metric", ...] = ()
 
 
 @dataclass(frozen=True)

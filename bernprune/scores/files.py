@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from bernprune.errors import ConfigError
+from bernprune.models.view import ModelView
+from bernprune.scores.base import Metric
 from bernprune.storage import write_bytes
 from bernprune.units import UnitSpace
 
@@ -22,6 +24,22 @@ def write_scores(path: Path, space: UnitSpace, scores_U: torch.Tensor, facts: di
     """Write scores with the space's fingerprint and, for whoever reads it, other ``facts``, whole or not at all."""
     metadata = {**(facts or {}), _FINGERPRINT: space.fingerprint}
     write_bytes(path, save({_KEY: scores_U.double().contiguous()}, metadata))
+
+
+def metric_of_file(path: Path) -> Metric:
+    """A metric that takes its scores from a file, as they are. What it gives and checks is ``read_scores``."""
+
+    def needs(view: ModelView, windows_WT: torch.Tensor) -> None:
+        read_scores(path, view.space)
+
+    return Metric(
+        str(path),
+        "scores in a file",
+        "",
+        lambda context: read_scores(path, context.view.space),
+        passes=lambda layers, options: 0.0,
+        needs=needs,
+    )
 
 
 def holds_scores(path: Path) -> bool:

@@ -6,11 +6,12 @@ Letters: M metrics, U units, K candidate weights, W windows.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
 from bernprune.objective import masked_objective
-from bernprune.scores.base import PARTS, Context, Metric
+from bernprune.scores.base import PARTS, Context, Metric, Options
 from bernprune.scores.cfsp import CFSP
 from bernprune.scores.flap import FLAP
 from bernprune.scores.goa import GOA_MOMENT
@@ -20,8 +21,13 @@ from bernprune.seeding import generator
 from bernprune.units import UnitSpace
 
 MEMBERS = (WANDA_SP, FLAP, GOA_MOMENT, CFSP)
-_DRAWN = 24 - len(MEMBERS) - 1  # mixtures that are tried besides each metric alone and all alike
+_TRIED = 24  # mixtures: each metric alone, all alike, and others
 _EVERY = 4  # they are tried on every fourth window
+
+
+def members_of(options: Options) -> tuple[Metric, ...]:
+    """The metrics that are fused."""
+    return options.members or MEMBERS
 
 
 def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
@@ -34,7 +40,7 @@ def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
 
 def ranks_of_members(context: Context) -> torch.Tensor:
     """Ranks by each metric, ``[M, U]``."""
-    return torch.stack([ranks(context.view.space, metric.run(context)) for metric in MEMBERS])
+    return torch.stack([ranks(context.view.space, metric.run(context)) for metric in members_of(context.options)])
 
 
 def _rank_average(context: Context) -> torch.Tensor:
@@ -42,28 +48,46 @@ def _rank_average(context: Context) -> torch.Tensor:
 
 
 def _learned(context: Context) -> torch.Tensor:
-    space, ranks_MU = context.view.space, ranks_of_members(context)
-    uniform = torch.rand(_DRAWN, len(MEMBERS), generator=generator(context.seed, "fused"), dtype=torch.float64)
-    drawn = -(1 - uniform).log()  # of a flat Dirichlet distribution
-    alone = torch.eye(len(MEMBERS), dtype=torch.float64)
-    weights_KM = torch.cat([alone, torch.ones_like(alone[:1]), drawn])
-    mixed_KU = (weights_KM / weights_KM.sum(1, keepdim=True)) @ ranks_MU
+    space, ranks_MU, members = context.view.space, ranks_of_members(context), members_of(context.options)
+    drawn, alone = _drawn(len(members)), torch.eye(len(members), dtype=torch.float64)
+    uniform = torch.rand(drawn, len(members), generator=generator(context.seed, "fused"), dtype=torch.float64)
+    flat = -(1 - uniform).log()  # of a flat Dirichlet distribution
+    weights_KM = torch.cat([alone, torch.ones_like(alone[:1]), flat])
+    weights_KM /= weights_KM.sum(1, keepdim=True)
+    mixed_KU = weights_KM @ ranks_MU
     masks_KU = torch.stack([without_worst(space, mixed_U, context.options.sparsity) for mixed_U in mixed_KU])
     with masked_objective(context.view, context.ops, rows_per_forward=context.rows_per_forward) as objective:
         losses_K = objective.losses(masks_KU, context.windows_WT[::_EVERY])
     best = int(losses_K.nan_to_num(nan=math.inf).argmin())
-    for metric, weight in zip(MEMBERS, weights_KM[best] / weights_KM[best].sum(), strict=True):
+    for metric, weight in zip(members, weights_KM[best], strict=True):
         context.notes[f"weight of {metric.name}"] = float(weight)
     return mixed_KU[best]
 
 
+def _drawn(members: int) -> int:
+    """How many mixtures are drawn."""
+    return max(1, _TRIED - members - 1)
+
+
+def _passes(layers: int, options: Options) -> float:
+    """Those of all members; that inputs of pruned layers cost more is counted for the whole."""
+    dense = replace(options, pruned_inputs=False)
+    return sum(metric.forwards(layers, dense) for metric in members_of(options))
+
+
+def _passes_and_tries(layers: int, options: Options) -> float:
+    members = len(members_of(options))
+    return _passes(layers, options) + (_drawn(members) + members + 1) / _EVERY
+
+
 RANK_AVERAGE = Metric(
     "rank-average",
-    f"mean rank by {', '.join(metric.name for metric in MEMBERS)}",
+    f"mean rank by {', '.join(metric.name for metric in MEMBERS)}, or by initial.members",
     "folklore",
     _rank_average,
     kinds=PARTS,
-    passes=lambda layers, options: float(len(MEMBERS)),
+    passes=_passes,
+    reads=("members",),
     layerwise=True,
 )
 FUSED = Metric(
@@ -72,7 +96,7 @@ FUSED = Metric(
     "after Liu et al., 2024",
     _learned,
     kinds=PARTS,
-    passes=lambda layers, options: len(MEMBERS) + (_DRAWN + len(MEMBERS) + 1) / _EVERY,
-    reads=("sparsity",),
+    passes=_passes_and_tries,
+    reads=("sparsity", "members"),
     layerwise=True,
 )

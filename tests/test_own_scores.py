@@ -1,0 +1,141 @@
+"""Metrics of one's own by the place where they stand, and fusions of metrics that one chooses."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+from tiny_run import Place, run, succeed
+
+from bernprune.config import make_config
+from bernprune.errors import ConfigError
+from bernprune.models.view import describe
+from bernprune.run.checkpoint import read_state
+from bernprune.run.initial import check_scores, scoring_sequences
+from bernprune.scores import SCORES, Options, initial_scores, metric_named
+from bernprune.scores.fusion import ranks
+from bernprune.settings import absolute
+
+WINDOWS = "--set=data.window=16"
+OWN = """
+from pathlib import Path
+
+import torch
+
+from bernprune.scores import Metric, Projection, by_column
+
+Path(__file__).with_suffix(".executed").open("a").write("once ")
+number = 3
+
+
+def like_magnitude(projection: Projection) -> torch.Tensor:
+    return projection.weight_DE.square().sum(0)
+
+
+pooled = Metric("pooled", "squares", "ours", by_column(like_magnitude), allocation="pooled")
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A file with a function of columns and a metric."""
+    path = tmp_path / "my_scores.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_function_in_a_file_starts_a_run(own: Path, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the metric that it equals does, also for the one who resumes elsewhere; the file is executed once."""
+    monkeypatch.chdir(own.parent)
+    starts = []
+    for score in ("magnitude", "my_scores.py:like_magnitude"):
+        out = place.folder / score.partition(":")[0]
+        succeed(*place.prune(f"initial.score={score}", "search.sequences=0", out=out))
+        starts.append(read_state(out / "initial.safetensors"))
+    assert torch.equal(starts[0]["probs_U"], starts[1]["probs_U"])
+    assert f"score: {own}:like_magnitude\n" in (out / "config.yaml").read_text()
+    assert own.with_suffix(".executed").read_text() == "once "
+    told = succeed("scores", str(place.model), "--text", str(place.text), "--score", f"{own}:pooled", WINDOWS).out
+    assert f"units by {own}:pooled in" in told
+
+
+def test_a_metric_in_a_file_says_how_it_allocates(own: Path) -> None:
+    assert metric_named(f"{own}:pooled").allocation == "pooled"
+    assert metric_named(f"{own}:like_magnitude").name == "like_magnitude"
+    own.write_text(OWN.replace('allocation="pooled"', 'allocation="global"'))
+    os.utime(own, ns=(1, 1))  # another time than before, whatever the clock says
+    assert metric_named(f"{own}:pooled").allocation == "global"
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "said"),
+    [
+        (None, "score", "my_scores.py does not exist"),
+        (OWN, "like_magnitud", "has no 'like_magnitud'; did you mean 'like_magnitude'?"),
+        (OWN, "x", "has no 'x', only ['like_magnitude', 'pooled']"),
+        (OWN, "number", "must be a function or a Metric, but is 3"),
+        ("def score(:", "score", "cannot be executed: SyntaxError"),
+        ("1 / 0", "score", "cannot be executed: ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)", "score", "cannot be executed: SystemExit: 3"),
+    ],
+)
+def test_what_is_no_metric_is_refused(text: str | None, name: str, said: str, tmp_path: Path, place: Place) -> None:
+    """In one sentence, before anything is written."""
+    path = tmp_path / "my_scores.py"
+    if text is not None:
+        path.write_text(text)
+    done = run(*place.prune(f"initial.score={path}:{name}", out=tmp_path / "out"))
+    assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_are_made_absolute(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every setting that names scores."""
+    monkeypatch.chdir(own.parent)
+    names = ["flap", "my_scores.py:pooled"]
+    found = absolute({"initial": {"score": names[1], "also": names, "members": names}})["initial"]
+    assert found == {"score": f"{own}:pooled", "also": ["flap", f"{own}:pooled"], "members": ["flap", f"{own}:pooled"]}
+
+
+# Fusions
+
+
+def test_a_fusion_is_of_its_members(own: Path) -> None:
+    """The mean of their ranks, and its cost the sum of theirs, of gradients too."""
+    view, windows_WT = describe(tiny_model("llama", seed=4)), random_tokens(4, 9)
+    members = tuple(metric_named(name) for name in ("wanda-sp", f"{own}:pooled", "taylor-element"))
+    fused_U = initial_scores(view, windows_WT, SCORES["rank-average"], options=Options(members=members))
+    alone = [ranks(view.space, initial_scores(view, windows_WT, metric)) for metric in members]
+    torch.testing.assert_close(fused_U, torch.stack(alone).mean(0), rtol=1e-12, atol=0)
+    names = ["wanda-sp", f"{own}:pooled", "taylor-element"]
+    config = make_config({"initial": {"score": "rank-average", "members": names, "windows": 8}})
+    check_scores(config)
+    assert scoring_sequences(config, num_layers=3) == 8 * (1 + 1 + 4 * SCORES["taylor-element"].passes(3, Options()))
+
+
+def test_weights_of_a_fusion_are_told_by_member(own: Path) -> None:
+    view, notes = describe(tiny_model("llama", seed=4)), dict[str, float]()
+    members = (SCORES["magnitude"], metric_named(f"{own}:like_magnitude"))
+    options = Options(members=members)
+    initial_scores(view, random_tokens(4, 9), SCORES["fused"], options=options, notes=notes)
+    assert notes.keys() == {"weight of magnitude", "weight of like_magnitude"}
+    assert math.isclose(sum(notes.values()), 1)
+
+
+@pytest.mark.parametrize(
+    ("initial", "said"),
+    [
+        ({"members": ["flap", "goa"]}, "initial.members has no meaning for the score wanda-sp"),
+        ({"score": "fused", "members": ["flap"]}, "two different metrics or more, but has flap"),
+        ({"score": "fused", "members": ["flap", "flap"]}, "two different metrics or more, but has flap, flap"),
+        ({"score": "fused", "members": ["flap", "rank-average"]}, "cannot hold a fusion, but has 'rank-average'"),
+        ({"score": "fused", "members": ["flap", "block-influence"]}, "'block-influence' cannot rank units of kind"),
+        ({"score": "fused", "members": ["flap", "no.safetensors"]}, "score file no.safetensors does not exist"),
+    ],
+)
+def test_members_that_cannot_be_fused_are_refused(initial: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_scores(make_config({"initial": initial}))
+    assert said in str(caught.value)
