@@ -1,5 +1,6 @@
 """Metrics of gradients, by back-propagation and by forward passes, against plain autograd through the whole model."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,11 @@ def test_mini_llm_is_a_product() -> None:
     assert_close(initial_scores(view, WINDOWS_WT, SCORES["mini-llm"], rows_per_forward=3), expected, 1e-6)
 
 
+PATHS = dict(zip(("query", "key", "value", "output"), (*ROWS["kv_group"], COLUMNS["kv_group"]), strict=True)) | dict(
+    zip(("gate", "up", "down"), (*ROWS["channel"], COLUMNS["channel"]), strict=True)
+)
+
+
 def test_slopes_along_random_directions_of_weights() -> None:
     """Each is the derivative along its noise, which is the same again whenever it is made."""
     model = biased()
@@ -187,16 +193,13 @@ def test_slopes_along_random_directions_of_weights() -> None:
     slopes = _slopes(context_of(view, pairs=2, step=1e-4))
     batches = WINDOWS_WT.split(3)
     assert len(slopes) == 4
-    names = dict(zip(("query", "key", "value", "output"), (*ROWS["kv_group"], COLUMNS["kv_group"]), strict=True))
-    names |= dict(zip(("gate", "up", "down"), (*ROWS["channel"], COLUMNS["channel"]), strict=True))
     for number, (direction, slope) in enumerate(slopes):
         windows_WT = batches[number % 2]
         grads, along = gradients(model, windows_WT), 0.0
-        for layer in range(4):
-            for name, path in names.items():
-                weight = model.model.layers[layer].get_submodule(path).weight
-                noise = direction.of(layer, name, weight).double()
-                along += (noise * torch.from_numpy(grads[f"model.layers.{layer}.{path}.weight"])).sum().item()
+        for layer, (name, path) in itertools.product(range(4), PATHS.items()):
+            weight = model.model.layers[layer].get_submodule(path).weight
+            noise = direction.of(layer, name, weight).double()
+            along += (noise * torch.from_numpy(grads[f"model.layers.{layer}.{path}.weight"])).sum().item()
         assert slope == pytest.approx(along * len(windows_WT) / 8, rel=1e-3)
 
 
@@ -223,6 +226,22 @@ def test_mini_llm_of_weights_sums_products() -> None:
         getattr(layer.mlp, name)._forward_pre_hooks.clear()
     found = SCORES["mini-llm-weights"].run(context)[view.space.span("channel", 2)]
     assert_close(found, expected, 1e-5)
+
+
+def test_the_error_of_gradients_by_weights_is_told() -> None:
+    """As large as it is, against the true gradients of all weights that belong to units."""
+    model, notes = biased(), dict[str, float]()
+    view, pairs = describe(model), 8
+    initial_scores(
+        view, WINDOWS_WT, SCORES["mini-llm-weights"], options=Options(pairs=pairs), rows_per_forward=3, notes=notes
+    )
+    slopes, true, errors = _slopes(context_of(view, pairs=pairs)), gradients(model, WINDOWS_WT), []
+    for layer, (name, path) in itertools.product(range(4), PATHS.items()):
+        weight = model.model.layers[layer].get_submodule(path).weight
+        found = sum(slope * direction.of(layer, name, weight).double() for direction, slope in slopes)
+        errors.append((found - torch.from_numpy(true[f"model.layers.{layer}.{path}.weight"])).flatten())
+    error = torch.cat(errors).square().mean().sqrt().item()
+    assert notes["standard error of a gradient"] == pytest.approx(error, rel=0.1)
 
 
 # Fusions

@@ -56,13 +56,12 @@ def gate_gradients(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _of_gates(context: Context) -> torch.Tensor:
     grad_U, variance_U = gate_gradients(context)
-    _note(context, grad_U, variance_U)
+    _note(context, grad_U.square().mean().item(), variance_U.mean().item())
     return WANDA_SP.run(context) * grad_U.abs()
 
 
-def _note(context: Context, grad_U: torch.Tensor, variance_U: torch.Tensor) -> None:
-    """Note how reliable the gradients are: what their mean square exceeds the estimated variance by is signal."""
-    noise, observed = variance_U.mean().item(), grad_U.square().mean().item()
+def _note(context: Context, observed: float, noise: float) -> None:
+    """Note how reliable gradients are: what their mean square exceeds the mean variance of estimates by is signal."""
     context.notes["standard error of a gradient"] = noise**0.5
     context.notes["signal to noise of gradients, in variances"] = max(0.0, observed - noise) / max(noise, 1e-300)
 
@@ -121,27 +120,39 @@ def _loss(context: Context, tokens_BT: torch.Tensor) -> float:
 
 
 def _of_weights(context: Context) -> torch.Tensor:
-    slopes = _slopes(context)
+    slopes, squares = _slopes(context), list[tuple[float, int]]()  # sums and numbers, of each weight's gradients
 
     def of_layer(at: LayerPass) -> Scores:
         seen = at.moments(("query", "output", "gate", "down"))
 
         def of_kind(kind: Kind, count: int) -> torch.Tensor:
-            return of_units([_salience(at, name, seen[_READ.get(name, name)], slopes) for name in COUPLED[kind]], count)
+            return of_units([salience(at, name, seen[_READ.get(name, name)]) for name in COUPLED[kind]], count)
 
         return of_parts(of_kind("kv_group", at.layer.shape.kv_groups), of_kind("channel", at.layer.shape.channels))
 
-    return by_layer(of_layer)(context)
+    def salience(at: LayerPass, name: str, inputs: RunningMoments) -> torch.Tensor:
+        """Sums of |W_ij| |g_ij| |x_j| over each row of a projection, or each column of one that reads units, ``[O]``."""
+        weight_OI = at.projection(name).weight.detach()
+        grad_OI = torch.zeros_like(weight_OI, dtype=torch.float32)
+        for direction, slope in slopes:
+            grad_OI += slope * direction.of(at.index, name, weight_OI)
+        squares.append((grad_OI.square().sum().item(), grad_OI.numel()))
+        salience_OI = (weight_OI * grad_OI).abs().double() * inputs.second_moment_E.sqrt().to(weight_OI.device)
+        return salience_OI.sum(0 if name in POINTS else 1)
+
+    scores_U = by_layer(of_layer)(context)
+    observed = sum(total for total, _ in squares) / sum(numbers for _, numbers in squares)
+    _note(context, observed, _noise([slope for _, slope in slopes], observed))
+    return scores_U
 
 
-def _salience(at: LayerPass, name: str, inputs: RunningMoments, slopes: list[tuple[_Direction, float]]) -> torch.Tensor:
-    """Sums of |W_ij| |g_ij| |x_j| over each row of a projection, or each column of those that read units, ``[O]``."""
-    weight_OI = at.projection(name).weight.detach()
-    grad_OI = torch.zeros_like(weight_OI, dtype=torch.float32)
-    for direction, slope in slopes:
-        grad_OI += slope * direction.of(at.index, name, weight_OI)
-    salience_OI = (weight_OI * grad_OI).abs().double() * inputs.second_moment_E.sqrt().to(weight_OI.device)
-    return salience_OI.sum(0 if name in POINTS else 1)
+def _noise(slopes: list[float], observed: float) -> float:
+    """Mean variance, over weights, of the sum of slopes times directions, from how far its terms differ.
+
+    Squares of directions are one on average, those of the sums ``observed``.
+    """
+    count = len(slopes)
+    return (sum(slope**2 for slope in slopes) - observed / count) * count / max(1, count - 1)
 
 
 _SOURCE = "Cheng, Zhang and Shi, 2024"
