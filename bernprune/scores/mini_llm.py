@@ -131,7 +131,7 @@ def _of_weights(context: Context) -> torch.Tensor:
         return of_parts(of_kind("kv_group", at.layer.shape.kv_groups), of_kind("channel", at.layer.shape.channels))
 
     def salience(at: LayerPass, name: str, inputs: RunningMoments) -> torch.Tensor:
-        """Sums of |W_ij| |g_ij| |x_j| over each row of a projection, or each column of one that reads units, ``[O]``."""
+        """Sums of |W_ij| |g_ij| |x_j| over each row of a weight, or each column of one that reads units, ``[O]``."""
         weight_OI = at.projection(name).weight.detach()
         grad_OI = torch.zeros_like(weight_OI, dtype=torch.float32)
         for direction, slope in slopes:
