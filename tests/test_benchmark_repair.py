@@ -1,9 +1,11 @@
 """The benchmark of repairs: a row is what it says, and the table is made from the rows alone."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmark_tasks import source_of, task_of
 from tiny_run import Place
 
@@ -21,8 +23,18 @@ def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(run, "JUDGING", 6)
     monkeypatch.setattr(run, "LEARNED", tmp_path / "learned.jsonl")
     mask_U = task_of(source).uniform_mask()
-    place_of = {"model": "tiny", "method": "default", "settings": {}, "sparsity": 0.3, "sequences": 5, "seed": 0}
-    append_row(tmp_path / "learned.jsonl", {**place_of, "removed": removed_units(mask_U)})
+    monkeypatch.setitem(run.SEQUENCES, "tiny", 5)
+    for method, sequences in itertools.product(("default", "evopress", "l0"), (40, 5)):  # the first ones are not meant
+        kept_U = mask_U if sequences == 5 else torch.ones_like(mask_U)
+        place_of = {
+            "model": "tiny",
+            "method": method,
+            "settings": {},
+            "sparsity": 0.3,
+            "sequences": sequences,
+            "seed": 0,
+        }
+        append_row(tmp_path / "learned.jsonl", {**place_of, "removed": removed_units(kept_U)})
     arguments = ["--model", "tiny", "--sparsity", "0.3", "--seed", "0", "--folder", str(tmp_path)]
     run.main([*arguments, "--repair", "bias,ridge"])
     rows = read_rows(tmp_path / "results.jsonl", run.KEY)

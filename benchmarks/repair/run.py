@@ -38,7 +38,7 @@ HERE = Path(__file__).parent
 LEARNED = HERE.parent / "learning" / "results.jsonl"
 KEY = ("model", "plan", "sparsity", "seed", "repair", "target", "biases")
 SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.3, 0.2, 0.5]
-PLANS = ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search", "ifso-repaired/uniform"]
+PLANS = ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search", "ifso-repaired/uniform", "evopress", "l0"]
 WINDOWS, JUDGING = 128, 43
 # Method, what outputs are fitted to, and whether there are biases that the family has not.
 REPAIRS: dict[str, tuple[Any, Any, bool]] = {
@@ -54,7 +54,8 @@ REPAIRS: dict[str, tuple[Any, Any, bool]] = {
 
 
 def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
-    """What is kept, bool ``[U]``: by a metric, uniform or pooled as its authors do, or as the learning benchmark found.
+    """What is kept, bool ``[U]``: by a metric, uniform or pooled as its authors do, or as a method of the learning
+    benchmark found with the usual number of sequences.
 
     ``metric/allocation`` is another metric, or another way to share the budget out; ``refitted`` is what a run keeps
     that knows of its repair.
@@ -78,8 +79,9 @@ def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
             graded(task.space, scores_U, scope_of(config), keep=1 - task.budget.sparsity, shares_G=shares_G), scores_U
         )
     for row in read_rows(LEARNED):
-        here = row["model"], row["method"], row["sparsity"], row["seed"]
-        if here == (model, plan, task.budget.sparsity, task.seed) and row["removed"]["of"] == task.space.size:
+        here = row["model"], row["method"], row["sparsity"], row["seed"], row["sequences"]
+        wanted = model, plan, task.budget.sparsity, task.seed, SEQUENCES.get(model, row["sequences"])
+        if here == wanted and row["removed"]["of"] == task.space.size:
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["removed"]["bitmap"]), np.uint8))
             return torch.tensor(bits[: task.space.size] == 0)
     raise DataError(f"{LEARNED} has no plan of {plan} for {model} at {task.budget.sparsity:g}, seed {task.seed}")
