@@ -23,9 +23,11 @@ def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(run, "JUDGING", 6)
     monkeypatch.setattr(run, "LEARNED", tmp_path / "learned.jsonl")
     mask_U = task_of(source).uniform_mask()
-    monkeypatch.setitem(run.SEQUENCES, "tiny", 5)
-    for method, sequences in itertools.product(("default", "evopress", "l0"), (40, 5)):  # the first ones are not meant
-        kept_U = mask_U if sequences == 5 else torch.ones_like(mask_U)
+    monkeypatch.setitem(run.SEQUENCES, "tiny", 10_000)
+    for method, sequences in itertools.product(
+        ("default", "evopress", "l0"), (40, 10_000)
+    ):  # of few, the rows are not meant
+        kept_U = mask_U if sequences > 40 else torch.ones_like(mask_U)
         place_of = {
             "model": "tiny",
             "method": method,
