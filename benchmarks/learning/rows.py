@@ -70,6 +70,12 @@ def removed_units(mask_U: torch.Tensor) -> Row:
     }
 
 
+def kept_units(removed: Row) -> torch.Tensor:
+    """The mask, bool ``[U]``, that ``removed_units`` recorded."""
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(removed["bitmap"]), np.uint8))
+    return torch.tensor(bits[: removed["of"]] == 0)
+
+
 def overlap(one: Row, other: Row) -> float:
     """Units that both rows remove, as a share of those that either does."""
     first, second = (np.unpackbits(np.frombuffer(bytes.fromhex(row["bitmap"]), np.uint8)) for row in (one, other))

@@ -14,13 +14,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rivals.ours import run_preset
-from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
+from benchmarks.learning.rows import Row, append_row, commit, kept_units, key_of, list_of, read_rows
 from benchmarks.learning.run import SEQUENCES
 from benchmarks.learning.task import SOURCES, Task, at_hand
 from benchmarks.memory import Peak
@@ -82,8 +81,7 @@ def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
         here = row["model"], row["method"], row["sparsity"], row["seed"], row["sequences"]
         wanted = model, plan, task.budget.sparsity, task.seed, SEQUENCES.get(model, row["sequences"])
         if here == wanted and row["removed"]["of"] == task.space.size:
-            bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["removed"]["bitmap"]), np.uint8))
-            return torch.tensor(bits[: task.space.size] == 0)
+            return kept_units(row["removed"])
     raise DataError(f"{LEARNED} has no plan of {plan} for {model} at {task.budget.sparsity:g}, seed {task.seed}")
 
 
