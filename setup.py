@@ -11,7 +11,9 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "bernprune/__init__.py").
 PACKAGES = [
     "bernprune",
     "bernprune.embedded",
+    "bernprune.cli",
     "bernprune.evaluation",
+    "bernprune.export",
     "bernprune.kernels",
     "bernprune.models",
     "bernprune.policy",
@@ -24,6 +26,7 @@ TEST = ["pytest>=8", "pytest-xdist>=3.6"]
 RECOVER = ["peft>=0.15", "accelerate>=1"]
 # Not among those: where it finds no GPU, it says so in every command.
 QUANTISED = ["torchao>=0.9"]
+GGUF = ["gguf>=0.17"]
 
 setup(
     name="bernprune",
@@ -49,10 +52,11 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        "gguf": GGUF,
         "quantised": QUANTISED,
         "recover": RECOVER,
-        "test": [*TEST, *RECOVER],
-        "dev": [*TEST, *RECOVER, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
+        "test": [*TEST, *RECOVER, *GGUF],
+        "dev": [*TEST, *RECOVER, *GGUF, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["bernprune = bernprune.cli:main"]},
     package_dir={"bernprune.kernels": "kernels"},

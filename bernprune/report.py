@@ -174,6 +174,21 @@ def applied(done: dict[str, Any]) -> str:
     return "\n".join([f"parameters   {before:,} before, {after:,} after", *repaired(done["repair"]), _verified(done)])
 
 
+def exported(done: dict[str, Any]) -> str:
+    """What was written as a GGUF file, and what llama.cpp makes of it."""
+    checked = done["checked"]
+    told = "not: llama-cpp-python is not installed"
+    if checked:
+        told = (
+            f"by llama.cpp: largest logit difference {checked['max_logit_difference']:.1e}, the same choice at "
+            f"{checked['same_choice']:.0%} of the positions, the same tokens of a text"
+        )
+    return (
+        f"gguf         architecture {done['architecture']}, {done['parameters']:,} parameters, "
+        f"{done['bytes'] / 2**20:,.1f} MiB\nverified     {told}"
+    )
+
+
 def selected(kept: dict[str, Any]) -> str:
     """What a plan keeps, layer by layer."""
     lines = [f"{'layer':<8}{'kv groups':>14}{'FFN channels':>18}"]

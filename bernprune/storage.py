@@ -2,23 +2,30 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write beside, sync, rename: a crash leaves the old file or the new one, and nothing beside it."""
+@contextmanager
+def written_file(path: Path) -> Iterator[Path]:
+    """A path beside ``path``, to be written to, which takes its place at the end, synced, or goes if anything fails."""
     beside = path.with_name(f".{path.name}.part")
     try:
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield beside
+        sync(beside)
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside, sync, rename: a crash leaves the old file or the new one, and nothing beside it."""
+    with written_file(path) as beside:
+        beside.write_bytes(data)
 
 
 def write_json(path: Path, data: Any) -> None:

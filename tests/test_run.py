@@ -255,7 +255,7 @@ def test_units_prints_what_there_is(place: Place) -> None:
 def test_units_takes_what_prune_takes(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """A YAML file, which flags and --set win over."""
     seen: list[Any] = []
-    monkeypatch.setattr("bernprune.cli.forecast", lambda config: seen.append(config) or "done")
+    monkeypatch.setattr("bernprune.cli.commands.forecast", lambda config: seen.append(config) or "done")
     file = place.file("run.yaml", "model: {path: model}\nsearch: {masks: 4}\ngranularity: [ffn]\nseed: 3\n")
     succeed("units", str(file), "--granularity", "channel", "--set", "seed=5")
     given = {"model": {"path": "model"}, "search": {"masks": 4}, "granularity": "channel", "seed": 5}

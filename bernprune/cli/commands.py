@@ -1,34 +1,28 @@
-"""The command line: the only module that parses arguments or prints."""
+"""The commands: what they are given, and what of it reaches the package."""
 
 import json
-import logging
-import os
 import shlex
-import signal
-import sys
-import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, get_args
 
-import torch
 import typer
-from transformers.utils import logging as transformers_logging
 
 from bernprune import __version__
-from bernprune.backends import keep_freed_memory
+from bernprune.cli.terminal import AtWork, quiet_libraries, show
 from bernprune.config import RunConfig, make_config
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import BernpruneError, ConfigError
+from bernprune.errors import ConfigError
 from bernprune.evaluation import perplexity
+from bernprune.export.gguf import DTYPES as GGUF_DTYPES
 from bernprune.manual import manual
 from bernprune.names import RepairName
-from bernprune.report import applied, evaluated, recovered, selected, table
+from bernprune.report import applied, evaluated, exported, recovered, selected, table
 from bernprune.run import applying, pipeline, recovering
-from bernprune.run.folder import FREE_SETTINGS, RunFolder
+from bernprune.run.exporting import export_gguf
+from bernprune.run.folder import FREE_SETTINGS
 from bernprune.run.forecast import forecast
 from bernprune.run.plans import read_plan, select_plan
-from bernprune.run.recovering import RECOVERY_SETTINGS, RecoveryFolder
+from bernprune.run.recovering import RECOVERY_SETTINGS
 from bernprune.run.score_tables import metrics_table, scores_table
 from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES
@@ -44,84 +38,11 @@ app = typer.Typer(
 )
 
 DEFAULT_OUT, DEFAULTS = "out", RunConfig()
-INTERRUPTED, READER_GONE = 130, 141  # as shells count SIGINT and SIGPIPE
-
-
-def main() -> None:
-    """Run a command. Exit codes: 0 done, 2 a mistake that the user can mend, 130 interrupted, 141 nobody reads on."""
-    keep_freed_memory()
-    sys.exit(_run(sys.argv[1:]))
-
-
-def _run(arguments: list[str]) -> int:
-    debug = "--debug" in arguments
-    _State.out = _State.recovering = None
-    _set_up_logging(debug)
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        code = app([argument for argument in arguments if argument != "--debug"] or ["--help"], standalone_mode=False)
-        sys.stdout.flush()
-    except BernpruneError as error:
-        return _fail(str(error), debug)
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except OSError as error:  # a full disk behind stdout, a folder for temporary files that is gone
-        _drop_stuck_output()
-        return _fail(f"the system refused: {error}", debug)
-    except torch.OutOfMemoryError:
-        return _fail("the GPU's memory is full; another model.device, or a shorter model.dtype, may do", debug)
-    except Exception as error:
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words, of a RuntimeError
-            return _fail(f"the machine's memory is full{_how_to_resume()}", debug)
-        if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
-            raise
-        return _fail(error.format_message(), debug)
-    if code == INTERRUPTED:  # what typer makes of Ctrl-C
-        print(f"interrupted{_how_to_resume()}", file=sys.stderr)
-    return code if isinstance(code, int) else 0
-
-
-def _fail(message: str, debug: bool) -> int:
-    if debug:
-        traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return 2
-
-
-def _show(text: str) -> None:
-    """Print; a reader who has gone, as of `bernprune units | head -1`, ends the command quietly."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        _drop_stuck_output()
-        raise typer.Exit(READER_GONE) from None
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left."""
-    raise KeyboardInterrupt
-
-
-def _drop_stuck_output() -> None:
-    """Drop what stdout cannot get rid of, or it would fail again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _how_to_resume() -> str:
-    out, recovery = _State.out, _State.recovering
-    if recovery is not None and RecoveryFolder(recovery).unfinished:
-        return "; the same command, without --overwrite, goes on"
-    if out is None or not RunFolder(out).unfinished:
-        return ""
-    return f"; continue with: bernprune resume {shlex.quote(str(out))}"
 
 
 def _show_version(asked: bool) -> None:
     if asked:
-        _show(__version__)
+        show(__version__)
         raise typer.Exit
 
 
@@ -132,31 +53,6 @@ def _options(
     ] = False,
 ) -> None:
     """Options that stand before a command."""
-
-
-class _State:
-    """The folder at work, for the message after Ctrl-C: of a run, or of a recovery."""
-
-    out: Path | None = None
-    recovering: Path | None = None
-
-
-def _set_up_logging(debug: bool) -> None:
-    """Show our messages on stderr; libraries' only to debug: they bury ours, and failures reach us as exceptions."""
-    ours = logging.getLogger("bernprune")
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    ours.handlers = [handler]
-    ours.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
-    if not debug:
-        logging.root.addHandler(logging.NullHandler())  # else Python prints what nobody handles
-
-
-def _quiet_libraries() -> None:
-    """Hide their progress bars and hints, which would bury ours."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
 
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file with settings; see configs/.", show_default=False)]
@@ -234,10 +130,10 @@ def prune(
     checked = make_config(absolute(merge(given, parse_settings(settings or []))))
     name = Path(checked.model.path).name
     folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
-    _State.out = folder
-    _quiet_libraries()
+    AtWork.out = folder
+    quiet_libraries()
     report = pipeline.prune(checked, folder, overwrite=overwrite)
-    _show(f"{table(report)}\n\nresult       {folder / 'model'}")
+    show(f"{table(report)}\n\nresult       {folder / 'model'}")
 
 
 @app.command()
@@ -251,10 +147,10 @@ def resume(
 ) -> None:
     """Continue a run that was killed or interrupted."""
     changes = parse_settings(settings or [], only=FREE_SETTINGS)
-    _State.out = out
-    _quiet_libraries()
+    AtWork.out = out
+    quiet_libraries()
     report = pipeline.resume(out, changes=changes)
-    _show(f"{table(report)}\n\nresult       {out / 'model'}")
+    show(f"{table(report)}\n\nresult       {out / 'model'}")
 
 
 @app.command()
@@ -279,9 +175,9 @@ def apply(
     checked = make_config(merge(flags, parse_settings(settings or [], only=["model", "data", "repair"])))
     if "text" in checked.data.model_fields_set and checked.repair.method == "none":
         raise ConfigError("--text is the text of a repair, but --repair is 'none'")
-    _quiet_libraries()
+    quiet_libraries()
     done = applying.apply_plan(checked, read_plan(plan), out)
-    _show(f"{applied(done)}\nresult       {out}")
+    show(f"{applied(done)}\nresult       {out}")
 
 
 @app.command()
@@ -298,10 +194,10 @@ def recover(
 ) -> None:
     """A little training of what a run kept, by low-rank adapters that are merged; the same command goes on."""
     changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
-    _State.recovering = out
-    _quiet_libraries()
+    AtWork.recovering = out
+    quiet_libraries()
     report = recovering.recover(run, out, changes=changes, overwrite=overwrite)
-    _show(f"{recovered(report)}\n\nresult       {out / 'model'}")
+    show(f"{recovered(report)}\n\nresult       {out / 'model'}")
 
 
 @app.command()
@@ -313,8 +209,25 @@ def select(
 ) -> None:
     """Make the plan for another sparsity from what a run has learned, without a new search."""
     path, kept = select_plan(out, sparsity, nested=nested)
-    _show(selected(kept))
-    _show(f"plan         {path}; cut a model by it with: bernprune apply {shlex.quote(str(path))} MODEL OUT")
+    show(selected(kept))
+    show(f"plan         {path}; cut a model by it with: bernprune apply {shlex.quote(str(path))} MODEL OUT")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder of a finished run, or of a pruned model.")],
+    out: Annotated[Path, typer.Argument(help="GGUF file to write.")],
+    dtype: Annotated[str, typer.Option(help=f"Number format of matrices: {', '.join(GGUF_DTYPES)}.")] = "auto",
+    vocabulary: Annotated[
+        Path | None,
+        typer.Option(help="Copy the vocabulary of this GGUF file of the dense model, not that of the tokenizer."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """A pruned model as a GGUF file, for llama.cpp and what builds on it (pip install ".[gguf]")."""
+    quiet_libraries()
+    show(exported(export_gguf(model, out, dtype=dtype, vocabulary=vocabulary)))
+    show(f"result       {out}")
 
 
 @app.command()
@@ -337,9 +250,9 @@ def evaluate(
 ) -> None:
     """Perplexity with its protocol. Windows and length are by default those of a run."""
     checked = make_config(merge({"model": {"path": model}}, parse_settings(settings or [], only=["model"])))
-    _quiet_libraries()
+    quiet_libraries()
     result = perplexity.evaluate(checked.model, text, window=window, max_tokens=tokens, joined_by=join)
-    _show(json.dumps(result, indent=2, allow_nan=False) if as_json else evaluated(result))
+    show(json.dumps(result, indent=2, allow_nan=False) if as_json else evaluated(result))
 
 
 @app.command()
@@ -355,8 +268,8 @@ def units(
     given = read_yaml(Path(model)) if Path(model).suffix in (".yaml", ".yml") else {"model": {"path": model}}
     flags = without_none({"granularity": granularity})
     checked = make_config(merge(merge(given, flags), parse_settings(settings or [])))
-    _quiet_libraries()
-    _show(forecast(checked))
+    quiet_libraries()
+    show(forecast(checked))
 
 
 @app.command()
@@ -378,20 +291,16 @@ def scores(
     if model is None:
         if given or out is not None:
             raise ConfigError("bernprune scores without a model lists the metrics, and takes no options")
-        _show(metrics_table(SCORES.values()))
+        show(metrics_table(SCORES.values()))
         return
     if out is not None and out.suffix != SUFFIX:
         raise ConfigError(f"the name of a file of scores must end in {SUFFIX}, but is {str(out)!r}")
     checked = make_config(absolute(given))
-    _quiet_libraries()
-    _show("\n".join([scores_table(score_model(checked, out)), *([] if out is None else [f"result       {out}"])]))
+    quiet_libraries()
+    show("\n".join([scores_table(score_model(checked, out)), *([] if out is None else [f"result       {out}"])]))
 
 
 @app.command()
 def settings() -> None:
     """Every setting, its default, and what it means."""
-    _show(manual())
-
-
-if __name__ == "__main__":
-    main()
+    show(manual())

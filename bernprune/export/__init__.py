@@ -1,0 +1,1 @@
+"""Pruned models in other formats than that of a Hugging Face folder."""

@@ -1,0 +1,185 @@
+"""A pruned model as a GGUF file, which llama.cpp and what is built on it load.
+
+llama.cpp's own ``llama`` expects layers of one size. Two of its architectures know layers of their own: ``deci`` (lists
+of heads, key/value heads and FFN widths, layers without attention, biases everywhere) takes Llama, Mistral and Qwen2,
+``openelm`` (one fused projection for q, k and v, and norms of q and k) takes Qwen3 with tied embeddings. ``deci`` turns
+neighbouring rows of q and k into each other where transformers turns the halves of a head, so these are reordered.
+
+Letters: D hidden size, H heads, E head size.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bernprune.errors import ModelError, RunError
+from bernprune.export.vocabulary import Vocabulary
+from bernprune.models.architecture import part
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+_PREFIX = "bernprune_"  # of the model type of what slicing makes
+_ARCHITECTURES = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
+_STATIC = ("default", "linear", "llama3")  # rotary embeddings that no length of text changes
+
+
+def write_gguf(model: Any, vocabulary: Vocabulary, path: Path, *, dtype: str = "auto") -> str:
+    """Write the model to the file ``path``, and return the name of llama.cpp's architecture.
+
+    Args:
+        dtype: number format of the matrices, by default the model's; vectors are in float32.
+
+    Raises:
+        ModelError: a model that bernprune has not sliced, or that llama.cpp cannot run, with the reason.
+        RunError: the package gguf is not installed.
+    """
+    gguf = import_gguf()
+    architecture = architecture_for(model)
+    if len(vocabulary.tokens) > model.config.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(vocabulary.tokens)} tokens, but the model embeds {model.config.vocab_size}"
+        )
+    kind = _kind(gguf, str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
+    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
+    _add_sizes(writer, model)
+    vocabulary.add_to(writer, gguf, model.config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}" if kind.name != "F32" else "ALL_F32"])
+    for name, tensor in _tensors(gguf, model, architecture):
+        values = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+        if values.ndim == 1 or kind.name == "F32":
+            writer.add_tensor(name, values)
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return architecture
+
+
+def import_gguf() -> Any:
+    """The package gguf. Raises ``RunError`` where it is missing."""
+    try:
+        import gguf
+    except ImportError:
+        raise RunError('a GGUF file is written by the package gguf; install it: pip install ".[gguf]"') from None
+    return gguf
+
+
+def architecture_for(model: Any) -> str:
+    """The architecture of llama.cpp that runs the model.
+
+    Raises:
+        ModelError: there is none.
+    """
+    config = model.config
+    if not config.model_type.startswith(_PREFIX):
+        raise ModelError(
+            f"a {config.model_type} model with layers of one size was not sliced by bernprune; llama.cpp's own "
+            "convert_hf_to_gguf.py takes it"
+        )
+    family = config.model_type.removeprefix(_PREFIX)
+    architecture = _ARCHITECTURES[family]
+    layers = list(_layers(model))
+    faults = {
+        f"its activation is {config.hidden_act!r}, and only 'silu' is known": config.hidden_act != "silu",
+        f"its rotary embedding is {_rope_type(config)!r}, and only {', '.join(_STATIC)} are known": _rope_type(config)
+        not in _STATIC,
+        "a layer has attention but no FFN": any(layer.heads and not layer.channels for layer in layers),
+        "its first layer has no attention": not layers[0].heads,
+    }
+    if architecture == "openelm":
+        faults |= {
+            "layers without attention need another architecture than openelm": any(not each.heads for each in layers),
+            "openelm ties the output to the input embedding, and this model does not": not config.tie_word_embeddings,
+            "openelm knows no biases": any(name.endswith(".bias") for name, _ in model.named_parameters()),
+            "openelm knows no scaled rotary embedding": _rope_type(config) != "default",
+        }
+    for fault, found in faults.items():
+        if found:
+            raise ModelError(f"llama.cpp cannot run this {family} model: {fault}")
+    return architecture
+
+
+class _Layer:
+    """A decoder layer and its sizes; no heads where it has no attention, no channels where it has no FFN."""
+
+    def __init__(self, module: Any, head_dim: int) -> None:
+        self.module = module
+        attention, ffn = getattr(module.self_attn, "q_proj", None), getattr(module.mlp, "down_proj", None)
+        self.heads = 0 if attention is None else attention.out_features // head_dim
+        self.kv_groups = 0 if attention is None else module.self_attn.k_proj.out_features // head_dim
+        self.channels = 0 if ffn is None else ffn.in_features
+
+
+def _layers(model: Any) -> Iterator[_Layer]:
+    for module in part(model, "model", "layers"):
+        yield _Layer(module, model.config.head_dim)
+
+
+def _rope_type(config: Any) -> str:
+    return str((config.rope_parameters or {}).get("rope_type", "default"))
+
+
+def _add_sizes(writer: Any, model: Any) -> None:
+    config, layers = model.config, list(_layers(model))
+    length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
+    writer.add_name((config.bernprune or {}).get("base_model") or "pruned")
+    writer.add_context_length(min(length, window) if window else length)  # beyond a window attention would differ
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(layers))
+    writer.add_feed_forward_length([layer.channels for layer in layers])
+    writer.add_head_count([layer.heads for layer in layers])
+    writer.add_head_count_kv([layer.kv_groups for layer in layers])
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _kind(gguf: Any, dtype: str) -> Any:
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    if dtype not in names:
+        raise ModelError(f"matrices of a GGUF file can be {', '.join(names)}, but not {dtype}")
+    return gguf.GGMLQuantizationType[names[dtype]]
+
+
+def _tensors(gguf: Any, model: Any, architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """All weights by the names that llama.cpp knows, and how much slower rotary frequencies turn, if any does."""
+    config = model.config
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if (tied and owner == "lm_head") or (architecture == "openelm" and owner.endswith(("k_proj", "v_proj"))):
+            continue  # the latter follow with q_proj
+        if architecture == "openelm" and owner.endswith("q_proj"):
+            parts = [model.get_parameter(f"{owner.removesuffix('q_proj')}{each}_proj.weight") for each in "qkv"]
+            yield f"blk.{owner.split('.')[2]}.attn_qkv.weight", torch.cat(parts)
+            continue
+        if architecture == "deci" and owner.endswith(("q_proj", "k_proj")):
+            tensor = neighbouring(tensor, config.head_dim)
+        found = known.get_name(owner)
+        assert found is not None, f"llama.cpp has no place for {name}"
+        yield f"{found}.{leaf}", tensor
+    slower_E = slower_frequencies(model)
+    if not torch.allclose(slower_E, torch.ones_like(slower_E)):
+        yield "rope_freqs.weight", slower_E
+
+
+def neighbouring(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Rows of heads whose rotary pairs are half a head apart, reordered so that they are neighbours, ``[H E, ...]``."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def slower_frequencies(model: Any) -> torch.Tensor:
+    """What rotary frequencies without scaling are divided by to give the model's, ``[E / 2]``."""
+    config = model.config
+    steps = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    plain_E = torch.exp(-math.log(config.rope_parameters["rope_theta"]) * steps)
+    return (plain_E / part(model, "model", "rotary_emb").inv_freq.double().cpu()).float()
