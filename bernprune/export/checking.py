@@ -22,7 +22,8 @@ import numpy as np
 
 path, exchange, text = sys.argv[1:]
 tokens = json.load(open(exchange + "/tokens.json"))
-model = llama_cpp.Llama(path, n_ctx=len(tokens), n_batch=len(tokens), logits_all=True, verbose=False)
+exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # of the cache
+model = llama_cpp.Llama(path, n_ctx=len(tokens), n_batch=len(tokens), logits_all=True, verbose=False, **exact)
 model.eval(tokens)
 np.save(exchange + "/logits.npy", model.scores[: len(tokens)])
 json.dump(model.tokenize(text.encode()), open(exchange + "/read.json", "w"))

@@ -89,7 +89,6 @@ def architecture_for(model: Any) -> str:
         f"its rotary embedding is {_rope_type(config)!r}, and only {', '.join(_STATIC)} are known": _rope_type(config)
         not in _STATIC,
         "a layer has attention but no FFN": any(layer.heads and not layer.channels for layer in layers),
-        "its first layer has no attention": not layers[0].heads,
     }
     if architecture == "openelm":
         faults |= {
@@ -124,11 +123,16 @@ def _rope_type(config: Any) -> str:
     return str((config.rope_parameters or {}).get("rope_type", "default"))
 
 
+def context_length(config: Any) -> int:
+    """As many tokens as llama.cpp runs as the model does, which may attend to a window of so many alone."""
+    window = getattr(config, "sliding_window", None)
+    return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+
+
 def _add_sizes(writer: Any, model: Any) -> None:
     config, layers = model.config, list(_layers(model))
-    length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     writer.add_name((config.bernprune or {}).get("base_model") or "pruned")
-    writer.add_context_length(min(length, window) if window else length)  # beyond a window attention would differ
+    writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length([layer.channels for layer in layers])

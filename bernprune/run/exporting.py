@@ -7,7 +7,7 @@ import torch
 
 from bernprune.errors import ConfigError, RunError
 from bernprune.export.checking import check_gguf
-from bernprune.export.gguf import DTYPES, import_gguf, write_gguf
+from bernprune.export.gguf import DTYPES, context_length, import_gguf, write_gguf
 from bernprune.export.vocabulary import vocabulary_from, vocabulary_of
 from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.view import count_parameters
@@ -44,7 +44,7 @@ def export_gguf(source: str, out: Path, *, dtype: str = "auto", vocabulary: Path
     folder = str(Path(source, MODEL)) if Path(source, MODEL).is_dir() else source
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(vocabulary, gguf)
-    tokens_T = torch.arange(min(_CHECKED_TOKENS, model.config.max_position_embeddings)) % model.config.vocab_size
+    tokens_T = torch.arange(min(_CHECKED_TOKENS, context_length(model.config))) % model.config.vocab_size
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         with written_file(out) as temporary:
