@@ -26,6 +26,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair import Repairer
 from bernprune.run.applying import apply_plan
+from bernprune.run.exporting import export_gguf
 from bernprune.run.pipeline import prune, resume
 from bernprune.run.plans import read_plan
 from bernprune.run.recovering import recover
@@ -49,6 +50,7 @@ __all__ = [
     "UnitSpace",
     "apply_plan",
     "describe",
+    "export_gguf",
     "initial_probs",
     "initial_scores",
     "load_model",
