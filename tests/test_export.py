@@ -107,7 +107,7 @@ def test_matrices_have_the_format_that_is_asked_for(dtype: str, tmp_path: Path) 
     ("family", "changes", "plan", "said"),
     [
         ("qwen3", {"tie_word_embeddings": False}, {}, "openelm ties the output"),
-        ("qwen3", {"tie_word_embeddings": True}, {"without_attention": (2,)}, "layers without attention"),
+        ("qwen3", {"tie_word_embeddings": True}, {"without_attention": (2,)}, "no layers without attention"),
         ("qwen3", {"tie_word_embeddings": True, "attention_bias": True}, {}, "knows no biases"),
         ("llama", {}, {"without_ffn": (1,)}, "a layer has attention but no FFN"),
         ("llama", {"hidden_act": "gelu"}, {}, "activation is 'gelu'"),

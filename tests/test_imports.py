@@ -111,7 +111,7 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.models",
         "bernprune.storage",
     ),
-    "bernprune.export": ("bernprune.errors", "bernprune.export", "bernprune.models"),
+    "bernprune.export": (*VOCABULARY, "bernprune.export", "bernprune.models"),
     "bernprune.models.modeling_bernprune": (),  # copied into every saved folder
     "bernprune.scores": (
         *VOCABULARY,
@@ -215,6 +215,7 @@ def test_public_names() -> None:
         "UnitSpace",
         "apply_plan",
         "describe",
+    "export_gguf",
         "initial_probs",
         "initial_scores",
         "load_model",

@@ -19,10 +19,12 @@ import torch
 from bernprune.errors import ModelError, RunError
 from bernprune.export.vocabulary import Vocabulary
 from bernprune.models.architecture import part
+from bernprune.units import LayerShape
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _PREFIX = "bernprune_"  # of the model type of what slicing makes
 _ARCHITECTURES = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}
+_FUSED = ("q_proj", "k_proj", "v_proj")
 _STATIC = ("default", "linear", "llama3")  # rotary embeddings that no length of text changes
 
 
@@ -75,48 +77,41 @@ def architecture_for(model: Any) -> str:
     Raises:
         ModelError: there is none.
     """
-    config = model.config
+    config, rope = model.config, _rope_type(model.config)
     if not config.model_type.startswith(_PREFIX):
         raise ModelError(
             f"a {config.model_type} model with layers of one size was not sliced by bernprune; llama.cpp's own "
             "convert_hf_to_gguf.py takes it"
         )
-    family = config.model_type.removeprefix(_PREFIX)
+    family, shapes = config.model_type.removeprefix(_PREFIX), _shapes(model)
     architecture = _ARCHITECTURES[family]
-    layers = list(_layers(model))
-    faults = {
-        f"its activation is {config.hidden_act!r}, and only 'silu' is known": config.hidden_act != "silu",
-        f"its rotary embedding is {_rope_type(config)!r}, and only {', '.join(_STATIC)} are known": _rope_type(config)
-        not in _STATIC,
-        "a layer has attention but no FFN": any(layer.heads and not layer.channels for layer in layers),
-    }
+    faults = [
+        (config.hidden_act != "silu", f"its activation is {config.hidden_act!r}, and only 'silu' is known"),
+        (rope not in _STATIC, f"its rotary embedding is {rope!r}, and only {', '.join(_STATIC)} are known"),
+        (any(shape.kv_groups and not shape.channels for shape in shapes), "a layer has attention but no FFN"),
+    ]
     if architecture == "openelm":
-        faults |= {
-            "layers without attention need another architecture than openelm": any(not each.heads for each in layers),
-            "openelm ties the output to the input embedding, and this model does not": not config.tie_word_embeddings,
-            "openelm knows no biases": any(name.endswith(".bias") for name, _ in model.named_parameters()),
-            "openelm knows no scaled rotary embedding": _rope_type(config) != "default",
-        }
-    for fault, found in faults.items():
+        biased = any(name.endswith(".bias") for name, _ in model.named_parameters())
+        faults += [
+            (not config.tie_word_embeddings, "openelm ties the output to the input embedding, and the model does not"),
+            (any(not shape.kv_groups for shape in shapes), "openelm knows no layers without attention"),
+            (biased, "openelm knows no biases"),
+            (rope != "default", "openelm knows no scaled rotary embedding"),
+        ]
+    for found, fault in faults:
         if found:
             raise ModelError(f"llama.cpp cannot run this {family} model: {fault}")
     return architecture
 
 
-class _Layer:
-    """A decoder layer and its sizes; no heads where it has no attention, no channels where it has no FFN."""
-
-    def __init__(self, module: Any, head_dim: int) -> None:
-        self.module = module
-        attention, ffn = getattr(module.self_attn, "q_proj", None), getattr(module.mlp, "down_proj", None)
-        self.heads = 0 if attention is None else attention.out_features // head_dim
-        self.kv_groups = 0 if attention is None else module.self_attn.k_proj.out_features // head_dim
-        self.channels = 0 if ffn is None else ffn.in_features
-
-
-def _layers(model: Any) -> Iterator[_Layer]:
-    for module in part(model, "model", "layers"):
-        yield _Layer(module, model.config.head_dim)
+def _shapes(model: Any) -> list[LayerShape]:
+    """Sizes of the layers; no heads where one has no attention, no channels where it has no FFN."""
+    shapes, head_dim = [], model.config.head_dim
+    for layer in part(model, "model", "layers"):
+        rows = [getattr(getattr(layer.self_attn, name, None), "out_features", 0) for name in ("q_proj", "k_proj")]
+        channels = getattr(getattr(layer.mlp, "up_proj", None), "out_features", 0)
+        shapes.append(LayerShape(rows[0] // head_dim, rows[1] // head_dim, channels))
+    return shapes
 
 
 def _rope_type(config: Any) -> str:
@@ -130,14 +125,14 @@ def context_length(config: Any) -> int:
 
 
 def _add_sizes(writer: Any, model: Any) -> None:
-    config, layers = model.config, list(_layers(model))
+    config, shapes = model.config, _shapes(model)
     writer.add_name((config.bernprune or {}).get("base_model") or "pruned")
     writer.add_context_length(context_length(config))
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(layers))
-    writer.add_feed_forward_length([layer.channels for layer in layers])
-    writer.add_head_count([layer.heads for layer in layers])
-    writer.add_head_count_kv([layer.kv_groups for layer in layers])
+    writer.add_block_count(len(shapes))
+    writer.add_feed_forward_length([shape.channels for shape in shapes])
+    writer.add_head_count([shape.query_heads for shape in shapes])
+    writer.add_head_count_kv([shape.kv_groups for shape in shapes])
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_dimension_count(config.head_dim)
@@ -155,22 +150,23 @@ def _kind(gguf: Any, dtype: str) -> Any:
 
 def _tensors(gguf: Any, model: Any, architecture: str) -> Iterator[tuple[str, torch.Tensor]]:
     """All weights by the names that llama.cpp knows, and how much slower rotary frequencies turn, if any does."""
-    config = model.config
-    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    head_dim, layers = model.config.head_dim, part(model, "model", "layers")
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], len(layers))
+    done = {"lm_head"} if model.get_output_embeddings().weight is model.get_input_embeddings().weight else set()
+    if architecture == "openelm":
+        done |= set(_FUSED)
+        for index, layer in enumerate(layers):
+            parts = [getattr(layer.self_attn, name).weight for name in _FUSED]
+            yield f"blk.{index}.attn_qkv.weight", torch.cat(parts)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
-        if (tied and owner == "lm_head") or (architecture == "openelm" and owner.endswith(("k_proj", "v_proj"))):
-            continue  # the latter follow with q_proj
-        if architecture == "openelm" and owner.endswith("q_proj"):
-            parts = [model.get_parameter(f"{owner.removesuffix('q_proj')}{each}_proj.weight") for each in "qkv"]
-            yield f"blk.{owner.split('.')[2]}.attn_qkv.weight", torch.cat(parts)
+        role = owner.rpartition(".")[2]
+        if role in done:
             continue
-        if architecture == "deci" and owner.endswith(("q_proj", "k_proj")):
-            tensor = neighbouring(tensor, config.head_dim)
         found = known.get_name(owner)
         assert found is not None, f"llama.cpp has no place for {name}"
-        yield f"{found}.{leaf}", tensor
+        turned = architecture == "deci" and role in ("q_proj", "k_proj")
+        yield f"{found}.{leaf}", neighbouring(tensor, head_dim) if turned else tensor
     slower_E = slower_frequencies(model)
     if not torch.allclose(slower_E, torch.ones_like(slower_E)):
         yield "rope_freqs.weight", slower_E
