@@ -32,9 +32,9 @@ SEEDS, SPARSITIES, TOKENS = [0, 1, 2, 3, 4], [0.3, 0.5, 0.2], 1_000_000
 PLANS: dict[str, Settings] = {"wanda-sp": {"search": {"sequences": 0}}, "default": {}}
 WAYS: dict[str, Settings] = {
     "lora": {},
-    "lora, ranks alike": {"ranks": "uniform"},
-    "lora, distilled": {"distill": 1.0},
-    "before the cut": {"masks": "policy"},
+    "lora-ranks-alike": {"ranks": "uniform"},
+    "lora-distilled": {"distill": 1.0},
+    "before-the-cut": {"masks": "policy"},
 }
 RATES, SWEEP_SEED = [1e-3, 3e-3, 1e-2, 3e-2], 100  # of the seeds none
 
