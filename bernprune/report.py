@@ -131,21 +131,19 @@ def _searched(search: dict[str, Any]) -> list[str]:
 
 
 def _known(found: dict[str, Any]) -> list[str]:
-    """What the search knew of itself after its last round; nothing where it did not learn in rounds."""
+    """What the search knew of itself after its last round; nothing where that was too short to tell."""
     if "agreement" not in found:
         return []
     agreed, told = (
         ", ".join(f"{kind} {value:.2f}" for kind, value in found[name].items())
         for name in ("agreement", "signal_to_noise")
     )
-    gap = (
-        f"; sampled masks lost {found['gap']:.3f} nats more than what would be selected"
-        if found.get("gap") is not None
-        else ""
-    )
+    regret = f"; knowing every unit would gain about {found['regret']:.3f} nats" if "regret" in found else ""
+    gap = found.get("gap")
+    lost = "" if gap is None else f"; sampled masks lost {gap:.3f} nats more than what would be selected"
     return [
-        f"known        in the last round two halves of its text agreed to {agreed}, signal over noise was {told}; "
-        f"knowing every unit would gain about {found['regret']:.3f} nats{gap}"
+        f"known        in the last round two halves of its text agreed to {agreed}, signal over noise was {told}"
+        f"{regret}{lost}"
     ]
 
 

@@ -277,8 +277,64 @@ def test_what_is_known_survives_a_checkpoint(tmp_path: Any) -> None:
         assert torch.equal(other.draw(torch.Generator().manual_seed(1)), search.draw(torch.Generator().manual_seed(1)))
 
 
+def follow_gradients(space: UnitSpace, values_U: torch.Tensor, steps: range, search: ReinforceSearch) -> None:
+    """Steps of no length, on losses that lack the values of what is removed, and noise."""
+    for step in steps:
+        masks_BKCU = search.ask(step)[:]
+        losses_BKC = -(masks_BKCU.double() @ values_U) + normal_numbers(*masks_BKCU.shape[:3], seed=step)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=0.0)
+
+
+def gradient_search(space: UnitSpace) -> ReinforceSearch:
+    baseline = make_baseline("leave-one-out", window=5, num_masks=4)
+    start_U = torch.full((space.size,), 0.6, dtype=torch.float64)
+    return ReinforceSearch(Budget(space, 0.4), start_U, baseline=baseline, seed=3, design=Design(2, 4))
+
+
+def test_gradients_say_how_much_they_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the steps since they were last asked: agreement of every other one with the rest, and signal over noise."""
+    told: list[torch.Tensor] = []
+    add = Sums.add
+    monkeypatch.setattr(Sums, "add", lambda self, effects_BU: (told.append(effects_BU), add(self, effects_BU)))
+    search, scores_U = gradient_search(FLAT), random_numbers(FLAT.size, 1)
+    follow_gradients(FLAT, scores_U, range(3), search)
+    assert "agreement" not in search.diagnose(scores_U)  # too few to tell
+    told.clear()
+    follow_gradients(FLAT, scores_U, range(3, 12), search)
+    found, gradients_NU = search.diagnose(scores_U), torch.cat(told)
+    halves = [gradients_NU[parity::2].mean(0) for parity in (0, 1)]
+    assert_close(list(found["agreement"].values()), list(correlation_by_kind(FLAT, *halves).values()), EXACT)
+    noise_U = gradients_NU.var(0) / len(gradients_NU)
+    by_hand = signal_to_noise(FLAT, gradients_NU.mean(0), noise_U)
+    assert_close(list(found["signal_to_noise"].values()), list(by_hand.values()), EXACT)
+    json.dumps(found, allow_nan=False)
+
+
+def test_gradients_tell_more_where_there_is_more() -> None:
+    """Agreement and signal are near zero where losses are noise."""
+    space, found = make_space(["channel"], [(1, 61), (1, 40)]), {}
+    for name, scale in (("noise", 0.0), ("signal", 3.0)):
+        search, values_U = gradient_search(space), scale * normal_numbers(space.size, seed=0)
+        follow_gradients(space, values_U, range(200), search)
+        found[name] = search.diagnose(values_U)
+    assert found["signal"]["agreement"]["channel"] > 0.6 > 0.3 > abs(found["noise"]["agreement"]["channel"])
+    assert found["signal"]["signal_to_noise"]["channel"] > 1 > 0.3 > found["noise"]["signal_to_noise"]["channel"]
+
+
+def test_what_gradients_told_survives_a_checkpoint(tmp_path: Any) -> None:
+    """In the middle of a round."""
+    search, other, scores_U = gradient_search(FLAT), gradient_search(FLAT), random_numbers(FLAT.size, 1)
+    follow_gradients(FLAT, scores_U, range(5), search)
+    write_state(tmp_path / "state", search.state_dict())
+    follow_gradients(FLAT, scores_U, range(20, 23), other)
+    other.load_state_dict(read_state(tmp_path / "state"))
+    for each in (search, other):
+        follow_gradients(FLAT, scores_U, range(5, 8), each)
+    assert other.diagnose(scores_U) == search.diagnose(scores_U)
+
+
 def test_a_policy_says_where_it_stands() -> None:
-    """Without rounds, what every search says."""
+    """Before any step, what every search says."""
     budget, scores_U = Budget(FLAT, 0.4), random_numbers(FLAT.size, 1)
     baseline = make_baseline("none", window=5, num_masks=4)
     search = ReinforceSearch(budget, random_numbers(FLAT.size, 2), baseline=baseline, seed=3, design=Design(1, 4))

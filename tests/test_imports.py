@@ -215,7 +215,7 @@ def test_public_names() -> None:
         "UnitSpace",
         "apply_plan",
         "describe",
-    "export_gguf",
+        "export_gguf",
         "initial_probs",
         "initial_scores",
         "load_model",

@@ -9,10 +9,14 @@ from bernprune.errors import ConfigError
 from bernprune.names import Projection, Scaling, check_name
 from bernprune.policy.baselines import Baseline, LeaveOneOut
 from bernprune.policy.budget import Budget
+from bernprune.policy.diagnostics import correlation_by_kind, signal_to_noise
 from bernprune.policy.estimators import divergence, reinforce
 from bernprune.policy.masks import Design
+from bernprune.policy.rounds import Sums, copied
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.units import MaskRows
+
+_LEAST_STEPS = 4  # that tell how much their gradients differ
 
 
 class ReinforceSearch(MaskSearch):
@@ -69,6 +73,7 @@ class ReinforceSearch(MaskSearch):
         self._metric_U = budget.metric_U if projection == "cost-weighted" else torch.ones_like(budget.costs_U)
         self.pull = pull
         self.probs_U = self._start_U = self._project(self.probs_U, **self._bounds)
+        self._sums = Sums.empty(len(self.probs_U))  # of the gradients of steps, since they were last looked at
 
     @property
     def priorities_U(self) -> torch.Tensor:
@@ -102,11 +107,26 @@ class ReinforceSearch(MaskSearch):
         # What the advantages of coupled masks lack: the others, which they leave out, tell of a unit too.
         variance_U, contrast_U = before_U * (1 - before_U), self._contrasts_U
         gradient_U = torch.where(contrast_U > 0, gradient_U * (variance_U / contrast_U), gradient_U)
+        self._sums.add(gradient_U[None])
         after_U = before_U - learning_rate * gradient_U / self._metric_U
         if self.pull > 0:
             after_U -= self._pulled_U(learning_rate)
         self.probs_U = self._project(after_U, **self._bounds)
         return self._stats(losses_BKC, advantages_BKC, before_U)
+
+    def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
+        """Also, for each kind and of the gradients since it was last asked: ``signal_to_noise``, and ``agreement``, the
+        correlation between the mean gradients of every other step and of the rest. The policy moves meanwhile, which
+        counts as noise."""
+        found, sums = super().diagnose(scores_U), self._sums
+        self._sums = Sums.empty(len(self.probs_U))
+        if sums.count < _LEAST_STEPS:
+            return found
+        space = self.budget.space
+        return found | {
+            "signal_to_noise": signal_to_noise(space, sums.mean_U(), sums.variance_U()),
+            "agreement": correlation_by_kind(space, *sums.halves()),
+        }
 
     def _pulled_U(self, learning_rate: float) -> torch.Tensor:
         """The step of the pull alone; it ends at the start and not beyond, so that a strong pull cannot overshoot."""
@@ -120,9 +140,11 @@ class ReinforceSearch(MaskSearch):
             "probs_U": self.probs_U,
             "start_U": self._start_U,
             "baseline": self.baseline.state_dict(),
+            **copied(vars(self._sums)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._check_state(state)
         self.probs_U, self._start_U = state["probs_U"].double(), state["start_U"].double()
         self.baseline.load_state_dict(state["baseline"])
+        self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))
