@@ -150,7 +150,15 @@ def split_by(pattern: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-TOKENIZERS = {"gpt-2": lambda: tiny_tokenizer(VOCABULARY), "default": characters}
+def splitting_digits() -> PreTrainedTokenizerFast:
+    """The tiny byte-level tokenizer, taking digits apart first."""
+    tokenizer = tiny_tokenizer(VOCABULARY)
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    return tokenizer
+
+
+TOKENIZERS = {"gpt-2": lambda: tiny_tokenizer(VOCABULARY), "default": characters, "smollm": splitting_digits}
 TOKENIZERS |= {name: lambda pattern=pattern: split_by(pattern) for pattern, name in PATTERNS.items()}
 
 
@@ -174,6 +182,14 @@ def test_vocabularies_that_are_not_known_are_refused(tmp_path: Path) -> None:
         "for how this tokenizer splits text is not known": split_by(r"\d"),
         "of type WordLevel": PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))),
     }
+    spaced, lowered = split_by(next(iter(PATTERNS))), tiny_tokenizer(VOCABULARY)
+    spaced.backend_tokenizer.pre_tokenizer[1].add_prefix_space = True
+    lowered.backend_tokenizer.normalizer = normalizers.Lowercase()
+    replaced = characters()
+    replaced.backend_tokenizer.normalizer = normalizers.Replace("x", "y")
+    for tokenizer in (spaced, lowered, replaced):
+        with pytest.raises(ModelError, match="copy that of the dense model's GGUF file"):
+            vocabulary_of(tokenizer)
     for said, tokenizer in unknown.items():
         with pytest.raises(ModelError, match=f"{said}.*copy that of the dense model's GGUF file"):
             vocabulary_of(tokenizer)
@@ -186,6 +202,31 @@ def test_vocabularies_that_are_not_known_are_refused(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(ModelError, match="holds no vocabulary"):
         vocabulary_from(tmp_path / "bare.gguf", gguf)
+
+
+def test_damaged_vocabularies_are_refused(tmp_path: Path) -> None:
+    """Wherever the file ends."""
+    written(pruned(KNOWN[0]), tmp_path / "a.gguf")
+    whole = (tmp_path / "a.gguf").read_bytes()
+    for length in range(0, 6000, 500):
+        (tmp_path / "b.gguf").write_bytes(whole[:length])
+        with pytest.raises(ModelError, match=r"cannot be read as a GGUF file|holds no vocabulary"):
+            vocabulary_from(tmp_path / "b.gguf", gguf)
+
+
+def test_fillers_are_no_tokens(tmp_path: Path) -> None:
+    """llama.cpp stops at a token that is there twice."""
+    words = vocabulary_of(tiny_tokenizer(VOCABULARY - 2))
+    words.tokens[5] = f"[PAD{VOCABULARY - 1}]"
+    write_gguf(pruned(KNOWN[0]), words, tmp_path / "a.gguf", dtype="float32")
+    assert len(set(vocabulary_from(tmp_path / "a.gguf", gguf).tokens)) == VOCABULARY
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = pruned(KNOWN[0])
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = -1e5
+    with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight holds numbers that float16 cannot"):
+        written(model, tmp_path / "a.gguf", "float16")
 
 
 # llama.cpp
@@ -222,7 +263,7 @@ def test_a_file_of_another_model_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="gives other logits"):
         check_gguf(tmp_path / "a.gguf", other, tiny_tokenizer(VOCABULARY), torch.arange(9))
     (tmp_path / "b.gguf").write_bytes((tmp_path / "a.gguf").read_bytes()[:4000])
-    with pytest.raises(RunError, match=r"llama\.cpp cannot run"):
+    with pytest.raises(RunError, match=r"llama\.cpp cannot run .*: .*(failed|error)"):
         check_gguf(tmp_path / "b.gguf", other, tiny_tokenizer(VOCABULARY), torch.arange(9))
 
 
@@ -244,7 +285,7 @@ def test_a_run_is_exported(place: Place, tmp_path: Path, monkeypatch: pytest.Mon
     said = {
         (str(out), str(tmp_path / "b.gguf")): "exists already",
         (str(out), str(tmp_path / "c.bin")): "must end in .gguf",
-        (str(place.model), str(tmp_path / "c.gguf")): "was not sliced by bernprune; llama.cpp's own",
+        (str(place.model), str(tmp_path / "d" / "e" / "c.gguf")): "was not sliced by bernprune; llama.cpp's own",
         (str(tmp_path / "nowhere"), str(tmp_path / "c.gguf")): "does not exist",
         (str(out), str(tmp_path / "c.gguf"), "--dtype=int4"): "dtype 'int4' is unknown",
         (str(out), str(tmp_path / "c.gguf"), "--vocabulary=no.gguf"): "cannot be read as a GGUF file",

@@ -63,7 +63,7 @@ def test_a_function_in_a_file_starts_a_run(own: Path, place: Place, monkeypatch:
 
 def test_a_metric_in_a_file_says_how_it_allocates(own: Path) -> None:
     assert metric_named(f"{own}:pooled").allocation == "pooled"
-    assert metric_named(f"{own}:like_magnitude").name == "like_magnitude"
+    assert metric_named(f"{own}:like_magnitude").name == f"{own}:like_magnitude"
     own.write_text(OWN.replace('allocation="pooled"', 'allocation="global"'))
     os.utime(own, ns=(1, 1))  # another time than before, whatever the clock says
     assert metric_named(f"{own}:pooled").allocation == "global"
@@ -89,6 +89,72 @@ def test_what_is_no_metric_is_refused(text: str | None, name: str, said: str, tm
     done = run(*place.prune(f"initial.score={path}:{name}", out=tmp_path / "out"))
     assert done.code == 2 and said in done.err and done.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+BAD = '''
+import sys
+from dataclasses import dataclass
+
+import numpy
+import torch
+
+from bernprune.scores import Metric
+
+
+@dataclass
+class Settings:
+    """A dataclass looks for the module that it stands in."""
+
+    power: "int" = 2
+
+
+def raises(projection): raise KeyError("mine")
+def leaves(projection): sys.exit(3)
+def nothing(projection): pass
+def array(projection): return numpy.ones(projection.weight_DE.shape[1])
+def short(projection): return projection.inputs.second_moment_E[1:]
+def matrix(projection): return projection.weight_DE
+def imaginary(projection): return projection.inputs.second_moment_E + 1j
+def unlike(projection): return projection.inputs.second_moment_E * float("nan")
+def overwrites(projection): return projection.weight_DE.zero_().sum(0) + projection.inputs.second_moment_E
+whole = Metric("whole", "", "", lambda context: [1.0])
+'''
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("raises", "raises failed: KeyError: 'mine'"),
+        ("leaves", "leaves failed: SystemExit: 3"),
+        ("nothing", "nothing must give a tensor, but gave None"),
+        ("array", "array must give a tensor, but gave array("),
+        ("short", "one for each column of the weight that reads kv_groups in layer 0, but gave [47] of float64"),
+        ("matrix", "but gave [36, 48] of float32"),
+        ("imaginary", "of complex128"),
+        ("unlike", "unlike' is not finite in layer 0"),
+        ("whole", "whole must give a tensor, but gave [1.0]"),
+        ("Settings", "Settings must be a function or a Metric, but is <class"),
+    ],
+)
+def test_what_a_metric_does_wrong_is_told(name: str, said: str, tmp_path: Path, place: Place) -> None:
+    """In one sentence, alone and as a member of a fusion."""
+    path = tmp_path / "random.py"  # which is no reason to take it for the standard library's
+    path.write_text(BAD)
+    fused = ("initial.score=fused", f"initial.members=[flap, {path}:{name}]")
+    for given in ((f"initial.score={path}:{name}",), fused):
+        done = run(*place.prune(*given, out=tmp_path / "out"))
+        assert done.code == 2 and said in done.err and done.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_cannot_change_the_model(tmp_path: Path) -> None:
+    """Whatever it does to the weights that it is shown."""
+    path = tmp_path / "mine.py"
+    path.write_text(BAD)
+    view = describe(tiny_model("llama", torch.float32))
+    before = {name: weight.clone() for name, weight in view.model.state_dict().items()}
+    initial_scores(view, random_tokens(4, 9), metric_named(f"{path}:overwrites"))
+    assert all(weight.equal(before[name]) for name, weight in view.model.state_dict().items())
 
 
 def test_places_are_made_absolute(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +186,7 @@ def test_weights_of_a_fusion_are_told_by_member(own: Path) -> None:
     members = (SCORES["magnitude"], metric_named(f"{own}:like_magnitude"))
     options = Options(members=members)
     initial_scores(view, random_tokens(4, 9), SCORES["fused"], options=options, notes=notes)
-    assert notes.keys() == {"weight of magnitude", "weight of like_magnitude"}
+    assert notes.keys() == {"weight of magnitude", f"weight of {own}:like_magnitude"}
     assert math.isclose(sum(notes.values()), 1)
 
 

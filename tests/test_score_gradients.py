@@ -228,6 +228,13 @@ def test_mini_llm_of_weights_sums_products() -> None:
     assert_close(found, expected, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["mini-llm", "mini-llm-weights"])
+def test_one_estimate_tells_no_error(name: str) -> None:
+    view, notes = describe(tiny_model("llama")), dict[str, float]()
+    initial_scores(view, WINDOWS_WT[:1], SCORES[name], options=Options(pairs=1), notes=notes)
+    assert not notes
+
+
 def test_the_error_of_gradients_by_weights_is_told() -> None:
     """As large as it is, against the true gradients of all weights that belong to units."""
     model, notes = biased(), dict[str, float]()

@@ -20,10 +20,11 @@ import sys
 import llama_cpp
 import numpy as np
 
-path, exchange, text = sys.argv[1:]
+path, exchange, text, told = sys.argv[1:]
 tokens = json.load(open(exchange + "/tokens.json"))
-exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}  # of the cache
-model = llama_cpp.Llama(path, n_ctx=len(tokens), n_batch=len(tokens), logits_all=True, verbose=False, **exact)
+cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+size = {"n_ctx": len(tokens), "n_batch": len(tokens)}
+model = llama_cpp.Llama(path, **size, **cache, logits_all=True, verbose=bool(told))
 model.eval(tokens)
 np.save(exchange + "/logits.npy", model.scores[: len(tokens)])
 json.dump(model.tokenize(text.encode()), open(exchange + "/read.json", "w"))
@@ -49,20 +50,27 @@ def check_gguf(path: Path, model: Any, tokenizer: Any, tokens_T: torch.Tensor) -
         ours_TV = model(input_ids=tokens_T[None].to(model.device)).logits[0].float().cpu().numpy()
     with tempfile.TemporaryDirectory(prefix="bernprune-gguf-") as exchange:
         Path(exchange, "tokens.json").write_text(json.dumps(tokens_T.tolist()))
-        command = [sys.executable, "-P", "-c", _RUN, str(path.resolve()), exchange, TEXT]
-        done = subprocess.run(command, cwd=exchange, capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RunError(f"llama.cpp cannot run {path}: {lines[-1]}")
+        if _run(path, exchange, told=False).returncode:
+            done = _run(path, exchange, told=True)  # which costs another failure, and says why
+            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["it gives no reason"]
+            raise RunError(f"llama.cpp cannot run what was made of the model: {lines[0].strip()}")
         theirs_TV = np.load(Path(exchange, "logits.npy"))
         read = json.loads(Path(exchange, "read.json").read_text())
     error = float(np.sqrt(np.square(theirs_TV - ours_TV).mean() / np.square(ours_TV).mean()))
     if not error <= _TOLERANCE:
-        raise RunError(f"llama.cpp gives other logits from {path}: their relative error is {error:.3g}")
+        raise RunError(f"llama.cpp gives other logits than the model: their relative error is {error:.3g}")
     if read != tokenizer(TEXT)["input_ids"]:
-        raise RunError(f"llama.cpp reads other tokens from a text by {path} than the model's own tokenizer does")
+        raise RunError(
+            "llama.cpp reads other tokens from a text than the model's tokenizer does; copy the vocabulary of a GGUF "
+            "file that was made of the dense model (--vocabulary), or of another one"
+        )
     return {
         "max_logit_difference": float(np.abs(theirs_TV - ours_TV).max()),
         "relative_error": error,
         "same_choice": float((theirs_TV.argmax(1) == ours_TV.argmax(1)).mean()),
     }
+
+
+def _run(path: Path, exchange: str, *, told: bool) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", _RUN, str(path.resolve()), exchange, TEXT, "told" * told]
+    return subprocess.run(command, cwd=exchange, capture_output=True, text=True, check=False)

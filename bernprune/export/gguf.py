@@ -10,6 +10,7 @@ Letters: D hidden size, H heads, E head size.
 
 import math
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -45,21 +46,30 @@ def write_gguf(model: Any, vocabulary: Vocabulary, path: Path, *, dtype: str = "
             f"the tokenizer has {len(vocabulary.tokens)} tokens, but the model embeds {model.config.vocab_size}"
         )
     kind = _kind(gguf, str(model.dtype).removeprefix("torch.") if dtype == "auto" else dtype)
-    writer = gguf.GGUFWriter(path, architecture, use_temp_file=True)
-    _add_sizes(writer, model)
-    vocabulary.add_to(writer, gguf, model.config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}" if kind.name != "F32" else "ALL_F32"])
-    for name, tensor in _tensors(gguf, model, architecture):
-        values = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
-        if values.ndim == 1 or kind.name == "F32":
-            writer.add_tensor(name, values)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with closing(gguf.GGUFWriter(path, architecture)) as writer:
+        _add_sizes(writer, model)
+        vocabulary.add_to(writer, gguf, model.config.vocab_size)
+        writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}" if kind.name != "F32" else "ALL_F32"])
+        for name, tensor in _tensors(gguf, model, architecture):
+            of = gguf.GGMLQuantizationType.F32 if tensor.ndim == 1 else kind
+            size = tensor.numel() * gguf.GGML_QUANT_SIZES[of][1]
+            writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), size, raw_dtype=of)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in _tensors(gguf, model, architecture):  # one at a time: together they may not fit into memory
+            writer.write_tensor_data(_encoded(gguf, name, tensor, kind))
     return architecture
+
+
+def _encoded(gguf: Any, name: str, tensor: torch.Tensor, kind: Any) -> Any:
+    """A weight as it stands in the file. Raises ``ModelError`` for one that float16 cannot hold."""
+    values = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+    if tensor.ndim == 1:
+        return values
+    if kind.name == "F16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise ModelError(f"weight {name} holds numbers that float16 cannot; use --dtype bfloat16 or float32")
+    return gguf.quants.quantize(values, kind)
 
 
 def import_gguf() -> Any:

@@ -6,7 +6,7 @@ negative rank of the merge that makes a token.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from bernprune.errors import ModelError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 _OURS = "tokenizer.ggml"
+_NFC = {"type": "NFC"}  # which llama.cpp leaves out
 _UNREACHED = -1e6  # score of what no merge makes
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,7 +45,7 @@ class Vocabulary:
 
     def add_to(self, writer: Any, gguf: Any, size: int) -> None:
         """Write it with as many tokens as the model embeds."""
-        unused = [f"[PAD{number}]" for number in range(len(self.tokens), size)]
+        unused = [_filler(number, self.tokens) for number in range(len(self.tokens), size)]
         writer.add_token_list(self.tokens + unused)
         writer.add_token_types(self.types + [UNUSED] * len(unused))
         if self.scores:
@@ -71,12 +72,11 @@ _COPY = "copy that of the dense model's GGUF file (--vocabulary)"
 
 
 def _of_bytes(stated: Mapping[str, Any]) -> Vocabulary:
-    steps = _steps(stated["pre_tokenizer"], "pretokenizers")
-    last = steps[-1] if steps else {}
-    patterns = [step["pattern"].get("Regex") for step in steps[:-1] if step["type"] == "Split"]
-    plain = len(steps) == 1 and last.get("use_regex") and not last.get("add_prefix_space")
-    name = "gpt-2" if plain else PATTERNS.get(patterns[0]) if len(patterns) == len(steps) - 1 == 1 else None
-    if last.get("type") != "ByteLevel" or name is None:
+    *before, last = _steps(stated["pre_tokenizer"], "pretokenizers") or [{"type": None}]
+    name = None
+    if last["type"] == "ByteLevel" and not last["add_prefix_space"] and (stated["normalizer"] or _NFC) == _NFC:
+        name = _name_of(before, splits=last["use_regex"])
+    if name is None:
         raise ModelError(f"llama.cpp's name for how this tokenizer splits text is not known here; {_COPY}")
     tokens, types = _tokens(stated)
     merges = [" ".join(merge) for merge in _merges(stated)]
@@ -92,10 +92,20 @@ def _of_bytes(stated: Mapping[str, Any]) -> Vocabulary:
     )
 
 
+def _name_of(before: Sequence[Mapping[str, Any]], *, splits: bool) -> str | None:
+    """llama.cpp's name for what comes before bytes, which split text themselves, or do not; None if it is not known."""
+    if splits:
+        digits = [step["type"] == "Digits" and step["individual_digits"] for step in before]
+        return "gpt-2" if not digits else "smollm" if digits == [True] else None
+    patterns = [step["pattern"].get("Regex") for step in before if step["type"] == "Split"]
+    return PATTERNS.get(patterns[0]) if len(patterns) == len(before) == 1 else None
+
+
 def _of_characters(stated: Mapping[str, Any]) -> Vocabulary:
     normalizers = {step["type"]: step for step in _steps(stated["normalizer"], "normalizers")}
     spaces = {step["type"]: step for step in _steps(stated["pre_tokenizer"], "pretokenizers")}.get("Metaspace")
-    if spaces is None and "Replace" not in normalizers:
+    replaced = normalizers.get("Replace", {"pattern": None, "content": None})
+    if spaces is None and (replaced["pattern"], replaced["content"]) != ({"String": " "}, "▁"):
         raise ModelError(f"this tokenizer does not write spaces as SentencePiece does; {_COPY}")
     prefix = "Prepend" in normalizers or (spaces is not None and spaces.get("prepend_scheme") != "never")
     tokens, types = _tokens(stated)
@@ -133,7 +143,7 @@ def _tokens(stated: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     numbers |= {content: each["id"] for content, each in added.items()}
     by_number = {number: token for token, number in numbers.items()}
     count = max(by_number) + 1
-    tokens = [by_number.get(number, f"[PAD{number}]") for number in range(count)]
+    tokens = [by_number.get(number) or _filler(number, numbers) for number in range(count)]
     types = [
         (CONTROL if added[token]["special"] else USER_DEFINED)
         if token in added
@@ -143,6 +153,14 @@ def _tokens(stated: Mapping[str, Any]) -> tuple[list[str], list[int]]:
         for token in tokens
     ]
     return tokens, types
+
+
+def _filler(number: int, known: Collection[str]) -> str:
+    """A name for a number without a token, which none has."""
+    name = f"[PAD{number}]"
+    while name in known:
+        name = f"[{name}]"
+    return name
 
 
 def _merges(stated: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -163,8 +181,8 @@ def _specials(tokenizer: Any) -> dict[str, Value]:
         if number is not None:
             found[f"{_OURS}.{theirs}_token_id"] = number, "UINT32", None
     encoded = tokenizer("a")["input_ids"]
-    found[f"{_OURS}.add_bos_token"] = encoded[0] == tokenizer.bos_token_id, "BOOL", None
-    found[f"{_OURS}.add_eos_token"] = encoded[-1] == tokenizer.eos_token_id, "BOOL", None
+    found[f"{_OURS}.add_bos_token"] = encoded[:1] == [tokenizer.bos_token_id], "BOOL", None
+    found[f"{_OURS}.add_eos_token"] = encoded[-1:] == [tokenizer.eos_token_id], "BOOL", None
     if isinstance(template := getattr(tokenizer, "chat_template", None), str):
         found["tokenizer.chat_template"] = template, "STRING", None
     return found
@@ -177,17 +195,16 @@ def vocabulary_from(path: Path, gguf: Any) -> Vocabulary:
         ModelError: no such file, or one without a vocabulary.
     """
     try:
-        fields = gguf.GGUFReader(path).fields
-    except (OSError, ValueError) as error:
+        read = {key: _value(each) for key, each in gguf.GGUFReader(path).fields.items() if key.startswith("tokenizer.")}
+    except (OSError, ValueError, IndexError) as error:
         raise ModelError(f"vocabulary {path} cannot be read as a GGUF file: {error}") from None
-    if f"{_OURS}.tokens" not in fields or f"{_OURS}.token_type" not in fields:
+    if f"{_OURS}.tokens" not in read or f"{_OURS}.token_type" not in read:
         raise ModelError(f"{path} holds no vocabulary")
-    names = [name for name in ("tokens", "token_type", "scores") if f"{_OURS}.{name}" in fields]
-    lists = {name: list(fields.pop(f"{_OURS}.{name}").contents()) for name in names}
-    values: dict[str, Value] = {}
-    for key, each in fields.items():
-        if key.startswith("tokenizer."):
-            kind, *held = [found.name for found in each.types]
-            value = each.contents()
-            values[key] = (list(value), kind, held[-1]) if held else (value, kind, None)
-    return Vocabulary(lists["tokens"], lists["token_type"], lists.get("scores", []), values)
+    tokens, types = (read.pop(f"{_OURS}.{name}")[0] for name in ("tokens", "token_type"))
+    scores: Value = read.pop(f"{_OURS}.scores", ([], "ARRAY", None))
+    return Vocabulary(tokens, types, scores[0], read)
+
+
+def _value(field: Any) -> Value:
+    kind, *held = [found.name for found in field.types]
+    return (list(field.contents()), kind, held[-1]) if held else (field.contents(), kind, None)

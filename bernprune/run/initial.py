@@ -54,7 +54,7 @@ def check_scores(config: RunConfig) -> None:
     for name, default in (("pairs", Options.pairs), ("step", Options.step), ("members", Options.members)):
         if getattr(initial, name) != default and name not in told:
             raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
-    _check_members(options.members)
+    _check_members(initial.members, options.members)
     given, allocation = finest(config.granularity), allocation_of(config)
     if initial.cost_power is not None and any(name.endswith(SUFFIX) for name in score_names(config)):
         raise ConfigError("initial.cost_power has no meaning for a file of scores, which are taken as they are")
@@ -77,9 +77,8 @@ def check_scores(config: RunConfig) -> None:
         )
 
 
-def _check_members(members: Sequence[Metric]) -> None:
+def _check_members(names: Sequence[str], members: Sequence[Metric]) -> None:
     """Raises ``ConfigError`` where ``initial.members`` is nothing to fuse."""
-    names = [metric.name for metric in members]
     if len(names) == 1 or len(set(names)) < len(names):
         raise ConfigError(f"initial.members must name two different metrics or more, but has {', '.join(names)}")
     for metric in members:

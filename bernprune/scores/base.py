@@ -151,15 +151,26 @@ def run_metric(
     metric.check_model(view, windows_WT)
     ops = ops or choose_ops("auto", view)
     context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
-    scores_U = metric.run(context).detach().double().cpu()
-    if scores_U.shape != (view.space.size,):
-        raise ConfigError(
-            f"score {metric.name!r} must give {view.space.size} numbers, one a unit, but gave {list(scores_U.shape)}"
-        )
-    if not scores_U.isfinite().all():
-        where = view.space.layer_U[~scores_U.isfinite()][0].item()
-        raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
+    scores_U = checked_scores(metric, context)
     for name, value in context.notes.items():
         logger.info("score %s: %s %.4g", metric.name, name, value)
     power = metric.cost_power if options.cost_power is None else options.cost_power
     return scores_U / view.space.within_U**power if power else scores_U
+
+
+def checked_scores(metric: Metric, context: Context) -> torch.Tensor:
+    """What a metric gives, float64 ``[U]``.
+
+    Raises:
+        ConfigError: not one number a unit.
+        ModelError: a number that is not finite.
+    """
+    space, scores_U = context.view.space, metric.run(context).detach().double().cpu()
+    if scores_U.shape != (space.size,):
+        raise ConfigError(
+            f"score {metric.name!r} must give {space.size} numbers, one a unit, but gave {list(scores_U.shape)}"
+        )
+    if not scores_U.isfinite().all():
+        where = space.layer_U[~scores_U.isfinite()][0].item()
+        raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
+    return scores_U

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from bernprune.objective import masked_objective
-from bernprune.scores.base import PARTS, Context, Metric, Options
+from bernprune.scores.base import PARTS, Context, Metric, Options, checked_scores
 from bernprune.scores.cfsp import CFSP
 from bernprune.scores.flap import FLAP
 from bernprune.scores.goa import GOA_MOMENT
@@ -40,7 +40,8 @@ def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
 
 def ranks_of_members(context: Context) -> torch.Tensor:
     """Ranks by each metric, ``[M, U]``."""
-    return torch.stack([ranks(context.view.space, metric.run(context)) for metric in members_of(context.options)])
+    members = members_of(context.options)
+    return torch.stack([ranks(context.view.space, checked_scores(metric, context)) for metric in members])
 
 
 def _rank_average(context: Context) -> torch.Tensor:

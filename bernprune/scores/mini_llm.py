@@ -56,7 +56,8 @@ def gate_gradients(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _of_gates(context: Context) -> torch.Tensor:
     grad_U, variance_U = gate_gradients(context)
-    _note(context, grad_U.square().mean().item(), variance_U.mean().item())
+    if context.options.pairs * len(context.windows_WT) > 1:
+        _note(context, grad_U.square().mean().item(), variance_U.mean().item())
     return WANDA_SP.run(context) * grad_U.abs()
 
 
@@ -142,7 +143,8 @@ def _of_weights(context: Context) -> torch.Tensor:
 
     scores_U = by_layer(of_layer)(context)
     observed = sum(total for total, _ in squares) / sum(numbers for _, numbers in squares)
-    _note(context, observed, _noise([slope for _, slope in slopes], observed))
+    if len(slopes) > 1:
+        _note(context, observed, _noise([slope for _, slope in slopes], observed))
     return scores_U
 
 
@@ -152,7 +154,7 @@ def _noise(slopes: list[float], observed: float) -> float:
     Squares of directions are one on average, those of the sums ``observed``.
     """
     count = len(slopes)
-    return (sum(slope**2 for slope in slopes) - observed / count) * count / max(1, count - 1)
+    return max(0.0, sum(slope**2 for slope in slopes) - observed / count) * count / (count - 1)
 
 
 _SOURCE = "Cheng, Zhang and Shi, 2024"

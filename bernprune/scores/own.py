@@ -2,16 +2,20 @@
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bernprune.errors import ConfigError
+from bernprune.errors import BernpruneError, ConfigError
 from bernprune.names import meant
-from bernprune.scores.base import Metric
+from bernprune.scores.base import Context, Metric
 from bernprune.scores.stream import Projection, by_column
+
+_MODULE = "bernprune_scores_of_ones_own_"  # before the name of a file, which may be that of another module
 
 
 def own_metric(file: str, name: str) -> Metric:
@@ -20,39 +24,81 @@ def own_metric(file: str, name: str) -> Metric:
     Raises:
         ConfigError: no such file or name in it, a file that cannot be executed, or something else of that name.
     """
-    path = Path(file).resolve()
+    path, place = Path(file).resolve(), f"{file}:{name}"
     if not path.is_file():
         raise ConfigError(f"score file {file} does not exist")
     defined = _executed(path, path.stat().st_mtime_ns)
     if name not in defined:
-        scores = [other for other, value in defined.items() if _is_score(value, path)]
+        scores = [other for other, value in defined.items() if _is_score(other, value, path)]
         raise ConfigError(f"score file {file} has no {name!r}{meant(name, scores) or f', only {scores}'}")
-    if not callable(defined[name]) and not isinstance(defined[name], Metric):
-        raise ConfigError(f"score {file}:{name} must be a function or a Metric, but is {defined[name]!r}")
-    return of_ones_own(defined[name])
+    found = defined[name]
+    if isinstance(found, Metric):
+        return replace(found, name=place, run=_guarded(place, found.run))
+    if not callable(found) or isinstance(found, type):
+        raise ConfigError(f"score {place} must be a function or a Metric, but is {found!r}")
+    return of_ones_own(found, place)
 
 
-def of_ones_own(score: Metric | Callable[[Projection], torch.Tensor]) -> Metric:
+def of_ones_own(score: Metric | Callable[[Projection], torch.Tensor], name: str | None = None) -> Metric:
     """A metric as it is, or the one that a function of columns makes."""
     if isinstance(score, Metric):
         return score
-    name = getattr(score, "__name__", type(score).__name__)
-    return Metric(name, "a function of one's own", "", by_column(score), layerwise=True)
+    name = name or str(getattr(score, "__name__", type(score).__name__))
+    return Metric(name, "a function of one's own", "", by_column(_of_columns(name, score)), layerwise=True)
+
+
+def _of_columns(name: str, score: Callable[[Projection], torch.Tensor]) -> Callable[[Projection], torch.Tensor]:
+    """The function, and one sentence on what is wrong with what it gives."""
+    guarded = _guarded(name, score)
+
+    def run(projection: Projection) -> torch.Tensor:
+        found, wanted = guarded(projection), [projection.weight_DE.shape[1]]
+        if found.is_complex() or list(found.shape) != wanted:
+            given = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+            raise ConfigError(
+                f"score {name} must give real numbers {wanted}, one for each column of the weight that reads "
+                f"{projection.kind}s in layer {projection.layer}, but gave {given}"
+            )
+        return found
+
+    return run
+
+
+def _guarded(name: str, score: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """The function, of which all that goes wrong is told as a fault of the setting that named it."""
+
+    def run(given: Projection | Context) -> torch.Tensor:
+        try:
+            found = score(given)
+        except BernpruneError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"score {name} failed: {type(error).__name__}: {error}") from error
+        if not isinstance(found, torch.Tensor):
+            raise ConfigError(f"score {name} must give a tensor, but gave {found!r:.100}")
+        return found
+
+    return run
 
 
 @functools.lru_cache(maxsize=16)
 def _executed(path: Path, changed_ns: int) -> dict[str, Any]:
     """What a file defines; it is executed once for each state that it is in."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = _MODULE + path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, "every .py file has a loader"
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ConfigError(f"score file {path} cannot be executed: {type(error).__name__}: {error}") from error
+    finally:
+        del sys.modules[name]
     return vars(module)
 
 
-def _is_score(value: Any, path: Path) -> bool:
+def _is_score(name: str, value: Any, path: Path) -> bool:
     """Whether it may be meant as a score, and is not merely imported."""
-    return isinstance(value, Metric) or (callable(value) and getattr(value, "__module__", None) == path.stem)
+    ours = getattr(value, "__module__", None) in (_MODULE + path.stem, "functools")  # of what partial makes
+    return isinstance(value, Metric) or (callable(value) and not isinstance(value, type) and ours and name[0] != "_")

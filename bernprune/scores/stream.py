@@ -159,7 +159,8 @@ def _of_projections(
 ) -> Scores:
     columns = {}
     for point in POINTS:
-        weight_DE = weight_of(getattr(layer, point), context.view.model.dtype).float().cpu()
+        weight_DE = weight_of(getattr(layer, point), context.view.model.dtype)
+        weight_DE = weight_DE.to("cpu", torch.float32, copy=True)  # a metric may do with it what it likes
         columns[point] = score(Projection(weight_DE, seen[point], _KINDS[point], index, context.seed)).double()
     return of_columns(layer, columns["output"], columns["down"])
 
