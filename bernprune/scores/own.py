@@ -36,7 +36,7 @@ def own_metric(file: str, name: str) -> Metric:
         return replace(found, name=place, run=_guarded(place, found.run))
     if not callable(found) or isinstance(found, type):
         raise ConfigError(f"score {place} must be a function or a Metric, but is {found!r}")
-    return of_ones_own(found, place)
+    return of_ones_own(_guarded(place, found), place)
 
 
 def of_ones_own(score: Metric | Callable[[Projection], torch.Tensor], name: str | None = None) -> Metric:
@@ -49,10 +49,9 @@ def of_ones_own(score: Metric | Callable[[Projection], torch.Tensor], name: str 
 
 def _of_columns(name: str, score: Callable[[Projection], torch.Tensor]) -> Callable[[Projection], torch.Tensor]:
     """The function, and one sentence on what is wrong with what it gives."""
-    guarded = _guarded(name, score)
 
     def run(projection: Projection) -> torch.Tensor:
-        found, wanted = guarded(projection), [projection.weight_DE.shape[1]]
+        found, wanted = _tensor(name, score(projection)), [projection.weight_DE.shape[1]]
         if found.is_complex() or list(found.shape) != wanted:
             given = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
             raise ConfigError(
@@ -64,21 +63,24 @@ def _of_columns(name: str, score: Callable[[Projection], torch.Tensor]) -> Calla
     return run
 
 
-def _guarded(name: str, score: Callable[..., Any]) -> Callable[..., torch.Tensor]:
-    """The function, of which all that goes wrong is told as a fault of the setting that named it."""
+def _guarded(place: str, score: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """The function in a file, of which all that goes wrong is told as a fault of the setting that named it."""
 
     def run(given: Projection | Context) -> torch.Tensor:
         try:
-            found = score(given)
+            return _tensor(place, score(given))
         except BernpruneError:
             raise
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"score {name} failed: {type(error).__name__}: {error}") from error
-        if not isinstance(found, torch.Tensor):
-            raise ConfigError(f"score {name} must give a tensor, but gave {found!r:.100}")
-        return found
+            raise ConfigError(f"score {place} failed: {type(error).__name__}: {error}") from error
 
     return run
+
+
+def _tensor(name: str, found: Any) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor):
+        raise ConfigError(f"score {name} must give a tensor, but gave {found!r:.100}")
+    return found
 
 
 @functools.lru_cache(maxsize=16)
