@@ -52,7 +52,7 @@ def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_plan_that_nobody_learned_is_named(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "LEARNED", tmp_path / "learned.jsonl")
-    with pytest.raises(DataError, match=r"no plan of default for tiny at 0\.3, seed 0"):
+    with pytest.raises(DataError, match=r"no plan of .* units for model tiny, method default, sparsity 0\.3, seed 0"):
         run.mask_of(task_of(source_of(place)), "tiny", "default")
 
 

@@ -8,16 +8,13 @@ from typing import Any
 import pytest
 import torch
 from benchmark_tasks import random_masks, source_of, task_of
-from tiny_models import tiny_model
 from tiny_run import Place
 
 from benchmarks.learning import run
-from benchmarks.learning.parts import by_metric
 from benchmarks.learning.rivals import METHODS, RIVALS, Method
 from benchmarks.learning.rows import KEY, append_row, kept_units, overlap, read_rows, removed_units
 from benchmarks.learning.task import SOURCES, Source, Task
 from bernprune.errors import ConfigError, DataError
-from bernprune.models.view import describe
 
 
 @pytest.fixture
@@ -190,18 +187,3 @@ def test_masks_are_read_as_they_were_written() -> None:
     """Also of a number of units that fills no byte."""
     mask_U = torch.rand(21, generator=torch.Generator().manual_seed(0)) > 0.4
     assert kept_units(removed_units(mask_U)).equal(mask_U)
-
-
-def test_plans_keep_their_widths_when_units_go_by_the_metric() -> None:
-    """Of the kinds that are named, the best of each layer; others stay."""
-    space = describe(tiny_model("llama")).space
-    random = torch.Generator().manual_seed(1)
-    mask_U, scores_U = torch.rand(space.size, generator=random) > 0.4, torch.rand(space.size, generator=random)
-    found_U = by_metric(space, mask_U, scores_U, ("channel",))
-    for group, span in zip(space.groups, space.spans, strict=True):
-        assert found_U[span].sum() == mask_U[span].sum()
-        if group.kind != "channel":
-            assert found_U[span].equal(mask_U[span])
-        else:
-            assert scores_U[span][found_U[span]].min() > scores_U[span][~found_U[span]].max()
-    assert not found_U.equal(mask_U)

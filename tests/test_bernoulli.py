@@ -9,7 +9,7 @@ import torch
 from spaces import BLOCKS, FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, of_kind, random_numbers
 from tolerances import EXACT, assert_close
 
-from bernprune.names import MapName, Scope
+from bernprune.names import Kind, MapName, Scope
 from bernprune.policy.bernoulli import const, entropy, graded, initial_probs, norm, reordered, sigmap
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
@@ -229,14 +229,17 @@ def test_an_even_selection_is_even() -> None:
 
 
 @pytest.mark.parametrize("space", [FLAT, NESTED, LAYERED_BLOCKS], ids=["flat", "nested", "layered_blocks"])
-def test_reordered_channels_keep_their_numbers(space: UnitSpace) -> None:
-    """Each layer has the same priorities as before, the best scores the largest; all else is left alone."""
+@pytest.mark.parametrize("kinds", [("channel",), ("channel", "kv_group"), ()], ids=str)
+def test_reordered_units_keep_their_numbers(space: UnitSpace, kinds: tuple[Kind, ...]) -> None:
+    """Each layer has the same priorities as before, the best scores the largest; other kinds are left alone."""
     priorities_U, scores_U = random_numbers(space.size, 3), random_numbers(space.size, 4)
-    before_U, found_U = priorities_U.clone(), reordered(space, priorities_U, scores_U)
-    channels_U = of_kind(space, "channel")
+    before_U, found_U = priorities_U.clone(), reordered(space, priorities_U, scores_U, kinds)
+    chosen_U = torch.zeros(space.size, dtype=torch.bool)
+    for kind in kinds:
+        chosen_U |= of_kind(space, kind)
     assert torch.equal(priorities_U, before_U)
-    assert torch.equal(found_U[~channels_U], priorities_U[~channels_U])
-    for group in space.group_U[channels_U].unique():
+    assert torch.equal(found_U[~chosen_U], priorities_U[~chosen_U])
+    for group in space.group_U[chosen_U].unique():
         units = space.group_U == group
         assert torch.equal(found_U[units].sort().values, priorities_U[units].sort().values)
         assert torch.equal(found_U[units].argsort(), scores_U[units].argsort())

@@ -8,7 +8,7 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -17,28 +17,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rivals import RIVALS
-from benchmarks.learning.rows import kept_units, list_of, read_rows
+from benchmarks.learning.rows import learned_mask, list_of
 from benchmarks.learning.run import HERE, SEEDS, SEQUENCES, SPARSITIES
 from benchmarks.learning.task import SOURCES, Task, at_hand
-from bernprune.errors import BernpruneError, DataError
-from bernprune.units import UnitSpace
+from bernprune.errors import BernpruneError
+from bernprune.names import Kind
+from bernprune.policy.bernoulli import reordered
 
-_KEY = ("model", "method", "sparsity", "sequences", "seed")
-PARTS: dict[str, Collection[str]] = {
+PARTS: dict[str, tuple[Kind, ...]] = {  # which kinds go by the metric
     "as it is": (),
     "channels by the metric": ("channel",),
     "all by the metric": ("channel", "kv_group"),
 }
-
-
-def by_metric(space: UnitSpace, mask_U: torch.Tensor, scores_U: torch.Tensor, kinds: Collection[str]) -> torch.Tensor:
-    """The mask with as many units of each layer and kind, those of ``kinds`` the best by their scores, bool ``[U]``."""
-    found_U = mask_U.clone()
-    for group, span in zip(space.groups, space.spans, strict=True):
-        if group.kind in kinds:
-            best = scores_U[span].argsort(descending=True, stable=True)[: int(mask_U[span].sum())]
-            found_U[span] = torch.zeros(group.count, dtype=torch.bool).index_fill(0, best, True)
-    return found_U
 
 
 def losses_of(model: str, sparsity: float, methods: Sequence[str], scratch: Path) -> dict[tuple[str, str], list[float]]:
@@ -47,17 +37,22 @@ def losses_of(model: str, sparsity: float, methods: Sequence[str], scratch: Path
     Raises:
         DataError: there is no row of a method and seed.
     """
-    losses, rows = defaultdict(list), read_rows(HERE / "results.jsonl")
+    losses = defaultdict(list)
     for seed in SEEDS:
         task = Task(SOURCES[model], scratch, sparsity=sparsity, seed=seed, limit=SEQUENCES[model])
         scores_U = task.scores("wanda-sp")
         for method in methods:
-            wanted = (model, method, sparsity, SEQUENCES[model], seed)
-            found = (row for row in rows if tuple(row[name] for name in _KEY) == wanted)
-            if (row := next(found, None)) is None:
-                raise DataError(f"there is no row of {method} on {model} at sparsity {sparsity:g}, seed {seed}")
-            mask_U = kept_units(row["removed"])
-            masks_KU = torch.stack([by_metric(task.space, mask_U, scores_U, kinds) for kinds in PARTS.values()])
+            mask_U = learned_mask(
+                HERE / "results.jsonl",
+                units=task.space.size,
+                model=model,
+                method=method,
+                sparsity=sparsity,
+                sequences=SEQUENCES[model],
+                seed=seed,
+            )
+            kept_KU = [reordered(task.space, mask_U.double(), scores_U, kinds) for kinds in PARTS.values()]
+            masks_KU = torch.stack(kept_KU) > 0.5
             for part, loss in zip(PARTS, task.report(masks_KU, held_out=False)[0], strict=True):
                 losses[method, part].append(loss)
     return losses

@@ -76,10 +76,23 @@ def kept_units(removed: Row) -> torch.Tensor:
     return torch.tensor(bits[: removed["of"]] == 0)
 
 
+def learned_mask(path: Path, *, units: int, **key: Any) -> torch.Tensor:
+    """What the first row of ``path`` keeps that has these values and is of so many units, bool ``[U]``.
+
+    Raises:
+        DataError: there is none.
+    """
+    for row in read_rows(path):
+        if all(row[name] == value for name, value in key.items()) and row["removed"]["of"] == units:
+            return kept_units(row["removed"])
+    wanted = ", ".join(f"{name} {value}" for name, value in key.items())
+    raise DataError(f"{path} has no plan of {units} units for {wanted}")
+
+
 def overlap(one: Row, other: Row) -> float:
     """Units that both rows remove, as a share of those that either does."""
-    first, second = (np.unpackbits(np.frombuffer(bytes.fromhex(row["bitmap"]), np.uint8)) for row in (one, other))
-    return float((first & second).sum() / max(1, (first | second).sum()))
+    first_U, second_U = ~kept_units(one), ~kept_units(other)
+    return float((first_U & second_U).sum() / max(1, (first_U | second_U).sum()))
 
 
 def list_of(kind: type, known: Collection[str] = ()) -> Callable[[str], list[Any]]:

@@ -19,12 +19,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
 from benchmarks.learning.rivals.ours import run_preset
-from benchmarks.learning.rows import Row, append_row, commit, kept_units, key_of, list_of, read_rows
+from benchmarks.learning.rows import Row, append_row, commit, key_of, learned_mask, list_of, read_rows
 from benchmarks.learning.run import SEQUENCES
 from benchmarks.learning.task import SOURCES, Task, at_hand
 from benchmarks.memory import Peak
 from bernprune.config import make_config
-from bernprune.errors import BernpruneError, DataError
+from bernprune.errors import BernpruneError
 from bernprune.evaluation.latency import machine
 from bernprune.objective import masked_objective
 from bernprune.policy.bernoulli import graded
@@ -77,12 +77,9 @@ def mask_of(task: Task, model: str, plan: str) -> torch.Tensor:
         return task.select(
             graded(task.space, scores_U, scope_of(config), keep=1 - task.budget.sparsity, shares_G=shares_G), scores_U
         )
-    for row in read_rows(LEARNED):
-        here = row["model"], row["method"], row["sparsity"], row["seed"], row["sequences"]
-        wanted = model, plan, task.budget.sparsity, task.seed, SEQUENCES.get(model, row["sequences"])
-        if here == wanted and row["removed"]["of"] == task.space.size:
-            return kept_units(row["removed"])
-    raise DataError(f"{LEARNED} has no plan of {plan} for {model} at {task.budget.sparsity:g}, seed {task.seed}")
+    key = {"model": model, "method": plan, "sparsity": task.budget.sparsity, "seed": task.seed}
+    usual = {"sequences": SEQUENCES[model]} if model in SEQUENCES else {}
+    return learned_mask(LEARNED, units=task.space.size, **key, **usual)
 
 
 class Bench:

@@ -16,6 +16,7 @@ from bernprune.errors import ModelError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
 _OURS = "tokenizer.ggml"
 _NFC = {"type": "NFC"}  # which llama.cpp leaves out
+_COPY = "copy that of the dense model's GGUF file (--vocabulary)"
 _UNREACHED = -1e6  # score of what no merge makes
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,7 +25,6 @@ PATTERNS = {
     _CONTRACTIONS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _CONTRACTIONS + r"\p{N}" + _REST: "qwen2",
 }
-
 
 Value = tuple[Any, str, str | None]  # with the name of its type and, of a list, that of what it holds
 
@@ -66,9 +66,6 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     found = _of_characters(stated) if stated["model"].get("byte_fallback") else _of_bytes(stated)
     found.values |= _specials(tokenizer)
     return found
-
-
-_COPY = "copy that of the dense model's GGUF file (--vocabulary)"
 
 
 def _of_bytes(stated: Mapping[str, Any]) -> Vocabulary:

@@ -4,8 +4,9 @@ The maps from scores to keep probabilities are those of Gao et al., 2024 (arXiv 
 on one set of scores and gives it the mean ``keep`` before clamping to [0, 1].
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -107,10 +108,12 @@ def graded(
     return priorities_U
 
 
-def reordered(space: UnitSpace, priorities_U: torch.Tensor, scores_U: torch.Tensor) -> torch.Tensor:
-    """Priorities by which every layer keeps as many channels as by these, but those with the best scores, ``[U]``."""
+def reordered(
+    space: UnitSpace, priorities_U: torch.Tensor, scores_U: torch.Tensor, kinds: Sequence[Kind] = ("channel",)
+) -> torch.Tensor:
+    """Priorities by which every layer keeps as many units of ``kinds`` as by these, but the best by scores, ``[U]``."""
     reordered_U = priorities_U.clone()
-    for units_N in space.by_layer("channel"):
+    for units_N in itertools.chain.from_iterable(space.by_layer(kind) for kind in kinds):
         order_N = scores_U[units_N].argsort(descending=True, stable=True)
         reordered_U[units_N[order_N]] = priorities_U[units_N].sort(descending=True).values
     return reordered_U
