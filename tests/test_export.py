@@ -19,9 +19,20 @@ from bernprune.errors import ModelError, RunError
 from bernprune.export import checking
 from bernprune.export.checking import check_gguf
 from bernprune.export.gguf import neighbouring, write_gguf
-from bernprune.export.vocabulary import PATTERNS, vocabulary_from, vocabulary_of
+from bernprune.export.vocabulary import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    PATTERNS,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    vocabulary_from,
+    vocabulary_of,
+)
 from bernprune.models.architecture import architecture_of
 from bernprune.models.slicing import slice_model
+from bernprune.run import exporting
 
 VOCABULARY = 270
 LLAMA3 = {
@@ -88,6 +99,13 @@ def test_every_weight_has_its_place(variant: Variant, tmp_path: Path) -> None:
     assert list(lists["feed_forward_length"]) == [view.intermediate_size for view in views]
 
 
+@pytest.mark.parametrize(("family", "length"), [("llama", 64), ("mistral", 7)])
+def test_no_more_text_than_the_model_attends_to(family: str, length: int, tmp_path: Path) -> None:
+    """llama.cpp would attend beyond the window."""
+    reader = written(pruned(Variant(family, family)), tmp_path / "a.gguf")
+    assert reader.fields["deci.context_length"].contents() == length
+
+
 def test_rotary_pairs_become_neighbours() -> None:
     """Of each head by itself: first and first of the second half, and so on."""
     rows = torch.arange(12)
@@ -127,7 +145,7 @@ def test_what_llama_cpp_cannot_run_is_refused(family: str, changes: Any, plan: A
 
 def characters() -> PreTrainedTokenizerFast:
     """Byte-pair encoding of characters, with bytes to fall back on, as SentencePiece has it."""
-    pairs = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l")]
+    pairs = [("▁", "t"), ("h", "e"), ("▁t", "he"), ("l", "l"), ("t", "h")]  # the last would split 'the' otherwise
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁thel'", *map("".join, pairs)]
     model = models.BPE(
         {token: number for number, token in enumerate(tokens)}, pairs, unk_token="<unk>", byte_fallback=True
@@ -176,6 +194,27 @@ def test_vocabularies_are_read_as_they_were_written(name: str, tmp_path: Path) -
         words = copied
 
 
+def test_tokens_have_their_types() -> None:
+    """Special and added ones, bytes to fall back on, and what stands for the unknown."""
+    tokenizer = characters()
+    tokenizer.add_tokens(["plain"])
+    tokenizer.chat_template = "{{ messages }}"
+    words = vocabulary_of(tokenizer)
+    types = dict(zip(words.tokens, words.types, strict=True))
+    assert [types[each] for each in ("<unk>", "<s>", "<0x0A>")] == [UNKNOWN, CONTROL, BYTE]
+    assert types["▁the"] == NORMAL and types["plain"] == USER_DEFINED
+    assert words.values["tokenizer.chat_template"] == ("{{ messages }}", "STRING", None)
+    assert "tokenizer.chat_template" not in vocabulary_of(characters()).values
+
+
+def test_a_tokenizer_that_knows_no_letter_puts_nothing_around_text() -> None:
+    """Nor does it fail for that."""
+    tokenizer = Tokenizer(models.BPE({"<s>": 0, "b": 1}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = vocabulary_of(PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>"))
+    assert [words.values[f"tokenizer.ggml.add_{each}_token"][0] for each in ("bos", "eos")] == [False, False]
+
+
 def test_vocabularies_that_are_not_known_are_refused(tmp_path: Path) -> None:
     """With what to do."""
     unknown = {
@@ -219,7 +258,8 @@ def test_fillers_are_no_tokens(tmp_path: Path) -> None:
     words = vocabulary_of(tiny_tokenizer(VOCABULARY - 2))
     words.tokens[5] = f"[PAD{VOCABULARY - 1}]"
     write_gguf(pruned(KNOWN[0]), words, tmp_path / "a.gguf", dtype="float32")
-    assert len(set(vocabulary_from(tmp_path / "a.gguf", gguf).tokens)) == VOCABULARY
+    found = vocabulary_from(tmp_path / "a.gguf", gguf)
+    assert len(set(found.tokens)) == VOCABULARY and found.types == [*words.types, UNUSED, UNUSED]
 
 
 def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
@@ -268,6 +308,16 @@ def test_a_file_of_another_model_is_found_out(tmp_path: Path) -> None:
 
 
 # The command
+
+
+def test_a_model_is_checked_in_float32(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rounding hides nothing; the file has the model's own format."""
+    checked: list[torch.dtype] = []
+    monkeypatch.setattr(exporting, "check_gguf", lambda path, model, *_: checked.append(model.dtype) or {})
+    succeed(*place.prune("model.dtype=bfloat16", "search.sequences=0", out=tmp_path / "run"))
+    succeed("export", str(tmp_path / "run"), str(tmp_path / "a.gguf"))
+    assert checked == [torch.float32]
+    assert {each.tensor_type.name for each in gguf.GGUFReader(tmp_path / "a.gguf").tensors} == {"BF16", "F32"}
 
 
 def test_a_run_is_exported(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

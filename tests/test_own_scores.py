@@ -10,10 +10,10 @@ from tiny_models import random_tokens, tiny_model
 from tiny_run import Place, run, succeed
 
 from bernprune.config import make_config
-from bernprune.errors import ConfigError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.models.view import describe
 from bernprune.run.checkpoint import read_state
-from bernprune.run.initial import check_scores, scoring_sequences
+from bernprune.run.initial import check_scores, check_scoring, scoring_sequences
 from bernprune.scores import SCORES, Options, initial_scores, metric_named
 from bernprune.scores.fusion import ranks
 from bernprune.settings import absolute
@@ -205,3 +205,21 @@ def test_members_that_cannot_be_fused_are_refused(initial: dict[str, object], sa
     with pytest.raises(ConfigError) as caught:
         check_scores(make_config({"initial": initial}))
     assert said in str(caught.value)
+
+
+def test_members_are_checked_against_the_model() -> None:
+    """Before the work: gradients' differences need more digits than bfloat16 has."""
+    view = describe(tiny_model("llama", torch.bfloat16))
+    config = make_config({"initial": {"score": "fused", "members": ["flap", "ifso"]}})
+    check_scores(config)
+    with pytest.raises(ModelError, match="score 'ifso' takes small differences"):
+        check_scoring(config, view, random_tokens(4, 9))
+
+
+def test_a_power_of_costs_means_nothing_to_a_file(tmp_path: Path) -> None:
+    """Nor beside a metric, as both would be divided."""
+    path = tmp_path / "a.safetensors"
+    path.touch()
+    for initial in ({"score": str(path)}, {"score": "flap", "also": [str(path)]}):
+        with pytest.raises(ConfigError, match=r"initial\.cost_power has no meaning for a file of scores"):
+            check_scores(make_config({"initial": {**initial, "cost_power": 0.5}}))
