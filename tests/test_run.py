@@ -89,6 +89,9 @@ def test_the_report(finished: Path) -> None:
     known = next(line for line in table(report).splitlines() if line.startswith("known "))
     assert f"channel {report['diagnostics']['agreement']['channel']:.2f}" in known
     assert f"{report['diagnostics']['gap']:.3f} nats more than what would be selected" in known
+    assert f"knowing every unit would gain about {report['diagnostics']['regret']:.3f} nats;" in known
+    del report["diagnostics"]["regret"]  # which policy gradients do not know
+    assert "; sampled masks lost" in table(report) and "knowing every unit" not in table(report)
     assert 0 < search["seconds"] < 60
     assert report["verified"]["max_logit_difference"] == 0
 
