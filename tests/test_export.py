@@ -87,6 +87,12 @@ def test_every_weight_has_its_place(variant: Variant, tmp_path: Path) -> None:
         if hasattr(ffn, "down_proj"):
             assert tensors[f"blk.{index}.ffn_down.weight"].equal(ffn.down_proj.weight)
             assert tensors[f"blk.{index}.ffn_gate.weight"].equal(ffn.gate_proj.weight)
+    assert ("rope_freqs.weight" in tensors) == ("rope_parameters" in variant.changes)
+    query, head_dim = model.model.layers[0].self_attn.q_proj.weight, model.config.head_dim
+    if variant.family == "qwen3":
+        assert tensors["blk.0.attn_qkv.weight"][: len(query)].equal(query)
+    else:
+        assert tensors["blk.0.attn_q.weight"].equal(neighbouring(query, head_dim))
     lists = {
         name: reader.fields[f"{reader.fields['general.architecture'].contents()}.{name}"].contents()
         for name in ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
@@ -203,6 +209,9 @@ def test_tokens_have_their_types() -> None:
     types = dict(zip(words.tokens, words.types, strict=True))
     assert [types[each] for each in ("<unk>", "<s>", "<0x0A>")] == [UNKNOWN, CONTROL, BYTE]
     assert types["▁the"] == NORMAL and types["plain"] == USER_DEFINED
+    scores = dict(zip(words.tokens, words.scores, strict=True))
+    assert scores["▁t"] > scores["he"] > scores["th"] > scores["<unk>"]  # in the order of the merges
+    assert words.values["tokenizer.ggml.add_space_prefix"][0]
     assert words.values["tokenizer.chat_template"] == ("{{ messages }}", "STRING", None)
     assert "tokenizer.chat_template" not in vocabulary_of(characters()).values
 
