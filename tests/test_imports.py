@@ -126,6 +126,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.recovery": (
         *VOCABULARY,
         "bernprune.data",
+        "bernprune.losses",
         "bernprune.models",
         "bernprune.recovery",
         "bernprune.sections",

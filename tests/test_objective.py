@@ -19,7 +19,7 @@ from bernprune import losses as module
 from bernprune.backends import load_backend
 from bernprune.costs import Costs
 from bernprune.errors import ConfigError
-from bernprune.losses import token_losses
+from bernprune.losses import token_divergences, token_losses
 from bernprune.models import masking
 from bernprune.models.masking import LiveMasks
 from bernprune.models.slicing import slice_model
@@ -338,3 +338,29 @@ def test_logits_come_in_parts_of_a_few_megabytes() -> None:
     head.register_forward_hook(lambda _, given, __: sizes.append(len(given[0])))
     token_losses(head, torch.ones(3, 23, 1), torch.zeros(3, 23, dtype=torch.int64))
     assert sizes == [32, 32, 2]
+
+
+@pytest.mark.parametrize("kind", ["cross-entropy", "kl"])
+def test_gradients_go_back_in_parts_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of all logits at once, of which none is kept on the way."""
+    monkeypatch.setitem(module.LOGIT_BYTES, "cpu", 4 * 53 * 10)
+    random = torch.Generator().manual_seed(0)
+    hidden_RTD, dense_RTD = (torch.randn(3, 7, 5, generator=random, dtype=torch.float64) for _ in range(2))
+    head, dense_head = (torch.nn.Linear(5, 53, dtype=torch.float64) for _ in range(2))
+    tokens_RT, kept = random_tokens(3, 7), []
+    found, expected = (hidden_RTD.clone().requires_grad_() for _ in range(2))
+    ours, theirs = head(expected).log_softmax(-1), dense_head(dense_RTD).log_softmax(-1)
+    if kind == "kl":
+        all_at_once = (theirs.exp() * (theirs - ours)).sum(-1)
+    else:
+        all_at_once = -ours[:, :-1].gather(2, tokens_RT[:, 1:, None])[..., 0]
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: kept.append(saved.numel()) or saved, lambda kept: kept):
+        if kind == "kl":
+            in_parts = token_divergences(head, found, dense_RTD, dense_head=dense_head)
+        else:
+            in_parts = token_losses(head, found, tokens_RT)
+    assert_close(in_parts, all_at_once, EXACT)
+    assert max(kept) < 53 * 5, "as much as the hidden states of a few tokens"
+    in_parts.mean().backward()
+    all_at_once.mean().backward()
+    assert_close(found.grad, expected.grad, EXACT)

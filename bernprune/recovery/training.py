@@ -1,6 +1,6 @@
 """Training of adapters in steps that repeat to the bit, with the best state on held-out text as the result.
 
-Letters: R rows, T tokens, V vocabulary.
+Letters: R rows, T tokens, D hidden size.
 """
 
 import math
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from bernprune.data import TokenWindows
 from bernprune.errors import LossError, RunError
+from bernprune.losses import token_divergences, token_losses
 from bernprune.models.adapters import Adapters
 from bernprune.recovery.masks import SampledMasks
 from bernprune.sections import RecoverConfig
@@ -84,7 +84,7 @@ class Training:
             self._masks.set()
         with torch.no_grad():
             losses = [
-                self._cross_entropy(self._logits(rows_RT), rows_RT).item() * len(rows_RT)
+                self._cross_entropy(_hidden(self._model, rows_RT), rows_RT).item() * len(rows_RT)
                 for rows_RT in self._held_out_WT.split(self._settings.rows)
             ]
         loss = sum(losses) / len(self._held_out_WT)
@@ -161,22 +161,17 @@ class Training:
 
     def _loss(self, tokens_RT: torch.Tensor) -> torch.Tensor:
         """Cross-entropy and, by its share, the divergence from the teacher, nats per token."""
-        logits, share = self._logits(tokens_RT), self._settings.distill
-        loss = (1 - share) * self._cross_entropy(logits, tokens_RT) if share < 1 else logits.new_zeros(())
+        hidden_RTD, share = _hidden(self._model, tokens_RT), self._settings.distill
+        loss = (1 - share) * self._cross_entropy(hidden_RTD, tokens_RT) if share < 1 else hidden_RTD.new_zeros(())
         if self._teacher is not None:
             with torch.no_grad():
-                target = self._teacher(input_ids=tokens_RT.to(logits.device), use_cache=False).logits
-            ours_NV, theirs_NV = (_precise(each).log_softmax(-1).flatten(0, 1) for each in (logits, target))
-            loss = loss + share * F.kl_div(ours_NV, theirs_NV, log_target=True, reduction="batchmean")
+                theirs_RTD = _hidden(self._teacher, tokens_RT)
+            head, dense_head = (each.get_output_embeddings() for each in (self._model, self._teacher))
+            loss = loss + share * token_divergences(head, hidden_RTD, theirs_RTD, dense_head=dense_head).mean()
         return loss
 
-    def _logits(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """Logits, ``[R, T, V]``."""
-        return self._model(input_ids=tokens_RT.to(self._model.device), use_cache=False).logits
-
-    def _cross_entropy(self, logits: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
-        targets_N = tokens_RT[:, 1:].flatten().to(logits.device)
-        return F.cross_entropy(_precise(logits[:, :-1]).flatten(0, 1), targets_N)
+    def _cross_entropy(self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
+        return token_losses(self._model.get_output_embeddings(), hidden_RTD, tokens_RT.to(hidden_RTD.device)).mean()
 
     @contextmanager
     def _training(self) -> Iterator[None]:
@@ -192,9 +187,9 @@ class Training:
                 layer.training = False
 
 
-def _precise(logits: torch.Tensor) -> torch.Tensor:
-    """Logits in float32 at least."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _hidden(model: Any, tokens_RT: torch.Tensor) -> torch.Tensor:
+    """What the output embedding reads, ``[R, T, D]``."""
+    return model.base_model(input_ids=tokens_RT.to(model.device), use_cache=False).last_hidden_state
 
 
 def _recomputing(model: Any, *, enabled: bool) -> None:
