@@ -154,6 +154,16 @@ def gate_gradients_by_autograd(view: ModelView) -> torch.Tensor:
     return gates_U.grad
 
 
+@pytest.mark.parametrize("name", ["taylor-vector", "taylor-element"])
+def test_more_text_is_no_less_exact_in_16_bits(name: str) -> None:
+    """The same windows again and again say the same; gradients of a mean over all of them would vanish."""
+    view = describe(tiny_model("llama", torch.float16))
+    once, often = (
+        initial_scores(view, WINDOWS_WT.repeat(times, 1), SCORES[name], rows_per_forward=4) for times in (1, 512)
+    )
+    assert_close(often, once, FLOAT32)
+
+
 @pytest.mark.parametrize("step", [None, 2**-7])
 def test_gradients_of_gates_by_differences(step: float | None) -> None:
     """Unbiased, and as far from the true ones as their variance says."""

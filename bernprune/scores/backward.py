@@ -8,6 +8,7 @@ Letters: R rows of one pass, W windows, T tokens, D hidden size.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 
@@ -21,6 +22,9 @@ Dress = Callable[[int], AbstractContextManager[object]]  # what is done to a lay
 
 class BackwardStream:
     """Gradients of the mean loss over all predictions, on their way back through a model.
+
+    What goes back is the gradient of each pass's own mean, so that numbers of 16 bits do not grow small with the length
+    of the text; what is added up over passes is weighted by their shares.
 
     Args:
         windows_WT: int64.
@@ -39,14 +43,15 @@ class BackwardStream:
             self._inputs.append(list(self._stream.hidden_RTD))
             with self._dress(index):
                 self._stream.advance()
-        predictions = windows_WT[:, 1:].numel()
         tokens = windows_WT.split(rows_per_forward)
+        self._shares = [len(tokens_RT) / len(windows_WT) for tokens_RT in tokens]
         pairs = zip(self._stream.hidden_RTD, tokens, strict=True)
-        self._upstream = [self._of_head(hidden_RTD, tokens_RT, predictions) for hidden_RTD, tokens_RT in pairs]
+        self._upstream = [self._of_head(hidden_RTD, tokens_RT) for hidden_RTD, tokens_RT in pairs]
 
-    def back(self, after: Callable[[], None] | None = None) -> None:
-        """Go through the next layer from the end: ``grad`` of what asks for it grows; ``after`` follows each pass."""
+    def back(self, leaves: Sequence[torch.Tensor], *, squares: bool = False) -> "Gradients":
+        """Go through the next layer from the end, for gradients by ``leaves``, which ask for them."""
         index, inputs = len(self._inputs) - 1, self._inputs.pop()
+        found = Gradients.zero(leaves, squares=squares)
         for at, hidden_RTD in enumerate(inputs):
             hidden_RTD = hidden_RTD.to(self._device).requires_grad_()
             with self._dress(index), torch.enable_grad():
@@ -55,18 +60,44 @@ class BackwardStream:
             output_RTD.backward(self._upstream[at].to(self._device))
             assert hidden_RTD.grad is not None
             self._upstream[at] = hidden_RTD.grad.cpu()
-            if after is not None:
-                after()
+            found.take(leaves, self._shares[at])
+        return found
 
-    def _of_head(self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor, predictions: int) -> torch.Tensor:
-        """The gradient at what leaves the last layer."""
+    def _of_head(self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
+        """The gradient of a pass's mean loss at what leaves the last layer."""
         hidden_RTD = hidden_RTD.to(self._device).requires_grad_()
         with torch.enable_grad():
             last_RTD = getattr(self._view.decoder, self._view.family.final_norm)(hidden_RTD)
             losses = token_losses(self._view.model.get_output_embeddings(), last_RTD, tokens_RT.to(self._device))
-            (losses.sum() / predictions).backward()
+            losses.mean().backward()
         assert hidden_RTD.grad is not None
         return hidden_RTD.grad.cpu()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Sums over passes, weighted by their shares, float32 at least: gradients of the mean loss by some leaves and, if
+    asked for, the mean of the passes' squared ones."""
+
+    grads: list[torch.Tensor]
+    squares: list[torch.Tensor] | None
+
+    @classmethod
+    def zero(cls, leaves: Sequence[torch.Tensor], *, squares: bool) -> "Gradients":
+        def zeros() -> list[torch.Tensor]:
+            return [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
+
+        return cls(zeros(), zeros() if squares else None)
+
+    def take(self, leaves: Sequence[torch.Tensor], share: float) -> None:
+        """Add the leaves' own gradients, which they have no longer."""
+        for at, leaf in enumerate(leaves):
+            assert leaf.grad is not None
+            grad = leaf.grad.to(self.grads[at].dtype)
+            self.grads[at].add_(grad, alpha=share)
+            if self.squares is not None:
+                self.squares[at].addcmul_(grad, grad, value=share)
+            leaf.grad = None
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from bernprune.scores.stream import fill, of_parts
 
 _LENGTH = 0.01  # of a step, over that of the vector
 
-Vectors = list[dict[str, torch.Tensor]]  # of each layer, by the name of the projection
+Vector = dict[str, torch.Tensor]  # of a layer, by the name of the projection
 
 
 def _needs_precision(view: ModelView, windows_WT: torch.Tensor) -> None:
@@ -42,7 +42,7 @@ def _ifso(context: Context) -> torch.Tensor:
     view = context.view
     step = _LENGTH / math.sqrt(sum(layer.shape.kv_groups + layer.shape.channels for layer in view.layers))
     toward = _difference(step, lambda moved: weight_gradients(context, 1 + moved))
-    step = _LENGTH / max(1e-300, math.sqrt(sum(v.square().sum().item() for each in toward for v in each.values())))
+    step = _LENGTH / max(1e-300, math.hypot(*(_length(v) for each in toward for v in each.values())))
     products = _difference(step, lambda moved: gradients_of_gates(context, toward, moved))
     scores_U = torch.zeros(view.space.size, dtype=torch.float64)
     for index, product in enumerate(products):
@@ -50,19 +50,25 @@ def _ifso(context: Context) -> torch.Tensor:
     return scores_U
 
 
-def _difference(step: float, gradients: Callable[[float], Vectors]) -> Vectors:
-    """(gradients(step) - gradients(-step)) / (2 step)."""
-    above, below = gradients(step), gradients(-step)
-    pairs = zip(above, below, strict=True)
-    return [{point: (one[point] - other[point]) / (2 * step) for point in POINTS} for one, other in pairs]
+def _difference(step: float, gradients: Callable[[float], Iterator[Vector]]) -> list[Vector]:
+    """(gradients(step) - gradients(-step)) / (2 step) of each layer; gradients come from the last layer on."""
+    found = list(gradients(step))
+    for above, below in zip(found, gradients(-step), strict=True):  # a layer at a time: they are as large as weights
+        for point in POINTS:
+            above[point].sub_(below[point]).div_(2 * step)
+    return found[::-1]
 
 
-def weight_gradients(context: Context, gate: float) -> Vectors:
-    """Gradients of the mean loss by the output and down projections' weights, on the CPU, all gates at ``gate``."""
+def _length(vector: torch.Tensor) -> float:
+    return torch.linalg.vector_norm(vector, dtype=torch.float64).item()
+
+
+def weight_gradients(context: Context, gate: float) -> Iterator[Vector]:
+    """Gradients of the mean loss by the output and down projections' weights, on the CPU, all gates at ``gate``; of one
+    layer after the other, from the last on."""
     view = context.view
     weights = [{point: getattr(layer, point).weight for point in POINTS} for layer in view.layers]
     gates = [{point: torch.full((1,), gate) for point in POINTS} for _ in view.layers]
-    found: Vectors = []
     with asking_for_gradients(view, [weight for each in weights for weight in each.values()]):
         stream = BackwardStream(
             view,
@@ -71,15 +77,12 @@ def weight_gradients(context: Context, gate: float) -> Vectors:
             dress=lambda index: _dressed(view, index, gates),
         )
         for each in reversed(weights):
-            stream.back()
-            found.insert(0, {point: _grad(weight) for point, weight in each.items()})
-            for weight in each.values():
-                weight.grad = None
-    return found
+            yield _gradients(stream, each)
 
 
-def gradients_of_gates(context: Context, toward: Vectors, moved: float) -> Vectors:
-    """Gradients of the mean loss by units' gates, ``[N]`` on the CPU, weights ``moved`` so far along ``toward``."""
+def gradients_of_gates(context: Context, toward: list[Vector], moved: float) -> Iterator[Vector]:
+    """Gradients of the mean loss by units' gates, ``[N]`` on the CPU, weights ``moved`` so far along ``toward``; of one
+    layer after the other, from the last on."""
     view = context.view
     gates = [
         {
@@ -95,19 +98,19 @@ def gradients_of_gates(context: Context, toward: Vectors, moved: float) -> Vecto
             rows_per_forward=context.rows_per_forward,
             dress=lambda index: _dressed(view, index, gates, toward, moved),
         )
-        for _ in view.layers:
-            stream.back()
-    return [{point: _grad(gate_N) for point, gate_N in each.items()} for each in gates]
+        for each in reversed(gates):
+            yield _gradients(stream, each)
 
 
-def _grad(leaf: torch.Tensor) -> torch.Tensor:
-    assert leaf.grad is not None
-    return leaf.grad.double().cpu()
+def _gradients(stream: BackwardStream, leaves: Vector) -> Vector:
+    """Those of the layer that comes next, on the CPU."""
+    found = stream.back(list(leaves.values()))
+    return {point: grad.cpu() for point, grad in zip(leaves, found.grads, strict=True)}
 
 
 @contextmanager
 def _dressed(
-    view: ModelView, index: int, gates: Vectors, toward: Vectors | None = None, moved: float = 0.0
+    view: ModelView, index: int, gates: list[Vector], toward: list[Vector] | None = None, moved: float = 0.0
 ) -> Iterator[None]:
     """For the length of the block, what a layer's projections read passes gates, and their weights are moved."""
     with ExitStack() as undone:

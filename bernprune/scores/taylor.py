@@ -26,7 +26,7 @@ Form = Literal["vector", "element", "second"]
 @dataclass(frozen=True)
 class WeightGradient:
     """A projection's weight, its gradient of the mean loss and, if asked for, the mean over windows of their own
-    squared gradients; float32 ``[O, I]``, turned so that the rows of a unit lie side by side."""
+    squared gradients; float32 at least, ``[O, I]``, turned so that the rows of a unit lie side by side."""
 
     weight_OI: torch.Tensor
     grad_OI: torch.Tensor
@@ -51,39 +51,21 @@ def layer_gradients(context: Context, *, squares: bool = False) -> Iterator[tupl
         rows = 1 if squares else context.rows_per_forward
         stream = BackwardStream(view, context.windows_WT, rows_per_forward=rows)
         for index in reversed(range(len(view.layers))):
-            sums = _Sums(list(weights[index].values()), len(context.windows_WT) if squares else None)
-            stream.back(sums.add)
-            found = dict(zip(weights[index], sums.found(), strict=True))
-            yield index, {kind: [_turned(found[name], name) for name in names] for kind, names in COUPLED.items()}
+            leaves = weights[index]
+            gradients = stream.back(list(leaves.values()), squares=squares)
+            squared: Sequence[torch.Tensor | None] = gradients.squares or [None] * len(leaves)
+            triples = zip(leaves.values(), gradients.grads, squared, strict=True)
+            found = {name: _turned(*triple, name=name) for name, triple in zip(leaves, triples, strict=True)}
+            yield index, {kind: [found[name] for name in names] for kind, names in COUPLED.items()}
 
 
-def _turned(found: WeightGradient, name: str) -> WeightGradient:
+def _turned(
+    weight_OI: torch.Tensor, grad_OI: torch.Tensor, square_OI: torch.Tensor | None, *, name: str
+) -> WeightGradient:
+    weight_OI = weight_OI.detach().to(grad_OI.dtype)
     if name not in POINTS:
-        return found
-    return WeightGradient(found.weight_OI.T, found.grad_OI.T, None if found.square_OI is None else found.square_OI.T)
-
-
-class _Sums:
-    """Sums of the gradients of a layer's weights over passes; with ``windows``, each a pass, of their squares too."""
-
-    def __init__(self, weights: list[torch.Tensor], windows: int | None) -> None:
-        self._weights, self._windows = weights, windows
-        self._sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        self._squares = None if windows is None else [torch.zeros_like(total) for total in self._sums]
-
-    def add(self) -> None:
-        for at, weight in enumerate(self._weights):
-            assert weight.grad is not None
-            self._sums[at] += weight.grad
-            if self._squares is not None and self._windows is not None:
-                # Each window adds 1/W of its own gradient to that of the mean loss.
-                self._squares[at] += weight.grad.float().square() * self._windows
-            weight.grad = None
-
-    def found(self) -> list[WeightGradient]:
-        squares: Sequence[torch.Tensor | None] = self._squares or [None] * len(self._sums)
-        triples = zip(self._weights, self._sums, squares, strict=True)
-        return [WeightGradient(weight.detach().float(), grad, square) for weight, grad, square in triples]
+        return WeightGradient(weight_OI, grad_OI, square_OI)
+    return WeightGradient(weight_OI.T, grad_OI.T, None if square_OI is None else square_OI.T)
 
 
 def salience(found: WeightGradient, form: Form) -> torch.Tensor:
