@@ -1,10 +1,11 @@
 """What repairs and weights for the policy take is counted as it is done."""
 
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_model
+from tiny_models import random_plan, random_tokens, tiny_model
 from tiny_run import Place, settings, succeed
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -13,6 +14,7 @@ from bernprune.models.streaming import LayerStream
 from bernprune.models.view import describe
 from bernprune.repair import ExpectedWeights, Repairer, fitting
 from bernprune.repair.moments import Moments
+from bernprune.repair.weights import Weights
 from bernprune.run import effort
 from bernprune.run.folder import RunFolder
 from bernprune.run.workload import fitting_windows
@@ -137,10 +139,29 @@ def test_weights_are_fitted_where_units_may_go() -> None:
         assert effort.policy_bytes(config, space(), 4) == 0
 
 
+@pytest.mark.parametrize("method", ["ridge", "two-step", "auto"])
+def test_copies_of_weights_while_a_repair_is_chosen(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many bytes as are held at most, where every method is better than the one before."""
+    view, held, most = describe(tiny_model("llama")), WeakSet[Weights](), [0]
+    plan, judged = random_plan(view.architecture, 5), iter(range(9, 0, -1))
+
+    def judge() -> torch.Tensor:
+        most[0] = max(most[0], sum(each.of(projection)[0].nbytes for each in held for projection in each.projections))
+        return torch.tensor([1.0, 1.0]) * next(judged)
+
+    start = Weights.__init__
+    monkeypatch.setattr(Weights, "__init__", lambda self, *given: held.add(self) or start(self, *given))
+    methods = ("ridge", "two-step") if method == "auto" else (method,)
+    Repairer(view, random_tokens(32, 12)).best(plan, methods, judge)  # type: ignore[arg-type]
+    config = make_config(TEXT | {"repair": {"method": method}})
+    assert most[0] == effort.kept_bytes(config, view.architecture, 8)
+
+
 def test_what_is_not_done_is_not_counted(place: Place) -> None:
     config = make_config(TEXT | {"repair": {"method": "none"}})
     architecture = space().architecture
     assert effort.repairs_of(config, architecture) == [] and effort.repair_bytes(config, architecture) == 0
+    assert effort.kept_bytes(config, architecture, 4) == 0
     assert effort.policy_weights(config, space()) == effort.Effort()
     assert effort.policy_bytes(config, space(), 4) == 0
     told = {}

@@ -16,13 +16,13 @@ from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import masked_objective
-from bernprune.repair import Repairer, fitting
+from bernprune.repair import Repairer, fitting, weights
 from bernprune.repair.closed import Linear, compensated, reconstructed, reformed, rescaled
 from bernprune.repair.moments import Moments
 from bernprune.repair.needs import needed_windows
 from bernprune.repair.pairs import Pair
 from bernprune.repair.places import places
-from bernprune.repair.weights import put
+from bernprune.repair.weights import Weights, put
 from bernprune.units import KeepPlan, LayerPlan
 
 METHODS = ("bias", "ridge", "two-step", "scale", "admm")
@@ -552,6 +552,37 @@ def test_a_judge_that_fails_leaves_nothing_changed(fails_at: int) -> None:
     with pytest.raises(KeyboardInterrupt):
         repairer(view).best(plan, ("ridge", "two-step"), judge)
     assert_same(view, before)
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2, 3, None])
+def test_weights_are_exchanged_one_projection_at_a_time(fails_at: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Back and forth to the bit; whenever it is interrupted, the originals can be put back."""
+    view, _ = view_of(Variant("llama", "llama"))
+    projections = [layer.down for layer in view.layers]
+    before, originals, changed, calls = state_of(view), Weights(projections), Weights(), [0]
+    for projection in projections:
+        put(projection, projection.weight + 1, torch.ones(36))
+    after = state_of(view)
+
+    def sometimes(*args: Any) -> None:
+        calls[0] += 1
+        if calls[0] - 1 == fails_at:
+            raise KeyboardInterrupt
+        put(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weights, "put", sometimes)
+        if fails_at is None:
+            originals.exchange(changed)
+        else:
+            with pytest.raises(KeyboardInterrupt), originals.put_back_on_error():
+                originals.exchange(changed)
+    assert_same(view, before)
+    if fails_at is None:
+        assert not originals.projections, "nothing is held twice"
+        changed.exchange(originals)
+        assert_same(view, after)
+        assert originals.projections == tuple(projections)
 
 
 # What is saved

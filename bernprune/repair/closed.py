@@ -102,10 +102,9 @@ def _with_bias(moments: Moments, dense: Linear, weight_DA: torch.Tensor, *, bias
 
 
 def _solved(gram_AA: torch.Tensor, wanted_AD: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Solve (S + ridge * mean(diag S)) X = wanted."""
-    ridged_AA = gram_AA.clone()
-    ridged_AA.diagonal().add_(ridge * gram_AA.diagonal().mean())
-    return torch.cholesky_solve(wanted_AD, factor(ridged_AA))
+    """Solve (S + ridge * mean(diag S)) X = wanted, with the ridge added to S where it lies."""
+    gram_AA.diagonal().add_(ridge * gram_AA.diagonal().mean())
+    return torch.cholesky_solve(wanted_AD, factor(gram_AA))
 
 
 def factor(gram_AA: torch.Tensor) -> torch.Tensor:

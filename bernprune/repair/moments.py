@@ -59,8 +59,8 @@ class Moments:
         """E[(x - x0)(x - x0)'] and E[(t - t0)(x - x0)'] about the given points, ``[A, A]`` and ``[D, A]``."""
         mean_A, mean_D = self.means
         gram_AA, cross_DA = self._xx_AA / self.count, self._tx_DA / self.count
-        gram_AA += torch.outer(x_A - mean_A, x_A - mean_A) - torch.outer(mean_A, mean_A)
-        cross_DA += torch.outer(t_D - mean_D, x_A - mean_A) - torch.outer(mean_D, mean_A)
+        gram_AA.addr_(x_A - mean_A, x_A - mean_A).addr_(mean_A, mean_A, alpha=-1)
+        cross_DA.addr_(t_D - mean_D, x_A - mean_A).addr_(mean_D, mean_A, alpha=-1)
         return gram_AA, cross_DA
 
     def error(self, weight_DA: torch.Tensor, bias_D: torch.Tensor | None) -> float:

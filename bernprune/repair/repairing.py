@@ -104,11 +104,13 @@ class Repairer:
                 repaired_W = judge()
                 found[method] = repaired_W.mean().item()
                 if clearly_better(repaired_W, losses_W) and (best is None or found[method] < found[best.method]):
-                    best, repaired = done, Weights(done.originals.projections)
-                done.undo()
+                    best, repaired = done, Weights()
+                    done.originals.exchange(repaired)
+                else:
+                    done.undo()
         if best is not None:
             with best.originals.put_back_on_error():
-                repaired.put_back()
+                repaired.exchange(best.originals)
         return best, found
 
     def _check(self, plan: KeepPlan, method: RepairName) -> None:

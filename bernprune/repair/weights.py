@@ -35,6 +35,16 @@ class Weights:
         for projection, (weight_DE, bias_D) in self._kept.items():
             put(projection, weight_DE, bias_D)
 
+    def exchange(self, into: "Weights") -> None:
+        """Put back what was kept, and keep it no longer; ``into`` keeps what the projections had instead.
+
+        At most one projection is held twice. Whenever this is interrupted, what is still to be put back is kept.
+        """
+        for projection in self.projections:
+            into.keep(projection)
+            put(projection, *self.of(projection))
+            del self._kept[projection]
+
     @contextmanager
     def put_back_on_error(self) -> Iterator[None]:
         """Put back what was kept on an error within the block; Ctrl-C is one, too."""

@@ -110,6 +110,18 @@ def repair_bytes(config: RunConfig, architecture: Architecture) -> int:
     return max(8 * inputs * (5 * inputs + 6 * outputs) for inputs, outputs in sizes)
 
 
+def kept_bytes(config: RunConfig, architecture: Architecture, itemsize: int) -> int:
+    """Bytes on the CPU of weights as they were before a repair; for ``auto`` also as the best one so far left them."""
+    if config.repair.method == "none":
+        return 0
+    last = every = 0
+    for shape in architecture.layers:
+        last += sum(_widths(architecture, shape))
+        every += 2 * (shape.query_heads + shape.kv_groups) * architecture.head_dim + 3 * shape.channels
+    changed = {"two-step": every, "auto": last + every}.get(config.repair.method, last)
+    return itemsize * architecture.hidden_size * changed
+
+
 def _widths(architecture: Architecture, shape: LayerShape) -> tuple[int, int]:
     """Inputs of the last projections of a layer's two branches."""
     return shape.query_heads * architecture.head_dim, shape.channels

@@ -13,7 +13,7 @@ from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
-from bernprune.run.effort import Effort, policy_bytes, policy_weights, repair_bytes, repairs_of
+from bernprune.run.effort import Effort, kept_bytes, policy_bytes, policy_weights, repair_bytes, repairs_of
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate
 from bernprune.run.opening import Opened, check_family, open_view
@@ -87,14 +87,16 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights, full = stored_bytes(view.model), view.num_parameters * opened.full.itemsize
     searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])
-    kept_aside = policy_bytes(config, view.space, opened.full.itemsize)
-    if device.type == "cpu":
-        searching += kept_aside
     repairing = full + repair_bytes(config, view.architecture)
+    for_policy = policy_bytes(config, view.space, opened.full.itemsize)
+    for_repair = kept_bytes(config, view.architecture, opened.full.itemsize)
+    if device.type == "cpu":
+        searching, repairing = searching + for_policy, repairing + for_repair
     memory, held = max(searching, repairing, _to_verify(device, full)), f"weights {weights / 2**30:.2f} GiB"
     if opened.dtype != "same":
         held += f" in {opened.dtype} while it is searched, {full / 2**30:.2f} GiB when it is sliced"
-    aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside and device.type != "cpu" else ""
+    kept_aside = 0 if device.type == "cpu" else max(for_policy, for_repair)
+    aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside else ""
     rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
     limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
     return [
