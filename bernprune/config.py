@@ -128,7 +128,7 @@ class RunConfig(Section):
         keep = 1 - self.budget.sparsity
         if not self.policy.floor < keep < self.policy.ceiling:
             raise ValueError(
-                f"budget.sparsity {self.budget.sparsity:g} keeps a share of {keep:g}, which must lie between "
+                f"budget.sparsity {self.budget.sparsity:g} keeps a share of {keep:g}, which must lie strictly between "
                 f"policy.floor {self.policy.floor:g} and policy.ceiling {self.policy.ceiling:g}"
             )
         return self

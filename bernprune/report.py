@@ -23,7 +23,7 @@ def table(report: dict[str, Any]) -> str:
 
 def titles(report: dict[str, Any]) -> dict[str, str]:
     """What each model is called: the kept one learned only if it was, and repaired only if that changed it."""
-    learned = report["search"]["steps"] and report["search"]["kept"] in ("learned", "widths")
+    learned = report["diagnostics"] and report["search"]["kept"] in ("learned", "widths")
     kept = "learned" if learned else "kept"
     if report["repair"].get("chosen", "none") == "none":
         return ROWS | {"pruned": kept}
@@ -82,14 +82,17 @@ def recovered(report: dict[str, Any]) -> str:
     figures, steps = report["perplexity"], f"{report['best_step']:,} of {report['steps']:,}"
     lines = [f"{'':<16}{'perplexity':>12}"]
     lines += [f"{name:<16}{shown(figures[key]):>12}" for name, key in (("pruned", "before"), ("recovered", "after"))]
-    ranks = report["ranks"]
+    ranks, before = report["ranks"], report["parameters_before"]
+    size = f"{report['parameters']:,} parameters as before"
+    if before != report["parameters"]:
+        size = f"{report['parameters']:,} parameters, {before:,} before, with biases of the repair"
     return "\n".join(
         [
             *lines,
             "",
             f"trained      {report['tokens']:,} tokens in {report['seconds']:.0f} s: {report['ended']}; the state "
             f"after {steps} steps was the best on held-out text",
-            f"adapters     of rank {min(ranks)} to {max(ranks)}, merged: {report['parameters']:,} parameters as before",
+            f"adapters     of rank {min(ranks)} to {max(ranks)}, merged: {size}",
             _protocol(report["protocol"]),
             _verified(report["verified"]),
         ]
@@ -106,8 +109,9 @@ def repaired(repair: dict[str, Any]) -> list[str]:
         tried = ", ".join(f"{name} {shown(loss, 4)}" for name, loss in repair["finalists"].items())
         lines.append(f"finalists    {tried}: loss after a repair of each, {judged}")
     if chosen == "none":
-        tried = " and ".join(name for name in losses if name != "none") or "nothing"
-        return [*lines, f"repair       none: {tried} did not lower the loss {judged}"]
+        tried = " and ".join(name for name in losses if name != "none")
+        why = f"{tried} did not lower the loss {judged}" if tried else "none could be tried, as said in warnings"
+        return [*lines, f"repair       none: {why}"]
     before, after = (shown(losses[name], 4) for name in ("none", chosen))
     return [
         *lines,
@@ -124,8 +128,9 @@ def _stopped(ended: str) -> str:
 def _searched(search: dict[str, Any]) -> list[str]:
     if not search["steps"]:
         return ["search       none, as search.sequences is 0"]
+    of = "" if search["given"] in (None, search["sequences"]) else f" of {search['given']:,}"
     return [
-        f"search       {search['sequences']:,} sequences run forward, {search['forward_tokens']:,} tokens, in "
+        f"search       {search['sequences']:,}{of} sequences run forward, {search['forward_tokens']:,} tokens, in "
         f"{search['seconds']:.0f} s; {_stopped(search['ended'])}"
     ]
 
@@ -140,7 +145,10 @@ def _known(found: dict[str, Any]) -> list[str]:
     )
     regret = f"; knowing every unit would gain about {found['regret']:.3f} nats" if "regret" in found else ""
     gap = found.get("gap")
-    lost = "" if gap is None else f"; sampled masks lost {gap:.3f} nats more than what would be selected"
+    lost = ""
+    if gap is not None:
+        than = "more" if gap >= 0 else "less"
+        lost = f"; sampled masks lost {abs(gap):.3f} nats {than} than what would be selected"
     return [
         f"known        in the last round two halves of its text agreed to {agreed}, signal over noise was {told}"
         f"{regret}{lost}"
@@ -150,10 +158,11 @@ def _known(found: dict[str, Any]) -> list[str]:
 def _notes(report: dict[str, Any]) -> list[str]:
     search, sparsity = report["search"], report["sparsity"]
     figure = report["latency"]["dense"]
-    also = "".join(f", {cap['achieved']:.2%} of the prunable {name}" for name, cap in sparsity["also"].items())
+    also = {sparsity["measure"]: sparsity["achieved"]}
+    also |= {name: cap["achieved"] for name, cap in sparsity["also"].items()}
     return [
         f"removed      {sparsity['block_parameters']:.2%} of the prunable block parameters, "
-        f"{sparsity['total_parameters']:.2%} of all parameters{also}",
+        f"{sparsity['total_parameters']:.2%} of all parameters{_also_removed(also)}",
         _protocol(report["protocol"]),
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
@@ -193,7 +202,13 @@ def selected(kept: dict[str, Any]) -> str:
     for layer, counts in enumerate(kept["layers"]):
         groups, channels = (f"{counts[what]:,} of {counts['of_' + what]:,}" for what in ("kv_groups", "channels"))
         lines.append(f"{layer:<8}{groups:>14}{channels:>18}")
-    return "\n".join([*lines, "", f"removed      {kept['removed']:.2%} of the prunable block parameters"])
+    also = _also_removed({kept["measure"]: kept["achieved"]})
+    return "\n".join([*lines, "", f"removed      {kept['removed']:.2%} of the prunable block parameters{also}"])
+
+
+def _also_removed(shares: dict[str, float]) -> str:
+    """What went of other measures than parameters."""
+    return "".join(f", {share:.2%} of the prunable {name}" for name, share in shares.items() if name != "parameters")
 
 
 def evaluated(result: dict[str, Any]) -> str:

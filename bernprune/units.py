@@ -365,8 +365,10 @@ class KeepPlan:
                 LayerPlan(_checked(layer["kv_groups"], shape.kv_groups), _from_bitmap(layer, shape.channels))
                 for layer, shape in pairs
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ModelError(f"this is not a plan written by bernprune: {type(error).__name__}: {error}") from None
+        except KeyError as error:
+            raise ModelError(f"this is not a plan written by bernprune: it has no {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ModelError(f"this is not a plan written by bernprune: {error}") from None
         return cls(architecture, layers)
 
 

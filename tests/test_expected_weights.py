@@ -297,3 +297,13 @@ def test_a_finalist_that_cannot_be_repaired_loses(place: Place, monkeypatch: pyt
     done = run(*place.prune(*FOUR_ROUNDS, "repair.method=ridge"))
     assert done.code == 0 and "the finalist 'initial' loses, as it cannot be repaired: singular" in done.err
     assert read_json(place.out / "report.json")["repair"]["finalists"]["initial"] is None
+
+
+def test_finalists_that_auto_cannot_repair_are_judged_as_they_are(place: Place) -> None:
+    """As it would leave them."""
+    done = run(*place.prune(*FOUR_ROUNDS, "repair.method=auto", "repair.windows=2"))
+    report = read_json(place.out / "report.json")
+    assert done.code == 0 and "is judged as it is, as it cannot be repaired: the calibration text is too" in done.err
+    losses, kept = report["repair"]["finalists"], report["search"]["kept"]
+    assert min(losses, key=losses.get) == kept and losses[kept] == pytest.approx(report["repair"]["losses"]["none"])
+    assert "repair       none: none could be tried, as said in warnings" in done.out

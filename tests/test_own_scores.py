@@ -124,8 +124,8 @@ whole = Metric("whole", "", "", lambda context: [1.0])
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("raises", "raises failed: KeyError: 'mine'"),
-        ("leaves", "leaves failed: SystemExit: 3"),
+        ("raises", "raises failed in line 18: KeyError: 'mine'"),
+        ("leaves", "leaves failed in line 19: SystemExit: 3"),
         ("nothing", "nothing must give a tensor, but gave None"),
         ("array", "array must give a tensor, but gave array("),
         ("short", "one for each column of the weight that reads kv_groups in layer 0, but gave [47] of float64"),

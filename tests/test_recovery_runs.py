@@ -77,6 +77,16 @@ def test_what_a_run_kept_is_recovered(
     assert loaded(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
 
+def test_biases_of_a_repair_go_where_the_cut_comes_after(place: Place) -> None:
+    succeed(*place.prune("search.sequences=0", "repair.method=bias", "repair.biases=always", "repair.windows=16"))
+    done = succeed(*recover(place, place.out, "recover.masks=policy"))
+    before, after = (
+        read_json(folder / "report.json")["parameters"] for folder in (place.out, place.folder / "recovered")
+    )
+    assert after < before["pruned"]
+    assert f"merged: {after:,} parameters, {before['pruned']:,} before, with biases of the repair" in done.out
+
+
 def test_layers_were_removed(layered: Path) -> None:
     layers = read_json(layered / "report.json")["layers"]
     assert sum(not layer["kv_groups"] and not layer["channels"] for layer in layers) == 1, layers

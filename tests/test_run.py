@@ -2,6 +2,10 @@
 
 import json
 import math
+import re
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +29,7 @@ from tiny_run import (
     Place,
     ended,
     finish,
+    in_one_sentence,
     read_json,
     run,
     same_run,
@@ -37,7 +42,7 @@ from tiny_run import (
     words,
 )
 from tolerances import EXACT, assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bernprune.config import make_config
 from bernprune.data import fingerprint, tokenize
@@ -201,6 +206,42 @@ def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
         assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def test_a_folder_that_another_process_made_meanwhile_is_left_alone(
+    place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that comes second says so, and removes nothing of it."""
+    arguments = ("apply", str(finished / "plan.json"), str(place.model), "applied")
+    save = PreTrainedModel.save_pretrained
+
+    def overtaken(self: PreTrainedModel, folder: Path, **given: Any) -> None:
+        save(self, folder, **given)
+        Path("applied").mkdir()
+        Path("applied", "config.json").write_text("theirs")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", overtaken)
+    assert "applied exists already" in in_one_sentence(run(*arguments))
+    assert Path("applied", "config.json").read_text() == "theirs"
+    assert [path.name for path in Path().iterdir() if path.name.startswith(".applied")] == []
+
+
+def test_flops_that_are_asked_for_are_told(place: Place) -> None:
+    """Of a run and of a plan; what else must go, too."""
+    arguments = ["budget.measure=flops", "budget.sparsity=0.4", "budget.also_parameters=0.3", "search.sequences=0"]
+    out = succeed(*place.prune(*arguments)).out
+    sparsity = read_json(place.out / "report.json")["sparsity"]
+    assert f", {sparsity['achieved']:.2%} of the prunable flops\n" in out and sparsity["achieved"] >= 0.4
+    assert out.count("of the prunable parameters") == 0, "which are told first"
+    told = succeed("select", str(place.out), "--sparsity=0.35").out
+    found = re.search(r"removed .* parameters, (\S+)% of the prunable flops\n", told)
+    assert found and float(found[1]) >= 35
+
+
+def test_output_that_was_closed_before_is_no_error(place: Place) -> None:
+    command = f"{shlex.quote(sys.executable)} -m bernprune settings >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_plan_applies_to_another_copy(place: Place, finished: Path) -> None:
     """plan.json and any copy of the model give the very weights that the run saved."""
     assert succeed("apply", str(finished / "plan.json"), str(place.model), "applied").err == ""
@@ -332,6 +373,18 @@ def test_a_search_stops_in_time(limit: str, place: Place) -> None:
     assert search["steps"] == len(steps_of(place.out)) > 1
     last = json.loads((place.out / "metrics.jsonl").read_text().splitlines()[-2])
     assert last["seconds"] <= 0.3, "it took no step more than it had to"
+
+
+def test_a_round_that_time_cuts_short_is_learned_from(place: Place) -> None:
+    """Else a run could spend all of it and know nothing."""
+    report = report_of(place, "search.sequences=20000", "search.seconds=0.1", "search.rounds=1")
+    assert 1 < report["search"]["steps"] < 1000 and report["search"]["given"] == 20000
+    assert report["diagnostics"]["regret"] > 0
+    records = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    assert ["round" in record for record in records] == [False] * (len(records) - 1) + [True]
+    assert f"{report['search']['sequences']:,} of 20,000 sequences run forward" in table(report)
+    state = read_state(max((place.out / "checkpoints").iterdir()))
+    assert state["search"]["rounds"] == 1 and state["search"]["count"] == 0
 
 
 def test_the_table_has_a_row_for_each_selection(finished: Path) -> None:

@@ -35,7 +35,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app([argument for argument in arguments if argument != "--debug"] or ["--help"], standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None if it was closed before Python began
+            sys.stdout.flush()
     except BernpruneError as error:
         return _fail(str(error), debug)
     except (KeyboardInterrupt, typer.Abort):

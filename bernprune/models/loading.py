@@ -24,7 +24,10 @@ def resolve(path: str) -> str:
     folder = os.path.expanduser(path)
     if os.path.isdir(folder):
         if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise ModelError(f"model folder {path} holds no config.json")
+            inner = os.path.join(path, "model")
+            is_run = os.path.isfile(os.path.join(folder, "model", "config.json"))
+            advice = f"; the model that was made there is {inner}" if is_run else ""
+            raise ModelError(f"model folder {path} holds no config.json{advice}")
         return folder
     if os.path.exists(folder):
         raise ModelError(f"model {path} is a file, but a folder or a Hugging Face name is needed")

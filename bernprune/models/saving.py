@@ -107,7 +107,7 @@ def _check_provenance(model: PreTrainedModel, plan: KeepPlan) -> None:
 def _written_whole(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that takes its name at the end, or vanishes if anything fails on the way."""
     if target.exists() or target.is_symlink():
-        raise RunError(f"{target} exists already; give a folder that does not")
+        raise _taken(target)
     # Not tempfile's: its folder would be readable by its owner alone, and keep that when renamed.
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -115,6 +115,8 @@ def _written_whole(target: Path) -> Iterator[Path]:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             sync(path)
+        if target.exists():  # by now
+            raise _taken(target)
         temporary.rename(target)
         sync(target.parent)
     # Full disks reach us as SafetensorError, generation settings that contradict each other as ValueError.
@@ -122,6 +124,10 @@ def _written_whole(target: Path) -> Iterator[Path]:
         raise RunError(f"could not save to {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _taken(target: Path) -> RunError:
+    return RunError(f"{target} exists already; give a folder that does not")
 
 
 def _run_clean(folder: Path, exchange: str, dtype: str, device: str) -> None:

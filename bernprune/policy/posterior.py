@@ -199,6 +199,12 @@ class PosteriorSearch(MaskSearch):
             **stats, rounds=self.rounds, reliability=self.beliefs.reliability, softness=self.softness, unread=unread
         )
 
+    def conclude(self) -> bool:
+        if self._sums.count < _LEAST_ESTIMATES:
+            return False
+        self._conclude_round()
+        return True
+
     def estimate(
         self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor, levels_BKCG: torch.Tensor | None = None
     ) -> Estimates:

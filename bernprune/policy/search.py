@@ -121,6 +121,10 @@ class MaskSearch(ABC):
             ConfigError: antithetic masks of which some are missing.
         """
 
+    def conclude(self) -> bool:
+        """There will be no more steps: learn from what a round that is not over has seen; whether there was any."""
+        return False
+
     def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
         """Where the policy stands, as plain data: entropy of each layer in bits per unit, and for each kind the rank
         correlation of the priorities with the scores that the search began with."""

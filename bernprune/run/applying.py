@@ -11,7 +11,7 @@ from bernprune.config import RunConfig
 from bernprune.errors import RunError
 from bernprune.models.slicing import check_plan, slice_model
 from bernprune.models.view import count_parameters
-from bernprune.run.folder import check_writable, whole_or_gone
+from bernprune.run.folder import check_writable, no_empty_folders
 from bernprune.run.opening import check_family, open_model, open_tokenizer
 from bernprune.run.repairs import Workshop, repair_text
 from bernprune.run.verification import reason, save_and_verify
@@ -45,7 +45,7 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
     sliced = slice_model(model, plan)
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
     try:
-        with whole_or_gone(out):
+        with no_empty_folders(out.parent):
             verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written: {reason(error)}") from error

@@ -12,7 +12,7 @@ from bernprune.export.vocabulary import vocabulary_from, vocabulary_of
 from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.view import count_parameters
 from bernprune.names import unknown
-from bernprune.run.folder import MODEL, check_writable, whole_or_gone
+from bernprune.run.folder import MODEL, check_writable, no_empty_folders
 from bernprune.storage import written_file
 
 SUFFIX = ".gguf"
@@ -46,7 +46,7 @@ def export_gguf(source: str, out: Path, *, dtype: str = "auto", vocabulary: Path
     words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(vocabulary, gguf)
     tokens_T = torch.arange(min(_CHECKED_TOKENS, context_length(model.config))) % model.config.vocab_size
     try:
-        with whole_or_gone(out.parent), written_file(_made(out)) as temporary:
+        with no_empty_folders(out.parent), written_file(_made(out)) as temporary:
             architecture = write_gguf(model, words, temporary, dtype=dtype)
             if model.num_parameters() <= _WIDENED:
                 model = model.float()

@@ -33,6 +33,7 @@ from bernprune.seeding import generator
 logger = logging.getLogger(__name__)
 
 _TO_BEAT = "widths"  # if it is a finalist: single channels have been learned only if that clearly shows
+_NOTHING_LEFT = "sequences: too few were left for more"
 _READINGS = 4  # of what was kept back, at most
 _MARGIN = 1.0  # standard errors by which what is new must win: the best of several looks better than it is
 
@@ -81,7 +82,9 @@ def run_finals(
     """
     budget = stage.workload.selection_sequences(work)
     names = list(finalists)
-    finals = _restore(folder, work) or Finals(names[0], finalists[names[0]])
+    finals = _restore(folder, work) or Finals(names[0], finalists[names[0]], ended=_NOTHING_LEFT)
+    if not budget:
+        return finals
     hidden = None if progress is None else not progress
     with (
         tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
@@ -209,7 +212,7 @@ class _Text:
         Passes of the dense model, one for each window, come on top.
         """
         if self.finals.sequences + sequences + self._dense * windows > budget:
-            return "sequences: too few were left for more"
+            return _NOTHING_LEFT
         if self.finals.windows_read + windows > self.most_read:
             return f"text: what was kept back for this had been read {_READINGS} times"
         return ""

@@ -247,15 +247,13 @@ def check_writable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_or_gone(path: Path) -> Iterator[None]:
-    """On an error within, remove the folder ``path`` and those above it that were made for it."""
+def no_empty_folders(path: Path) -> Iterator[None]:
+    """On an error within, remove the folder ``path`` and those above it that were made for it, as far as empty."""
     existed = _nearest_parent(path)
     try:
         yield
     except BaseException:
-        if path != existed:
-            _remove(path)
-            _remove_empty(path.parent, existed)
+        _remove_empty(path, existed)
         raise
 
 

@@ -17,10 +17,11 @@ from bernprune.run.effort import Effort, kept_bytes, policy_bytes, policy_weight
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate
 from bernprune.run.opening import Opened, check_family, open_view
-from bernprune.run.stage import row_bytes, rows_per_forward
+from bernprune.run.stage import row_bytes, rows_per_forward, try_budget
 from bernprune.run.workload import (
     default_sequences,
     make_budget,
+    make_limits,
     make_search,
     plan_work,
     reads_activity,
@@ -39,6 +40,7 @@ def forecast(config: RunConfig) -> str:
     check_window(check_family(config), config.longest_window)
     opened = open_view(config, device, config.search.dtype)
     view = opened.view
+    try_budget(config, make_budget(config, view.space), make_limits(config))
     return "\n".join([*_units(view), "", *_left_out(view, config), "", *_work(opened, config, device)])
 
 
@@ -98,10 +100,11 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     kept_aside = 0 if device.type == "cpu" else max(for_policy, for_repair)
     aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside else ""
     rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
+    most = "at most about" if search.sequences == "auto" else "about"
     limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
     return [
         f"memory       about {memory / 2**30:.2f} GiB on {device} ({held}){aside}",
-        f"time         about {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
+        f"time         {most} {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
         f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation",
         *_closed_forms(view, config, device, seconds_each),
     ]

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, TextIO
 
@@ -161,7 +161,10 @@ class _Loop:
         self._check_read(stats, step)
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
-        ended = self._probe(objective, tokens_BT, stats) if self.stage.workload.round_ends(step) else {}
+        ends, until_now = self.stage.workload.round_ends(step), self.work.seconds + time.monotonic() - started
+        if not ends and self.stage.workload.progress(replace(self.work, seconds=until_now)) >= 1:  # time is up
+            ends = self.search.conclude()
+        ended = self._probe(objective, tokens_BT, stats) if ends else {}
         if self.stage.workload.fits(step) or self.search.drew_in:
             self.fit(self.search.probs_U)
         self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.stage.workload.regret or 0)

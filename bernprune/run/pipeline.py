@@ -294,6 +294,7 @@ def _search_report(stage: Stage, dense_loss: float, work: Work, finals: Finals) 
         "dtype": stage.dtype if stage.dtype != "same" else str(model.dtype).removeprefix("torch."),
         "dense_loss": dense_loss,
         "sequences": sequences,
+        "given": stage.workload.sequences,
         "forward_tokens": sequences * stage.config.data.window,
         "seconds": round(work.seconds + finals.seconds, 2),
         "steps": work.step,

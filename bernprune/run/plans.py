@@ -14,7 +14,7 @@ from bernprune.evaluation.perplexity import Protocol
 from bernprune.policy.selection import select
 from bernprune.report import shown
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.run.folder import RunFolder, open_run
+from bernprune.run.folder import PLAN, RunFolder, open_run
 from bernprune.run.workload import check_budget, make_budget, make_limits
 from bernprune.storage import write_json
 from bernprune.units import KeepPlan, UnitSpace
@@ -80,6 +80,10 @@ def read_plan(path: str | Path) -> KeepPlan:
         return KeepPlan.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise ModelError(f"plan {path} does not exist") from None
+    except IsADirectoryError:
+        raise ModelError(f"plan {path} is a folder; that of a run is the {PLAN} in it") from None
+    except ModelError as error:
+        raise ModelError(f"plan {path}: {error}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"plan {path} cannot be read: {error}") from None
 
@@ -112,7 +116,13 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
     mask_U = learned.select(config, sparsity, nested=nested)
     plan = learned.space.plan(mask_U)
     path = write_plan(folder, sparsity, plan, nested=nested)
-    return path, {"removed": removed_parameter_share(learned.space, mask_U), "layers": describe_plan(plan)}
+    kept = {
+        "removed": removed_parameter_share(learned.space, mask_U),
+        "measure": config.budget.measure,
+        "achieved": make_budget(config, learned.space, sparsity).removed_share(mask_U),
+        "layers": describe_plan(plan),
+    }
+    return path, kept
 
 
 def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -175,7 +175,7 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progre
     model = prepared.training.finish()
     if source.config.recover.masks == "policy":
         model = slice_model(model, source.plan)
-    before, after = prepared.before, mean_loss(model, source.eval_windows_WT)
+    (before, parameters), after = prepared.before, mean_loss(model, source.eval_windows_WT)
     if not after < before:
         logger.warning("nothing was recovered: the loss on the evaluation text is %.4f, and was %.4f", after, before)
     report["loss"] = {"before": before, "after": after}
@@ -184,7 +184,8 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progre
     try:
         rows = source.eval_windows_WT[:_VERIFIED_WINDOWS]
         verified = save_and_verify(model, source.tokenizer, folder.model, source.plan, rows)
-        report |= {"parameters": count_parameters(model), "verified": verified, "versions": versions()}
+        report |= {"parameters": count_parameters(model), "parameters_before": parameters}
+        report |= {"verified": verified, "versions": versions()}
         write_json(folder.report, report)
     except BaseException:
         folder.report.unlink(missing_ok=True)
@@ -207,15 +208,25 @@ def _stored(source: _Source, folder: RecoveryFolder) -> dict[str, Any] | None:
     return state
 
 
+class _Before(NamedTuple):
+    """What the run kept: its loss on the evaluation text, and its parameters."""
+
+    loss: float
+    parameters: int
+
+    @classmethod
+    def of(cls, model: Any, source: _Source) -> "_Before":
+        return cls(mean_loss(model, source.eval_windows_WT), count_parameters(model))
+
+
 @dataclass(frozen=True)
 class _Prepared:
-    """A training, the fingerprint of the weights that it begins with, the ranks of the layers, and the loss of what the
-    run kept on the evaluation text."""
+    """A training, the fingerprint of the weights that it begins with, ranks of layers, and what the run kept."""
 
     training: Training
     weights: str
     ranks: list[int]
-    before: float
+    before: _Before
 
 
 @contextmanager
@@ -223,7 +234,7 @@ def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
     """What is trained: the run's model or, before the cut, the dense one under masks. Ranks are computed if unknown."""
     config, settings, device = source.config, source.config.recover, find_device(source.config.model.device)
     whole, family = settings.masks == "policy", family_of(source.plan.architecture.model_type)
-    before = mean_loss(_pruned(source, device), source.eval_windows_WT) if whole else None
+    before = _Before.of(_pruned(source, device), source) if whole else None
     view = None  # of the dense model, which is not held beside the pruned one unless it teaches
     if whole or settings.distill > 0 or (ranks is None and settings.ranks == "influence"):
         view = describe(open_model(config, device), config.granularity)
@@ -234,7 +245,7 @@ def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
             trained, teacher = view.model, teacher and open_model(config, device)
         else:
             view, trained = None, _pruned(source, device)
-            before = mean_loss(trained, source.eval_windows_WT)
+            before = _Before.of(trained, source)
         weights = weights_fingerprint(trained)
         adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
         if view is not None:

@@ -116,10 +116,14 @@ class Workshop:
         return min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf), _finite(losses)
 
     def _loss_repaired(self, name: str, plan: KeepPlan) -> float:
-        """Mean loss of a finalist after its repair; infinite if it cannot be repaired, so that it just loses."""
+        """Mean loss of a finalist after its repair. If it cannot be repaired, ``auto`` would leave it as it is; by a
+        method that was asked for it could not be had at all, and just loses."""
         try:
             done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
         except BernpruneError as error:
+            if self.method == "auto":
+                logger.warning("the finalist %r is judged as it is, as it cannot be repaired: %s", name, error)
+                return self.losses(plan).mean().item()
             logger.warning("the finalist %r loses, as it cannot be repaired: %s", name, error)
             return math.inf
         try:

@@ -163,7 +163,7 @@ def set_stage(config: RunConfig) -> Stage:
         )
     view, dtype, _ = open_view(config, device, config.search.dtype)
     budget, limits = make_budget(config, view.space), make_limits(config)
-    _try_budget(config, budget, limits)
+    try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
     learned, kept_back = _keep_back(config, stream, workload, view.space)
     with naming(config.data.text):
@@ -192,7 +192,7 @@ def set_stage(config: RunConfig) -> Stage:
     )
 
 
-def _try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
+def try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
     """An impossible budget fails before the work, not after it."""
     if config.initial.kv_sparsity is not None:
         shares_by_kind(budget.space, budget.costs_U, 1 - budget.sparsity, 1 - config.initial.kv_sparsity)
@@ -211,8 +211,8 @@ def naming(source: str) -> Iterator[None]:
 
 def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
     """The stream to learn from, the stream to evaluate on, and the name of the latter."""
+    own = evaluation_text(config, tokenizer, vocab_size)  # first, as there is less of it
     stream = learning_text(config, tokenizer, vocab_size)
-    own = evaluation_text(config, tokenizer, vocab_size)
     if own is not None:
         return stream, *own
     cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
@@ -236,7 +236,7 @@ def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.T
     data = config.data
     if config.model.path != EMBEDDED and "text" not in data.model_fields_set:
         logger.warning(
-            "no calibration text was given: %s is pruned on the embedded one, documentation of Python packages; "
+            "no calibration text was given: for %s it is the embedded one, documentation of Python packages; "
             "data.text (--text) names another",
             config.model.path,
         )

@@ -1,6 +1,7 @@
 """A saved model is the one in memory: it is loaded in a clean process, and their logits are compared."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,18 +29,26 @@ def reason(error: OSError | SafetensorError) -> str:
 def save_and_verify(
     model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor
 ) -> dict[str, float]:
-    """Save, load in a clean process, compare.
+    """Save in the new folder ``target``, load in a clean process, compare. On an error nothing of it is left.
 
     Raises:
         LossError: the model's outputs are not finite; before it is saved.
-        RunError: they differ by more than the tolerance.
+        RunError: there is such a folder, or outputs differ by more than the tolerance.
     """
-    device = model.device
     with _full_precision():
-        logits = model(input_ids=tokens_BT.to(device)).logits.cpu()
+        logits = model(input_ids=tokens_BT.to(model.device)).logits.cpu()
     if not logits.isfinite().all():
         raise LossError(f"the pruned model's outputs are not finite{advice_on(model.dtype)}")
     save_pruned(model, tokenizer, target, plan=plan)
+    try:
+        return _verified(model, target, tokens_BT, logits)
+    except BaseException:
+        shutil.rmtree(target, ignore_errors=True)
+        raise
+
+
+def _verified(model: Any, target: Path, tokens_BT: torch.Tensor, logits: torch.Tensor) -> dict[str, float]:
+    device = model.device
     tolerance = TOLERANCE[model.dtype] * logits.abs().max().item()
     if device.type == "cuda":  # the other process needs room for its own copy
         model.to("cpu")

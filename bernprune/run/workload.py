@@ -76,7 +76,7 @@ class Workload:
         if work.settled:
             return f"settled: knowing every unit exactly was expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
-            return "sequences: all sequences that it was given were spent"
+            return "sequences: no further step fits into those that it was given"
         return "seconds: all the time that it was given was spent"
 
     def round_ends(self, step: int) -> bool:

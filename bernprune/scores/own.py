@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -72,7 +73,9 @@ def _guarded(place: str, score: Callable[..., Any]) -> Callable[..., torch.Tenso
         except BernpruneError:
             raise
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"score {place} failed: {type(error).__name__}: {error}") from error
+            frames = traceback.extract_tb(error.__traceback__)[1:]  # from the function's own on
+            at = f" in line {frames[0].lineno}" if frames and frames[0].filename != __file__ else ""
+            raise ConfigError(f"score {place} failed{at}: {type(error).__name__}: {error}") from error
 
     return run
 
