@@ -241,8 +241,9 @@ class Beliefs:
             spreads = common_spreads(
                 *([values_U[line.members_N] for line in family] for values_U in (residual_U, noise_U))
             )
-            for line, line.spread in zip(family, spreads, strict=True):
-                reliable_U[line.members_N] = line.spread / (line.spread + noise_U[line.members_N])
+            for line, spread in zip(family, spreads, strict=True):
+                line.spread = spread
+                reliable_U[line.members_N] = spread / (spread + noise_U[line.members_N])
         self._apart_U = reliable_U * residual_U
         self.worth_U += self._apart_U
         # (1 - r) line + r observed: as far as a unit's own observations are believed, its line is not.

@@ -244,5 +244,7 @@ def _restore(folder: RunFolder, work: Work) -> Finals | None:
     except RunError as error:
         logger.warning("%s; racing the finalists again", error)
         return None
-    ours = state.keys() == {"step", *Finals.__dataclass_fields__}  # else it is not in this form
-    return Finals(**state) if ours and state.pop("step") == work.step else None
+    if state.keys() != {"step", *Finals.__dataclass_fields__}:
+        return None  # it is not in this form
+    step = state.pop("step")
+    return Finals(**state) if step == work.step else None
