@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, TextIO
 
@@ -161,14 +161,15 @@ class _Loop:
         self._check_read(stats, step)
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
-        ends, until_now = self.stage.workload.round_ends(step), self.work.seconds + time.monotonic() - started
-        if not ends and self.stage.workload.progress(replace(self.work, seconds=until_now)) >= 1:  # time is up
-            ends = self.search.conclude()
-        ended = self._probe(objective, tokens_BT, stats) if ends else {}
-        if self.stage.workload.fits(step) or self.search.drew_in:
-            self.fit(self.search.probs_U)
-        self.work.settled = ended.get("round", {}).get("regret", math.inf) < (self.stage.workload.regret or 0)
         self.work.seconds += time.monotonic() - started
+        started, workload = time.monotonic(), self.stage.workload
+        ends = workload.round_ends(step) or (workload.progress(self.work) >= 1 and self.search.conclude())
+        ended = self._probe(objective, tokens_BT, stats) if ends else {}
+        if workload.fits(step) or self.search.drew_in:
+            self.fit(self.search.probs_U)
+        self.work.settled = ended.get("round", {}).get("regret", math.inf) < (workload.regret or 0)
+        if ends or self.search.drew_in:  # else time might end a round here that was not concluded
+            self.work.seconds += time.monotonic() - started
         self._log(metrics, step, learning_rate, stats, dropped, ended)
         return stats
 
