@@ -339,9 +339,11 @@ def test_overwriting_can_be_cut_short(removed: int, place: Place, finished: Path
     assert read_yaml(place.out / "config.yaml")["seed"] == 7
 
 
-def test_a_second_process_is_refused(place: Place) -> None:
-    """While one works in a folder, another that would begin or continue a run there says so and changes nothing."""
+def test_a_second_process_is_refused(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one works in a folder, another that would begin or continue a run there says so, before it loads anything,
+    and changes nothing."""
     folder = RunFolder(place.out)
+    monkeypatch.setattr(pipeline, "set_stage", lambda config: pytest.fail("it was loaded"))
     with folder.locked():
         assert "another process" in in_one_sentence(run(*place.prune()))
         data = {"text": str(place.text), "window": 16}

@@ -85,6 +85,20 @@ class RunFolder:
         """Whether there is a run to continue."""
         return self.config.is_file() and not self.finished
 
+    def look(self, config: RunConfig, *, overwrite: bool) -> None:
+        """As ``check``, before the work of loading. Raises ``RunError`` also if another process works in the folder."""
+        self.check(config, overwrite=overwrite)
+        try:
+            with open(self.path / LOCK, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._taken() from None
+        except OSError:  # no lock, or none to be had: ``locked`` will tell
+            pass
+
+    def _taken(self) -> RunError:
+        return RunError(f"another process is working in {self.path}")
+
     def check(self, config: RunConfig, *, overwrite: bool) -> bool:
         """Whether a run of this config may use the folder; True if it continues an unfinished one.
 
@@ -139,7 +153,7 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise RunError(f"another process is working in {self.path}") from None
+                raise self._taken() from None
             except OSError as error:
                 self._give_up(existed)
                 raise RunError(

@@ -56,7 +56,7 @@ def prune(
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
     folder = RunFolder(Path(out))
-    folder.check(config, overwrite=overwrite)  # before the work of loading
+    folder.look(config, overwrite=overwrite)
     stage = set_stage(config)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile

@@ -107,7 +107,7 @@ def recover(
     given = merge(merge(of_run.to_dict(), {"search": {"chunk": None}}), absolute(dict(changes or {})))
     config = make_config(given)
     check_adaptable()
-    folder.check(config, overwrite=overwrite)
+    folder.look(config, overwrite=overwrite)
     source = _open_source(finished, config, of_run)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)
