@@ -51,7 +51,8 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
-from bernprune.run import effort, forecast, loop
+from bernprune.run import effort, finals, forecast, loop
+from bernprune.run import stage as stage_module
 from bernprune.run.checkpoint import read_state
 from bernprune.run.plans import Learned
 from bernprune.run.stage import set_stage
@@ -93,8 +94,10 @@ def test_the_report(finished: Path) -> None:
     assert report["diagnostics"] == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["round"]
     known = next(line for line in table(report).splitlines() if line.startswith("known "))
     assert f"channel {report['diagnostics']['agreement']['channel']:.2f}" in known
-    assert f"{report['diagnostics']['gap']:.3f} nats more than what would be selected" in known
+    assert f"{abs(report['diagnostics']['gap']):.3f} nats" in known
     assert f"knowing every unit would gain about {report['diagnostics']['regret']:.3f} nats;" in known
+    less = report | {"diagnostics": report["diagnostics"] | {"gap": -0.07}}
+    assert "masks lost 0.070 nats less than what would be selected" in table(less)
     del report["diagnostics"]["regret"]  # which policy gradients do not know
     assert "; sampled masks lost" in table(report) and "knowing every unit" not in table(report)
     assert 0 < search["seconds"] < 60
@@ -234,6 +237,34 @@ def test_flops_that_are_asked_for_are_told(place: Place) -> None:
     told = succeed("select", str(place.out), "--sparsity=0.35").out
     found = re.search(r"removed .* parameters, (\S+)% of the prunable flops\n", told)
     assert found and float(found[1]) >= 35
+
+
+def test_no_bar_stands_for_a_choice_that_is_not_made(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finals, "tqdm", lambda **_: pytest.fail("a bar"))
+    succeed(*place.prune("search.selection=0"))
+
+
+def test_a_run_folder_is_told_from_what_lies_in_it(place: Place, finished: Path) -> None:
+    """Where a model or a plan is asked for."""
+    for arguments, said in {
+        ("evaluate", str(finished)): f"the model that was made there is {finished / 'model'}",
+        ("apply", str(finished), str(place.model), "new"): "is a folder; that of a run is the plan.json in it",
+    }.items():
+        assert said in in_one_sentence(run(*arguments))
+
+
+def test_held_out_text_that_is_missing_is_told_first(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before what is learned from, of which there is more, is read."""
+    monkeypatch.setattr(stage_module, "learning_text", lambda *_: pytest.fail("it was read"))
+    assert "nowhere.txt" in in_one_sentence(run(*place.prune("data.eval_text=nowhere.txt")))
+
+
+def test_a_search_that_may_settle_is_forecast_at_most(place: Place) -> None:
+    most, as_given = (
+        succeed("units", str(place.model), *settings(f"data.window={WINDOW}", f"search.sequences={given}")).out
+        for given in ("auto", 8192)
+    )
+    assert "time         at most about " in most and "time         about " in as_given
 
 
 def test_output_that_was_closed_before_is_no_error(place: Place) -> None:

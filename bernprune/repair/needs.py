@@ -39,7 +39,7 @@ def check_tokens(
         raise DataError(
             f"the calibration text is too short for repair {method!r}: it has {count:,} windows of {window:,} tokens, "
             f"but {needed:,} ({needed * window:,} tokens) are needed, {TOKENS_PER_INPUT} tokens for each of {inputs:,} "
-            f"inputs and one window of {CHECKED} to check; give more text, or a larger repair.windows if that is less"
+            f"inputs and one window of {CHECKED} to check; give more text, or raise repair.windows if that is the limit"
         )
 
 
