@@ -250,6 +250,17 @@ def test_the_policy_stays_on_its_budget(space: UnitSpace, pools: str, bounds: tu
     assert moved > 5  # of ten rounds; few units may all be at their bounds
 
 
+def test_a_round_that_ends_early_is_learned_from_like_any_other() -> None:
+    """Once; without a round there is nothing to learn."""
+    early, planned = (make_search(FLAT, round_steps=steps) for steps in (50, 3))
+    assert not early.conclude()
+    for search in (early, planned):
+        run(search, range(3), curved)
+    assert (early.rounds, planned.rounds) == (0, 1) and early.conclude()
+    assert early.probs_U.equal(planned.probs_U) and early.priorities_U.equal(planned.priorities_U)
+    assert not early.conclude() and early.rounds == 1
+
+
 @pytest.mark.parametrize("level", [0.0, 2.5])
 def test_a_round_that_tells_nothing_is_survived(level: float) -> None:
     """Masks that all do equally well leave the policy as it was, and make no round."""
