@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, in_one_sentence, read_json, run, succeed
+from tiny_run import Place, in_one_sentence, read_json, run, settings, succeed, tiny_folder
+from transformers import AutoModelForCausalLM
 
 from bernprune.errors import ConfigError
 from bernprune.models.view import describe
@@ -72,6 +73,21 @@ def test_scores_of_the_command_line_start_a_run(place: Place) -> None:
     assert all(torch.equal(starts[0][key], starts[1][key]) for key in ("scores_US", "probs_U"))
     refused = run(*place.prune(f"initial.score={out}", "granularity=channel", out=place.folder / "refused"))
     assert refused.code == 2 and "of another granularity" in refused.err
+
+
+def test_scores_of_other_weights_are_told_of(place: Place) -> None:
+    """Once, by the name of their model; scores of one's own making, which say of none, and the model's own are not."""
+    given = settings("data.window=16", "initial.windows=4")
+    other = tiny_folder(place.folder / "other", seed=1)
+    out, again = place.folder / "a.safetensors", ("search.sequences=0",)
+    succeed("scores", str(other), "--text", str(place.text), "--score=magnitude", f"--out={out}", *given)
+    told = succeed(*place.prune(f"initial.score={out}", *again, out=place.folder / "of-other")).err
+    assert told.count("WARNING") == told.count(f"was made of other weights, those of {other}") == 1
+    succeed("scores", str(place.model), "--text", str(place.text), "--score=magnitude", f"--out={out}", *given)
+    assert "WARNING" not in succeed(*place.prune(f"initial.score={out}", *again, out=place.folder / "of-its-own")).err
+    space = describe(AutoModelForCausalLM.from_pretrained(other)).space
+    write_scores(out, space, read_scores(out, space))
+    assert "WARNING" not in succeed(*place.prune(f"initial.score={out}", *again, out=place.folder / "bare")).err
 
 
 def test_mistakes_on_the_command_line(place: Place) -> None:

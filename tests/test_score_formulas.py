@@ -178,6 +178,27 @@ def test_cfsp_within_a_block(name: str) -> None:
     assert torch.allclose(found, released) == (name == "cfsp-released")
 
 
+@pytest.mark.parametrize("name", ["cfsp", "cfsp-released"])
+def test_cfsp_of_heads(name: str) -> None:
+    """By loops: a kv group's columns of the output projection, each with the value row that its query head reads."""
+    model = biased()
+    x_NE = caught(model, "self_attn.o_proj")[2, "self_attn.o_proj"]
+    output, value = weight(model, 2, "self_attn.o_proj"), weight(model, 2, "self_attn.v_proj")
+    norm = np.sqrt((x_NE**2).sum(0) / len(WINDOWS_WT))
+    per = HEADS // GROUPS
+    rows = [(head // per) * HEAD_DIM + d for head in range(HEADS) for d in range(HEAD_DIM)]
+    matrices = [np.abs(output * norm), np.abs(np.stack([value[row] for row in rows], axis=1))]
+    expected = []
+    for j in range(HEADS * HEAD_DIM):
+        terms = 0.0
+        for matrix in matrices:
+            for i in range(36):
+                terms += matrix[i, j] / (matrix[:, j].sum() if name == "cfsp-released" else matrix[i].sum())
+        expected.append(terms / 36 * norm[j])
+    groups = [np.mean(expected[g * per * HEAD_DIM : (g + 1) * per * HEAD_DIM]) for g in range(GROUPS)]
+    assert_close(found_for(describe(model), name, "kv_group", 2), numbers(groups), EXACT)
+
+
 def test_shares_by_importance() -> None:
     """By hand: sigmoids of differences from the mean; and drawn together where a layer would keep all of itself."""
     importance_L = torch.tensor([0.1, 0.2, 0.6])

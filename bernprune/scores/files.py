@@ -1,9 +1,11 @@
 """Scores in a file: of a metric that took long, or of one's own making.
 
 A safetensors file with one tensor ``scores``, ``[U]`` in the order of the model's unit space, and in its metadata the
-``fingerprint`` of that space, without which nobody could tell whose they are.
+``fingerprint`` of that space, without which nobody could tell whose they are. Where it also says of which ``weights``
+they were made, others of the same form are told of, not refused: a base model's scores may well serve its descendants.
 """
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,18 +14,29 @@ from safetensors.torch import save
 
 from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
-from bernprune.scores.base import Metric
+from bernprune.models.view import fingerprint as weights_fingerprint
+from bernprune.scores.base import Context, Metric
 from bernprune.storage import write_bytes
 from bernprune.units import UnitSpace
 
+logger = logging.getLogger(__name__)
+
 SUFFIX = ".safetensors"
-_KEY, _FINGERPRINT = "scores", "fingerprint"
+_KEY, _FINGERPRINT, _WEIGHTS, _MODEL = "scores", "fingerprint", "weights", "model"
 
 
 def write_scores(path: Path, space: UnitSpace, scores_U: torch.Tensor, facts: dict[str, str] | None = None) -> None:
-    """Write scores with the space's fingerprint and, for whoever reads it, other ``facts``, whole or not at all."""
+    """Write scores with the space's fingerprint and, for whoever reads it, other ``facts``, whole or not at all.
+
+    Of these, ``facts_of_model`` gives what ``metric_of_file`` checks.
+    """
     metadata = {**(facts or {}), _FINGERPRINT: space.fingerprint}
     write_bytes(path, save({_KEY: scores_U.double().contiguous()}, metadata))
+
+
+def facts_of_model(view: ModelView, name: str) -> dict[str, str]:
+    """What tells a model's scores from those of another of the same form: its weights, and its name for people."""
+    return {_MODEL: name, _WEIGHTS: weights_fingerprint(view.model)}
 
 
 def metric_of_file(path: Path) -> Metric:
@@ -32,11 +45,24 @@ def metric_of_file(path: Path) -> Metric:
     def needs(view: ModelView, windows_WT: torch.Tensor) -> None:
         read_scores(path, view.space)
 
+    def run(context: Context) -> torch.Tensor:
+        scores_U = read_scores(path, context.view.space)
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+        if facts.get(_WEIGHTS, own := weights_fingerprint(context.view.model)) != own:
+            logger.warning(
+                "score file %s was made of other weights, those of %s, or of the same in another dtype; its scores are "
+                "taken as they are",
+                path,
+                facts.get(_MODEL, "an unnamed model"),
+            )
+        return scores_U
+
     return Metric(
         str(path),
         "scores in a file",
         "",
-        lambda context: read_scores(path, context.view.space),
+        run,
         passes=lambda layers, options: 0.0,
         needs=needs,
     )
