@@ -14,6 +14,7 @@ from bernprune.kernels.masks import DrawnMasks, PackedMasks
 from bernprune.kernels.reference import SumKernels
 from bernprune.names import BackendName, check_name
 
+CAPABILITY = 8, 0  # the least of a GPU with the matrix units that the kernels are written for
 # Parameters of glibc's mallopt: from which size on a tensor has pages of its own, and how much free memory is kept.
 _GLIBC = {-3: 2**25, -1: 2**30}  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
@@ -73,6 +74,12 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
         raise BackendError(
             f"backend 'triton' cannot run on {device}: it needs a GPU, or TRITON_INTERPRET=1 in the environment to be "
             "tried slowly without one; use 'torch' or 'auto'"
+        )
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
+        needed, given = (".".join(map(str, version)) for version in (CAPABILITY, found))
+        raise BackendError(
+            f"backend 'triton' cannot run on {device}: it needs a GPU of compute capability {needed} or more, but got "
+            f"{given}; use 'torch' or 'auto'"
         )
     try:
         import bernprune.kernels.fused as fused

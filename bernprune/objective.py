@@ -203,7 +203,8 @@ class MaskedObjective:
                 losses = self._losses(hidden, tokens.repeat(repeats, 1), dense).double().mean(1)
                 return losses.view(repeats, -1)[branching.class_K].T
 
-            losses_BK = self._in_passes(run, len(tokens_BT), lambda: max(1, self._rows // len(branching.class_K)))
+            count = len(branching.class_K)
+            losses_BK = self._in_passes(run, len(tokens_BT), lambda: max(1, self._rows // count), divisible=count > 1)
             return losses_BK.T
 
         return self._in_passes(run_masks, len(alive_KU), lambda: self._rows)
@@ -221,8 +222,20 @@ class MaskedObjective:
         with branching.growing([layer.layer for layer in self._view.layers], windows):
             return self._hidden(tokens_BT, len(alive_KU) * windows)
 
-    def _in_passes(self, run: Callable[[slice], torch.Tensor], total: int, most: Callable[[], int]) -> torch.Tensor:
-        """Results of ``run`` on one slice of ``total`` after the other, as large as ``most`` and the memory allow."""
+    def _in_passes(
+        self,
+        run: Callable[[slice], torch.Tensor],
+        total: int,
+        most: Callable[[], int],
+        *,
+        divisible: bool = False,
+    ) -> torch.Tensor:
+        """Results of ``run`` on one slice of ``total`` after the other, as large as ``most`` and the memory allow.
+
+        Args:
+            divisible: whether what is too large as a slice of one can be divided by the caller, whom the error is left
+                to.
+        """
         parts, start = list[torch.Tensor](), 0
         while start < total:
             chosen, refusal = slice(start, min(start + most(), total)), ""
@@ -230,6 +243,8 @@ class MaskedObjective:
                 parts.append(run(chosen))
                 start = chosen.stop
             except torch.OutOfMemoryError as error:
+                if divisible and chosen.stop - start == 1:
+                    raise
                 refusal = str(error).splitlines()[0]
             if refusal:  # by now the error has let go of what the pass held
                 self._need_less(refusal)

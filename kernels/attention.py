@@ -7,8 +7,10 @@ see ``draw.py``.
 import torch
 import triton
 import triton.language as tl
-from bernprune.kernels.linear import DTYPES, add_product, block_of, precision
+from bernprune.kernels.linear import DTYPES, add_product, block_of, card_of, precision
 from bernprune.kernels.masks import PackedMasks, rows_per_mask
+
+_STAGES = 2  # keys and values of a block are read while those of the one before are multiplied
 
 
 @triton.jit
@@ -70,7 +72,10 @@ def attention_of_kept(
         raise ValueError(f"one dtype of {', '.join(map(str, DTYPES))} is needed, but got {q_RHTC.dtype}")
     q_RHTC, k_RGTC, v_RGTC = (part if part.stride(-1) == 1 else part.contiguous() for part in (q_RHTC, k_RGTC, v_RGTC))
     y_RTHC = q_RHTC.new_empty(rows, tokens, heads, size)
-    block = block_of(tokens, 128 // q_RHTC.element_size())
+    wide, itemsize = max(16, triton.next_power_of_2(size)), q_RHTC.element_size()
+    block = card_of(q_RHTC.device).fitting(
+        block_of(tokens, 128 // itemsize), lambda block: ((1 + 2 * _STAGES) * wide + block) * block * itemsize
+    )
     log2_e = 1.4426950408889634  # so that exponentials are powers of two
     _attention_kernel[(triton.cdiv(tokens, block), heads, rows)](
         q_RHTC, k_RGTC, v_RGTC, y_RTHC, masks.words_MW, T=tokens, H=heads, W=masks.words_MW.shape[1],
@@ -78,7 +83,7 @@ def attention_of_kept(
         s_qr=q_RHTC.stride(0), s_qh=q_RHTC.stride(1), s_qt=q_RHTC.stride(2),
         s_kr=k_RGTC.stride(0), s_kg=k_RGTC.stride(1), s_kt=k_RGTC.stride(2),
         s_vr=v_RGTC.stride(0), s_vg=v_RGTC.stride(1), s_vt=v_RGTC.stride(2),
-        Q=heads // groups, C=size, BC=max(16, triton.next_power_of_2(size)), BM=block, BN=block,
-        PRECISION=precision(q_RHTC), num_warps=4, num_stages=2,
+        Q=heads // groups, C=size, BC=wide, BM=block, BN=block,
+        PRECISION=precision(q_RHTC), num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     return y_RTHC

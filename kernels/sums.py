@@ -47,10 +47,11 @@ def score_sums(weights_BR: torch.Tensor, masks: PackedMasks | DrawnMasks, probs_
             f"{tuple(probs_U.shape)}"
         )
     sums_BU = torch.empty(windows, masks.size, dtype=torch.float32, device=weights_BR.device)
-    _score_kernel[(windows, triton.cdiv(masks.size, _UNITS))](
-        weights_BR.float().contiguous(), probs_U.contiguous(), sums_BU, **arguments(masks), R=count, N=masks.size,
-        BU=_UNITS,
-    )  # fmt: skip
+    with torch.cuda.device_of(sums_BU):  # which is where Triton launches a kernel
+        _score_kernel[(windows, triton.cdiv(masks.size, _UNITS))](
+            weights_BR.float().contiguous(), probs_U.contiguous(), sums_BU, **arguments(masks), R=count, N=masks.size,
+            BU=_UNITS,
+        )  # fmt: skip
     return sums_BU
 
 
@@ -77,7 +78,8 @@ def kept_sums(values_U: torch.Tensor, masks: PackedMasks | DrawnMasks) -> torch.
     if values_U.shape != (masks.size,):
         raise ValueError(f"masks of {masks.size} units do not fit values {tuple(values_U.shape)}")
     sums_M = torch.empty(len(masks), dtype=torch.float32, device=values_U.device)
-    _dot_kernel[(len(masks),)](values_U.contiguous(), sums_M, **arguments(masks), N=masks.size, BU=_UNITS)
+    with torch.cuda.device_of(sums_M):
+        _dot_kernel[(len(masks),)](values_U.contiguous(), sums_M, **arguments(masks), N=masks.size, BU=_UNITS)
     return sums_M
 
 
@@ -136,8 +138,9 @@ def activity_sums(
     products_BF, squares_BF, sums_BF = torch.empty(3, windows, channels, dtype=torch.float32, device=active_BTF.device)
     size = tokens // chunks
     block = size & -size  # the largest power of two that divides it
-    _activity_kernel[(windows, triton.cdiv(channels, 128))](
-        active_BTF.contiguous(), advantages_BKT.float().contiguous(), products_BF, squares_BF, sums_BF,
-        **arguments(masks), K=num_masks, C=chunks, T=tokens, F=channels, BT=min(block, 32), BF=128,
-    )  # fmt: skip
+    with torch.cuda.device_of(active_BTF):
+        _activity_kernel[(windows, triton.cdiv(channels, 128))](
+            active_BTF.contiguous(), advantages_BKT.float().contiguous(), products_BF, squares_BF, sums_BF,
+            **arguments(masks), K=num_masks, C=chunks, T=tokens, F=channels, BT=min(block, 32), BF=128,
+        )  # fmt: skip
     return products_BF, squares_BF, sums_BF

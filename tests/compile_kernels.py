@@ -42,7 +42,7 @@ class Absent:
 def compile_all(capability: int) -> None:
     """Call all operations, with every kernel's launch replaced."""
     driver.set_active(Absent(capability))
-    linear.shared_memory = lambda device: SHARED[capability]  # type: ignore[assignment]
+    linear.card_of = attention.card_of = lambda device: linear.Card(SHARED[capability], int(capability != 90))
     launch = triton.JITFunction.run
 
     def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def operations() -> list[Callable[[], Any]]:
         return torch.zeros(shape, dtype=torch.bfloat16)
 
     small, narrow, wide = zeros(2, 8, FLAT.size), zeros(4, 128, 128), zeros(4, 128, 128 * 128)
-    weight, heads = zeros(256, 128), zeros(4, 128, 128, 128)
+    weight, heads, larger = zeros(256, 128), zeros(4, 128, 128, 128), zeros(4, 128, 128, 256)
     return [
         lambda: draw.draw(draws),
         lambda: draw.list_kept(bits),
@@ -93,7 +93,7 @@ def operations() -> list[Callable[[], Any]]:
         lambda: linear.linear_to_kept(narrow, bits, zeros(128 * 128, 128), unit_width=128),
         *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("silu", "gelu", "gelu_tanh")),
         lambda: mlp.hidden_of_kept(narrow, kept, weight[:128], weight[128:], activation="silu"),
-        *(lambda x=x: attention.attention_of_kept(x, x, x, bits) for x in (heads, heads.float())),
+        *(lambda x=x: attention.attention_of_kept(x, x, x, bits) for x in (heads, heads.float(), larger)),
         lambda: linear.cut(narrow, bits),
         lambda: rotary.rotary(heads, heads[:1, 0], heads[:1, 1]),
         lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),

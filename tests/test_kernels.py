@@ -6,6 +6,7 @@ read.
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -210,6 +211,30 @@ def test_what_does_not_fit_is_refused(given: tuple[torch.Tensor, ...], reason: s
     ):  # fmt: skip
         with pytest.raises(ValueError, match=reason):
             operation(x_RTE, masks(masks_MU.cpu(), device), weight_DE, unit_width=3)
+
+
+def test_a_bias_with_gaps_is_refused(device: torch.device) -> None:
+    """Kernels read it number by number; without gaps it is taken."""
+    x_RTE, weight_DE, bias_D = (part.to(device) for part in (LINEAR[0], LINEAR[2], torch.ones(14)))
+    masks = packed(LINEAR[1].cpu(), device)
+    linear.masked_linear(x_RTE, masks, weight_DE, bias_D[:7], unit_width=3)
+    with pytest.raises(ValueError, match="must lie in memory as it is read, but has stride 2"):
+        linear.masked_linear(x_RTE, masks, weight_DE, bias_D[::2], unit_width=3)
+
+
+@pytest.mark.parametrize(("told", "expected"), [("ieee", "ieee"), ("tf32", "tf32")])
+def test_precision_follows_either_way_of_setting_it(told: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was set by its newer name cannot be asked for by the older one."""
+    numbers = torch.ones(2)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if told == "ieee" else "high")
+    assert (linear.precision(numbers), linear.precision(numbers.half())) == (expected, "tf32")
+
+    def refuse() -> str:
+        raise RuntimeError("set by its newer name")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=told))
+    assert (linear.precision(numbers), linear.precision(numbers.half())) == (expected, "tf32")
 
 
 def test_angles_that_do_not_fit_heads_are_refused(device: torch.device) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+PLAIN = {"_to_kept_kernel", "_hidden_kernel"}  # which read weights and inputs only, and nothing twice
+TILES_BYTES = 2 * (128 + 128) * 64  # of the inputs and weights that one multiplication of theirs takes
 PRODUCTS = {"_masked_kernel", "_from_kept_kernel", "_to_kept_kernel", "_hidden_kernel", "_attention_kernel"}
 OTHERS = {
     "_draw_kernel", "_list_kernel", "_activation_kernel", "_cross_entropy_kernel", "_divergence_kernel",
@@ -30,3 +32,5 @@ def test_every_kernel_compiles(capability: int) -> None:
     assert all(report["shared"] <= report["room"] for report in found), found
     ahead = {report["kernel"]: report["stages"] for report in found if report["kernel"] in PRODUCTS}
     assert min(ahead.values()) >= 2, "what is multiplied next is on its way"
+    rooms = [report["shared"] for report in found if report["kernel"] in PLAIN]
+    assert min(rooms) >= 2 * TILES_BYTES, "and not in the place of what is multiplied now"

@@ -74,7 +74,7 @@ def test_the_size_of_a_batch_changes_nothing(monkeypatch: pytest.MonkeyPatch, ro
     """However few logits fit at once, at least one window is read, and a smaller last batch weighs less."""
     model = tiny_model("llama")
     expected = mean_loss(model, WINDOWS_WT)
-    monkeypatch.setattr(module, "_FORWARD_LOGIT_BYTES", 4 * 11 * 53 * rows + 7)
+    monkeypatch.setattr(module, "_LOGIT_BYTES", 4 * 11 * 53 * rows + 7)
     assert_close(mean_loss(model, WINDOWS_WT), expected, EXACT)
 
 

@@ -227,6 +227,13 @@ def test_a_backend_that_cannot_run_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_kernels_are_not_for_old_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they are asked for by name."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    with pytest.raises(BackendError, match=r"'triton' .* compute capability 8\.0 or more, but got 7\.5; use 'torch'"):
+        load_backend("triton", torch.device("cuda"))
+
+
 @pytest.mark.parametrize(
     ("name", "gpus", "reason"),
     [

@@ -5,6 +5,7 @@ Letters: B windows of text, K masks a window, C chunks of a window, U units.
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -326,6 +327,18 @@ def test_asking_changes_nothing(design: Design) -> None:
     assert not torch.equal(masks[0], masks[1])
     assert masks[0].shape == (design.groups, design.masks, design.chunks, FLAT.size) and masks[0].dtype == torch.bool
     assert len(masks[0].flatten(0, 2).unique(dim=0)) == design.groups * design.masks * design.chunks
+
+
+def test_masks_of_a_policy_share_what_they_are_made_of() -> None:
+    """Over its steps; those of the next policy, or made without sharing, are made of their own."""
+    search = make_search(FLAT, design=Design(2, 4, 1, "antithetic"))
+    first, second = search.ask(0), search.ask(1)
+    alone = [replace(masks, _of_policy={})[:] for masks in (first, second)]
+    assert torch.equal(first[:], alone[0]) and torch.equal(second[:], alone[1])
+    assert first.drawn().thresholds_3U is second.drawn().thresholds_3U
+    search.tell(first, torch.rand(2, 4, 1, dtype=torch.float64), learning_rate=1.0)
+    third = search.ask(1)
+    assert torch.equal(third[:], replace(third, _of_policy={})[:]) and not torch.equal(third[:], second[:])
 
 
 def test_a_state_of_other_units_is_refused() -> None:

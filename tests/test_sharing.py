@@ -6,7 +6,6 @@ Letters: K masks, U units, B windows, L layers.
 import itertools
 import logging
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -225,15 +224,16 @@ class Small:
     def __init__(self, objective: MaskedObjective, most: int) -> None:
         self.rows, self._most, self._run = list[int](), most, objective._hidden
 
-    def __call__(self, tokens_RT: torch.Tensor, *given: Any) -> torch.Tensor:
-        if len(tokens_RT) > self._most:
+    def __call__(self, tokens_RT: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        if (rows or len(tokens_RT)) > self._most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        self.rows.append(len(tokens_RT))
-        return self._run(tokens_RT, *given)
+        self.rows.append(rows or len(tokens_RT))
+        return self._run(tokens_RT, rows)
 
 
 CALLS = {
     "window_losses": MaskedObjective.window_losses,
+    "window_losses of many masks": MaskedObjective.window_losses,
     "token_losses": MaskedObjective.token_losses,
     "look": activities,
 }
@@ -245,9 +245,11 @@ def test_less_goes_together_where_memory_is_small(
 ) -> None:
     """Half as much, until it fits, for good; said each time it halves."""
     view, tokens_BT = describe(tiny_model("llama")), random_tokens(8, 8)
-    masks_KU = random_masks(view.space, 8)
+    masks_KU, close_KU = random_masks(view.space, 8), torch.ones(8, view.space.size, dtype=torch.bool)
+    close_KU[:, view.space.span("channel", 3)][torch.arange(8), torch.arange(8)] = False
     given = {
         "window_losses": masks_KU[:1],
+        "window_losses of many masks": close_KU,
         "token_losses": masks_KU.view(8, 1, 1, -1),
         "look": masks_KU[0],
     }[call]
@@ -259,7 +261,7 @@ def test_less_goes_together_where_memory_is_small(
         monkeypatch.setattr(objective, "_hidden", small)
         for _ in range(2):
             assert_close(CALLS[call](objective, given, tokens_BT), expected, EXACT)
-    assert small.rows == [2] * 8
+    assert small.rows == [2] * (64 if call.endswith("many masks") else 8)
     assert [record.getMessage() for record in caplog.records] == [
         f"the GPU's memory is full: going on with {rows} rows in a forward pass" for rows in (4, 2)
     ]

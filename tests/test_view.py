@@ -294,6 +294,14 @@ def test_a_model_that_does_not_fit_is_refused(spoil: Any, message: str) -> None:
         describe(model)
 
 
+def test_a_model_on_several_devices_is_refused() -> None:
+    """The sentence names them."""
+    model = tiny_model("llama")
+    model.model.layers[2].mlp.to("meta")
+    with pytest.raises(ModelError, match="is spread over cpu, meta; load it on one device"):
+        describe(model)
+
+
 def test_what_is_no_dense_language_model_is_refused() -> None:
     """A bare decoder has no output embedding; a pruned model is no start."""
     model = tiny_model("llama")

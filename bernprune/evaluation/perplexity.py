@@ -17,7 +17,7 @@ from bernprune.sections import ModelConfig
 from bernprune.text import load_documents
 
 _LARGEST_LOSS = math.log(sys.float_info.max) * (1 - 1e-15)
-_FORWARD_LOGIT_BYTES = 256 * 2**20  # most float32 logits of one forward pass, unless one window needs more
+_LOGIT_BYTES = 256 * 2**20  # most float32 logits at once; logits of one window are always made at once, in its dtype
 CHARACTERS_PER_TOKEN = 10  # more than tokenizers reach: enough text, and no more of a huge file is read
 
 
@@ -51,19 +51,26 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
     """
     check_window(model.config, windows_WT.shape[1])
     device, (count, window) = model.device, windows_WT.shape
-    rows = max(1, _FORWARD_LOGIT_BYTES // (4 * window * model.get_output_embeddings().weight.shape[0]))
+    most = max(1, _LOGIT_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))  # tokens
+    rows = max(1, most // window)
     total = 0.0
     for tokens_RT in windows_WT.split(rows):
         tokens_RT = tokens_RT.to(device)
-        logits = model(input_ids=tokens_RT, use_cache=False).logits[:, :-1].flatten(0, 1)
-        total += F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), tokens_RT[:, 1:].flatten(), reduction="sum"
-        ).item()
+        logits_NV = model(input_ids=tokens_RT, use_cache=False).logits[:, :-1].flatten(0, 1)
+        parts = zip(logits_NV.split(most), tokens_RT[:, 1:].flatten().split(most), strict=True)
+        total += sum(_summed(logits_PV, targets_P).item() for logits_PV, targets_P in parts)
     loss = total / (count * (window - 1))
     if not math.isfinite(loss):
         advice = advice_on(model.dtype)
         raise LossError(f"the loss on the evaluation text is {loss}; the model's outputs are not finite{advice}")
     return loss
+
+
+def _summed(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
+    """The summed losses of predictions, at least in float32."""
+    return F.cross_entropy(
+        logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32)), targets_P, reduction="sum"
+    )
 
 
 def advice_on(dtype: torch.dtype) -> str:

@@ -41,7 +41,6 @@ from bernprune.models.view import LayerView, ModelView
 from bernprune.names import BackendName, Kind
 
 logger = logging.getLogger(__name__)
-_CAPABILITY = 8, 0  # of a GPU on which kernels are faster than plain torch
 _ALIGNED = {"cuda": 16}  # channels at work are a multiple of this, by type of device
 
 
@@ -272,6 +271,8 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
     _check(view, ops)
     swap = _swap_gathering if view.opaque is None else _swap_inputs
     with ExitStack() as swapped:
+        if view.device.type == "cuda":
+            swapped.enter_context(torch.cuda.device(view.device))  # which is where Triton launches its kernels
         for index in chosen:
             layer = view.layers[index]
             attention, ffn = Branch(layer.shape.kv_groups, layer.output), Branch(layer.shape.channels, layer.down)
@@ -299,8 +300,6 @@ def choose_ops(name: BackendName, view: ModelView) -> MaskedOps:
     device = view.device
     if name == "auto" and device.type == "cuda":
         try:
-            if torch.cuda.get_device_capability(device) < _CAPABILITY:
-                raise BackendError(f"{device} has no matrix units that Triton uses")
             ops = load_backend("triton", device)
             _check(view, ops)
             return ops

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bernprune.errors import ConfigError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.models.architecture import architecture_of, first_opaque
 from bernprune.models.families import Family, family_of
 from bernprune.models.linear import is_plain
@@ -73,12 +73,15 @@ def describe(
         sequence_length: tokens at which attention FLOPs are counted; every token attends to half of them on average.
 
     Raises:
-        ModelError: a family that is not known, or modules that do not fit the configuration.
+        ModelError: a family that is not known, modules that do not fit the configuration, or several devices.
         ConfigError: a granularity that is empty, unknown or finds no unit.
     """
     unknown = [kind for kind in granularity if kind not in KINDS]
     if unknown or not granularity:
         raise ConfigError(f"granularity must be some of {', '.join(KINDS)}, but is {list(granularity)}")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise ModelError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
     architecture = architecture_of(model)
     family = family_of(architecture.model_type)
     modules = getattr(getattr(model, family.decoder), family.layers)

@@ -109,7 +109,8 @@ class Masks:
     step: int
     reference_U: torch.Tensor | None = None
     device: torch.device = CPU
-    _known: dict[str, Any] = field(default_factory=dict, repr=False)  # what all masks of the policy share
+    _of_policy: dict[Any, torch.Tensor] = field(default_factory=dict, repr=False)  # what its masks share, by device
+    _of_step: dict[str, Any] = field(default_factory=dict, repr=False)  # and those of a step, on this device
 
     @property
     def shape(self) -> torch.Size:
@@ -139,7 +140,7 @@ class Masks:
 
     def to(self, device: torch.device) -> "Masks":
         """The same masks, made on another device."""
-        return self if device == self.device else replace(self, device=device, _known={})
+        return self if device == self.device else replace(self, device=device, _of_step={})
 
     def levels(self, index: Any = slice(None)) -> torch.Tensor:
         """Whether masks keep more of each group (1), less (-1) or neither (0), int64 ``[B, K, C, G]``; ``index`` is
@@ -165,20 +166,29 @@ class Masks:
 
     def _of_rows(self, name: str, rows_N: torch.Tensor, make: Callable[[torch.Tensor], _Made]) -> _Made:
         """What ``make`` gives, once for the rows last asked for: a step asks for all of its own several times."""
-        if name not in self._known or not torch.equal(self._known[name][0], rows_N):
-            self._known[name] = rows_N, make(rows_N)
-        return self._known[name][1]
+        if name not in self._of_step or not torch.equal(self._of_step[name][0], rows_N):
+            self._of_step[name] = rows_N, make(rows_N)
+        return self._of_step[name][1]
+
+    def _shared(self, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What ``make`` gives, on this device, once for all masks of the policy."""
+        key = name, self.device
+        if key not in self._of_policy:
+            self._of_policy[key] = make().to(self.device)
+        return self._of_policy[key]
 
     def _drawn(self, rows_N: torch.Tensor) -> DrawnMasks:
-        device, groups = self.device, self.budget.space.group_U
-        levels_NG = self._levels(rows_N) if self.design.swing else torch.zeros(len(rows_N), int(groups.max()) + 1)
+        device, group_U = self.device, self.budget.space.group_U
+        levels_NG = (
+            self._levels(rows_N) if self.design.swing else torch.zeros(len(rows_N), len(self.budget.space.groups))
+        )
         shifts_KO = self._shifts_KO if self.design.sampling == "antithetic" else torch.zeros(1, ORDERS).long()
         key, low_high = counter_key(self.seed, "masks"), (self.step % WORDS, self.step // WORDS)
         return DrawnMasks(
             torch.tensor([_signed(key[0] | key[1] << 32), *low_high]).to(device),
             torch.stack(self._coupled(rows_N), dim=1).to(device),
             (levels_NG + 1).to(torch.int8).to(device),
-            groups.int().to(device),
+            self._shared("groups", group_U.int),
             self._thresholds_LU,
             shifts_KO.to(device).contiguous(),
             len(self.probs_U),
@@ -201,17 +211,17 @@ class Masks:
     @property
     def _thresholds_LU(self) -> torch.Tensor:
         """Thresholds of levels -1, 0 and 1; without swing, they are alike."""
-        if "thresholds" not in self._known:
+
+        def make() -> torch.Tensor:
             amplitude_U = amplitude(self.probs_U, self.design, self.budget.space)
             probs_LU = self.probs_U + amplitude_U * torch.tensor([[-1], [0], [1]])
-            self._known["thresholds"] = (probs_LU * WORDS).round().long().to(self.device)
-        return self._known["thresholds"]
+            return (probs_LU * WORDS).round().long()
+
+        return self._shared("thresholds", make)
 
     @property
     def _shifts_KO(self) -> torch.Tensor:
-        if "shifts" not in self._known:
-            self._known["shifts"] = (orders(self.design.masks).T * (WORDS // self.design.masks)).to(self.device)
-        return self._known["shifts"]
+        return self._shared("shifts", lambda: orders(self.design.masks).T * (WORDS // self.design.masks))
 
     def _draw(self, rows_N: torch.Tensor) -> torch.Tensor:
         """Masks, bool ``[N, U]``, made from one block of random numbers after the other."""

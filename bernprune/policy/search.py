@@ -95,7 +95,8 @@ class MaskSearch(ABC):
 
     def ask(self, step: int) -> MaskRows:
         """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked, and made when they are looked at."""
-        return Masks(self.design.rows_BKC, self.probs_U, self.design, self.budget, self.seed, step)
+        shared = self._of_policy("masks", dict)
+        return Masks(self.design.rows_BKC, self.probs_U, self.design, self.budget, self.seed, step, _of_policy=shared)
 
     @abstractmethod
     def tell(
