@@ -19,10 +19,13 @@ from tolerances import EXACT, LOGITS, assert_close
 from bernprune.backends import TORCH
 from bernprune.config import make_config
 from bernprune.errors import ConfigError, ModelError
+from bernprune.models.hooks import hooked
 from bernprune.models.loading import load_model
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
+from bernprune.models.statistics import weights_by_stream
 from bernprune.models.view import describe
+from bernprune.names import Kind
 from bernprune.policy.rounds import Telling
 from bernprune.repair import ExpectedWeights, Repairer
 from bernprune.repair.expected import expected_fit
@@ -99,6 +102,48 @@ def test_they_come_nearer_to_the_dense_model_on_average(variant: Variant) -> Non
         assert_close(model.model(WINDOWS_WT).last_hidden_state, dense_RTD, 1e2 * LOGITS[torch.float32])
     weights.undo()
     assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["output", "down"])
+def test_errors_count_as_shares_of_the_stream(name: str) -> None:
+    """Token by token: what is fitted is that of moments by hand, each divided by the stream's mean squares."""
+    model = tiny_model("llama")
+    view = describe(model)
+    entering, around = list[torch.Tensor](), list[torch.Tensor]()
+    layer, projection = view.layers[2], getattr(view.layers[2], name)
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        around.append(torch.cat([inputs[0], output], dim=-1))
+
+    with torch.no_grad(), hooked((projection, lambda _, x, y: entering.append(x[0])), (layer.layer, note)):
+        model(input_ids=WINDOWS_WT, use_cache=False)
+    moments = torch.zeros(2, projection.in_features, projection.in_features, dtype=torch.float64)
+    for x_E, stream_2D in zip(entering[0].flatten(0, 1), around[0].flatten(0, 1), strict=True):
+        share = 2 * stream_2D.square().mean()
+        moments += torch.outer(x_E, x_E) / torch.stack([share, torch.ones_like(share)])[:, None, None]
+    kind: Kind = "kv_group" if name == "output" else "channel"
+    probs_U = torch.linspace(0.1, 0.9, view.space.size, dtype=torch.float64)
+    dense_DE = projection.weight.detach().clone()
+    expected_DE, plain_DE = (
+        expected_fit(dense_DE, gram_EE, probs_U[view.space.span(kind, 2)], 0.01) for gram_EE in moments
+    )
+    ExpectedWeights(view, WINDOWS_WT, rows_per_forward=5).fit(probs_U)
+    assert_close(projection.weight, expected_DE, LOGITS[torch.float32])
+    assert not torch.allclose(expected_DE, plain_DE, rtol=1e-3)
+
+
+def test_a_token_with_a_stream_a_thousand_times_as_large_decides_nothing() -> None:
+    """As the first one of many language models has, before a layer or after it."""
+    random = torch.Generator().manual_seed(0)
+    before_RTD, after_RTD = torch.randn(2, 1, 7, 12, generator=random)
+    plain_RT = weights_by_stream(before_RTD, after_RTD)
+    assert plain_RT.min() > 0.1 and plain_RT.max() < 2
+    for stream_RTD in (before_RTD, after_RTD):
+        stream_RTD[0, 3] *= 1000
+        found_RT = weights_by_stream(before_RTD.bfloat16(), after_RTD.bfloat16())
+        assert found_RT.dtype == torch.float32 and found_RT[0, 3] < 1e-5
+        stream_RTD[0, 3] /= 1000
+    assert weights_by_stream(0 * before_RTD, 0 * after_RTD).isfinite().all()
 
 
 def test_blocks_have_nothing_to_make_up_with() -> None:

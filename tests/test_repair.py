@@ -83,6 +83,20 @@ def test_merged_moments_are_those_of_all_tokens() -> None:
         assert_close(found, expected, 1e2 * EXACT)
 
 
+def test_tokens_count_as_often_as_their_weights_say() -> None:
+    """As if those of a whole weight were there so often."""
+    whole, x, t, dense = sample()
+    weights, weighed, repeated = torch.arange(40) % 4, Moments(6, 5, CPU), Moments(6, 5, CPU)
+    weighed.add(torch.tensor(x), torch.tensor(t), weights)
+    repeated.add(*(torch.tensor(values).repeat_interleave(weights, dim=0) for values in (x, t)))
+    assert weighed.count == repeated.count == 60
+    for found, expected, plain in zip(*(each.about(*each.means) for each in (weighed, repeated, whole)), strict=True):
+        assert_close(found, expected, 1e2 * EXACT)
+        assert not torch.allclose(found, plain)
+    linear = dense.weight_DA, dense.bias_D
+    assert weighed.error(*linear) == pytest.approx(repeated.error(*linear), rel=1e-10)
+
+
 def test_moments_of_some_outputs_are_those_of_a_projection_that_has_no_others() -> None:
     whole, x, t, dense = sample()
     chosen_S, alone = torch.tensor([1, 2, 4]), Moments(6, 3, CPU)

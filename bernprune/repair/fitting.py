@@ -30,7 +30,7 @@ class Choice:
     """What a projection got: the repair, its ridge if it has one, and the mean squared error on the checking text.
 
     ``before`` is that of the projection without any repair, summed over outputs, as is ``after``; both are estimates
-    where not all outputs decide.
+    where not all outputs decide. Tokens count as they did in the fit.
     """
 
     repair: str

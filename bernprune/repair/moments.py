@@ -12,27 +12,31 @@ class Moments:
     """Sums over tokens of inputs x and targets t, float64 on the device of the model.
 
     Attributes:
-        count: tokens so far.
+        count: tokens so far or, where they have weights, the sum of these.
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
-        self.count = 0
+        self.count = 0.0
         self._x_A, self._t_D = zeros(inputs), zeros(outputs)
         self._xx_AA, self._tx_DA, self._tt_D = zeros(inputs, inputs), zeros(outputs, inputs), zeros(outputs)
 
     @torch.inference_mode()
-    def add(self, x_NA: torch.Tensor, t_ND: torch.Tensor) -> None:
+    def add(self, x_NA: torch.Tensor, t_ND: torch.Tensor, weights_N: torch.Tensor | None = None) -> None:
+        """Add tokens, each as often as its weight says; by default once."""
         # Products of one batch are exact enough in float32; adding up many batches is not.
         x_NA, t_ND = (values.to(torch.promote_types(values.dtype, torch.float32)) for values in (x_NA, t_ND))
-        self._x_A += x_NA.sum(0)
-        self._t_D += t_ND.sum(0)
+        weights_N = x_NA.new_ones(len(x_NA)) if weights_N is None else weights_N.to(x_NA.dtype)
+        root_N1 = weights_N.sqrt()[:, None]
+        x_NA, t_ND = x_NA * root_N1, t_ND * root_N1
+        self._x_A += root_N1[:, 0] @ x_NA
+        self._t_D += root_N1[:, 0] @ t_ND
         self._xx_AA += x_NA.T @ x_NA
         self._tx_DA += t_ND.T @ x_NA
         self._tt_D += t_ND.square().sum(0)
-        self.count += len(x_NA)
+        self.count += weights_N.sum(dtype=torch.float64).item()
 
     def merge(self, other: "Moments") -> None:
         """Take in the tokens of ``other``."""

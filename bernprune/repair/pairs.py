@@ -11,6 +11,7 @@ from torch import nn
 
 from bernprune.errors import ModelError
 from bernprune.models.hooks import hooked
+from bernprune.models.statistics import weights_by_stream
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.names import TargetName
@@ -59,7 +60,8 @@ class Pair:
         Args:
             inputs_A: which of its inputs.
             target: ``own``: what it gives on these very inputs; ``dense``: what it gives in the dense model;
-                ``residual``: what makes the residual stream that of the dense model.
+                ``residual``: what makes the residual stream that of the dense model, where a token's errors count as
+                shares of that stream (``weights_by_stream``); otherwise all tokens count alike, as published.
 
         Raises:
             ModelError: not all of it is finite.
@@ -81,7 +83,8 @@ class Pair:
                 "dense": lambda: after_RTD - before_RTD,
                 "residual": lambda: after_RTD - arriving[0],
             }
-            found.add(inputs[0].flatten(0, -2)[:, inputs_A], wanted[target]().flatten(0, -2))
+            weights = weights_by_stream(before_RTD, after_RTD).flatten() if target == "residual" else None
+            found.add(inputs[0].flatten(0, -2)[:, inputs_A], wanted[target]().flatten(0, -2), weights)
 
         with hooked((place.norm, arrive), (place.last, gather)):
             self._pruned.run(until=place.last)
