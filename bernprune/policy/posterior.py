@@ -13,9 +13,9 @@ units as are expected to be worth their price, the best ones (``expected_order``
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
 Where little is known of many units that policy is soft, and in a deep model masks of it may leave nothing that works.
-If they clearly tell less than those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*: deviations
-count half as much in it as before, and what was seen of it is forgotten. After a round that told twice as much as the
-first one they count twice as much again.
+If they clearly tell less than those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*, and what
+was seen of it is forgotten: half as much of the doubt is left to chance, the rest decides how many units of each group
+are kept, as it does in what is selected. After a round that told twice as much as the first one it is twice as much.
 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
 N units of a group, S scores.
@@ -50,7 +50,7 @@ _NODES = 15  # equally likely values that stand for a normal distribution; odd, 
 @dataclass(frozen=True)
 class PosteriorStats(StepStats):
     """``rounds`` concluded so far; ``reliability``: mean share of a unit's observed difference that is signal;
-    ``softness``: share of the deviations that the policy goes by; ``unread``: windows of the step in which activities
+    ``softness``: share of the deviations that is left to chance; ``unread``: windows of the step in which activities
     are not finite, so that only their losses were learned from."""
 
     rounds: int
@@ -174,7 +174,7 @@ class PosteriorSearch(MaskSearch):
         reading: Reading | None = None,
     ) -> StepStats:
         """As every search's, but without a step size: how far the policy moves follows from what is known."""
-        self._check_told(masks_BKCU)
+        self._check_told(masks_BKCU, losses_BKC)
         losses_BKC, before_U, unread = losses_BKC.double().cpu(), self.probs_U, 0
         levels_BKCG = self._levels(masks_BKCU)
         seen = self.estimate(masks_BKCU, losses_BKC, levels_BKCG)
@@ -268,8 +268,16 @@ class PosteriorSearch(MaskSearch):
         self._follow(self.budget.marginal_cost(self.probs_U))
 
     def _follow(self, costs_U: torch.Tensor) -> None:
-        """Take the policy that follows from what is believed."""
-        self.probs_U = self.budget.at_price(self.worth_U, self.softness * self.deviation_U, costs_U, **self._bounds)
+        """Take the policy that follows from what is believed.
+
+        Groups keep about as much of their units whatever the softness. By means alone, those of which little is known
+        would be kept or cut as a whole.
+        """
+        worth_U, chance_U = self.worth_U, self.softness * self.deviation_U
+        if self.softness < 1:
+            decided_U = (1 - self.softness**2) ** 0.5 * self.deviation_U
+            worth_U = costs_U * expected_order(self.budget.space, worth_U / costs_U, decided_U / costs_U)
+        self.probs_U = self.budget.at_price(worth_U, chance_U, costs_U, **self._bounds)
         self._telling.renew(first=not self.rounds)
 
     def _conclude_round(self) -> None:
