@@ -58,7 +58,7 @@ PresetName = Literal["default", "reinforce", "paper"]
 
 def check_name(what: str, name: str, names: Any) -> None:
     """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
-    if name not in get_args(names):
+    if not isinstance(name, str) or name not in get_args(names):
         raise ConfigError(unknown(what, name, get_args(names)))
 
 

@@ -55,6 +55,15 @@ def test_only_the_order_of_scores_counts(change: Callable[[torch.Tensor], torch.
     assert not torch.equal(fitted(line_of(-scores_N), observed_N, noise_N)[0], expected[0])
 
 
+def test_equal_scores_say_the_same() -> None:
+    """Whatever their order: they have the features of the middle one of as many that differ."""
+    features_NF = line_of(torch.tensor([3.0, 1.0, 3.0, 2.0, 3.0])).features_NF
+    apart_NF = line_of(torch.tensor([3.0, 1.0, 4.0, 2.0, 5.0])).features_NF
+    for unit in (0, 2, 4):
+        assert features_NF[unit].equal(apart_NF[2])
+    assert features_NF[[1, 3]].equal(apart_NF[[1, 3]])
+
+
 @pytest.mark.parametrize("num_scores", [1, 2, 3])
 def test_a_line_is_recovered(num_scores: int) -> None:
     """Whatever rises linearly in the features of all scores, however unequal its noise is said to be, each round."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, run, succeed
+from tiny_run import Place, read_json, run, succeed
 
 from bernprune.config import make_config
 from bernprune.errors import ConfigError, ModelError
@@ -59,6 +59,17 @@ def test_a_function_in_a_file_starts_a_run(own: Path, place: Place, monkeypatch:
     assert own.with_suffix(".executed").read_text() == "once "
     told = succeed("scores", str(place.model), "--text", str(place.text), "--score", f"{own}:pooled", WINDOWS).out
     assert f"units by {own}:pooled in" in told
+
+
+@pytest.mark.parametrize("values", ["(s > s.median()).double()", "0 * s"], ids=["two", "one"])
+def test_of_equal_scores_a_run_keeps_the_same_as_the_metric(values: str, tmp_path: Path, place: Place) -> None:
+    """Without a search, what is kept is what the metric would keep."""
+    (tmp_path / "tied.py").write_text(f"def tied(p):\n    s = p.inputs.second_moment_E\n    return {values}\n")
+    succeed(*place.prune(f"initial.score={tmp_path / 'tied.py'}:tied", "search.sequences=0", "repair.method=none"))
+    report = read_json(place.out / "report.json")
+    assert report["search"]["changed_units"] == 0 and report["loss"]["pruned"] == pytest.approx(
+        report["loss"]["initial"]
+    )
 
 
 def test_a_metric_in_a_file_says_how_it_allocates(own: Path) -> None:

@@ -60,15 +60,14 @@ def test_the_list_has_every_metric() -> None:
 
 
 def test_scores_of_the_command_line_start_a_run(place: Place) -> None:
-    """A file written by it starts a run as its metric does, and only on the same units."""
+    """A file written by it starts a run as its metric does, by its allocation, and only on the same units."""
     given = [f"--set={setting}" for setting in ("data.window=16", "initial.windows=4", "search.windows=2")]
     out = place.folder / "flap.safetensors"
     told = succeed("scores", str(place.model), "--text", str(place.text), "--score=flap", f"--out={out}", *given).out
     assert "units by flap in" in told and str(out) in told
     starts = []
     for name, score in (("by-name", "flap"), ("by-file", str(out))):
-        allocated = (f"initial.score={score}", "initial.allocation=global", "search.sequences=0")
-        succeed(*place.prune(*allocated, out=place.folder / name))
+        succeed(*place.prune(f"initial.score={score}", "search.sequences=0", out=place.folder / name))
         starts.append(read_state(place.folder / name / "initial.safetensors"))
     assert all(torch.equal(starts[0][key], starts[1][key]) for key in ("scores_US", "probs_U"))
     refused = run(*place.prune(f"initial.score={out}", "granularity=channel", out=place.folder / "refused"))

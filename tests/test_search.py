@@ -329,6 +329,18 @@ def test_asking_changes_nothing(design: Design) -> None:
     assert len(masks[0].flatten(0, 2).unique(dim=0)) == design.groups * design.masks * design.chunks
 
 
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 4, 1), (1, 8), (1, 8, 2)])
+def test_losses_that_are_not_one_for_each_mask_are_refused(shape: tuple[int, ...]) -> None:
+    """They would be taken for those of other masks, or of none; nothing is learned from them."""
+    budget, start_U = Budget(FLAT, 0.4), torch.full((FLAT.size,), 0.6, dtype=torch.float64)
+    posterior = PosteriorSearch(budget, start_U, start_U, seed=3, design=Design(1, 8), round_steps=2)
+    for search in (make_search(FLAT), posterior):
+        masks_BKCU, before_U = search.ask(0), search.probs_U
+        with pytest.raises(ConfigError, match=r"\[B, K, C\], here \[1, 8, 1\], but got"):
+            search.tell(masks_BKCU, torch.zeros(shape, dtype=torch.float64), learning_rate=0.1)
+        assert search.probs_U is before_U
+
+
 def test_masks_of_a_policy_share_what_they_are_made_of() -> None:
     """Over its steps; those of the next policy, or made without sharing, are made of their own."""
     search = make_search(FLAT, design=Design(2, 4, 1, "antithetic"))

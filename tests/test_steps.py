@@ -1,5 +1,7 @@
 """The README's promise that the steps of a run are open: all of them from public names alone."""
 
+import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,6 +49,18 @@ def test_the_steps_of_a_run_by_hand(method: Callable[..., bernprune.MaskSearch],
         logits = loaded(input_ids=text_WT).logits[:, :-1]
     found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text_WT[:, 1:].flatten()).item()
     assert found == pytest.approx(loss, rel=1e-5)
+
+
+def test_what_the_readme_names_is_there() -> None:
+    """Functions by their modules, and files."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    places = re.findall(r"`(bernprune(?:\.\w+)+)`", text)
+    assert places, "and none is named"
+    for place in places:
+        module, _, name = place.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), place
+    for file in re.findall(r"`((?:bernprune|benchmarks|tests|configs|kernels)/[\w/]+\.\w+)`", text):
+        assert (Path(__file__).parents[1] / file).exists(), file
 
 
 def test_a_score_is_a_function() -> None:

@@ -128,8 +128,9 @@ class Published(_Average):
     """The published method as released (Gao et al., 2024): a running mean that already contains the step's losses,
     and a sum divided by K - 1.
 
-    Its expectation is the true gradient times K/(K-1) (1 - 1/(K T)) for a window of T steps, and times 1 at step 0,
-    where the running mean is the step's own. K is the number asked for: dropped masks merely shorten the sum.
+    With B groups of K masks a step, its expectation is the true gradient times K/(K-1) (1 - 1/(B K T)) for a window of
+    T steps; at step 0, where the running mean is the step's own, T is 1. K is the number asked for: dropped masks
+    merely shorten the sum.
     """
 
     needs_reference, min_masks = False, 2

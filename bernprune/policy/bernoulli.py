@@ -90,8 +90,8 @@ def graded(
 ) -> torch.Tensor:
     """Priorities by which a selection takes the same share of every set that ``initial_probs`` maps, at any sparsity.
 
-    Rank of each score in its set, float64 ``[U]`` in (0, 1); units that contain others have 1. Raises ``ConfigError``
-    for an unknown scope.
+    Rank of each score in its set, float64 ``[U]`` in (0, 1), where earlier units win ties; units that contain others
+    have 1. Raises ``ConfigError`` for an unknown scope.
 
     Args:
         shares_G: what each group keeps when ``keep`` is kept of all; when all is, it keeps all, and between, shares are
@@ -99,8 +99,8 @@ def graded(
     """
     priorities_U = torch.ones(space.size, dtype=torch.float64)
     for _, units_N in _mapped_sets(space, scope):
-        ranks_N = scores_U[units_N].argsort(stable=True).argsort(stable=True)
-        priorities_N = (ranks_N.double() + 0.5) / len(units_N)
+        behind_N = scores_U[units_N].argsort(descending=True, stable=True).argsort()  # how many come before
+        priorities_N = (len(units_N) - 0.5 - behind_N.double()) / len(units_N)
         if shares_G is not None:
             share = min(max(_share(space, units_N, keep, shares_G), _EPSILON), 1 - _EPSILON)
             priorities_N = 1 - (1 - priorities_N) ** (math.log(keep) / math.log(share))

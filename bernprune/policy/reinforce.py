@@ -93,7 +93,7 @@ class ReinforceSearch(MaskSearch):
         reference_BC: torch.Tensor | None = None,
         reading: Reading | None = None,
     ) -> StepStats:
-        self._check_told(masks_BKCU)
+        self._check_told(masks_BKCU, losses_BKC)
         losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
         returns_BKC = rewards_to_go(losses_BKC, self.discount)
         if reference_BC is not None:

@@ -119,7 +119,7 @@ class MaskSearch(ABC):
             reading: the same losses by token, and where channels were active, if the search needs them.
 
         Raises:
-            ConfigError: antithetic masks of which some are missing.
+            ConfigError: antithetic masks of which some are missing, or losses that are not one for each mask.
         """
 
     def conclude(self) -> bool:
@@ -142,8 +142,13 @@ class MaskSearch(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``RunError`` if the state belongs to other units, another budget or another method."""
 
-    def _check_told(self, masks_BKCU: MaskRows) -> None:
-        """Raises ``ConfigError`` if some of a step's antithetic masks are missing."""
+    def _check_told(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> None:
+        """Raises ``ConfigError`` if some of a step's antithetic masks are missing, or not each mask has one loss."""
+        if losses_BKC.shape != masks_BKCU.shape[:-1]:
+            raise ConfigError(
+                f"masks of B windows, K each, for C chunks are told with losses [B, K, C], here "
+                f"{list(masks_BKCU.shape[:-1])}, but got {list(losses_BKC.shape)}"
+            )
         given, asked = masks_BKCU.shape[1], self.design.masks
         if self.design.sampling == "antithetic" and given != asked:
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")

@@ -19,7 +19,7 @@ from bernprune.run.stage import Stage, set_stage
 from bernprune.scores import holds_scores, initial_scores, metric_named, write_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
-from bernprune.scores.files import facts_of_model
+from bernprune.scores.files import facts_of
 from bernprune.units import UnitSpace
 
 _SCORED_TOKENS = 2048  # of one forward pass for a metric, which keeps float32 copies of activations
@@ -146,7 +146,7 @@ def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
     if out is not None:
         facts = {"score": name, "text": config.data.text, "seed": str(config.seed)}
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_scores(out, space, scores_U, facts | facts_of_model(stage.view, config.model.path))
+        write_scores(out, space, scores_U, facts | facts_of(metric_named(name), stage.view, config.model.path))
     groups = [
         {"layer": group.layer, "kind": group.kind, "units": group.count, "mean": part_N.mean().item()}
         for group, part_N in zip(space.groups, scores_U.split([g.count for g in space.groups]), strict=True)

@@ -6,7 +6,9 @@ they were made, others of the same form are told of, not refused: a base model's
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +17,7 @@ from safetensors.torch import save
 from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
 from bernprune.models.view import fingerprint as weights_fingerprint
+from bernprune.names import Allocation
 from bernprune.scores.base import Context, Metric
 from bernprune.storage import write_bytes
 from bernprune.units import UnitSpace
@@ -22,33 +25,36 @@ from bernprune.units import UnitSpace
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-_KEY, _FINGERPRINT, _WEIGHTS, _MODEL = "scores", "fingerprint", "weights", "model"
+_KEY, _FINGERPRINT, _WEIGHTS, _MODEL, _ALLOCATION = "scores", "fingerprint", "weights", "model", "allocation"
 
 
 def write_scores(path: Path, space: UnitSpace, scores_U: torch.Tensor, facts: dict[str, str] | None = None) -> None:
     """Write scores with the space's fingerprint and, for whoever reads it, other ``facts``, whole or not at all.
 
-    Of these, ``facts_of_model`` gives what ``metric_of_file`` checks.
+    Of these, ``facts_of`` gives what ``metric_of_file`` goes by.
     """
     metadata = {**(facts or {}), _FINGERPRINT: space.fingerprint}
     write_bytes(path, save({_KEY: scores_U.double().contiguous()}, metadata))
 
 
-def facts_of_model(view: ModelView, name: str) -> dict[str, str]:
-    """What tells a model's scores from those of another of the same form: its weights, and its name for people."""
-    return {_MODEL: name, _WEIGHTS: weights_fingerprint(view.model)}
+def facts_of(metric: Metric, view: ModelView, model: str) -> dict[str, str]:
+    """How a metric's scores are used by default, and what tells them from those of a model of the same form: its
+    weights, and its name for people."""
+    return {_ALLOCATION: metric.allocation, _MODEL: model, _WEIGHTS: weights_fingerprint(view.model)}
 
 
 def metric_of_file(path: Path) -> Metric:
-    """A metric that takes its scores from a file, as they are. What it gives and checks is ``read_scores``."""
+    """A metric that takes its scores from a file, as they are. What it gives and checks is ``read_scores``.
+
+    Its allocation is that of the metric that made them, if the file says so.
+    """
 
     def needs(view: ModelView, windows_WT: torch.Tensor) -> None:
         read_scores(path, view.space)
 
     def run(context: Context) -> torch.Tensor:
         scores_U = read_scores(path, context.view.space)
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
+        facts = _facts(path)
         if facts.get(_WEIGHTS, own := weights_fingerprint(context.view.model)) != own:
             logger.warning(
                 "score file %s was made of other weights, those of %s, or of the same in another dtype; its scores are "
@@ -58,23 +64,23 @@ def metric_of_file(path: Path) -> Metric:
             )
         return scores_U
 
-    return Metric(
-        str(path),
-        "scores in a file",
-        "",
-        run,
-        passes=lambda layers, options: 0.0,
-        needs=needs,
-    )
+    metric = Metric(str(path), "scores in a file", "", run, passes=lambda layers, options: 0.0, needs=needs)
+    allocation: Any = _facts(path).get(_ALLOCATION)
+    return replace(metric, allocation=allocation) if allocation in get_args(Allocation) else metric
+
+
+def _facts(path: Path) -> dict[str, str]:
+    """What a file says of its scores; nothing, if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def holds_scores(path: Path) -> bool:
     """Whether it is a file of scores, of whatever units."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return _FINGERPRINT in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
+    return _FINGERPRINT in _facts(path)
 
 
 def read_scores(path: Path, space: UnitSpace) -> torch.Tensor:
