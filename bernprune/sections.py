@@ -254,7 +254,7 @@ class RepairConfig(Section):
     chooses the ridge. As many others are read to judge by, where there are so many."""
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
-    model, or to what makes the 'residual' stream the dense one's."""
+    model, or to what makes the 'residual' stream the dense one's, in which errors count as shares of that stream."""
     ridges: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
     """ridge, two-step, scale: strengths to choose from, in mean squares of an input."""
     biases: Literal["auto", "never", "always"] = "auto"
