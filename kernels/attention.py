@@ -7,8 +7,9 @@ see ``draw.py``.
 import torch
 import triton
 import triton.language as tl
-from bernprune.kernels.linear import DTYPES, add_product, block_of, card_of, precision
+from bernprune.kernels.linear import DTYPES, add_product
 from bernprune.kernels.masks import PackedMasks, rows_per_mask
+from bernprune.kernels.tiles import block_of, card_of, precision
 
 _STAGES = 2  # keys and values of a block are read while those of the one before are multiplied
 

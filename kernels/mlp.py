@@ -15,16 +15,15 @@ import triton
 import triton.language as tl
 from bernprune.kernels.draw import arguments, kept
 from bernprune.kernels.linear import (
-    Tiles,
     add_product,
     biased,
     check,
     linear_from_kept,
-    precision,
     store,
     tile_under,
 )
 from bernprune.kernels.masks import DrawnMasks, KeptUnits, PackedMasks, rows_per_mask
+from bernprune.kernels.tiles import Tiles, precision
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 HIDDEN = Tiles(products=2, buffers=4)

@@ -16,7 +16,7 @@ from test_masks import make_masks
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from bernprune.kernels import attention, draw, linear, losses, mlp, rotary, sums
+from bernprune.kernels import attention, draw, linear, losses, mlp, rotary, sums, tiles
 from bernprune.policy.masks import Design
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block of threads may have, by capability
@@ -42,7 +42,7 @@ class Absent:
 def compile_all(capability: int) -> None:
     """Call all operations, with every kernel's launch replaced."""
     driver.set_active(Absent(capability))
-    linear.card_of = attention.card_of = lambda device: linear.Card(SHARED[capability], int(capability != 90))
+    tiles.card_of = attention.card_of = lambda device: tiles.Card(SHARED[capability], int(capability != 90))
     launch = triton.JITFunction.run
 
     def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:

@@ -243,7 +243,7 @@ def test_weights_are_fitted_so_often_at_most(
 def test_weights_are_fitted_to_a_policy_that_was_drawn_in(
     prepared: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, and not only where the next round ends."""
+    """At once, and not only where the next round ends, which is after every second step."""
     fitted, fit = list[tuple[int, float]](), loop._Loop.fit
 
     def noted(self: loop._Loop, probs_U: torch.Tensor) -> None:
@@ -253,8 +253,7 @@ def test_weights_are_fitted_to_a_policy_that_was_drawn_in(
     monkeypatch.setattr(loop._Loop, "fit", noted)
     monkeypatch.setattr(Telling, "too_soft", property(lambda self: self._contrast > self._first_contrast - 1e-9))
     finish(prepared, tmp_path, *FOUR_ROUNDS, "search.refit=true")
-    assert [step for step, softness in fitted if softness < 1], "none was drawn in"
-    assert len(fitted) > 5 and all(later < earlier for (_, earlier), (_, later) in itertools.pairwise(fitted[1:4]))
+    assert len(fitted) > 5 and any(step % 2 for step, softness in fitted if softness < 1), "none was drawn in"
 
 
 def test_nothing_is_fitted_for_a_search_of_nothing(

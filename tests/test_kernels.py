@@ -26,7 +26,7 @@ from kernel_cases import (
 )
 from tolerances import LOGITS
 
-from bernprune.kernels import attention, fused, linear, losses, mlp, reference, rotary
+from bernprune.kernels import attention, fused, linear, losses, mlp, reference, rotary, tiles
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 biased = pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
@@ -227,14 +227,14 @@ def test_precision_follows_either_way_of_setting_it(told: str, expected: str, mo
     """What was set by its newer name cannot be asked for by the older one."""
     numbers = torch.ones(2)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if told == "ieee" else "high")
-    assert (linear.precision(numbers), linear.precision(numbers.half())) == (expected, "tf32")
+    assert (tiles.precision(numbers), tiles.precision(numbers.half())) == (expected, "tf32")
 
     def refuse() -> str:
         raise RuntimeError("set by its newer name")
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=told))
-    assert (linear.precision(numbers), linear.precision(numbers.half())) == (expected, "tf32")
+    assert (tiles.precision(numbers), tiles.precision(numbers.half())) == (expected, "tf32")
 
 
 def test_angles_that_do_not_fit_heads_are_refused(device: torch.device) -> None:

@@ -31,8 +31,8 @@ class Moments:
         weights_N = x_NA.new_ones(len(x_NA)) if weights_N is None else weights_N.to(x_NA.dtype)
         root_N1 = weights_N.sqrt()[:, None]
         x_NA, t_ND = x_NA * root_N1, t_ND * root_N1
-        self._x_A += root_N1[:, 0] @ x_NA
-        self._t_D += root_N1[:, 0] @ t_ND
+        self._x_A += (x_NA * root_N1).sum(0)
+        self._t_D += (t_ND * root_N1).sum(0)
         self._xx_AA += x_NA.T @ x_NA
         self._tx_DA += t_ND.T @ x_NA
         self._tt_D += t_ND.square().sum(0)
