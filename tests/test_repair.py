@@ -12,8 +12,10 @@ from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.errors import ConfigError, DataError, ModelError
 from bernprune.models.architecture import architecture_of
+from bernprune.models.hooks import hooked
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import slice_model
+from bernprune.models.statistics import weights_by_stream
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import masked_objective
 from bernprune.repair import Repairer, fitting, weights
@@ -344,6 +346,33 @@ def test_two_steps_refit_what_goes_in_by_least_squares() -> None:
         untouched = torch.ones(len(before.weight), dtype=torch.bool)
         untouched[rows] = False
         assert torch.equal(after.weight[untouched], before.weight[untouched])
+
+
+@pytest.mark.parametrize("branch", [0, 1], ids=["attention", "ffn"])
+def test_errors_of_the_stream_count_as_shares_of_it(branch: int) -> None:
+    """Of the dense one, before and after the branch; where a projection is fitted to its own outputs, all alike."""
+    view, plan = view_of(Variant("llama", "llama"))
+    windows_WT, streams = random_tokens(5, 12), list[torch.Tensor]()
+    layer = view.layers[1].layer
+
+    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        streams.append(inputs[0] if module is not layer else output)
+
+    with (
+        torch.no_grad(),
+        hooked(*((module, note) for module in (layer.input_layernorm, layer.post_attention_layernorm, layer))),
+    ):
+        view.model(input_ids=windows_WT, use_cache=False)
+    pair = Pair(view, windows_WT, rows_per_forward=2)
+    for index in (0, 1):
+        branches = places(view, plan, index)
+        pair.enter(branches)
+        if index == 0:
+            pair.leave()
+    place = branches[branch]
+    found = {target: pair.last(place, place.kept_A, target).count for target in ("residual", "dense", "own")}
+    expected = weights_by_stream(*streams[branch : branch + 2]).sum().item()
+    assert found == pytest.approx({"residual": expected, "dense": 60, "own": 60}, rel=1e-5)
 
 
 def test_a_single_unit_a_branch_is_enough() -> None:
