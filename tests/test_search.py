@@ -348,6 +348,8 @@ def test_masks_of_a_policy_share_what_they_are_made_of() -> None:
     alone = [replace(masks, _of_policy={})[:] for masks in (first, second)]
     assert torch.equal(first[:], alone[0]) and torch.equal(second[:], alone[1])
     assert first.drawn().thresholds_3U is second.drawn().thresholds_3U
+    elsewhere = first.to(torch.device("meta"))
+    assert elsewhere.drawn().thresholds_3U.is_meta and not first.drawn().thresholds_3U.is_meta
     search.tell(first, torch.rand(2, 4, 1, dtype=torch.float64), learning_rate=1.0)
     third = search.ask(1)
     assert torch.equal(third[:], replace(third, _of_policy={})[:]) and not torch.equal(third[:], second[:])
