@@ -60,18 +60,25 @@ class Gram:
 
     def __init__(self, projection: nn.Linear) -> None:
         size, device = projection.in_features, projection.weight.device
-        self._total_EE, self.count = torch.zeros(size, size, dtype=torch.float64, device=device), 0
+        self._total_EE, self._weight = torch.zeros(size, size, dtype=torch.float64, device=device), 0.0
 
     def told(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """A forward hook. Products of one batch are exact enough in float32; adding up many batches is not."""
-        x_NE = inputs[0].flatten(0, -2)
-        x_NE = x_NE.to(torch.promote_types(x_NE.dtype, torch.float32))
+        """A forward hook, by which all tokens count alike."""
+        self.add(inputs[0])
+
+    def add(self, x_RTE: torch.Tensor, weights_RT: torch.Tensor | None = None) -> None:
+        """Add tokens, each as often as its weight says; by default once."""
+        # Products of one batch are exact enough in float32; adding up many batches is not.
+        x_RTE = x_RTE.to(torch.promote_types(x_RTE.dtype, torch.float32))
+        if weights_RT is not None:
+            x_RTE = x_RTE * weights_RT.to(x_RTE.dtype).sqrt()[..., None]
+        x_NE = x_RTE.flatten(0, -2)
         self._total_EE += x_NE.T @ x_NE
-        self.count += len(x_NE)
+        self._weight += len(x_NE) if weights_RT is None else weights_RT.sum(dtype=torch.float64).item()
 
     @property
     def mean_EE(self) -> torch.Tensor:
-        return self._total_EE / self.count
+        return self._total_EE / self._weight
 
 
 @contextmanager

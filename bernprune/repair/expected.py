@@ -8,7 +8,8 @@ its selection.
 Letters: U units, N those of one branch, E = N * C inputs of its last projection, D its outputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from bernprune.errors import ModelError
 from bernprune.models.hooks import hooked
-from bernprune.models.statistics import weights_by_stream
+from bernprune.models.statistics import Gram, weights_by_stream
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.names import Kind
@@ -106,41 +107,38 @@ class ExpectedWeights:
         self._originals, self._places = Weights(), []
 
 
-class _SharesOfStream:
-    """Second moments of a projection's inputs, up to a factor, in which tokens count by the stream around the layer."""
-
-    def __init__(self, projection: nn.Linear) -> None:
-        size, device = projection.in_features, projection.weight.device
-        self.total_EE, self._x_RTE = torch.zeros(size, size, dtype=torch.float64, device=device), torch.empty(0)
-
-    def take_in(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """A hook of the projection."""
-        self._x_RTE = inputs[0]
-
-    def count_in(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        """A hook of its layer, which ends later."""
-        root_RT = weights_by_stream(inputs[0], output).sqrt()
-        x_NE = (self._x_RTE.to(root_RT.dtype) * root_RT[..., None]).flatten(0, -2)
-        self.total_EE += x_NE.T @ x_NE  # of one pass exact enough in float32; adding up many is not
-        self._x_RTE = torch.empty(0)
-
-
 @torch.no_grad()
 def _places(view: ModelView, windows_WT: torch.Tensor, rows_per_forward: int) -> Iterator[_Place]:
     stream = LayerStream(view, windows_WT, rows_per_forward=rows_per_forward)
     kinds: tuple[Kind, ...] = ("kv_group", "channel")
     for index, layer in enumerate(view.layers):
         found = [
-            (projection, units, _SharesOfStream(projection))
+            (projection, units, Gram(projection))
             for projection, kind in zip((layer.output, layer.down), kinds, strict=True)
             if (units := view.space.span(kind, index)) is not None
         ]
-        entering = ((projection, gram.take_in) for projection, _, gram in found)
-        with hooked(*entering, *((layer.layer, gram.count_in) for _, _, gram in found)):
+        with _counted_by_stream(layer.layer, {projection: gram for projection, _, gram in found}):
             stream.advance()
         for projection, units, gram in found:
-            gram_EE = gram.total_EE
+            gram_EE = gram.mean_EE
             if not gram_EE.isfinite().all():
                 raise ModelError(f"activations of layer {index} are not finite on the calibration text")
             precise = torch.promote_types(projection.weight.dtype, torch.float32)
             yield _Place(projection, units, gram_EE.to("cpu", precise))
+
+
+@contextmanager
+def _counted_by_stream(layer: nn.Module, grams: Mapping[nn.Module, Gram]) -> Iterator[None]:
+    """For the length of the block, gather what enters projections of a layer, by the stream before and after it."""
+    entered: dict[nn.Module, torch.Tensor] = {}
+
+    def enter(projection: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        entered[projection] = inputs[0]
+
+    def leave(layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        weights_RT = weights_by_stream(inputs[0], output)
+        for projection, gram in grams.items():
+            gram.add(entered.pop(projection), weights_RT)
+
+    with hooked(*((projection, enter) for projection in grams), (layer, leave)):
+        yield
