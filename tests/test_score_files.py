@@ -74,6 +74,20 @@ def test_scores_of_the_command_line_start_a_run(place: Place) -> None:
     assert refused.code == 2 and "of another granularity" in refused.err
 
 
+def test_a_run_does_not_go_on_without_its_score_file(place: Place) -> None:
+    """By which it knows how many units each layer keeps; it goes on once that is back."""
+    given = settings("data.window=16", "initial.windows=4")
+    out, moved = place.folder / "a.safetensors", place.folder / "b.safetensors"
+    succeed("scores", str(place.model), "--text", str(place.text), "--score=flap", f"--out={out}", *given)
+    succeed(*place.prune(f"initial.score={out}"))
+    (place.out / "report.json").unlink()
+    out.rename(moved)
+    refused = run("resume", str(place.out))
+    assert f"score file {out} does not exist" in in_one_sentence(refused)
+    moved.rename(out)
+    succeed("resume", str(place.out))
+
+
 def test_scores_of_other_weights_are_told_of(place: Place) -> None:
     """Once, by the name of their model; scores of one's own making, which say of none, and the model's own are not."""
     given = settings("data.window=16", "initial.windows=4")
