@@ -46,10 +46,8 @@ def facts_of(metric: Metric, view: ModelView, model: str) -> dict[str, str]:
 def metric_of_file(path: Path) -> Metric:
     """A metric that takes its scores from a file, as they are. What it gives and checks is ``read_scores``.
 
-    Its allocation is that of the metric that made them, if the file says so. Raises ``ConfigError`` if there is none.
+    Its allocation is that of the metric that made them, if the file says so.
     """
-    if not path.is_file():  # a run that goes on would take another allocation without a word
-        raise ConfigError(f"score file {path} does not exist")
 
     def needs(view: ModelView, windows_WT: torch.Tensor) -> None:
         read_scores(path, view.space)
