@@ -10,6 +10,7 @@ Importing it makes transformers' Auto classes load pruned folders without ``trus
 
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import BernpruneError
+from bernprune.evaluation.perplexity import evaluate
 from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.modeling_bernprune import register
 from bernprune.models.saving import save_pruned
@@ -27,9 +28,11 @@ from bernprune.policy.selection import Limits, select
 from bernprune.repair import Repairer
 from bernprune.run.applying import apply_plan
 from bernprune.run.exporting import export_gguf
+from bernprune.run.loop import evaluate_step
 from bernprune.run.pipeline import prune, resume
-from bernprune.run.plans import read_plan
+from bernprune.run.plans import read_plan, select_plan
 from bernprune.run.recovering import recover
+from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KeepPlan, UnitSpace
 
@@ -50,6 +53,8 @@ __all__ = [
     "UnitSpace",
     "apply_plan",
     "describe",
+    "evaluate",
+    "evaluate_step",
     "export_gguf",
     "initial_probs",
     "initial_scores",
@@ -63,7 +68,9 @@ __all__ = [
     "recover",
     "resume",
     "save_pruned",
+    "score_model",
     "select",
+    "select_plan",
     "slice_model",
 ]
 

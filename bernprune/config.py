@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from bernprune.complaints import sentence
 from bernprune.errors import ConfigError
-from bernprune.names import BackendName, Kind, MethodName, PresetName, RepairName, unknown
+from bernprune.names import OWN, BackendName, Kind, PresetName, RepairName, place_of, unknown
 from bernprune.presets import PRESETS
 from bernprune.sections import (
     BudgetConfig,
@@ -34,10 +34,11 @@ REPAIRS = tuple(name for name in get_args(RepairName) if name != "none")
 REFITTING: tuple[RepairName, ...] = ("auto", "ridge", "two-step", "admm")  # repairs that write other weights
 USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 
-# Settings that only one of the methods knows.
-METHOD_SETTINGS: dict[MethodName, tuple[str, ...]] = {
+# Settings that only some of the methods know.
+METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity", "look_windows"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
+    OWN: ("rounds", "learning_rate"),
 }
 COMPARING = ("leave-one-out", "published")  # baselines that take the masks of a step from each other
 # Other settings that mean nothing unless another one has one of these values.
@@ -47,8 +48,8 @@ _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
     "search.discount": ("search.masks_per", ("chunk",)),
     "search.swing": ("search.sampling", ("independent", "antithetic")),
     "search.by_activity": ("search.masks_per", ("sequence", "chunk")),
-    "search.reference": ("search.baseline", ("matched",)),
-    "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published")),
+    "search.reference": ("search.baseline", ("matched", OWN)),
+    "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published", OWN)),
     "search.epsilon": ("search.scaling", ("sqrt-fisher",)),
     "repair.windows": ("repair.method", REPAIRS),
     "repair.target": ("repair.method", REFITTING),
@@ -166,12 +167,12 @@ class RunConfig(Section):
     def _check_meaning(self) -> None:
         """A setting that would be ignored is an error."""
         of_method = {
-            f"search.{name}": ("search.method", (method,))
-            for method, names in METHOD_SETTINGS.items()
+            f"search.{name}": ("search.method", tuple(m for m, known in METHOD_SETTINGS.items() if name in known))
+            for names in METHOD_SETTINGS.values()
             for name in names
         }
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
-            if self._changed(setting) and self._value(other) not in values:
+            if self._changed(setting) and _in_general(self._value(other)) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
         channels, flops = "channel" in self.granularity, "flops" in {self.budget.measure, *self.budget.also}
         for setting, meant, why in (
@@ -228,7 +229,8 @@ class RunConfig(Section):
 
     def _check_sampling(self) -> None:
         search = self.search
-        if search.sampling == "antithetic" and search.method == "reinforce" and search.baseline != "leave-one-out":
+        paired = search.baseline == "leave-one-out" or place_of(search.baseline)  # one's own may be one
+        if search.sampling == "antithetic" and search.method == "reinforce" and not paired:
             raise ValueError(
                 f"search.sampling 'antithetic' needs search.baseline 'leave-one-out', not {search.baseline!r}; with "
                 "that take 'independent' or 'exact'"
@@ -254,7 +256,7 @@ class RunConfig(Section):
     @property
     def refit_refused(self) -> str | None:
         """Why weights cannot be fitted to the policy, whatever follows; None if they can."""
-        if self.search.objective != "cross-entropy":
+        if self.search.objective == "kl":
             return f"search.objective {self.search.objective!r}, whose reference is the model as it is"
         if self.search.dtype == "int8":
             return "search.dtype 'int8'"
@@ -292,6 +294,11 @@ class RunConfig(Section):
     def to_dict(self) -> dict[str, Any]:
         """Plain data, every field explicit; ``make_config`` reads it back to an equal config."""
         return self.model_dump(mode="json")
+
+
+def _in_general(value: Any) -> Any:
+    """``OWN`` for the place of something of one's own."""
+    return OWN if isinstance(value, str) and place_of(value) else value
 
 
 def make_config(given: Mapping[str, Any]) -> RunConfig:

@@ -6,17 +6,22 @@ through them: for those, the logits of the same few tokens are computed again (c
 Letters: R rows, T tokens, N tokens of all rows, D hidden size.
 """
 
+import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bernprune.backends import TORCH, MaskedOps
+from bernprune.errors import ConfigError
+from bernprune.names import ObjectiveName, check_name
 
 # Of float32 logits at once, by type of device. A GPU must not read the output embedding for too few tokens; a
 # processor does best with about the size of its caches.
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+LossFunction = Callable[..., torch.Tensor]  # of logits and next tokens, and maybe the dense model's logits
 _ROWS = 256  # a product has a multiple of these rows if it leaves no part of a GPU idle
 
 
@@ -53,6 +58,97 @@ def token_divergences(
     size = max(1, _tokens_at_once(head) // 2)
     parts = _in_parts(divergences, size, hidden_RTD.flatten(0, 1), dense_RTD.flatten(0, 1))
     return parts.view(hidden_RTD.shape[:2])
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What a mask loses at each token of a window.
+
+    Attributes:
+        needs_dense: whether that depends on what the dense model predicts, too.
+        at_last: whether it loses anything at the last token, whose next one lies beyond the window.
+        run: losses ``[R, P]`` at those tokens, from the output embedding, last hidden states ``[R, T, D]``, tokens
+            ``[R, T]``, the dense model's hidden states if it needs them, and what runs masked operations.
+    """
+
+    needs_dense: bool
+    at_last: bool
+    run: Callable[[nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor | None, MaskedOps], torch.Tensor]
+
+
+def _divergences(
+    head: nn.Linear, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None, ops: MaskedOps
+) -> torch.Tensor:
+    assert dense_RTD is not None, "it is needed"
+    return token_divergences(head, hidden_RTD, dense_RTD, ops)
+
+
+LOSSES: dict[str, TokenLoss] = {
+    "cross-entropy": TokenLoss(
+        False, False, lambda head, hidden, tokens, _, ops: token_losses(head, hidden, tokens, ops)
+    ),
+    "kl": TokenLoss(True, True, _divergences),
+}
+
+
+def token_loss(given: ObjectiveName | LossFunction | TokenLoss) -> TokenLoss:
+    """By name, or that of a function of one's own. Raises ``ConfigError`` for neither."""
+    if isinstance(given, TokenLoss):
+        return given
+    if callable(given):
+        return loss_of_ones_own(given, str(getattr(given, "__name__", type(given).__name__)))
+    check_name("objective", given, ObjectiveName)
+    return LOSSES[given]
+
+
+def loss_of_ones_own(function: LossFunction, name: str, run: LossFunction | None = None) -> TokenLoss:
+    """What a function gives, at all tokens whose next one is in the window.
+
+    Args:
+        function: of float32 logits ``[N, V]`` and next tokens ``[N]`` and, if it takes a third, of the dense model's
+            logits. It gives losses ``[N]``, a few tokens of some rows at a time.
+        run: the same, called in its place.
+
+    Raises:
+        ConfigError: it takes fewer or more; or gives something else, once it is run.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of what is not written in Python
+        parameters = {}.values()
+    count = sum(each.default is each.empty and each.kind <= each.POSITIONAL_OR_KEYWORD for each in parameters)
+    if count not in (2, 3):
+        raise ConfigError(
+            f"objective {name} must take logits, next tokens and, if it needs them, the dense model's logits, but "
+            f"takes {count or 'what cannot be told'}"
+        )
+
+    def losses(
+        head: nn.Linear,
+        hidden_RTD: torch.Tensor,
+        tokens_RT: torch.Tensor,
+        dense_RTD: torch.Tensor | None,
+        ops: MaskedOps,
+    ) -> torch.Tensor:
+        def of_part(targets_N: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
+            logits, *dense = (head(each_ND).float() for each_ND in hidden)
+            return _checked(name, (run or function)(logits, targets_N, *dense), targets_N)
+
+        hidden = [hidden_RTD] if dense_RTD is None else [hidden_RTD, dense_RTD]
+        size = max(1, _tokens_at_once(head) // len(hidden))
+        targets_N, rows = tokens_RT[:, 1:].flatten(), tokens_RT.shape[0]
+        return _in_parts(of_part, size, targets_N, *(each[:, :-1].flatten(0, 1) for each in hidden)).view(rows, -1)
+
+    return TokenLoss(count == 3, False, losses)
+
+
+def _checked(name: str, found: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    if not isinstance(found, torch.Tensor):
+        raise ConfigError(f"objective {name} must give a tensor, but gave {found!r:.100}")
+    if found.shape != targets_N.shape or not found.is_floating_point():
+        given = f"{list(found.shape)} of {str(found.dtype).removeprefix('torch.')}"
+        raise ConfigError(f"objective {name} must give a loss for each of {len(targets_N)} tokens, but gave {given}")
+    return found
 
 
 def _in_parts(losses: Callable[..., torch.Tensor], size: int, *values: torch.Tensor) -> torch.Tensor:

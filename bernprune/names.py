@@ -56,14 +56,17 @@ TargetName = Literal["own", "dense", "residual"]
 PresetName = Literal["default", "reinforce", "paper"]
 
 
+OWN = "FILE.py:NAME"  # how what is of one's own is named in a configuration
+
+
 def check_name(what: str, name: str, names: Any) -> None:
     """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
     if not isinstance(name, str) or name not in get_args(names):
         raise ConfigError(unknown(what, name, get_args(names)))
 
 
-def place_of_score(name: str) -> tuple[str, str] | None:
-    """Python file and name in it, of a score that is given as ``path/to/file.py:name``; None if it is no such place."""
+def place_of(name: str) -> tuple[str, str] | None:
+    """Python file and name in it, of what is given as ``path/to/file.py:name``; None if it is no such place."""
     found = re.fullmatch(r"(.+\.py):([^\W\d]\w*)", name)
     return (found[1], found[2]) if found else None
 

@@ -20,11 +20,11 @@ from bernprune.backends import MaskedOps
 from bernprune.costs import NEVER, Costs, Planner
 from bernprune.errors import BackendError, ConfigError
 from bernprune.kernels.masks import PackedMasks
-from bernprune.losses import token_divergences, token_losses
+from bernprune.losses import LossFunction, TokenLoss, token_loss
 from bernprune.models.masking import LiveMasks, choose_ops, masked
 from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView
-from bernprune.names import ObjectiveName, check_name
+from bernprune.names import ObjectiveName
 from bernprune.units import MaskRows
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class MaskedObjective:
     Masks are bool, or gates from 0 to 1 in floating point: a tensor, or what makes those of any rows when asked.
 
     Args:
-        kind: ``cross-entropy``, or ``kl`` to the dense model's predictions (one more forward of B windows a call).
+        loss: what a mask loses at a token; what depends on the dense model takes one more forward of B windows a call.
         rows_per_forward: most rows in one forward pass; a smaller number saves memory and changes nothing else. Where
             a GPU's memory is too small for so many, it is halved.
         before_pass: called before every forward pass with the number of sequences that it counts for; what it raises
@@ -48,12 +48,12 @@ class MaskedObjective:
         self,
         view: ModelView,
         live: LiveMasks,
-        kind: ObjectiveName,
+        loss: TokenLoss,
         rows_per_forward: int,
         before_pass: Callable[[int], object] | None = None,
         costs: Costs | None = None,
     ) -> None:
-        self._view, self._live, self._kind, self._rows = view, live, kind, rows_per_forward
+        self._view, self._live, self._loss, self._rows = view, live, loss, rows_per_forward
         costs = costs or Costs()
         if view.opaque is not None:
             costs = replace(costs, copying=NEVER)
@@ -81,7 +81,7 @@ class MaskedObjective:
             losses_RP = self._losses_of_rows(masks, rows // len(tokens_BT), tokens_BT, window_R)
             return losses_RP.mean(1).view(len(masks), -1)
         alive_KU, tokens_BT = self._view.space.alive(masks.bool()), tokens_BT.to(self.device)
-        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
+        dense_BTD = self._dense_hidden(tokens_BT) if self._loss.needs_dense else None
         together = self._planner.together(alive_KU, *tokens_BT.shape, rows=self._rows)
         parts = alive_KU.split(len(alive_KU) if together else 1)
         return torch.cat([self._losses_of_windows(part_KU, tokens_BT, dense_BTD) for part_KU in parts]).cpu()
@@ -90,7 +90,7 @@ class MaskedObjective:
         """Losses of K masks of each window's own, one for each of its C chunks, float64 ``[B, K, T]`` on the CPU.
 
         Position t holds the loss of what is predicted from the tokens up to t: it depends on the masks of its own
-        chunk and of those before. The last one, whose next token lies beyond the window, is zero in cross-entropy.
+        chunk and of those before. The last one, whose next token lies beyond the window, is zero but in ``kl``.
 
         Raises:
             ConfigError: masks or windows of another shape, or chunks that do not divide the window.
@@ -112,7 +112,7 @@ class MaskedObjective:
     def token_shares(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """As ``token_losses``, each token's share of the mean over all predictions of its window: ``[B, K, T]``."""
         losses_BKT = self.token_losses(masks_BKCU, tokens_BT)
-        return losses_BKT / (losses_BKT.shape[-1] - (self._kind == "cross-entropy"))
+        return losses_BKT / (losses_BKT.shape[-1] - (not self._loss.at_last))
 
     @torch.inference_mode()
     def look(
@@ -151,7 +151,7 @@ class MaskedObjective:
         """Losses of each row's P predictions, float64 ``[R, P]``; its mask and window are given by their indices."""
         possible_U = _possible(masks)
         masks, tokens_BT, window_R = masks.to(self.device), tokens_BT.to(self.device), window_R.to(self.device)
-        dense_BTD = self._dense_hidden(tokens_BT) if self._kind == "kl" else None
+        dense_BTD = self._dense_hidden(tokens_BT) if self._loss.needs_dense else None
 
         bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1
         kept_U = self._kept_shares(masks) if chunks == 1 and self._planner.may_list else None
@@ -262,9 +262,7 @@ class MaskedObjective:
         self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
     ) -> torch.Tensor:
         """Losses of the P predictions of each row, ``[R, P]``."""
-        if dense_RTD is None:
-            return token_losses(self._head, hidden_RTD, tokens_RT, self._live.ops)
-        return token_divergences(self._head, hidden_RTD, dense_RTD, self._live.ops)
+        return self._loss.run(self._head, hidden_RTD, tokens_RT, dense_RTD, self._live.ops)
 
     @torch.inference_mode()
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
@@ -282,20 +280,24 @@ def masked_objective(
     view: ModelView,
     ops: MaskedOps | None = None,
     *,
-    kind: ObjectiveName = "cross-entropy",
+    kind: ObjectiveName | LossFunction | TokenLoss = "cross-entropy",
     rows_per_forward: int = 64,
     before_pass: Callable[[int], object] | None = None,
     costs: Costs | None = None,
 ) -> Iterator[MaskedObjective]:
     """The objective for the length of a ``with`` block; the model is restored on leaving it.
 
-    ``ops`` are by default those of backend ``auto``; for the others see ``MaskedObjective``. Raises ``ConfigError`` for
-    an unknown kind.
+    Args:
+        ops: by default those of backend ``auto``. For the others see ``MaskedObjective``.
+        kind: ``cross-entropy``, ``kl`` to the dense model's predictions, or a function; see ``loss_of_ones_own``.
+
+    Raises:
+        ConfigError: an unknown kind, or a function of something else.
     """
-    check_name("objective", kind, ObjectiveName)
+    loss = token_loss(kind)
     ops = ops or choose_ops("auto", view)
     with masked(view, ops) as live:
-        yield MaskedObjective(view, live, kind, rows_per_forward, before_pass, costs)
+        yield MaskedObjective(view, live, loss, rows_per_forward, before_pass, costs)
 
 
 def _possible(masks: MaskRows) -> torch.Tensor:

@@ -60,9 +60,11 @@ def _choice(report: dict[str, Any]) -> list[str]:
             f"kept         in each layer as many channels as were learned, but the best by the metric: {judged}, the "
             f"learned ones were {beaten}"
         )
-    elif search["kept"] != "learned":
+    elif search["kept"] != "learned" and search["steps"]:
         row = ROWS[search["kept"]]
         lines.append(f"kept         comes from the row '{row}': {judged}, what was learned did not beat it")
+    elif search["kept"] == "uniform":
+        lines.append(f"kept         comes from the row '{ROWS['uniform']}': {judged}, it was the best")
     return lines
 
 
@@ -135,6 +137,14 @@ def _searched(search: dict[str, Any]) -> list[str]:
     ]
 
 
+def _in_all(report: dict[str, Any]) -> list[str]:
+    """All that was run forward, of which the search is a part."""
+    counted = report["windows_run"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in counted.items())
+    window = report["protocol"]["window"]
+    return [f"in all       {sum(counted.values()):,} sequences of {window} tokens run forward: {parts}"]
+
+
 def _known(found: dict[str, Any]) -> list[str]:
     """What the search knew of itself after its last round; nothing where that was too short to tell."""
     if "agreement" not in found:
@@ -167,6 +177,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
         *_searched(search),
+        *_in_all(report),
         *_known(report["diagnostics"]),
         *_weights(report),
         *_choice(report),

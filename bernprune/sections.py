@@ -6,9 +6,11 @@ What they must have in common is checked by ``bernprune.config.RunConfig``.
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from bernprune.embedded import EMBEDDED
 from bernprune.names import (
+    OWN,
     Allocation,
     BaselineName,
     CapName,
@@ -28,7 +30,7 @@ from bernprune.names import (
     SearchDtype,
     TargetName,
     meant,
-    place_of_score,
+    place_of,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -153,7 +155,7 @@ class InitialConfig(Section):
     def _are_known(cls, value: Any) -> Any:
         for name in [value] if isinstance(value, str) else value:
             known = get_args(ScoreName)
-            if name not in known and not name.endswith(".safetensors") and place_of_score(name) is None:
+            if name not in known and not name.endswith(".safetensors") and place_of(name) is None:
                 raise ValueError(
                     f"score {name!r} is unknown{meant(name, known) or ';'} known are {', '.join(known)}, paths of "
                     ".safetensors files, and metrics of one's own as FILE.py:NAME"
@@ -179,8 +181,9 @@ class SearchConfig(Section):
     """posterior: stop once knowing all units exactly would gain less, in nats per token; by default 0.1 for 'auto'."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
-    method: MethodName = "posterior"
-    """'posterior': estimate what each unit is worth, in rounds; 'reinforce': follow the gradient (published)."""
+    method: MethodName | str = "posterior"
+    """'posterior': estimate what each unit is worth, in rounds; 'reinforce': follow the gradient (published); or
+    FILE.py:NAME, a MaskSearch of one's own in a Python file, which is executed."""
     masks: Count = 8
     """Masks that compete on the same text, in a step."""
     windows: Count = 8
@@ -194,7 +197,8 @@ class SearchConfig(Section):
     discount: Annotated[float, Field(ge=0, le=1)] = 0.4
     """How much a chunk's mask answers for the loss of each chunk behind it; 1 is unbiased, and noisy."""
     rounds: Count | None = None
-    """posterior: rounds, each of which renews the policy; by default one for every 128 windows of text."""
+    """posterior, and a method of one's own: rounds, each of which renews the policy; by default one for every 128
+    windows of text."""
     forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """posterior: share of what was known of whole layers that a round forgets."""
     swing: Annotated[float, Field(ge=0, le=1)] = 1.0
@@ -202,11 +206,12 @@ class SearchConfig(Section):
     by_activity: bool = True
     """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    """reinforce: first step size; falls to zero along a cosine."""
-    baseline: BaselineName = "leave-one-out"
-    """reinforce: what is subtracted from the losses."""
+    """reinforce, and a method of one's own: first step size; falls to zero along a cosine."""
+    baseline: BaselineName | str = "leave-one-out"
+    """reinforce: what is subtracted from the losses; or FILE.py:NAME, a baseline of one's own."""
     reference: ReferenceName = "initial"
-    """reinforce: what 'matched' compares with: 'initial' or 'current' selection, 'dense' model, 'mean-field' gates."""
+    """reinforce: what 'matched', or a baseline of one's own, compares with: 'initial' or 'current' selection, 'dense'
+    model, 'mean-field' gates."""
     baseline_window: Count = 5
     """reinforce: memory of a running baseline, in steps."""
     scaling: Scaling = "natural"
@@ -230,8 +235,9 @@ class SearchConfig(Section):
     """Number format of the weights that are searched on: the 'same', 'bfloat16', or 'int8' (weights alone, by torchao);
     'auto': bfloat16 on processors with units for it, for models in float32 with ten million prunable parameters or
     more whose model.dtype is auto, otherwise the same. What is sliced and reported is the model itself."""
-    objective: ObjectiveName = "cross-entropy"
-    """Loss of a mask: 'cross-entropy', or 'kl' to the dense model's predictions."""
+    objective: ObjectiveName | str = "cross-entropy"
+    """Loss of a mask: 'cross-entropy', 'kl' to the dense model's predictions; or FILE.py:NAME, a function of logits
+    [N, V], of the next tokens [N] and, if it takes a third, of the dense model's logits, that gives losses [N]."""
     non_finite: Literal["error", "drop"] = "error"
     """What a loss that is not finite does: stop the run, or drop its mask from the step; such a finalist just loses."""
     rows_per_forward: Count | Literal["auto"] = "auto"
@@ -242,6 +248,15 @@ class SearchConfig(Section):
     """Seconds between checkpoints of the search, each after a whole step; the final choice is saved after each heat."""
     checkpoint_steps: Count | None = None
     """Also write a checkpoint every so many steps."""
+
+    @field_validator("method", "baseline", "objective")
+    @classmethod
+    def _are_known(cls, value: str, info: ValidationInfo) -> str:
+        names = {"method": MethodName, "baseline": BaselineName, "objective": ObjectiveName}[str(info.field_name)]
+        if value not in get_args(names) and place_of(value) is None:
+            known = ", ".join(map(repr, get_args(names)))
+            raise PydanticCustomError("literal_error", f"Input should be {known} or {OWN}")
+        return value
 
 
 class RepairConfig(Section):

@@ -10,7 +10,7 @@ import yaml
 
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
-from bernprune.names import place_of_score
+from bernprune.names import place_of
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,9 +136,9 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
         return os.path.abspath(value) if local else value
 
-    def scores(value: Any) -> Any:
-        if place := place_of_score(str(value)):
-            return f"{path(place[0])}:{place[1]}"
+    def place(value: Any) -> Any:
+        if found := place_of(str(value)):
+            return f"{path(found[0])}:{found[1]}"
         return path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
 
     def source(value: Any) -> Any:
@@ -147,15 +147,18 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
         return os.path.abspath(folder) + colon + rest if os.path.isdir(folder) else value
 
-    model, text, initial = data.get("model"), data.get("data"), data.get("initial")
+    model, text, initial, search = (data.get(name) for name in ("model", "data", "initial", "search"))
     if isinstance(model, dict) and "path" in model:
         data = {**data, "model": {**model, "path": path(model["path"])}}
     if isinstance(text, dict):
         texts = {key: source(text[key]) for key in ("text", "eval_text") if key in text}
         data = {**data, "data": {**text, **texts}}
     if isinstance(initial, dict):
-        files = {"score": scores(initial["score"])} if "score" in initial else {}
+        files = {"score": place(initial["score"])} if "score" in initial else {}
         lists = {key: initial[key] for key in ("also", "members") if isinstance(initial.get(key), list)}
-        files |= {key: [scores(name) for name in names] for key, names in lists.items()}
+        files |= {key: [place(name) for name in names] for key, names in lists.items()}
         data = {**data, "initial": {**initial, **files}}
+    if isinstance(search, dict):
+        own = {key: place(search[key]) for key in ("method", "baseline", "objective") if key in search}
+        data = {**data, "search": {**search, **own}}
     return data

@@ -379,7 +379,7 @@ def _losses_with_nan(
     ``bad`` is given the numbers of the masks, ``[B, K]``.
     """
     noted: dict[int, torch.Tensor] = {}
-    original = loop.evaluate
+    original = loop.evaluate_step
 
     def evaluate(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor | None, Reading | None]:
         losses_BKC, reference_BC, reading = original(*arguments)
@@ -393,7 +393,7 @@ def _losses_with_nan(
                 reading.losses_BKT[..., -2][lost_BK] = float("nan")
         return losses_BKC, reference_BC, reading
 
-    monkeypatch.setattr(loop, "evaluate", evaluate)
+    monkeypatch.setattr(loop, "evaluate_step", evaluate)
     return noted
 
 

@@ -6,8 +6,10 @@ from weakref import WeakSet
 import pytest
 import torch
 from tiny_models import random_plan, random_tokens, tiny_model
-from tiny_run import Place, settings, succeed
+from tiny_run import LAYERS, METHODS, Place, read_json, settings, succeed
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from bernprune.config import RunConfig, make_config
 from bernprune.models.streaming import LayerStream
@@ -15,7 +17,8 @@ from bernprune.models.view import describe
 from bernprune.repair import ExpectedWeights, Repairer, fitting
 from bernprune.repair.moments import Moments
 from bernprune.repair.weights import Weights
-from bernprune.run import effort
+from bernprune.report import table
+from bernprune.run import effort, pipeline
 from bernprune.run.folder import RunFolder
 from bernprune.run.workload import fitting_windows
 from bernprune.units import UnitSpace
@@ -71,6 +74,53 @@ def test_repairs_that_are_counted_are_those_that_are_done(
     counted = [name for name, _ in effort.repairs_of(config, units.architecture)]
     assert counted[-len(done) :] == done and len(counted) - len(done) in (0, 1)
     assert fits[0] == counted_fits(config, units) and (fits[0] > 1) == config.search.refit
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("repair.method=none",),
+        ("repair.method=ridge", "repair.windows=12"),
+        ("repair.method=auto", "repair.judge_finalists=false", "search.refit=false", "search.selection=0.4"),
+        ("initial.score=mini-llm", "initial.allocation=block-influence", "plans.sparsities=[0.2, 0.4]"),
+        ("search.sequences=0", "repair.method=auto", "repair.windows=12"),
+        (*METHODS["reinforce"], "search.baseline=matched", "search.sequences=100"),
+        ("search.objective=kl", "search.sequences=200"),
+    ],
+    ids=["none", "ridge", "choice", "metric", "no-search", "reference", "kl"],
+)
+@pytest.mark.usefixtures("one_by_one")
+def test_all_that_is_run_forward_is_reported(
+    given: tuple[str, ...], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the windows that pass through decoder layers, apart from those that are timed or verified."""
+    seen, aside = [0], [False]
+
+    def count(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if isinstance(module, LlamaDecoderLayer) and "forward" not in vars(module) and not aside[0]:
+            seen[0] += inputs[0].shape[0]
+
+    def uncounted(run: Any) -> Any:
+        def call(*given: Any, **others: Any) -> Any:
+            aside[0] = True
+            try:
+                return run(*given, **others)
+            finally:
+                aside[0] = False
+
+        return call
+
+    for name in ("latency", "save_and_verify"):
+        monkeypatch.setattr(pipeline, name, uncounted(getattr(pipeline, name)))
+    hook = register_module_forward_pre_hook(count)
+    try:
+        succeed(*place.prune(*given))
+    finally:
+        hook.remove()
+    report = read_json(place.out / "report.json")
+    assert seen[0] == LAYERS * sum(report["windows_run"].values())
+    told = next(line for line in table(report).splitlines() if line.startswith("in all "))
+    assert f"{sum(report['windows_run'].values()):,} sequences of 16 tokens run forward: " in told
 
 
 def test_moments_and_passes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:

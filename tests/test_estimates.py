@@ -173,7 +173,7 @@ def test_contrasts_follow_policy_and_design() -> None:
         search.probs_U, search.design = probs_U, replace(search.design, swing=swing)
         amplitude_U = amplitude(probs_U, search.design, search.budget.space)
         for _ in range(2):
-            assert torch.equal(search._contrasts_U, contrast(probs_U, search.design, amplitude_U))
+            assert torch.equal(search.contrasts_U, contrast(probs_U, search.design, amplitude_U))
 
 
 # Steps of policy gradients

@@ -363,14 +363,14 @@ def test_the_masks_of_a_step_never_exist_together(
         with masked_objective(view, rows_per_forward=2) as objective, monkeypatch.context() as patch:
             patch.setattr(Masks, "__getitem__", counting)
             patch.setattr(module, "_ENTRIES", 3 * size)
-            losses_BKC, *_ = loop.evaluate(objective, search, masks_BKCU, tokens_BT, start_U)
+            losses_BKC, *_ = loop.evaluate_step(objective, search, masks_BKCU, tokens_BT, start_U)
             batch = design.groups == design.chunks == 1  # whose masks, few as they are, are compared with each other
             assert max(asked) <= (all_rows if batch else 2 * design.chunks) and (batch or 2 * design.chunks < all_rows)
             search.tell(masks_BKCU, losses_BKC, learning_rate=0.1)
             window = design.masks * design.chunks if isinstance(search, PosteriorSearch) else 3
             assert max(asked) <= max(all_rows if batch else 2 * design.chunks, window) and (batch or len(asked) > 2)
         with masked_objective(view, rows_per_forward=2) as objective:
-            expected, *_ = loop.evaluate(objective, whole, tensor_BKCU, tokens_BT, start_U)
+            expected, *_ = loop.evaluate_step(objective, whole, tensor_BKCU, tokens_BT, start_U)
         assert torch.equal(losses_BKC, expected)
         whole.tell(tensor_BKCU, losses_BKC, learning_rate=0.1)
         found, wanted = search.state_dict(), whole.state_dict()

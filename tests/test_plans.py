@@ -22,7 +22,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.report import table
 from bernprune.run import plans
-from bernprune.run.plans import Learned, read_plan, removed_parameter_share
+from bernprune.run.plans import Learned, read_plan, removed_share
 from bernprune.units import UnitSpace
 
 # What may be selected
@@ -243,7 +243,7 @@ def test_a_plan_without_a_loss_is_no_reason_to_fail(place: Place, monkeypatch: p
 
     def broken(self: MaskedObjective, masks_KU: torch.Tensor, tokens_BT: torch.Tensor) -> torch.Tensor:
         losses_K = losses(self, masks_KU, tokens_BT)
-        share = removed_parameter_share(self._view.space, masks_KU[0]) if len(masks_KU) == 1 else 0
+        share = removed_share(self._view.space, masks_KU[0]) if len(masks_KU) == 1 else 0
         return losses_K * math.nan if share > 0.39 else losses_K
 
     losses = MaskedObjective.losses

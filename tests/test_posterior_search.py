@@ -315,7 +315,7 @@ def test_a_family_that_never_changed_is_not_known_by_its_rounding() -> None:
     members_N = search.beliefs.groups[0]
     sums = search._sums
     sums.squares_U[members_N] = sums.sum_U[members_N].square() / sums.count * (1 + 1e-14)
-    noise_U = search._noise_U() * search._contrasts_U
+    noise_U = search._noise_U() * search.contrasts_U
     assert noise_U[members_N].min() > 0.1 * noise_U.mean()
 
 

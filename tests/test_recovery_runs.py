@@ -37,7 +37,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 @pytest.fixture(scope="module")
 def layered(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that removes whole blocks and layers."""
-    more = ("granularity=layer,attention,ffn", "budget.sparsity=0.6", "initial.score=block-influence")
+    more = ("granularity=layer,attention,ffn", "budget.sparsity=0.5", "initial.score=block-influence")
     return finish(prepared, tmp_path_factory.mktemp("layered"), *more, "search.sequences=0")
 
 

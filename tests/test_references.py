@@ -21,7 +21,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.selection import Limits, select
-from bernprune.run.loop import evaluate, reference
+from bernprune.run.loop import evaluate_step, reference
 from bernprune.units import UnitSpace
 
 MASKS = all_masks(4)
@@ -90,9 +90,9 @@ def test_a_reference_is_evaluated_beside_the_masks(name: ReferenceName, design: 
     initial_U = select(search.probs_U, search.budget)
     gates_U, masks_BKCU = reference(name, search, initial_U, initial_U, Limits()), search.ask(0)
     with masked_objective(view, rows_per_forward=4) as objective:
-        losses_BKC, reference_BC, _ = evaluate(objective, search, masks_BKCU, tokens_BT, gates_U)
+        losses_BKC, reference_BC, _ = evaluate_step(objective, search, masks_BKCU, tokens_BT, gates_U)
         search.needs_reference = False
-        expected_BKC, nothing, _ = evaluate(objective, search, masks_BKCU, tokens_BT, gates_U)
+        expected_BKC, nothing, _ = evaluate_step(objective, search, masks_BKCU, tokens_BT, gates_U)
         wanted = gates_U.expand(2, 1, design.chunks, -1)
         alone_BC = objective.chunk_losses(wanted, tokens_BT)[:, 0]
     assert nothing is None and reference_BC is not None

@@ -383,11 +383,17 @@ def test_the_published_method(place: Place) -> None:
 def test_without_a_search(place: Place) -> None:
     """search.sequences=0 is the metric alone: what is learned is what it began with."""
     report = report_of(place, "search.sequences=0")
+    assert report["search"]["kept"] == "initial"
     assert report["search"]["changed_units"] == report["search"]["steps"] == report["search"]["sequences"] == 0
     assert report["perplexity"]["pruned"] == pytest.approx(report["perplexity"]["initial"], rel=1e-5)
     assert steps_of(place.out) == []
     told = table(report).splitlines()
     assert "learned" not in "".join(told) and "search       none, as search.sequences is 0" in told
+    assert not any(line.startswith("kept         ") and "comes from" in line for line in told)
+    report["search"]["kept"] = "uniform"  # as a judgement after repairs may find
+    assert "kept         comes from the row 'metric, uniform': on text not learned from, it was the best" in table(
+        report
+    )
 
 
 def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
@@ -441,7 +447,7 @@ def test_masks_meet_their_windows(design: Design, needs_reference: bool) -> None
     reference_U = torch.arange(view.space.size) % 3 > 0
     search: Any = SimpleNamespace(design=design, needs_reference=needs_reference, needs_reading=False)
     with masked_objective(view) as objective:
-        losses_BKC, reference_BC, _ = loop.evaluate(objective, search, masks_BKCU, tokens_BT, reference_U)
+        losses_BKC, reference_BC, _ = loop.evaluate_step(objective, search, masks_BKCU, tokens_BT, reference_U)
         for group in range(design.groups):
             text = tokens_BT if design.groups == 1 else tokens_BT[group : group + 1]
             wanted = masks_BKCU[group].expand(len(text), -1, -1, -1)

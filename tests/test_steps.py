@@ -24,7 +24,13 @@ def reinforce(budget: bernprune.Budget, probs_U: torch.Tensor, scores_U: torch.T
     return bernprune.ReinforceSearch(budget, probs_U, baseline=baseline, seed=0, design=Design(6, 4))
 
 
-@pytest.mark.parametrize("method", [posterior, reinforce], ids=["posterior", "reinforce"])
+def matched(budget: bernprune.Budget, probs_U: torch.Tensor, scores_U: torch.Tensor) -> bernprune.MaskSearch:
+    """All windows under the same masks, and under one more that these are compared with."""
+    baseline = bernprune.make_baseline("matched", window=5, num_masks=4)
+    return bernprune.ReinforceSearch(budget, probs_U, baseline=baseline, seed=0, design=Design(1, 4))
+
+
+@pytest.mark.parametrize("method", [posterior, reinforce, matched])
 def test_the_steps_of_a_run_by_hand(method: Callable[..., bernprune.MaskSearch], tmp_path: Path) -> None:
     """Describe, score, search, select, slice, save; and the saved model is the selected one."""
     model, text_WT = tiny_model("llama", torch.float32), random_tokens(6, 9)
@@ -37,8 +43,10 @@ def test_the_steps_of_a_run_by_hand(method: Callable[..., bernprune.MaskSearch],
     with bernprune.masked_objective(view) as objective:
         for step in range(4):
             masks_BKCU = search.ask(step)
-            losses_BKC = objective.chunk_losses(masks_BKCU, text_WT)
-            search.tell(masks_BKCU, losses_BKC, learning_rate=0.1)
+            losses_BKC, reference_BC, reading = bernprune.evaluate_step(
+                objective, search, masks_BKCU, text_WT, bernprune.select(search.priorities_U, budget)
+            )
+            search.tell(masks_BKCU, losses_BKC, learning_rate=0.1, reference_BC=reference_BC, reading=reading)
         mask_U = bernprune.select(search.priorities_U, budget, limits=bernprune.Limits(), tie_break_U=scores_U)
         loss = objective.losses(mask_U[None], text_WT).item()
     assert not torch.equal(search.probs_U, start_U)

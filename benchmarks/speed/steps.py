@@ -28,7 +28,7 @@ from bernprune.objective import masked_objective
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.presets import PRESETS
-from bernprune.run.loop import evaluate
+from bernprune.run.loop import evaluate_step
 from bernprune.run.workload import make_budget, make_limits, make_search
 from bernprune.seeding import generator
 
@@ -80,7 +80,7 @@ def steps(config: RunConfig, view: ModelView, *, least: float, rows: int) -> dic
             laps.start()
             masks = search.ask(step).to(device)
             laps("ask")
-            losses, reference_BC, reading = evaluate(objective, search, masks, tokens_BT, selected_U)
+            losses, reference_BC, reading = evaluate_step(objective, search, masks, tokens_BT, selected_U)
             laps("evaluate")
             search.tell(
                 masks, losses, learning_rate=config.search.learning_rate, reference_BC=reference_BC, reading=reading

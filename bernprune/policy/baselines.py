@@ -140,7 +140,7 @@ class Published(_Average):
         return (losses_BKC - self.update(losses_BKC)) * (given / (self.num_masks - 1))
 
 
-BASELINES: dict[BaselineName, type[Any]] = {
+BASELINES: dict[str, type[Any]] = {
     "none": NoBaseline,
     "moving-average": MovingAverage,
     "leave-one-out": LeaveOneOut,
@@ -157,6 +157,11 @@ def make_baseline(name: BaselineName, *, window: int, num_masks: int) -> Baselin
     """
     check_name("baseline", name, BaselineName)
     baseline: Baseline = BASELINES[name](window, num_masks)
+    check_masks(name, baseline, num_masks)
+    return baseline
+
+
+def check_masks(name: str, baseline: Baseline, num_masks: int) -> None:
+    """Raises ``ConfigError`` if a baseline needs more masks a step than there are."""
     if num_masks < baseline.min_masks:
         raise ConfigError(f"baseline {name!r} needs at least {baseline.min_masks} masks a step, but got {num_masks}")
-    return baseline

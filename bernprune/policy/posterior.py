@@ -23,7 +23,7 @@ N units of a group, S scores.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -99,6 +99,8 @@ class PosteriorSearch(MaskSearch):
         BudgetError: the budget cannot be met between floor and ceiling.
     """
 
+    needs_reading = can_swing = True
+
     def __init__(
         self,
         budget: Budget,
@@ -133,6 +135,10 @@ class PosteriorSearch(MaskSearch):
         self.needs_reading = by_activity and can_read(design, budget.space.kinds)
         self._last_round: dict[str, Any] = {}
         self._telling, self.softness = Telling(), 1.0
+
+    @classmethod
+    def begin(cls, budget: Budget, probs_U: torch.Tensor, scores_US: torch.Tensor, **given: Any) -> Self:
+        return cls(budget, probs_U, scores_US, by_activity=cls.needs_reading, **given)
 
     @property
     def worth_U(self) -> torch.Tensor:
@@ -179,7 +185,7 @@ class PosteriorSearch(MaskSearch):
         levels_BKCG = self._levels(masks_BKCU)
         seen = self.estimate(masks_BKCU, losses_BKC, levels_BKCG)
         if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
-            self._telling.add(losses_BKC, self._contrasts_U)
+            self._telling.add(losses_BKC, self.contrasts_U)
             self._sums.add(seen.effects_BU)
             if seen.swung_BG is not None:
                 self._swung.add(seen.swung_BG)
@@ -194,7 +200,7 @@ class PosteriorSearch(MaskSearch):
             self._draw_in()
         elif round_ends(self.steps - 1, self.round_steps) and self._sums.count >= _LEAST_ESTIMATES:
             self._conclude_round()
-        stats = self._stats(losses_BKC, seen.advantages_BKC, before_U).to_dict()
+        stats = self.stats(losses_BKC, seen.advantages_BKC, before_U).to_dict()
         return PosteriorStats(
             **stats, rounds=self.rounds, reliability=self.beliefs.reliability, softness=self.softness, unread=unread
         )
@@ -289,7 +295,7 @@ class PosteriorSearch(MaskSearch):
             self._active.forget_round()
             return  # the losses did not differ: nothing was learned
         seen = self._active.conclude_round(
-            observed_U, noise_U, halves, contrast_U=self._contrasts_U, worth_U=self.worth_U, means=means
+            observed_U, noise_U, halves, contrast_U=self.contrasts_U, worth_U=self.worth_U, means=means
         )
         self.beliefs.learn(observed_U, noise_U, [] if seen else means)
         costs_U = self.budget.marginal_cost(self.probs_U)
@@ -317,7 +323,7 @@ class PosteriorSearch(MaskSearch):
         Units share the advantages, so those of a group differ by their contrast alone. A unit's own estimate would
         take one that happened never to change for one that is known exactly.
         """
-        contrast_U = self._contrasts_U
+        contrast_U = self.contrasts_U
         levels_U = self._sums.variance_U() * contrast_U
         everywhere = levels_U.mean()
         for members_N in self.beliefs.groups:
@@ -328,12 +334,11 @@ class PosteriorSearch(MaskSearch):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **self._belonging(),
+            **super().state_dict(),
             "steps": self.steps,
             "rounds": self.rounds,
             **copied(vars(self._sums)),
             "swung": copied(vars(self._swung)),
-            "probs_U": self.probs_U,
             "order_U": self._order_U,
             "active": self._active.state_dict(),
             "last_round": self._last_round,
@@ -343,14 +348,14 @@ class PosteriorSearch(MaskSearch):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._check_state(state)
+        super().load_state_dict(state)
         self.beliefs.load_state_dict(state["beliefs"])
         self._active.load_state_dict(state["active"])
         self.steps = state["steps"]
         self._end_round(state["rounds"])
         self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))
         self._swung = Sums(**copied(state["swung"]))
-        self.probs_U, self._order_U = state["probs_U"].clone(), state["order_U"].clone()
+        self._order_U = state["order_U"].clone()
         self._last_round = state["last_round"]
         self._telling.load_state_dict(state["telling"])
         self.softness = state["softness"]

@@ -1,7 +1,7 @@
 """Projected descent along a score-function gradient, the published way (Gao et al., 2024, arXiv 2406.10576)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -75,14 +75,11 @@ class ReinforceSearch(MaskSearch):
         self.probs_U = self._start_U = self._project(self.probs_U, **self._bounds)
         self._sums = Sums.empty(len(self.probs_U))  # of the gradients of steps, since they were last looked at
 
-    @property
-    def priorities_U(self) -> torch.Tensor:
-        return self.probs_U
-
-    def draw(self, random: torch.Generator) -> torch.Tensor:
-        """The mask that a unit's noise would give it, softened: sigmoid(logit s + logistic noise)."""
-        noise_U = torch.rand(len(self.probs_U), generator=random, dtype=torch.float64)
-        return torch.sigmoid(self.probs_U.logit() + noise_U.logit(eps=1e-12))  # finite, also where s is 0 or 1
+    @classmethod
+    def begin(cls, budget: Budget, probs_U: torch.Tensor, *_: Any, seed: int, design: Design, **__: Any) -> Self:
+        """With the leave-one-out baseline."""
+        baseline = LeaveOneOut(1, design.masks)
+        return cls(budget, probs_U, baseline=baseline, seed=seed, design=design)
 
     def tell(
         self,
@@ -105,14 +102,14 @@ class ReinforceSearch(MaskSearch):
             before_U, masks_BKCU.flatten(0, 2), advantages_BKC.flatten(), scaling=self.scaling, epsilon=self.epsilon
         )
         # What the advantages of coupled masks lack: the others, which they leave out, tell of a unit too.
-        variance_U, contrast_U = before_U * (1 - before_U), self._contrasts_U
+        variance_U, contrast_U = before_U * (1 - before_U), self.contrasts_U
         gradient_U = torch.where(contrast_U > 0, gradient_U * (variance_U / contrast_U), gradient_U)
         self._sums.add(gradient_U[None])
         after_U = before_U - learning_rate * gradient_U / self._metric_U
         if self.pull > 0:
             after_U -= self._pulled_U(learning_rate)
         self.probs_U = self._project(after_U, **self._bounds)
-        return self._stats(losses_BKC, advantages_BKC, before_U)
+        return self.stats(losses_BKC, advantages_BKC, before_U)
 
     def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
         """Also, for each kind and of the gradients since it was last asked: ``signal_to_noise``, and ``agreement``, the
@@ -136,15 +133,14 @@ class ReinforceSearch(MaskSearch):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            **self._belonging(),
-            "probs_U": self.probs_U,
+            **super().state_dict(),
             "start_U": self._start_U,
             "baseline": self.baseline.state_dict(),
             **copied(vars(self._sums)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._check_state(state)
-        self.probs_U, self._start_U = state["probs_U"].double(), state["start_U"].double()
+        super().load_state_dict(state)
+        self._start_U = state["start_U"].double()
         self.baseline.load_state_dict(state["baseline"])
         self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))

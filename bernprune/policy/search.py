@@ -8,11 +8,12 @@ Letters: B windows of text, K masks a window, C chunks of a window, U units.
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
 from bernprune.errors import BudgetError, ConfigError, RunError
+from bernprune.kernels.reference import SumKernels
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
 from bernprune.policy.contrast import contrast
@@ -57,6 +58,11 @@ class Reading:
 class MaskSearch(ABC):
     """A policy on the budget, and its masks; how it learns is its subclasses'.
 
+    To make one of your own, write ``tell``, and what it keeps from step to step into ``state_dict`` and
+    ``load_state_dict``; a run takes it by the place where it stands, ``search.method: path/to/file.py:MySearch``. How
+    much advantages that leave one out tell of a unit, ``contrasts_U``, depends on how masks hang together, which by
+    default is antithetically.
+
     Args:
         probs_U: where to start, float64 ``[U]``.
         design: how the masks of a step are laid out.
@@ -67,8 +73,9 @@ class MaskSearch(ABC):
     """
 
     needs_reference = False  # whether ``tell`` needs the losses of a reference mask on the same text
-    drew_in = False  # whether the last step took back what the policy had become
     needs_reading = False  # whether ``tell`` does better with a ``Reading``
+    can_swing = False  # whether it can learn from masks that swing
+    drew_in = False  # whether the last step took back what the policy had become
 
     def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
         if probs_U.shape != (budget.space.size,):
@@ -79,19 +86,45 @@ class MaskSearch(ABC):
         self.probs_U = probs_U.double()
         self._worked_out: tuple[torch.Tensor, Design, dict[Any, Any]] | None = None  # for which policy and design
 
+    @classmethod
+    def begin(
+        cls,
+        budget: Budget,
+        probs_U: torch.Tensor,
+        scores_US: torch.Tensor,
+        *,
+        seed: int,
+        design: Design,
+        round_steps: float,
+        kernels: SumKernels | None = None,
+    ) -> Self:
+        """As a run makes one that is named in its configuration; for those to override that take more than others.
+
+        Args:
+            scores_US: of the metrics that the policy starts from, float64 ``[U, S]``.
+            round_steps: steps of a round, maybe with a fraction.
+            kernels: what sums over masks where they are.
+        """
+        del scores_US, round_steps, kernels
+        return cls(budget, probs_U, seed=seed, design=design)
+
     @property
-    @abstractmethod
     def priorities_U(self) -> torch.Tensor:
-        """What the final selection goes by, larger is kept, float64 ``[U]``."""
+        """What the final selection goes by, larger is kept, float64 ``[U]``: the policy, if there is nothing else."""
+        return self.probs_U
 
     @property
     def priced(self) -> bool:
         """Whether priorities are what units are believed to save for their cost, in nats per token."""
         return False
 
-    @abstractmethod
     def draw(self, random: torch.Generator) -> torch.Tensor:
-        """What the priorities may as well be, for all that is known: float64 ``[U]``."""
+        """What the priorities may as well be, for all that is known: float64 ``[U]``.
+
+        The mask that a unit's noise would give it, softened: sigmoid(logit s + logistic noise).
+        """
+        noise_U = torch.rand(len(self.probs_U), generator=random, dtype=torch.float64)
+        return torch.sigmoid(self.probs_U.logit() + noise_U.logit(eps=1e-12))  # finite, also where s is 0 or 1
 
     def ask(self, step: int) -> MaskRows:
         """The masks of a step, bool ``[B, K, C, U]``; the same whenever asked, and made when they are looked at."""
@@ -134,13 +167,14 @@ class MaskSearch(ABC):
             "rank_correlation": rank_correlation(self.budget.space, self.priorities_U, scores_U),
         }
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """A snapshot of all that a search like this one needs to go on: plain data and tensors."""
+        return {**self._belonging(), "probs_U": self.probs_U}
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ``RunError`` if the state belongs to other units, another budget or another method."""
+        self._check_state(state)
+        self.probs_U = state["probs_U"].double()
 
     def _check_told(self, masks_BKCU: MaskRows, losses_BKC: torch.Tensor) -> None:
         """Raises ``ConfigError`` if some of a step's antithetic masks are missing, or not each mask has one loss."""
@@ -163,7 +197,7 @@ class MaskSearch(ABC):
         return known[2][what]
 
     @property
-    def _contrasts_U(self) -> torch.Tensor:
+    def contrasts_U(self) -> torch.Tensor:
         """See ``contrast``."""
         return self._contrasts_on(CPU)
 
@@ -194,7 +228,8 @@ class MaskSearch(ABC):
         if state["budget"] != ours["budget"]:
             raise RunError(f"the checkpoint was written for a budget of {state['budget']}, not {ours['budget']}")
 
-    def _stats(self, losses_BKC: torch.Tensor, advantages_BKC: torch.Tensor, before_U: torch.Tensor) -> StepStats:
+    def stats(self, losses_BKC: torch.Tensor, advantages_BKC: torch.Tensor, before_U: torch.Tensor) -> StepStats:
+        """What a step did, of which the policy was ``before_U``."""
         losses_BK = losses_BKC.sum(-1)
         return StepStats(
             loss=losses_BK.mean().item(),

@@ -4,8 +4,9 @@ Letters: A kept inputs of a projection, E all its inputs, D its outputs.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ from bernprune.config import RunConfig
 from bernprune.names import RepairName
 from bernprune.repair.closed import ADMM_STEPS
 from bernprune.repair.fitting import DECIDING
-from bernprune.run.initial import allocation_of
+from bernprune.run.initial import allocation_of, scoring_sequences
 from bernprune.run.workload import FITS, fitting_windows, plan_work
 from bernprune.scores.base import PARTS
 from bernprune.units import Architecture, LayerShape, UnitSpace
@@ -88,6 +89,38 @@ def policy_weights(config: RunConfig, space: UnitSpace) -> Effort:
     for every in _fitted_widths(space):
         single += every**2 * (2.0 * count * config.data.window + fits * (_FACTOR * every + 4 * outputs))
     return Effort(single=single, windows=count)
+
+
+def windows_run(
+    config: RunConfig,
+    architecture: Architecture,
+    *,
+    search: Mapping[str, Any],
+    repair: Mapping[str, Any],
+    evaluated: int,
+) -> dict[str, int]:
+    """Windows of ``data.window`` tokens that a run puts through the model, by what for, without those that are timed.
+
+    What is back-propagated counts as what it takes; layers that are left early, or that masks remove a part of, count
+    as whole ones.
+
+    Args:
+        search, repair: as the report has them.
+        evaluated: windows that perplexities are taken of.
+    """
+    counted = {
+        "metric": scoring_sequences(config, len(architecture.layers)),
+        "weights for the policy": fitting_windows(architecture, config.data.window) * config.fits_to_policy,
+        "search": search["sequences"] - search["finals"]["sequences"],
+        "choice": search["finals"]["sequences"],
+    }
+    if repair["method"] != "none":
+        tried = [name for name in repair["losses"] if name != "none"]
+        tried += tried[:1] * len(repair.get("finalists", ()))  # auto judges them by the first that it tries
+        passes = sum(_PASSES + 2 * (name == "two-step") for name in tried)  # left where the first projections read
+        counted["repair"] = passes * repair["windows"] + (len(tried) + 1) * repair["judging_windows"]
+    counted["evaluation"] = evaluated
+    return {name: count for name, count in counted.items() if count}
 
 
 def policy_bytes(config: RunConfig, space: UnitSpace, itemsize: int) -> int:

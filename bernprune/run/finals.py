@@ -25,6 +25,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
+from bernprune.run.methods import loss_of
 from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work
@@ -89,7 +90,7 @@ def run_finals(
     with (
         tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
         signals() as stopping,
-        stage.objective(stage.config.search.objective, lambda rows: _go_on(stopping, bar, rows)) as objective,
+        stage.objective(loss_of(stage.config.search), lambda rows: _go_on(stopping, bar, rows)) as objective,
     ):
         text = _Text.of(stage, objective, work, finals)
         started = time.monotonic() - finals.seconds
@@ -220,7 +221,7 @@ class _Text:
     @property
     def _dense(self) -> int:
         """Passes of the dense model for each window, from which the divergence is taken."""
-        return int(self.stage.config.search.objective == "kl")
+        return int(loss_of(self.stage.config.search).needs_dense)
 
 
 def _affordable(text: _Text, num_masks: int, budget: int) -> int:

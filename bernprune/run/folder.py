@@ -17,6 +17,7 @@ report.json            written last: its presence means the run is finished
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ import yaml
 import bernprune
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
+from bernprune.run.methods import places_of_ones_own
 from bernprune.settings import read_yaml
 from bernprune.storage import write_bytes, write_json
 
@@ -181,7 +183,7 @@ class RunFolder:
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
-        write_json(self.versions, versions() | ({} if weights is None else {_WEIGHTS: weights}))
+        write_json(self.versions, _versions_of(config) | ({} if weights is None else {_WEIGHTS: weights}))
 
     def go_on(self, config: RunConfig, weights: str | None) -> None:
         """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``.
@@ -195,7 +197,7 @@ class RunFolder:
         if weights is not None:
             self._check_weights(weights)
         self.write_config(config)
-        if changed := self._changed_versions():
+        if changed := self._changed_versions(config):
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
 
     def _check_weights(self, weights: str) -> None:
@@ -213,9 +215,9 @@ class RunFolder:
         except (OSError, ValueError, TypeError):
             return {}
 
-    def _changed_versions(self) -> str:
-        """Libraries of which the run began with another version than is here, in words; empty if that is not known."""
-        before, now = self._began_with(), versions()
+    def _changed_versions(self, config: RunConfig) -> str:
+        """What the run began with in another version than is here, in words; empty if that is not known."""
+        before, now = self._began_with(), _versions_of(config)
         if not before:
             return ""
         return ", ".join(
@@ -246,6 +248,12 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """Versions of this package, and of the libraries that decide what it computes."""
     return {"bernprune": bernprune.__version__} | {name: version(name) for name in ("torch", "transformers")}
+
+
+def _versions_of(config: RunConfig) -> dict[str, str]:
+    """Those, and the contents of Python files of one's own that a run takes from."""
+    files = sorted({place.rpartition(":")[0] for _, place in places_of_ones_own(config)})
+    return versions() | {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}
 
 
 def check_writable(path: Path) -> None:

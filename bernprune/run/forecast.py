@@ -15,7 +15,8 @@ from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
 from bernprune.run.effort import Effort, kept_bytes, policy_bytes, policy_weights, repair_bytes, repairs_of
 from bernprune.run.initial import scoring_sequences
-from bernprune.run.loop import evaluate
+from bernprune.run.loop import evaluate_step
+from bernprune.run.methods import check_methods, loss_of, reads_activity
 from bernprune.run.opening import Opened, check_family, open_view
 from bernprune.run.stage import row_bytes, rows_per_forward, try_budget
 from bernprune.run.workload import (
@@ -24,7 +25,6 @@ from bernprune.run.workload import (
     make_limits,
     make_search,
     plan_work,
-    reads_activity,
 )
 from bernprune.units import KINDS, UnitGroup
 
@@ -36,6 +36,7 @@ def forecast(config: RunConfig) -> str:
 
     The time comes from a few steps on random tokens, here and now.
     """
+    check_methods(config)
     device = find_device(config.model.device)
     check_window(check_family(config), config.longest_window)
     opened = open_view(config, device, config.search.dtype)
@@ -146,12 +147,12 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     vocab: Any = view.model.config.vocab_size
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     rows = rows_per_forward(config, view)
-    with masked_objective(view, ops, kind=settings.objective, rows_per_forward=rows) as objective:
+    with masked_objective(view, ops, kind=loss_of(settings), rows_per_forward=rows) as objective:
         for step in range(_TIMED_STEPS + 1):
             if step == 1:  # the first one warms up
                 started = time.perf_counter()
             masks_BKCU = search.ask(step).to(objective.device)
-            losses_BKC, reference_BC, reading = evaluate(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
+            losses_BKC, reference_BC, reading = evaluate_step(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
             search.tell(
                 masks_BKCU,
                 losses_BKC,

@@ -25,6 +25,7 @@ from bernprune.policy.selection import Limits, select
 from bernprune.repair import ExpectedWeights
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder
+from bernprune.run.methods import loss_of
 from bernprune.run.signals import signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work
@@ -64,7 +65,7 @@ def run_search(
     with (
         tqdm(total=workload.steps, initial=work.step, unit="step", desc="search", disable=hidden) as bar,
         folder.open_metrics(work.step) as metrics,
-        stage.objective(stage.config.search.objective) as objective,
+        stage.objective(loss_of(stage.config.search)) as objective,
         signals() as stopping,
     ):
         while workload.progress(work) < 1 and not stopping.is_set():
@@ -77,16 +78,20 @@ def run_search(
     return work
 
 
-def evaluate(
+def evaluate_step(
     objective: MaskedObjective,
     search: MaskSearch,
     masks_BKCU: MaskRows,
     tokens_BT: torch.Tensor,
     reference_U: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None, Reading | None]:
-    """Losses ``[B, K, C]`` of the masks of a step, and what the search needs besides.
+    """What ``search.tell`` is told of masks that it was asked for, on windows of text ``[B, T]``.
 
-    That may be the losses ``[B, C]`` of the reference, or a reading of the text under it, which is then a selection.
+    Returns losses ``[B, K, C]``, the losses ``[B, C]`` of the reference or None, and a ``Reading`` or None, as the
+    search needs them.
+
+    Args:
+        reference_U: the mask, or gates, that others are compared with; for a reading, what would be selected now.
     """
     design = search.design
     if search.needs_reading:
@@ -148,7 +153,7 @@ class _Loop:
             reference_U = self._selected()
         else:
             reference_U = reference(settings.reference, self.search, self.initial_U, self.order_U, self.stage.limits)
-        losses_BKC, reference_BC, reading = evaluate(objective, self.search, masks_BKCU, tokens_BT, reference_U)
+        losses_BKC, reference_BC, reading = evaluate_step(objective, self.search, masks_BKCU, tokens_BT, reference_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, step)
         if dropped:
             masks_BKCU, losses_BKC = some_rows(masks_BKCU, finite), losses_BKC[finite]
@@ -237,7 +242,7 @@ class _Loop:
             "step": step,
             "sequences": self.work.sequences,
             "seconds": round(self.work.seconds, 3),
-            **({"learning_rate": learning_rate} if self.stage.config.search.method == "reinforce" else {}),
+            **({} if self.stage.config.search.method == "posterior" else {"learning_rate": learning_rate}),
             **stats.to_dict(),
             "dropped": dropped,
             **ended,

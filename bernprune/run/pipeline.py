@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import math
+import platform
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -20,17 +21,20 @@ from bernprune.evaluation.latency import Latency, latency, machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters, fingerprint
-from bernprune.names import SearchDtype
+from bernprune.names import CapName, SearchDtype
+from bernprune.own import blaming
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import reordered
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.loop import current_selection, run_search
+from bernprune.run.methods import places_of_ones_own
 from bernprune.run.opening import open_model
-from bernprune.run.plans import Learned, describe_plan, plans_table, removed_parameter_share, write_plan
+from bernprune.run.plans import Learned, describe_plan, plans_table, removed_share, write_plan
 from bernprune.run.repairs import Workshop, expected_weights
 from bernprune.run.scoring import ByMetric, take_start
 from bernprune.run.stage import Stage, set_stage
@@ -61,7 +65,8 @@ def prune(
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
-            return _run(stage, folder, continued=continued, progress=progress)
+            with blaming(places_of_ones_own(config)):
+                return _run(stage, folder, continued=continued, progress=progress)
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
@@ -146,7 +151,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
         "plans": _plans(full, folder, learned),
     }
     try:
-        report = _with_ratios(merge(report, _finish(full, folder, finals.mask_U, by_metric["initial"], workshop)))
+        report = merge(report, _finish(full, folder, finals.mask_U, by_metric["initial"], workshop))
+        report = _with_ratios(report | {"windows_run": _windows_run(full, report, again=full is not stage)})
         _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
@@ -168,14 +174,15 @@ def _finalists(
     stage: Stage, search: MaskSearch, order_U: torch.Tensor, metric: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What may be kept, by name: what was learned, its widths in the metric's order, and the metric's own."""
-    widths_U = reordered(stage.view.space, search.priorities_U, order_U)
-    candidates = {
-        "learned": current_selection(search, order_U, stage.limits),
-        "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=order_U),
-        **metric,
-    }
+    learned: dict[str, torch.Tensor] = {}
+    if stage.config.searches:
+        widths_U = reordered(stage.view.space, search.priorities_U, order_U)
+        learned = {
+            "learned": current_selection(search, order_U, stage.limits),
+            "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=order_U),
+        }
     finalists: dict[str, torch.Tensor] = {}
-    for name, mask_U in candidates.items():
+    for name, mask_U in (learned | metric).items():
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
     return finalists
@@ -251,7 +258,7 @@ def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, 
         path = write_plan(folder, sparsity, learned.space.plan(mask_U), nested=nested)
         loss = mask_loss(stage, mask_U, f"at sparsity {sparsity:g}")
         figure = None if loss is None else perplexity(loss)
-        removed = removed_parameter_share(learned.space, mask_U)
+        removed = removed_share(learned.space, mask_U)
         found.append({"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": figure, "plan": path.name})
     if found:
         write_bytes(folder.plans / "table.md", plans_table(found, stage.protocol).encode())
@@ -304,22 +311,38 @@ def _search_report(stage: Stage, dense_loss: float, work: Work, finals: Finals) 
     }
 
 
+def _windows_run(stage: Stage, report: dict[str, Any], *, again: bool) -> dict[str, int]:
+    """See ``windows_run``; ``again`` if the dense model was evaluated in two number formats."""
+    evaluations = len(report["loss"]) + len(report["plans"]) + again
+    return windows_run(
+        stage.config,
+        stage.view.architecture,
+        search=report["search"],
+        repair=report["repair"],
+        evaluated=evaluations * len(stage.eval_windows_WT),
+    )
+
+
 def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
     config, budget, model, space = full.config, full.budget, full.view.model, full.view.space
     prunable = int(space.costs_U("parameters").sum().item())
+    costs = {name: space.costs_U(name).sum().item() for name in get_args(CapName)}
     return {
+        "seed": config.seed,
         "model": {"path": config.model.path, "type": model.config.model_type, "dtype": str(model.dtype)},
+        "text": {"path": config.data.text, "sha256": full.text_sha256},
         "sparsity": {
             "target": config.budget.sparsity,
             "measure": config.budget.measure,
             "achieved": budget.removed_share(mask_U),
-            "block_parameters": removed_parameter_share(space, mask_U),
+            "block_parameters": removed_share(space, mask_U),
+            "removed": {name: removed_share(space, mask_U, name) for name, cost in costs.items() if cost},
             "also": {cap.name: {"target": cap.share, "achieved": cap.removed_share(mask_U)} for cap in budget.caps},
         },
         "parameters": {"prunable": prunable, "dense": full.view.num_parameters},
         "protocol": full.protocol.to_dict(),
         "machine": machine(model.device),
-        "versions": versions(),
+        "versions": versions() | {"python": platform.python_version()},
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from bernprune.config import RunConfig
 from bernprune.errors import BudgetError, ModelError, RunError
 from bernprune.evaluation.perplexity import Protocol
+from bernprune.names import CapName
 from bernprune.policy.selection import select
 from bernprune.report import shown
 from bernprune.run.checkpoint import read_state, write_state
@@ -117,7 +118,7 @@ def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tu
     plan = learned.space.plan(mask_U)
     path = write_plan(folder, sparsity, plan, nested=nested)
     kept = {
-        "removed": removed_parameter_share(learned.space, mask_U),
+        "removed": removed_share(learned.space, mask_U),
         "measure": config.budget.measure,
         "achieved": make_budget(config, learned.space, sparsity).removed_share(mask_U),
         "layers": describe_plan(plan),
@@ -142,10 +143,10 @@ def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
     )
 
 
-def removed_parameter_share(space: UnitSpace, mask_U: torch.Tensor) -> float:
-    """Share of the prunable block parameters that a mask removes."""
-    parameters_U = space.costs_U("parameters")
-    return 1 - ((parameters_U * space.alive(mask_U)).sum() / parameters_U.sum()).item()
+def removed_share(space: UnitSpace, mask_U: torch.Tensor, of: CapName = "parameters") -> float:
+    """Share that a mask removes of what all units cost together, by default of the prunable block parameters."""
+    costs_U = space.costs_U(of)
+    return 1 - ((costs_U * space.alive(mask_U)).sum() / costs_U.sum()).item()
 
 
 def describe_plan(plan: KeepPlan) -> list[dict[str, int]]:

@@ -16,6 +16,7 @@ from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokeni
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import DataError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
+from bernprune.losses import TokenLoss
 from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import int8_quantiser, release
 from bernprune.models.view import ModelView
@@ -25,6 +26,7 @@ from bernprune.policy.allocation import shares_by_kind
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits
 from bernprune.run.initial import check_scores, check_scoring
+from bernprune.run.methods import check_methods
 from bernprune.run.opening import check_family, is_large, open_tokenizer, open_view
 from bernprune.run.workload import (
     Workload,
@@ -100,7 +102,7 @@ class Stage:
 
     @contextmanager
     def objective(
-        self, kind: ObjectiveName = "cross-entropy", before_pass: Callable[[int], object] | None = None
+        self, kind: ObjectiveName | TokenLoss = "cross-entropy", before_pass: Callable[[int], object] | None = None
     ) -> Iterator[MaskedObjective]:
         """The losses of masks, for the length of the block; see ``bernprune.objective``."""
         with masked_objective(
@@ -145,6 +147,7 @@ def set_stage(config: RunConfig) -> Stage:
         BernpruneError: of the kind that says what does not exist, fit or suffice.
     """
     check_scores(config)
+    check_methods(config)
     device = find_device(config.model.device)
     load_backend(config.backend, device)  # or it fails before anything is read
     model_config = check_family(config)

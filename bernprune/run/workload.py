@@ -9,17 +9,16 @@ import torch
 from bernprune.config import RunConfig
 from bernprune.errors import ConfigError
 from bernprune.kernels.reference import SumKernels
-from bernprune.policy.baselines import make_baseline
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import look_sequences, look_windows, most_changes
-from bernprune.policy.masks import Design
-from bernprune.policy.posterior import PosteriorSearch, can_read
+from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.rounds import HAIR, round_ends, rounds_in
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair.needs import needed_windows
+from bernprune.run.methods import baseline_of, design_of, loss_of, reads_activity, runs_reference, search_class
 from bernprune.sections import SearchConfig
 from bernprune.units import Architecture, UnitSpace
 
@@ -49,7 +48,8 @@ class Workload:
     into rounds of ``round_steps``.
 
     At the end of a round, what would be selected now is probed on ``probe_sequences`` more. ``choosing`` is what
-    may be run to choose among finalists, as a share of what the search took; ``sequences`` is the limit of all.
+    may be run to choose among finalists, as a share of what the search took, and ``looks`` whether that goes by single
+    changes; ``sequences`` is the limit of all.
     """
 
     steps: int | None
@@ -60,6 +60,7 @@ class Workload:
     round_steps: float
     learning_rate: float
     choosing: float
+    looks: bool
     regret: float | None
     fit_rounds: int
 
@@ -100,7 +101,7 @@ class Workload:
         learning = math.inf if self.steps is None else float(self.steps * search.windows)
         work = Work(sequences=0 if self.steps is None else self.steps * self.step_sequences)
         each, cost = search.final_windows, heat_sequences(1 + CHALLENGERS, search.final_windows)
-        if search.method == "posterior":
+        if self.looks:
             each, cost = _look(search, space)
         choosing = search.final_windows + each * self.selection_sequences(work) / cost if self.choosing else 0.0
         return learning, math.inf if choosing and self.steps is None else choosing
@@ -117,10 +118,10 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
         ConfigError: a budget smaller than one step.
     """
     search, least_steps = config.search, _least_round(config)
-    dense_pass = search.objective == "kl"
-    needs_reference = search.method == "reinforce" and _baseline(config).needs_reference
-    step_sequences = (search.masks + (needs_reference or reads_activity(config)) + dense_pass) * search.windows
-    probe_sequences = (1 + dense_pass) * search.windows if search.method == "posterior" else 0
+    dense_pass, method = loss_of(search).needs_dense, search_class(config)
+    again = runs_reference(config) or reads_activity(config)
+    step_sequences = (search.masks + again + dense_pass) * search.windows
+    probe_sequences = 0 if issubclass(method, ReinforceSearch) else (1 + dense_pass) * search.windows
     sequences, seconds, regret = search.sequences, search.seconds, search.regret
     if sequences == "auto":
         sequences, regret = min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(space.size)), regret or AUTO_REGRET
@@ -151,6 +152,7 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
         round_steps=max(1, steps) / max(1, rounds),
         learning_rate=search.learning_rate,
         choosing=choosing / searching,
+        looks=issubclass(method, PosteriorSearch),
         regret=regret,
         fit_rounds=-(-max(1, rounds) // FITS),
     )
@@ -158,10 +160,10 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
 
 def _choosing(config: RunConfig, space: UnitSpace, available: int) -> float:
     """Share of the sequences for the final choice."""
-    search, dense_pass = config.search, config.search.objective == "kl"
+    search, dense_pass = config.search, loss_of(config.search).needs_dense
     if search.selection is not None or search.refit:  # then what is chosen is judged after its repair
         return search.selection or 0.0
-    if search.method != "posterior":
+    if not issubclass(search_class(config), PosteriorSearch):
         return CHOOSING
     racing = heat_sequences(MOST_FINALISTS, search.final_windows) + dense_pass * search.final_windows
     return min(MOST_CHOOSING, (racing + LOOKS * _look(search, space)[1]) / max(1, available))
@@ -171,7 +173,7 @@ def _look(search: SearchConfig, space: UnitSpace) -> tuple[int, int]:
     """Windows that a look and its heat read, and the sequences they take."""
     looked_at, raced = look_windows(search.look_windows, search.final_windows)
     windows = looked_at + raced
-    return windows, look_sequences(most_changes(space), looked_at, raced) + (search.objective == "kl") * windows
+    return windows, look_sequences(most_changes(space), looked_at, raced) + loss_of(search).needs_dense * windows
 
 
 def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences: int) -> tuple[int, int]:
@@ -186,7 +188,8 @@ def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences
 
 def _least_round(config: RunConfig) -> int:
     """Steps of the shortest round: the posterior takes a variance over the groups of masks in it."""
-    return 2 if config.search.method == "posterior" and _design(config).groups == 1 else 1
+    estimates = issubclass(search_class(config), PosteriorSearch)
+    return 2 if estimates and design_of(config).groups == 1 else 1
 
 
 def default_sequences(num_units: int) -> int:
@@ -226,25 +229,21 @@ def make_limits(config: RunConfig) -> Limits:
     return Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
 
 
-def _baseline(config: RunConfig) -> Any:
-    search = config.search
-    return make_baseline(search.baseline, window=search.baseline_window, num_masks=search.masks)
-
-
 def make_search(
     config: RunConfig, budget: Budget, start: dict[str, torch.Tensor], kernels: SumKernels | None = None
 ) -> MaskSearch:
     """The search of a run, at its beginning; ``start`` holds ``scores_US`` and ``probs_U``."""
     search, policy = config.search, config.policy
-    design = _design(config)
-    if search.method == "posterior":
+    design, method, probs_U = design_of(config), search_class(config), start["probs_U"]
+    round_steps = plan_work(config, budget.space).round_steps
+    if method is PosteriorSearch:
         return PosteriorSearch(
             budget,
-            start["probs_U"],
+            probs_U,
             start["scores_US"],
             seed=config.seed,
             design=design,
-            round_steps=plan_work(config, budget.space).round_steps,
+            round_steps=round_steps,
             forgetting=search.forgetting,
             floor=policy.floor,
             ceiling=policy.ceiling,
@@ -252,10 +251,13 @@ def make_search(
             by_activity=search.by_activity,
             kernels=kernels,
         )
+    if method is not ReinforceSearch:
+        given: dict[str, Any] = {"seed": config.seed, "design": design, "round_steps": round_steps, "kernels": kernels}
+        return _checked(config, method.begin(budget, probs_U, start["scores_US"].view(len(probs_U), -1), **given))
     return ReinforceSearch(
         budget,
-        start["probs_U"],
-        baseline=_baseline(config),
+        probs_U,
+        baseline=baseline_of(config),
         seed=config.seed,
         design=design,
         scaling=search.scaling,
@@ -268,17 +270,15 @@ def make_search(
     )
 
 
-def reads_activity(config: RunConfig) -> bool:
-    """Whether each window is read once more, for the activity of its channels."""
-    by_activity = config.search.method == "posterior" and config.search.by_activity
-    return by_activity and can_read(_design(config), config.granularity)
-
-
-def _design(config: RunConfig) -> Design:
-    search = config.search
-    swings = search.method == "posterior" and search.sampling != "exact" and "channel" in config.granularity
-    swing = search.swing if swings else 0.0
-    if search.masks_per == "batch":
-        return Design(1, search.masks, sampling=search.sampling, swing=swing)
-    chunks = config.data.window // config.chunk_tokens if search.masks_per == "chunk" else 1
-    return Design(search.windows, search.masks, chunks, search.sampling, swing)
+def _checked(config: RunConfig, search: MaskSearch) -> MaskSearch:
+    """A search of one's own, which must be what its class said: sequences were planned by that."""
+    name = config.search.method
+    if not isinstance(search, MaskSearch):
+        raise ConfigError(f"search {name} must begin as a MaskSearch, but began as {search!r:.100}")
+    for what, planned in (("needs_reading", reads_activity(config)), ("needs_reference", runs_reference(config))):
+        if getattr(search, what) != planned:
+            raise ConfigError(
+                f"search {name} must have {what} {planned} with these masks, as its class says, but has "
+                f"{getattr(search, what)}"
+            )
+    return search

@@ -18,7 +18,7 @@ import torch
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
-from bernprune.names import place_of_score
+from bernprune.names import place_of
 from bernprune.scores.base import Context, Metric, Options, run_metric
 from bernprune.scores.block_influence import BLOCK_INFLUENCE
 from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
@@ -94,7 +94,7 @@ def metric_named(name: str) -> Metric:
     """
     if name in SCORES:
         return SCORES[name]
-    if place := place_of_score(name):
+    if place := place_of(name):
         return own_metric(*place)
     if not Path(name).is_file():
         raise ConfigError(f"score file {name} does not exist")

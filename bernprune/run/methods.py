@@ -1,0 +1,122 @@
+"""What a configuration names to learn by: the search, how its masks lie, its baseline, and what a mask loses.
+
+Each but the second may be one's own, in a Python file (``bernprune.own``).
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from bernprune.config import RunConfig
+from bernprune.errors import ConfigError
+from bernprune.losses import LOSSES, TokenLoss, loss_of_ones_own
+from bernprune.names import place_of
+from bernprune.own import blamed, defined_at
+from bernprune.policy.baselines import BASELINES, Baseline, check_masks
+from bernprune.policy.masks import Design
+from bernprune.policy.posterior import PosteriorSearch, can_read
+from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.search import MaskSearch
+from bernprune.sections import SearchConfig
+
+_METHODS: dict[str, type[MaskSearch]] = {"posterior": PosteriorSearch, "reinforce": ReinforceSearch}
+_OF_BASELINE = ("needs_reference", "min_masks", "advantages", "state_dict", "load_state_dict")
+
+
+def check_methods(config: RunConfig) -> None:
+    """Raises ``ConfigError`` if something of one's own is not what it must be."""
+    if search_class(config) is ReinforceSearch:
+        baseline_of(config)
+    if loss_of(config.search).needs_dense and config.fits_to_policy:
+        raise ConfigError(
+            f"objective {config.search.objective} compares with the dense model, whose weights search.refit replaces; "
+            "give search.refit=false"
+        )
+
+
+def search_class(config: RunConfig) -> type[MaskSearch]:
+    """How a run learns. Raises ``ConfigError`` if a place holds no ``MaskSearch`` that is complete."""
+    name = config.search.method
+    if name in _METHODS:
+        return _METHODS[name]
+    found: type[MaskSearch] = _own("search", name, "a subclass of bernprune.MaskSearch", _is_search)
+    if inspect.isabstract(found):
+        raise ConfigError(f"search {name} must define {', '.join(sorted(found.__abstractmethods__))}")
+    if found.needs_reference and found.needs_reading:
+        raise ConfigError(f"search {name} may need a reference or a reading of the text, but needs both")
+    return found
+
+
+def baseline_of(config: RunConfig) -> Baseline:
+    """A fresh baseline. Raises ``ConfigError`` if a place holds none, or it needs more masks in a step."""
+    search, name = config.search, config.search.baseline
+    make: Callable[[int, int], Baseline] = (
+        BASELINES[name]
+        if name in BASELINES
+        else blamed("baseline", name, _own("baseline", name, "a class of baselines", _is_baseline))
+    )
+    baseline = make(search.baseline_window, search.masks)
+    check_masks(name, baseline, search.masks)
+    return baseline
+
+
+def loss_of(search: SearchConfig) -> TokenLoss:
+    """What a mask loses at a token. Raises ``ConfigError`` if a place holds no function that can tell."""
+    name = search.objective
+    if name in LOSSES:
+        return LOSSES[name]
+    function = _own("objective", name, "a function", _is_function)
+    return loss_of_ones_own(function, name, blamed("objective", name, function))
+
+
+def places_of_ones_own(config: RunConfig) -> list[tuple[str, str]]:
+    """What a run takes from Python files of one's own: a word for each, and its place."""
+    initial, search = config.initial, config.search
+    named = [("score", name) for name in (initial.score, *initial.also, *initial.members)]
+    named += [("search", search.method), ("baseline", search.baseline), ("objective", search.objective)]
+    return [(what, name) for what, name in named if place_of(name)]
+
+
+def reads_activity(config: RunConfig) -> bool:
+    """Whether each window is read once more, for the activity of its channels."""
+    found = search_class(config)
+    wanted = config.search.by_activity if found is PosteriorSearch else found.needs_reading
+    return wanted and can_read(design_of(config), config.granularity)
+
+
+def runs_reference(config: RunConfig) -> bool:
+    """Whether each window is run once more, under the mask that others are compared with."""
+    found = search_class(config)
+    return baseline_of(config).needs_reference if found is ReinforceSearch else found.needs_reference
+
+
+def design_of(config: RunConfig) -> Design:
+    """How the masks of a step are laid out."""
+    search = config.search
+    swings = search_class(config).can_swing and search.sampling != "exact" and "channel" in config.granularity
+    swing = search.swing if swings else 0.0
+    if search.masks_per == "batch":
+        return Design(1, search.masks, sampling=search.sampling, swing=swing)
+    chunks = config.data.window // config.chunk_tokens if search.masks_per == "chunk" else 1
+    return Design(search.windows, search.masks, chunks, search.sampling, swing)
+
+
+def _own(what: str, name: str, wanted: str, suits: Callable[[Any], bool]) -> Any:
+    place = place_of(name)
+    assert place is not None, "the configuration knows no other names"
+    found = defined_at(what, *place, suits)
+    if not suits(found):
+        raise ConfigError(f"{what} {name} must be {wanted}, but is {found!r:.100}")
+    return found
+
+
+def _is_search(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, MaskSearch)
+
+
+def _is_baseline(value: Any) -> bool:
+    return isinstance(value, type) and all(hasattr(value, part) for part in _OF_BASELINE)
+
+
+def _is_function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)

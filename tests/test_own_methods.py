@@ -1,0 +1,366 @@
+"""Searches, baselines and losses of one's own in a run, by the place where they stand."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import random_tokens, tiny_model
+from tiny_run import (
+    METHODS,
+    NO_CHUNKS,
+    REPOSITORY,
+    STEPS,
+    Place,
+    in_one_sentence,
+    read_json,
+    run,
+    same_run,
+    settings,
+    succeed,
+    without_times,
+)
+from tolerances import LOGITS, assert_close
+
+from bernprune.config import make_config
+from bernprune.errors import ConfigError
+from bernprune.losses import token_loss
+from bernprune.models.view import describe
+from bernprune.objective import masked_objective
+from bernprune.run.folder import RunFolder
+from bernprune.run.methods import reads_activity, runs_reference
+from bernprune.run.workload import plan_work
+from bernprune.settings import absolute
+
+OWN = '''
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from bernprune import MaskSearch, PosteriorSearch, ReinforceSearch
+from bernprune.policy.baselines import LeaveOneOut, less_the_others
+
+STOP = Path(__file__).with_suffix(".stop")
+
+
+class Signs(MaskSearch):
+    """Moves every unit by the sign of its gradient, and counts its steps; nothing of it is bernprune's."""
+
+    steps = 0
+
+    def tell(self, masks_BKCU, losses_BKC, *, learning_rate, reference_BC=None, reading=None):
+        if self.steps == 5 and STOP.exists():
+            raise KeyError("stopped")
+        before_U, advantages_BKC = self.probs_U, less_the_others(losses_BKC)
+        found_U = torch.einsum("bkc,bkcu->u", advantages_BKC, masks_BKCU[:].double() - before_U) / self.contrasts_U
+        moved_U = before_U - learning_rate * found_U.sign() / (1 + self.steps)
+        self.probs_U = self.budget.project(moved_U, floor=0.02, ceiling=0.98)
+        self.steps += 1
+        return self.stats(losses_BKC, advantages_BKC, before_U)
+
+    def state_dict(self):
+        return super().state_dict() | {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.steps = state["steps"]
+
+
+class Compared(Signs):
+    needs_reference = True
+
+    def tell(self, masks_BKCU, losses_BKC, *, learning_rate, reference_BC=None, reading=None):
+        assert reference_BC.shape == losses_BKC[:, 0].shape
+        return super().tell(masks_BKCU, losses_BKC - reference_BC[:, None], learning_rate=learning_rate)
+
+
+class Posterior(PosteriorSearch):
+    pass
+
+
+class Blind(PosteriorSearch):
+    needs_reading = False
+
+
+class Reinforce(ReinforceSearch):
+    pass
+
+
+class Greedy(Posterior):
+    needs_reference = True
+
+
+class Silent(MaskSearch):
+    pass
+
+
+class Liar(Signs):
+    def __init__(self, *given, **others):
+        super().__init__(*given, **others)
+        self.needs_reference = True
+
+
+class Elsewhere(Signs):
+    @classmethod
+    def begin(cls, *given, **others):
+        return 3
+
+
+class Others(LeaveOneOut):
+    pass
+
+
+class Many(LeaveOneOut):
+    min_masks = 99
+
+
+class Broken(LeaveOneOut):
+    def advantages(self, losses_BKC, reference_BC):
+        return {}["mine"]
+
+
+def surprise(logits_NV, targets_N):
+    return F.cross_entropy(logits_NV, targets_N, reduction="none")
+
+
+def divergence(logits_NV, targets_N, dense_NV):
+    ours, theirs = logits_NV.log_softmax(-1), dense_NV.log_softmax(-1)
+    return F.kl_div(ours, theirs, log_target=True, reduction="none").sum(-1)
+
+
+def one(logits_NV): return logits_NV.sum(-1)
+def mean(logits_NV, targets_N): return F.cross_entropy(logits_NV, targets_N)
+def whole(logits_NV, targets_N): return targets_N
+def number(logits_NV, targets_N): return 3.0
+def raises(logits_NV, targets_N): return logits_NV[targets_N, 10**6]
+'''
+SHORT = ("search.sequences=66",)  # eight steps, read, and a probe
+PLAIN = ("search.sequences=50",)  # eight steps that are not read, and a probe
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(OWN)
+    return path
+
+
+# Runs
+
+
+@pytest.mark.parametrize(
+    ("like", "mine"),
+    [
+        ((), ("search.objective={}:surprise",)),
+        ((), ("search.method={}:Posterior",)),
+        (("search.masks_per=batch", NO_CHUNKS), ("search.masks_per=batch", NO_CHUNKS, "search.method={}:Posterior")),
+        (("search.by_activity=false", *PLAIN), ("search.method={}:Blind", *PLAIN)),
+        (METHODS["reinforce"], (*METHODS["reinforce"], "search.baseline={}:Others")),
+    ],
+    ids=["objective", "search", "batch", "blind", "baseline"],
+)
+def test_what_is_like_ours_runs_like_it(like: tuple[str, ...], mine: tuple[str, ...], own: Path, place: Place) -> None:
+    """To the bit: with as many sequences, over the same masks and text."""
+    outs = [place.folder / "theirs", place.folder / "mine"]
+    for out, given in zip(outs, (like, [setting.format(own) for setting in mine]), strict=True):
+        succeed(*place.prune(*given, out=out))
+    records = [without_times(out / "metrics.jsonl") for out in outs]
+    for record in records[1]:  # which a method of one's own may use
+        if "search.method" in str(mine):
+            assert record.pop("learning_rate") > 0
+    assert records[0] == records[1]
+    assert (outs[0] / "plan.json").read_bytes() == (outs[1] / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["Signs", "Compared"])
+def test_a_search_of_ones_own_learns(name: str, own: Path, place: Place) -> None:
+    """In a run as it ships, with weights fitted to its policy and finalists judged after a repair."""
+    given = ("repair.method=ridge", "search.sequences=200", "initial.score=random", "repair.windows=16")
+    succeed(*place.prune(f"search.method={own}:{name}", *given))
+    losses = [record["loss"] for record in without_times(place.out / "metrics.jsonl")]
+    assert len(losses) == (200 - 2) // (8 if name == "Compared" else 6)
+    report = read_json(place.out / "report.json")
+    assert report["search"]["kept"] in ("learned", "widths", "initial", "uniform")
+    assert report["diagnostics"]["gap"] and report["verified"]["max_logit_difference"] < 1e-4
+
+
+def test_a_run_that_fails_in_ones_own_code_goes_on(own: Path, place: Place) -> None:
+    """The fault is told with its line, what was done is kept, and the end is that of a run that never failed."""
+    given = [f"search.method={own}:Signs", *PLAIN, "search.checkpoint_steps=1"]
+    own.with_suffix(".stop").touch()
+    told = in_one_sentence(run(*place.prune(*given)))
+    line = OWN.splitlines().index('            raise KeyError("stopped")') + 1
+    assert f"search {own}:Signs failed in line {line}: KeyError: 'stopped'" in told
+    own.with_suffix(".stop").unlink()
+    assert succeed("resume", str(place.out)).err == ""
+    succeed(*place.prune(*given, out=place.folder / "undisturbed"))
+    same_run(place.out, place.folder / "undisturbed")
+
+
+def test_a_run_goes_on_with_other_code_but_says_so(own: Path, place: Place) -> None:
+    own.with_suffix(".stop").touch()
+    assert run(*place.prune(f"search.method={own}:Signs", *PLAIN, "search.checkpoint_steps=1")).code == 2
+    own.write_text(OWN + "\n# mended\n")
+    own.with_suffix(".stop").unlink()
+    told = succeed("resume", str(place.out)).err
+    assert f"the run began with {own} " in told and "may not go on to the bit" in told
+
+
+def test_a_run_is_forecast_with_ones_own_code(own: Path, place: Place) -> None:
+    given = settings("data.window=16", f"search.method={own}:Signs", f"search.objective={own}:divergence")
+    told = succeed("units", str(place.model), *given, "--set", "search.refit=false").out
+    assert "s of search for" in told
+    assert "must define tell" in in_one_sentence(
+        run("units", str(place.model), *settings("data.window=16", f"search.method={own}:Silent"))
+    )
+
+
+def test_the_example_of_the_readme_runs(place: Place) -> None:
+    """As it stands there, and by the command that stands there, but for what makes it short."""
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n# (mine\.py)\n(.*?)```", text, re.DOTALL)
+    place.file(*example)
+    (command,) = re.findall(r"bernprune prune (--out out/mine .*)\n", text)
+    short = place.prune(*PLAIN, "repair.method=ridge", "repair.windows=8", "initial.windows=8")
+    succeed(*short, *shlex.split(command))
+    config = RunFolder(Path("out/mine")).read_config()
+    named = (config.initial.score, config.search.objective, config.search.method)
+    assert [name.rpartition("/")[2] for name in named] == ["mine.py:squares", "mine.py:focal", "mine.py:Signs"]
+    assert read_json(Path("out/mine/report.json"))["search"]["steps"] == STEPS
+
+
+# Losses
+
+
+def test_a_loss_of_ones_own_may_ask_the_dense_model(own: Path) -> None:
+    """It is what it says, at each token whose next one is in the window; logits come in parts."""
+    scope: dict[str, Callable[..., torch.Tensor]] = {}
+    exec(OWN.replace("__file__", "'mine.py'"), scope)  # type: ignore[arg-type]
+    view, tokens_BT = describe(tiny_model("llama", torch.float32)), random_tokens(3, 9)
+    masks_KU = torch.rand(2, view.space.size, generator=torch.Generator().manual_seed(1)) < 0.7
+    masks_BKCU = masks_KU[None, :, None].expand(3, -1, -1, -1)
+    found = {}
+    for kind in ("kl", scope["divergence"], "cross-entropy", scope["surprise"]):
+        with masked_objective(view, kind=kind) as objective:  # type: ignore[arg-type]
+            found[getattr(kind, "__name__", kind)] = objective.token_losses(masks_BKCU, tokens_BT)
+            shares_BKT = objective.token_shares(masks_BKCU, tokens_BT)
+            assert_close(shares_BKT.sum(-1).mean(0), objective.losses(masks_KU, tokens_BT), LOGITS[torch.float32])
+    assert_close(found["divergence"][..., :-1], found["kl"][..., :-1], LOGITS[torch.float32])
+    assert_close(found["surprise"], found["cross-entropy"], LOGITS[torch.float32])
+    assert not found["divergence"][..., -1].any() and found["kl"][..., -1].all()
+
+
+def test_what_a_loss_may_take() -> None:
+    """Two or three things; what has a value of its own is left alone."""
+
+    def optional(logits: torch.Tensor, targets: torch.Tensor, weight: float = 2.0) -> torch.Tensor:
+        return weight * logits[:, 0]
+
+    assert not token_loss(optional).needs_dense
+    assert token_loss(lambda a, b, c: a).needs_dense
+    for wrong in (lambda a: a, lambda a, b, c, d: a, lambda *every: every[0]):
+        with pytest.raises(ConfigError, match="must take logits, next tokens and"):
+            token_loss(wrong)
+
+
+def test_the_dense_model_is_counted(own: Path) -> None:
+    """As sequences that are run forward: a pass over each window for its predictions."""
+    base = {"model": {"path": "embedded"}, "search": {"refit": False}}
+    space = describe(tiny_model("llama")).space
+    counts = [
+        plan_work(
+            make_config({**base, "search": {**base["search"], "objective": f"{own}:{name}"}}), space
+        ).step_sequences
+        for name in ("surprise", "divergence")
+    ]
+    assert counts[1] - counts[0] == make_config(base).search.windows
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("search.method=mine.py", "should be 'posterior', 'reinforce' or FILE.py:NAME, but got 'mine.py'"),
+        ("search.method=posteriro", "but got 'posteriro'; did you mean 'posterior'?"),
+        ("search.method=nothing.py:Signs", "search file nothing.py does not exist"),
+        ("search.method={}:Sings", "has no 'Sings'; did you mean 'Signs'?"),
+        ("search.method={}:surprise", "surprise must be a subclass of bernprune.MaskSearch, but is <function"),
+        ("search.method={}:Silent", "Silent must define tell"),
+        ("search.method={}:Greedy", "Greedy may need a reference or a reading of the text, but needs both"),
+        ("search.method={}:Liar", "Liar must have needs_reference False with these masks, as its class says"),
+        ("search.method={}:Elsewhere", "Elsewhere must begin as a MaskSearch, but began as 3"),
+        ("search.baseline={}:Signs", "Signs must be a class of baselines, but is <class"),
+        ("search.baseline={}:Many", "needs at least 99 masks a step, but got 3"),
+        ("search.baseline={}:Broken", "Broken failed in line"),
+        ("search.objective={}:one", "one must take logits, next tokens and"),
+        ("search.objective={}:Signs", "Signs must be a function, but is <class"),
+        ("search.objective={}:mean", "mean must give a loss for each of"),
+        ("search.objective={}:whole", "of int64"),
+        ("search.objective={}:number", "number must give a tensor, but gave 3.0"),
+        ("search.objective={}:raises", "raises failed in line"),
+        ("search.objective=cross-entropie", "did you mean 'cross-entropy'?"),
+    ],
+)
+def test_what_is_wrong_with_ones_own_is_told(given: str, said: str, own: Path, place: Place) -> None:
+    """In one sentence."""
+    more = METHODS["reinforce"] if "baseline" in given else PLAIN
+    told = in_one_sentence(run(*place.prune(*more, given.format(own))))
+    assert said in told
+    assert (place.out / "model").exists() is False
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"method": "{}:Signs", "forgetting": 0.2}, "search.forgetting has no meaning for search.method"),
+        ({"method": "{}:Signs", "baseline": "none"}, "search.baseline has no meaning for search.method"),
+        ({"method": "{}:Signs", "sequences": "auto"}, "needs search.method 'posterior'"),
+        ({"method": "reinforce", "sampling": "antithetic", "baseline": "none"}, "needs search.baseline"),
+    ],
+)
+def test_settings_of_other_methods_are_refused(search: dict[str, object], said: str, own: Path) -> None:
+    given = {name: value.format(own) if isinstance(value, str) else value for name, value in search.items()}
+    with pytest.raises(ConfigError) as caught:
+        make_config({"search": given})
+    assert said in str(caught.value)
+
+
+def test_settings_that_ones_own_may_use(own: Path) -> None:
+    """Rounds and step sizes of a search; text, reference and memory of a baseline."""
+    assert make_config({"search": {"method": f"{own}:Signs", "rounds": 3, "learning_rate": 0.3}}).search.rounds == 3
+    given = {"method": "reinforce", "baseline": f"{own}:Others", "reference": "current", "baseline_window": 7}
+    assert make_config({"search": given}).search.reference == "current"
+
+
+def test_dense_weights_are_needed_to_compare_with(own: Path, place: Place) -> None:
+    """Weights for the policy replace them."""
+    given = (f"search.objective={own}:divergence", "repair.method=ridge")
+    assert "give search.refit=false" in in_one_sentence(run(*place.prune(*given)))
+    succeed(*place.prune(*given, "search.refit=false", "repair.windows=16", "search.sequences=200"))
+
+
+def test_what_a_class_says_is_planned_with(own: Path) -> None:
+    """A pass for a reference, or to read activities where masks are not a whole batch's."""
+
+    def planned(name: str, **search: object) -> tuple[bool, bool]:
+        config = make_config({"search": {"method": f"{own}:{name}", **search}})
+        return reads_activity(config), runs_reference(config)
+
+    assert planned("Signs") == (False, False) and planned("Compared") == (False, True)
+    assert planned("Posterior") == (True, False) and planned("Blind") == (False, False)
+    assert planned("Posterior", masks_per="batch") == (False, False)
+
+
+def test_places_are_made_absolute(own: Path, monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+    """And stand so in the run's configuration."""
+    monkeypatch.chdir(own.parent)
+    names = {"method": "mine.py:Signs", "baseline": "mine.py:Others", "objective": "mine.py:surprise"}
+    assert absolute({"search": names})["search"] == {key: f"{own.parent}/{name}" for key, name in names.items()}
+    assert absolute({"search": {"masks": 3, "method": "posterior"}})["search"] == {"masks": 3, "method": "posterior"}
+    succeed(*place.prune(*PLAIN, "search.method=mine.py:Signs"))
+    assert RunFolder(place.out).read_config().search.method == f"{own}:Signs"
