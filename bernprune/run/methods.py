@@ -19,13 +19,14 @@ from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.sections import SearchConfig
 
-_METHODS: dict[str, type[MaskSearch]] = {"posterior": PosteriorSearch, "reinforce": ReinforceSearch}
+METHODS: dict[str, type[MaskSearch]] = {"posterior": PosteriorSearch, "reinforce": ReinforceSearch}
 _OF_BASELINE = ("needs_reference", "min_masks", "advantages", "state_dict", "load_state_dict")
 
 
 def check_methods(config: RunConfig) -> None:
     """Raises ``ConfigError`` if something of one's own is not what it must be."""
-    if search_class(config) is ReinforceSearch:
+    search_class(config)
+    if config.search.method == "reinforce":
         baseline_of(config)
     if loss_of(config.search).needs_dense and config.fits_to_policy:
         raise ConfigError(
@@ -37,8 +38,8 @@ def check_methods(config: RunConfig) -> None:
 def search_class(config: RunConfig) -> type[MaskSearch]:
     """How a run learns. Raises ``ConfigError`` if a place holds no ``MaskSearch`` that is complete."""
     name = config.search.method
-    if name in _METHODS:
-        return _METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
     found: type[MaskSearch] = _own("search", name, "a subclass of bernprune.MaskSearch", _is_search)
     if inspect.isabstract(found):
         raise ConfigError(f"search {name} must define {', '.join(sorted(found.__abstractmethods__))}")
@@ -79,15 +80,16 @@ def places_of_ones_own(config: RunConfig) -> list[tuple[str, str]]:
 
 def reads_activity(config: RunConfig) -> bool:
     """Whether each window is read once more, for the activity of its channels."""
-    found = search_class(config)
-    wanted = config.search.by_activity if found is PosteriorSearch else found.needs_reading
+    search = config.search
+    wanted = search.by_activity if search.method == "posterior" else search_class(config).needs_reading
     return wanted and can_read(design_of(config), config.granularity)
 
 
 def runs_reference(config: RunConfig) -> bool:
     """Whether each window is run once more, under the mask that others are compared with."""
-    found = search_class(config)
-    return baseline_of(config).needs_reference if found is ReinforceSearch else found.needs_reference
+    if config.search.method == "reinforce":
+        return baseline_of(config).needs_reference
+    return search_class(config).needs_reference
 
 
 def design_of(config: RunConfig) -> Design:

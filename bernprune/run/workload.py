@@ -236,8 +236,9 @@ def make_search(
     search, policy = config.search, config.policy
     design, method, probs_U = design_of(config), search_class(config), start["probs_U"]
     round_steps = plan_work(config, budget.space).round_steps
-    if method is PosteriorSearch:
-        return PosteriorSearch(
+    if search.method == "posterior":
+        assert issubclass(method, PosteriorSearch)
+        return method(
             budget,
             probs_U,
             start["scores_US"],
@@ -251,7 +252,7 @@ def make_search(
             by_activity=search.by_activity,
             kernels=kernels,
         )
-    if method is not ReinforceSearch:
+    if search.method != "reinforce":
         given: dict[str, Any] = {"seed": config.seed, "design": design, "round_steps": round_steps, "kernels": kernels}
         return _checked(config, method.begin(budget, probs_U, start["scores_US"].view(len(probs_U), -1), **given))
     return ReinforceSearch(

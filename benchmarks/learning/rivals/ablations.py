@@ -14,6 +14,7 @@ from bernprune.policy import beliefs
 from bernprune.policy.beliefs import Line, common_spreads
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.search import StepStats
+from bernprune.run.methods import METHODS
 from bernprune.run.workload import plan_work
 from bernprune.settings import merge
 from bernprune.units import MaskRows
@@ -129,7 +130,7 @@ def without(name: str) -> Callable[[Task, Settings], torch.Tensor]:
             shipped = make_config(merge(task.given, {"search": {"sequences": task.meter.left}}))
             work = plan_work(shipped, task.space)
             given = merge(given, {"search": {"rounds": round((work.steps or 0) / work.round_steps)}})
-        with patch("bernprune.run.workload.PosteriorSearch", ablation.search):
+        with patch.dict(METHODS, posterior=ablation.search):
             return run_preset("default", task, given)
 
     return run
