@@ -38,12 +38,12 @@ USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity", "look_windows"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
-    OWN: ("rounds", "learning_rate"),
+    OWN: ("rounds", "learning_rate"),  # unless it is a kind of one of those
 }
 COMPARING = ("leave-one-out", "published")  # baselines that take the masks of a step from each other
 # Other settings that mean nothing unless another one has one of these values.
 _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
-    "initial.also": ("search.method", ("posterior",)),
+    "initial.also": ("search.method", ("posterior", OWN)),
     "initial.sharpness": ("initial.map", ("const",)),
     "search.discount": ("search.masks_per", ("chunk",)),
     "search.swing": ("search.sampling", ("independent", "antithetic")),
@@ -172,7 +172,8 @@ class RunConfig(Section):
             for name in names
         }
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
-            if self._changed(setting) and _in_general(self._value(other)) not in values:
+            own = other == "search.method" and place_of(self.search.method)  # whose class says what it knows
+            if self.changed(setting) and not own and _in_general(self._value(other)) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
         channels, flops = "channel" in self.granularity, "flops" in {self.budget.measure, *self.budget.also}
         for setting, meant, why in (
@@ -181,10 +182,10 @@ class RunConfig(Section):
             ("budget.channel_multiple", channels, "without channel in the granularity"),
             ("search.swing", channels, "without channel in the granularity"),
         ):
-            if self._changed(setting) and not meant:
+            if self.changed(setting) and not meant:
                 raise ValueError(f"{setting} has no meaning {why}")
         for name in ("search.final_windows", "search.look_windows"):
-            if self._changed(name) and not self.search.selection and (self.search.refit or self.search.selection == 0):
+            if self.changed(name) and not self.search.selection and (self.search.refit or self.search.selection == 0):
                 why = "" if self.search.selection == 0 else ", which is the default with search.refit"
                 raise ValueError(f"{name} has no meaning for search.selection 0{why}")
 
@@ -192,7 +193,7 @@ class RunConfig(Section):
         section, name = setting.split(".")
         return getattr(getattr(self, section), name)
 
-    def _changed(self, setting: str) -> bool:
+    def changed(self, setting: str) -> bool:
         """Whether a setting is not what it is by default."""
         section, name = setting.split(".")
         return bool(self._value(setting) != type(getattr(self, section)).model_fields[name].default)
@@ -205,7 +206,7 @@ class RunConfig(Section):
             )
         if search.chunk is not None and self.data.window % search.chunk:
             raise ValueError(f"search.chunk {search.chunk} must divide data.window, which is {self.data.window}")
-        if search.sequences == "auto" and search.method != "posterior":
+        if search.sequences == "auto" and search.method == "reinforce":
             raise ValueError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
         if search.method == "reinforce" and search.baseline in COMPARING and search.masks < 2:
             raise ValueError(

@@ -1,14 +1,15 @@
 """Code of one's own in a run, by the place where it stands: ``path/to/file.py:name``."""
 
 import functools
-import importlib.util
+import hashlib
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FunctionType
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,9 +30,7 @@ def defined_at(what: str, file: str, name: str, suits: Callable[[Any], bool]) ->
         ConfigError: no such file or name in it, or a file that cannot be executed.
     """
     path = Path(file).resolve()
-    if not path.is_file():
-        raise ConfigError(f"{what} file {file} does not exist")
-    defined = _executed(path, path.stat().st_mtime_ns)
+    defined = _executed(what, path).defined
     if name not in defined:
         others = [other for other, value in defined.items() if suits(value) and _is_ours(other, value, path)]
         raise ConfigError(f"{what} file {file} has no {name!r}{meant(name, others) or f', only {others}'}")
@@ -44,21 +43,63 @@ def _is_ours(name: str, value: Any, path: Path) -> bool:
     return not name.startswith("_") and not imported
 
 
-@functools.lru_cache(maxsize=16)
-def _executed(path: Path, changed_ns: int) -> dict[str, Any]:
-    """What a file defines; it is executed once for each state that it is in."""
-    name = _MODULE + path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, "every .py file has a loader"
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look there
+class _Executed(NamedTuple):
+    """What a file defines, and the digest of what was executed."""
+
+    defined: dict[str, Any]
+    digest: str
+
+
+_executed_files: dict[Path, tuple[int, _Executed]] = {}  # and when they were changed
+_unchanging = threading.local()
+
+
+@contextmanager
+def unchanging() -> Iterator[None]:
+    """For the length of the block, files count as they are executed in it first, whatever becomes of them."""
+    before, _unchanging.files = getattr(_unchanging, "files", None), dict[Path, _Executed]()
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"file {path} cannot be executed: {type(error).__name__}: {error}") from error
+        yield
     finally:
-        del sys.modules[name]
-    return vars(module)
+        _unchanging.files = before
+
+
+def digest_of(what: str, file: str) -> str:
+    """Of what is executed of a file. Raises ``ConfigError`` as ``defined_at`` does."""
+    return _executed(what, Path(file).resolve()).digest
+
+
+def _executed(what: str, path: Path) -> _Executed:
+    """A file is executed once for each state that it is in."""
+    kept: dict[Path, _Executed] | None = getattr(_unchanging, "files", None)
+    if kept is not None and path in kept:
+        return kept[path]
+    if not path.is_file():
+        raise ConfigError(f"{what} file {path} does not exist")
+    changed, known = path.stat().st_mtime_ns, _executed_files.get(path)
+    if known is None or known[0] != changed:
+        _executed_files[path] = known = changed, _execute(what, path)
+    if kept is not None:
+        kept[path] = known[1]
+    return known[1]
+
+
+def _execute(what: str, path: Path) -> _Executed:
+    """With its folder on the path while it is executed, so that it finds what lies beside it."""
+    module = ModuleType(_MODULE + path.stem)
+    module.__file__, source = str(path), path.read_bytes()
+    sys.modules[module.__name__] = module  # dataclasses look there
+    sys.path.insert(0, str(path.parent))
+    try:
+        exec(compile(source, str(path), "exec"), vars(module))
+    except (Exception, SystemExit) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        at = f" in line {lines[-1]}" if lines else ""
+        raise ConfigError(f"{what} file {path} cannot be executed: {type(error).__name__}{at}: {error}") from error
+    finally:
+        del sys.modules[module.__name__]
+        sys.path.remove(str(path.parent))
+    return _Executed(vars(module), hashlib.sha256(source).hexdigest()[:16])
 
 
 def blamed(what: str, place: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,8 +113,8 @@ def blamed(what: str, place: str, run: Callable[..., Any]) -> Callable[..., Any]
             raise
         except (Exception, SystemExit) as error:
             frames = traceback.extract_tb(error.__traceback__)[1:]  # from the function's own on
-            line = frames[0].lineno if frames and frames[0].filename != __file__ else None
-            raise _fault(what, place, line, error) from error
+            frame = frames[0] if frames and frames[0].filename != __file__ else None
+            raise _fault(what, place, frame, error) from error
 
     return call
 
@@ -88,16 +129,18 @@ def blaming(places: Sequence[tuple[str, str]]) -> Iterator[None]:
         yield
     except (BernpruneError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         for what, place in places:
-            file = str(Path(place.rpartition(":")[0]).resolve())
-            lines = [frame.lineno for frame in frames if frame.filename == file]
-            if lines:
-                raise _fault(what, place, lines[-1], error) from error
+            file = Path(place.rpartition(":")[0]).resolve()
+            own = [frame for frame in frames if Path(frame.filename).parent == file.parent]  # or what lies beside it
+            if own:
+                raise _fault(what, place, own[-1], error) from error
         raise
 
 
-def _fault(what: str, place: str, line: int | None, error: BaseException) -> ConfigError:
-    at = "" if line is None else f" in line {line}"
+def _fault(what: str, place: str, frame: traceback.FrameSummary | None, error: BaseException) -> ConfigError:
+    at = "" if frame is None else f" in line {frame.lineno}"
+    if frame is not None and frame.filename != str(Path(place.rpartition(":")[0]).resolve()):
+        at += f" of {frame.filename}"
     return ConfigError(f"{what} {place} failed{at}: {type(error).__name__}: {error}")

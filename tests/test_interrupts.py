@@ -314,7 +314,7 @@ def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
         (place.out / "versions.json").unlink()  # as of a run of an older version
         assert "the run began" not in run(*place.prune()).err
     done = succeed("resume", str(place.out))
-    assert done.err == "" and began.keys() == {"bernprune", "torch", "transformers", "weights"}
+    assert done.err == "" and began.keys() == {"bernprune", "torch", "transformers", "python", "weights"}
     assert read_json(place.out / "report.json")["versions"].items() < began.items()
 
 

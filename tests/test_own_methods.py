@@ -1,7 +1,9 @@
 """Searches, baselines and losses of one's own in a run, by the place where they stand."""
 
+import hashlib
 import re
 import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,20 +83,70 @@ class Posterior(PosteriorSearch):
     pass
 
 
-class Blind(PosteriorSearch):
-    needs_reading = False
-
-
 class Reinforce(ReinforceSearch):
     pass
 
 
-class Greedy(Posterior):
-    needs_reference = True
+class Greedy(Signs):
+    needs_reference = needs_reading = True
 
 
 class Silent(MaskSearch):
     pass
+
+
+class Reading(Signs):
+    needs_reading = True
+
+
+class Alone(Signs):
+    def state_dict(self):
+        return {"steps": self.steps}
+
+
+class Unsaved(Signs):
+    seen = {1, 2}
+
+    def state_dict(self):
+        return super().state_dict() | {"seen": self.seen}
+
+
+class Later(Unsaved):
+    @property
+    def seen(self):
+        return {3} if self.steps else []
+
+
+class Nothing(MaskSearch):
+    def tell(self, masks_BKCU, losses_BKC, *, learning_rate, reference_BC=None, reading=None):
+        pass
+
+
+class Short(Signs):
+    def tell(self, masks_BKCU, losses_BKC):
+        pass
+
+
+class Unseeded(Signs):
+    def __init__(self, budget, probs_U, *, design):
+        super().__init__(budget, probs_U, seed=0, design=design)
+
+
+class Leaves(Nothing):
+    def tell(self, *given, **others):
+        raise SystemExit(0)
+
+
+class Opens(Nothing):
+    def tell(self, *given, **others):
+        open("nowhere")
+
+
+class Bounded(Signs):
+    @classmethod
+    def begin(cls, budget, probs_U, *, seed, design, floor, ceiling, discount, scores_US, **others):
+        assert (floor, ceiling, discount) == (0.1, 0.9, 0.7) and scores_US.shape == (len(probs_U), 2), others
+        return cls(budget, probs_U, seed=seed, design=design)
 
 
 class Liar(Signs):
@@ -111,6 +163,25 @@ class Elsewhere(Signs):
 
 class Others(LeaveOneOut):
     pass
+
+
+class Unlike(LeaveOneOut):
+    def advantages(self, losses_BKC, reference_BC):
+        return losses_BKC[:, 0]
+
+
+class Parts:
+    needs_reference = False
+
+    def advantages(self, losses_BKC, reference_BC):
+        return losses_BKC
+
+
+class Plain(Parts):
+    min_masks = 1
+    __init__ = lambda self, window, masks: None
+    state_dict = lambda self: {}
+    load_state_dict = lambda self, state: None
 
 
 class Many(LeaveOneOut):
@@ -139,6 +210,14 @@ def raises(logits_NV, targets_N): return logits_NV[targets_N, 10**6]
 '''
 SHORT = ("search.sequences=66",)  # eight steps, read, and a probe
 PLAIN = ("search.sequences=50",)  # eight steps that are not read, and a probe
+OURS = (
+    "search.by_activity=false",
+    "search.discount=1",
+    "policy.floor=0.1",
+    "search.swing=0",
+    "search.forgetting=0.3",
+)
+TUNED = ("search.baseline=matched", "search.reference=current", "policy.floor=0.1", "search.scaling=raw")
 
 
 @pytest.fixture
@@ -157,10 +236,11 @@ def own(tmp_path: Path) -> Path:
         ((), ("search.objective={}:surprise",)),
         ((), ("search.method={}:Posterior",)),
         (("search.masks_per=batch", NO_CHUNKS), ("search.masks_per=batch", NO_CHUNKS, "search.method={}:Posterior")),
-        (("search.by_activity=false", *PLAIN), ("search.method={}:Blind", *PLAIN)),
+        ((*OURS, *PLAIN), (*OURS, *PLAIN, "search.method={}:Posterior")),
         (METHODS["reinforce"], (*METHODS["reinforce"], "search.baseline={}:Others")),
+        ((*METHODS["reinforce"], *TUNED), (*METHODS["reinforce"], *TUNED, "search.method={}:Reinforce")),
     ],
-    ids=["objective", "search", "batch", "blind", "baseline"],
+    ids=["objective", "search", "batch", "settings", "baseline", "gradients"],
 )
 def test_what_is_like_ours_runs_like_it(like: tuple[str, ...], mine: tuple[str, ...], own: Path, place: Place) -> None:
     """To the bit: with as many sequences, over the same masks and text."""
@@ -169,7 +249,7 @@ def test_what_is_like_ours_runs_like_it(like: tuple[str, ...], mine: tuple[str, 
         succeed(*place.prune(*given, out=out))
     records = [without_times(out / "metrics.jsonl") for out in outs]
     for record in records[1]:  # which a method of one's own may use
-        if "search.method" in str(mine):
+        if "Posterior" in str(mine):
             assert record.pop("learning_rate") > 0
     assert records[0] == records[1]
     assert (outs[0] / "plan.json").read_bytes() == (outs[1] / "plan.json").read_bytes()
@@ -198,6 +278,42 @@ def test_a_run_that_fails_in_ones_own_code_goes_on(own: Path, place: Place) -> N
     assert succeed("resume", str(place.out)).err == ""
     succeed(*place.prune(*given, out=place.folder / "undisturbed"))
     same_run(place.out, place.folder / "undisturbed")
+
+
+def test_a_run_has_its_code_once(own: Path, place: Place) -> None:
+    """Who edits the file meanwhile does not change what it does, nor what it says that it ran."""
+    changing = (
+        OWN.replace("losses_N", "losses")
+        + f"""
+def rewrites(logits_NV, targets_N):
+    Path({str(own)!r}).write_text("1 / 0")
+    return surprise(logits_NV, targets_N)
+"""
+    )
+    own.write_text(changing)
+    choice = ("search.sequences=200", "search.selection=0.4")
+    succeed(*place.prune(*choice, f"search.objective={own}:rewrites"))
+    assert own.read_text() == "1 / 0"
+    digest = hashlib.sha256(changing.encode()).hexdigest()[:16]
+    assert read_json(place.out / "versions.json")[str(own)] == digest
+    succeed(*place.prune(*choice, out=place.folder / "theirs"))
+    assert (place.out / "plan.json").read_bytes() == (place.folder / "theirs" / "plan.json").read_bytes()
+
+
+def test_what_lies_beside_a_file_is_found(own: Path, place: Place) -> None:
+    """And blamed by its own name."""
+    (own.parent / "beside_mine.py").write_text("def fails(): raise OSError('no luck')\n")
+    unlucky = "class Unlucky(Nothing):\n    tell = lambda *given, **others: fails()\n"
+    own.write_text(f"{OWN}\nfrom beside_mine import fails\n\n\n{unlucky}")
+    path = list(sys.path)
+    told = in_one_sentence(run(*place.prune(*PLAIN, f"search.method={own}:Unlucky")))
+    assert f"Unlucky failed in line 1 of {own.parent / 'beside_mine.py'}: OSError: no luck" in told
+    assert sys.path == path
+
+
+def test_a_plain_search_is_told_what_is_configured(own: Path, place: Place) -> None:
+    more = ("policy.floor=0.1", "policy.ceiling=0.9", "search.discount=0.7", "initial.also=[flap]")
+    assert succeed(*place.prune(*PLAIN, *more, f"search.method={own}:Bounded")).err == ""
 
 
 def test_a_run_goes_on_with_other_code_but_says_so(own: Path, place: Place) -> None:
@@ -287,18 +403,44 @@ def test_the_dense_model_is_counted(own: Path) -> None:
     [
         ("search.method=mine.py", "should be 'posterior', 'reinforce' or FILE.py:NAME, but got 'mine.py'"),
         ("search.method=posteriro", "but got 'posteriro'; did you mean 'posterior'?"),
-        ("search.method=nothing.py:Signs", "search file nothing.py does not exist"),
+        ("search.method=nothing.py:Signs", "nothing.py does not exist"),
         ("search.method={}:Sings", "has no 'Sings'; did you mean 'Signs'?"),
-        ("search.method={}:surprise", "surprise must be a subclass of bernprune.MaskSearch, but is <function"),
+        ("search.method={}:surprise", "surprise must be a subclass of bernprune.MaskSearch, but is 'surprise'"),
         ("search.method={}:Silent", "Silent must define tell"),
         ("search.method={}:Greedy", "Greedy may need a reference or a reading of the text, but needs both"),
         ("search.method={}:Liar", "Liar must have needs_reference False with these masks, as its class says"),
+        (
+            "search.method={}:Reading search.masks_per=batch search.chunk=null",
+            "needs a reading of the text, which",
+        ),
+        ("search.method={}:Alone", "Alone must keep in state_dict what MaskSearch does: fingerprint, budget, probs_U"),
+        ("search.method={}:Unsaved", "must keep in state_dict what can be saved, but seen is {1, 2}, which cannot be"),
+        ("search.method={}:Later", "search.seen is {3}, which cannot be saved"),
+        ("search.method={}:Nothing", "Nothing must give a StepStats in tell, but gave None"),
+        ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
+        ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
+        ("search.method={}:Leaves", "Leaves failed in line"),
+        ("search.method={}:Opens", "FileNotFoundError"),
+        (
+            "search.method={}:Posterior search.pull=0.1",
+            "is a PosteriorSearch, and search.pull has no meaning",
+        ),
+        (
+            "search.method={}:Posterior policy.projection=published",
+            "and search.method 'posterior' needs",
+        ),
+        ("search.method={}:Signs search.forgetting=0.2", "search.forgetting has no meaning for search.method"),
+        ("search.method={}:Signs search.baseline=none", "search.baseline has no meaning for search.method"),
+        ("search.method={}:Signs search.sequences=auto", "needs search.method 'posterior'"),
+        ("search.baseline={}:Parts", "a class of baselines, but lacks min_masks, state_dict, load_state_dict"),
+        ("search.baseline={}:Plain search.sampling=antithetic", "or a subclass of LeaveOneOut, not"),
+        ("search.baseline={}:Unlike", "baseline Unlike must give advantages [1, 3, 1], but gave"),
         ("search.method={}:Elsewhere", "Elsewhere must begin as a MaskSearch, but began as 3"),
-        ("search.baseline={}:Signs", "Signs must be a class of baselines, but is <class"),
+        ("search.baseline={}:Signs", "Signs must be a class of baselines, but lacks min_masks, advantages"),
         ("search.baseline={}:Many", "needs at least 99 masks a step, but got 3"),
         ("search.baseline={}:Broken", "Broken failed in line"),
         ("search.objective={}:one", "one must take logits, next tokens and"),
-        ("search.objective={}:Signs", "Signs must be a function, but is <class"),
+        ("search.objective={}:Signs", "Signs must be a function, but is 'Signs'"),
         ("search.objective={}:mean", "mean must give a loss for each of"),
         ("search.objective={}:whole", "of int64"),
         ("search.objective={}:number", "number must give a tensor, but gave 3.0"),
@@ -309,7 +451,7 @@ def test_the_dense_model_is_counted(own: Path) -> None:
 def test_what_is_wrong_with_ones_own_is_told(given: str, said: str, own: Path, place: Place) -> None:
     """In one sentence."""
     more = METHODS["reinforce"] if "baseline" in given else PLAIN
-    told = in_one_sentence(run(*place.prune(*more, given.format(own))))
+    told = in_one_sentence(run(*place.prune(*more, *given.format(own).split())))
     assert said in told
     assert (place.out / "model").exists() is False
 
@@ -317,9 +459,6 @@ def test_what_is_wrong_with_ones_own_is_told(given: str, said: str, own: Path, p
 @pytest.mark.parametrize(
     ("search", "said"),
     [
-        ({"method": "{}:Signs", "forgetting": 0.2}, "search.forgetting has no meaning for search.method"),
-        ({"method": "{}:Signs", "baseline": "none"}, "search.baseline has no meaning for search.method"),
-        ({"method": "{}:Signs", "sequences": "auto"}, "needs search.method 'posterior'"),
         ({"method": "reinforce", "sampling": "antithetic", "baseline": "none"}, "needs search.baseline"),
     ],
 )
@@ -352,7 +491,8 @@ def test_what_a_class_says_is_planned_with(own: Path) -> None:
         return reads_activity(config), runs_reference(config)
 
     assert planned("Signs") == (False, False) and planned("Compared") == (False, True)
-    assert planned("Posterior") == (True, False) and planned("Blind") == (False, False)
+    assert planned("Posterior") == (True, False) and planned("Posterior", by_activity=False) == (False, False)
+    assert planned("Reading") == (True, False) and planned("Reinforce") == (False, False)
     assert planned("Posterior", masks_per="batch") == (False, False)
 
 

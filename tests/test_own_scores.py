@@ -88,8 +88,8 @@ def test_a_metric_in_a_file_says_how_it_allocates(own: Path) -> None:
         (OWN, "x", "has no 'x', only ['like_magnitude', 'pooled']"),
         (OWN, "number", "must be a function or a Metric, but is 3"),
         ("def score(:", "score", "cannot be executed: SyntaxError"),
-        ("1 / 0", "score", "cannot be executed: ZeroDivisionError: division by zero"),
-        ("import sys; sys.exit(3)", "score", "cannot be executed: SystemExit: 3"),
+        ("1 / 0", "score", "cannot be executed: ZeroDivisionError in line 1: division by zero"),
+        ("import sys; sys.exit(3)", "score", "cannot be executed: SystemExit in line 1: 3"),
     ],
 )
 def test_what_is_no_metric_is_refused(text: str | None, name: str, said: str, tmp_path: Path, place: Place) -> None:

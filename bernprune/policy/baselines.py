@@ -18,6 +18,9 @@ from bernprune.names import BaselineName, check_name
 class Baseline(Protocol):
     """Losses of one step to advantages; state is what the next steps need to know.
 
+    A class of one's own is made with the memory that is asked for, in steps, and the number of masks, as those below
+    are, and has its first two attributes itself, not its instances alone.
+
     ``min_masks``: fewest masks that a step may ask for; of those some may be dropped, but not all.
     """
 

@@ -23,7 +23,7 @@ N units of a group, S scores.
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -99,8 +99,6 @@ class PosteriorSearch(MaskSearch):
         BudgetError: the budget cannot be met between floor and ceiling.
     """
 
-    needs_reading = can_swing = True
-
     def __init__(
         self,
         budget: Budget,
@@ -135,10 +133,6 @@ class PosteriorSearch(MaskSearch):
         self.needs_reading = by_activity and can_read(design, budget.space.kinds)
         self._last_round: dict[str, Any] = {}
         self._telling, self.softness = Telling(), 1.0
-
-    @classmethod
-    def begin(cls, budget: Budget, probs_U: torch.Tensor, scores_US: torch.Tensor, **given: Any) -> Self:
-        return cls(budget, probs_U, scores_US, by_activity=cls.needs_reading, **given)
 
     @property
     def worth_U(self) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Projected descent along a score-function gradient, the published way (Gao et al., 2024, arXiv 2406.10576)."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -75,12 +75,6 @@ class ReinforceSearch(MaskSearch):
         self.probs_U = self._start_U = self._project(self.probs_U, **self._bounds)
         self._sums = Sums.empty(len(self.probs_U))  # of the gradients of steps, since they were last looked at
 
-    @classmethod
-    def begin(cls, budget: Budget, probs_U: torch.Tensor, *_: Any, seed: int, design: Design, **__: Any) -> Self:
-        """With the leave-one-out baseline."""
-        baseline = LeaveOneOut(1, design.masks)
-        return cls(budget, probs_U, baseline=baseline, seed=seed, design=design)
-
     def tell(
         self,
         masks_BKCU: MaskRows,
@@ -96,6 +90,11 @@ class ReinforceSearch(MaskSearch):
         if reference_BC is not None:
             reference_BC = rewards_to_go(reference_BC.double().cpu(), self.discount)
         advantages_BKC = self.baseline.advantages(returns_BKC, reference_BC)
+        if not isinstance(advantages_BKC, torch.Tensor) or advantages_BKC.shape != returns_BKC.shape:
+            raise ConfigError(
+                f"baseline {type(self.baseline).__name__} must give advantages {list(returns_BKC.shape)}, but gave "
+                f"{getattr(advantages_BKC, 'shape', advantages_BKC)!r:.100}"
+            )
         # The mean over masks, but the sum over the chunks of each.
         chunks = losses_BKC.shape[-1]
         gradient_U = chunks * reinforce(

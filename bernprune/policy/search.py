@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 
 from bernprune.errors import BudgetError, ConfigError, RunError
-from bernprune.kernels.reference import SumKernels
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
 from bernprune.policy.contrast import contrast
@@ -48,7 +47,8 @@ class Reading:
         losses_BKT: losses of each mask, so that the sum over T is the window's loss; float64.
         look: shows how active channels are under the current selection: it calls the function it is given, for each
             layer and some of the windows in turn, with the layer, the windows, and ``[R, T, F]`` of the layer's F
-            channels. The size of an entry is the activity, in any scale. It may show the same more than once.
+            channels. The size of an entry is the activity, in any scale. It may show the same more than once. One look a
+            step is counted among the sequences.
     """
 
     losses_BKT: torch.Tensor
@@ -74,7 +74,6 @@ class MaskSearch(ABC):
 
     needs_reference = False  # whether ``tell`` needs the losses of a reference mask on the same text
     needs_reading = False  # whether ``tell`` does better with a ``Reading``
-    can_swing = False  # whether it can learn from masks that swing
     drew_in = False  # whether the last step took back what the policy had become
 
     def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:
@@ -87,25 +86,14 @@ class MaskSearch(ABC):
         self._worked_out: tuple[torch.Tensor, Design, dict[Any, Any]] | None = None  # for which policy and design
 
     @classmethod
-    def begin(
-        cls,
-        budget: Budget,
-        probs_U: torch.Tensor,
-        scores_US: torch.Tensor,
-        *,
-        seed: int,
-        design: Design,
-        round_steps: float,
-        kernels: SumKernels | None = None,
-    ) -> Self:
-        """As a run makes one that is named in its configuration; for those to override that take more than others.
+    def begin(cls, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design, **given: Any) -> Self:
+        """As a run makes one of your own; to be overridden by a class that takes more.
 
         Args:
-            scores_US: of the metrics that the policy starts from, float64 ``[U, S]``.
-            round_steps: steps of a round, maybe with a fraction.
-            kernels: what sums over masks where they are.
+            given: ``scores_US`` of the metrics that the policy starts from, float64 ``[U, S]``; ``round_steps``, maybe
+                with a fraction; ``floor``, ``ceiling`` and ``discount`` as configured; ``kernels`` that sum over masks.
         """
-        del scores_US, round_steps, kernels
+        del given
         return cls(budget, probs_U, seed=seed, design=design)
 
     @property
@@ -242,7 +230,10 @@ class MaskSearch(ABC):
 
 
 def _alike(state: Any, other: Any) -> bool:
-    """Whether dictionaries, and those within them, have the same keys; ``last_round`` need not."""
+    """Whether dictionaries, and those within them, have the same keys; ``last_round``, and what is not there yet in the
+    second, need not."""
+    if other is None or other == {}:
+        return True
     if not isinstance(state, dict) or not isinstance(other, dict):
         return isinstance(state, dict) == isinstance(other, dict)
     return state.keys() == other.keys() and all(

@@ -23,7 +23,11 @@ _PATTERN = "step-*.safetensors"
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Save nested plain data in which tensors may stand anywhere."""
+    """Save plain data in which tensors may stand wherever dictionaries name them.
+
+    Raises:
+        RunError: there is something else in it.
+    """
     tensors: dict[str, torch.Tensor] = {}
     text = json.dumps(_without_tensors(state, "", tensors), sort_keys=True)
     write_bytes(path, save(tensors, metadata={"state": text, "sha256": _digest(text, tensors)}))
@@ -77,13 +81,31 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def check_state(state: Any) -> None:
+    """Raises ``RunError`` if ``write_state`` would."""
+    _without_tensors(state, "", {})
+
+
 def _without_tensors(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        tensors[name] = value.contiguous().clone()  # safetensors refuses tensors that share memory
+    if isinstance(value, torch.Tensor) and name not in tensors:
+        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses tensors that share memory
         return {"tensor": name}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value.keys() != {"tensor"} and all(isinstance(key, str) for key in value):
         return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+    if not _is_plain(value):
+        raise RunError(
+            f"{name or 'a state'} is {value!r:.100}, which cannot be saved: only tensors by name, numbers, words and "
+            "None can, and lists and dictionaries of these"
+        )
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return value.keys() != {"tensor"} and all(isinstance(k, str) and _is_plain(item) for k, item in value.items())
+    return value is None or isinstance(value, str | int | float)
 
 
 def _with_tensors(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
@@ -98,5 +120,5 @@ def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

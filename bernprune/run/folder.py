@@ -17,10 +17,10 @@ report.json            written last: its presence means the run is finished
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 from collections.abc import Collection, Iterator
 from importlib.metadata import version
@@ -32,6 +32,7 @@ import yaml
 import bernprune
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
+from bernprune.own import digest_of
 from bernprune.run.methods import places_of_ones_own
 from bernprune.settings import read_yaml
 from bernprune.storage import write_bytes, write_json
@@ -246,14 +247,15 @@ class RunFolder:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, and of the libraries that decide what it computes."""
-    return {"bernprune": bernprune.__version__} | {name: version(name) for name in ("torch", "transformers")}
+    """Versions of this package, of the libraries that decide what it computes, and of Python."""
+    libraries = {name: version(name) for name in ("torch", "transformers")}
+    return {"bernprune": bernprune.__version__, **libraries, "python": platform.python_version()}
 
 
 def _versions_of(config: RunConfig) -> dict[str, str]:
     """Those, and the contents of Python files of one's own that a run takes from."""
-    files = sorted({place.rpartition(":")[0] for _, place in places_of_ones_own(config)})
-    return versions() | {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16] for file in files}
+    files = {place.rpartition(":")[0]: what for what, place in places_of_ones_own(config)}
+    return versions() | {file: digest_of(what, file) for file, what in sorted(files.items())}
 
 
 def check_writable(path: Path) -> None:

@@ -13,10 +13,11 @@ from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
+from bernprune.own import blaming, unchanging
 from bernprune.run.effort import Effort, kept_bytes, policy_bytes, policy_weights, repair_bytes, repairs_of
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate_step
-from bernprune.run.methods import check_methods, loss_of, reads_activity
+from bernprune.run.methods import check_methods, loss_of, places_of_ones_own, reads_activity
 from bernprune.run.opening import Opened, check_family, open_view
 from bernprune.run.stage import row_bytes, rows_per_forward, try_budget
 from bernprune.run.workload import (
@@ -36,6 +37,11 @@ def forecast(config: RunConfig) -> str:
 
     The time comes from a few steps on random tokens, here and now.
     """
+    with unchanging(), blaming(places_of_ones_own(config)):
+        return _forecast(config)
+
+
+def _forecast(config: RunConfig) -> str:
     check_methods(config)
     device = find_device(config.model.device)
     check_window(check_family(config), config.longest_window)

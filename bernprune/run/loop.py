@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from bernprune.errors import LossError, RunError
+from bernprune.errors import ConfigError, LossError, RunError
 from bernprune.names import ReferenceName
 from bernprune.objective import MaskedObjective
 from bernprune.policy.masks import some_rows, with_reference
@@ -163,6 +163,10 @@ class _Loop:
         stats = self.search.tell(
             masks_BKCU, losses_BKC, learning_rate=learning_rate, reference_BC=reference_BC, reading=reading
         )
+        if not isinstance(stats, StepStats):
+            raise ConfigError(
+                f"search {self.stage.config.search.method} must give a StepStats in tell, but gave {stats!r:.100}"
+            )
         self._check_read(stats, step)
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences

@@ -7,32 +7,82 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from bernprune.config import RunConfig
+from bernprune.config import METHOD_SETTINGS, RunConfig, make_config
 from bernprune.errors import ConfigError
 from bernprune.losses import LOSSES, TokenLoss, loss_of_ones_own
-from bernprune.names import place_of
+from bernprune.names import OWN, place_of
 from bernprune.own import blamed, defined_at
-from bernprune.policy.baselines import BASELINES, Baseline, check_masks
+from bernprune.policy.baselines import BASELINES, Baseline, LeaveOneOut, check_masks
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch, can_read
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.sections import SearchConfig
+from bernprune.settings import merge
 
-METHODS: dict[str, type[MaskSearch]] = {"posterior": PosteriorSearch, "reinforce": ReinforceSearch}
+_OURS: dict[str, type[MaskSearch]] = {"posterior": PosteriorSearch, "reinforce": ReinforceSearch}
+METHODS = dict(_OURS)  # in which a benchmark may put another in the place of one
+GIVEN = ("floor", "ceiling", "discount", "scores_US", "round_steps", "kernels")  # to a plain search, besides
 _OF_BASELINE = ("needs_reference", "min_masks", "advantages", "state_dict", "load_state_dict")
 
 
 def check_methods(config: RunConfig) -> None:
-    """Raises ``ConfigError`` if something of one's own is not what it must be."""
-    search_class(config)
-    if config.search.method == "reinforce":
+    """Raises ``ConfigError`` if something of one's own is not what it must be, or has no use for a setting."""
+    if config.search.method not in METHODS:
+        _check_search(config)
+    if method_of(config) == "reinforce":
         baseline_of(config)
     if loss_of(config.search).needs_dense and config.fits_to_policy:
         raise ConfigError(
             f"objective {config.search.objective} compares with the dense model, whose weights search.refit replaces; "
             "give search.refit=false"
         )
+
+
+def _check_search(config: RunConfig) -> None:
+    """A search of one's own: whether a run can call it, and settings as they are checked for what it is a kind of."""
+    name, found, kind = config.search.method, search_class(config), method_of(config)
+    step = {"learning_rate": 0.1, "reference_BC": None, "reading": None}
+    begins: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
+        ("tell", found.tell, (None, None, None), step)
+    ]
+    if kind == OWN:
+        _check_settings(config)
+        begins.append(("begin", found.begin, (None, None), dict.fromkeys(("seed", "design", *GIVEN))))
+        if found.begin.__func__ is MaskSearch.begin.__func__:  # type: ignore[attr-defined]
+            begins.append(("__init__", found.__init__, (None, None, None), {"seed": 0, "design": None}))
+    else:
+        try:
+            make_config(merge(config.to_dict(), {"search": {"method": kind}}))
+        except ConfigError as error:
+            raise ConfigError(f"search {name} is a {METHODS[kind].__name__}, and {error}") from None
+    for part, function, given, named in begins:
+        try:
+            inspect.signature(function).bind(*given, **named)
+        except TypeError as error:
+            raise ConfigError(f"search {name} must take in {part} what MaskSearch does, but {error}") from None
+
+
+def _check_settings(config: RunConfig) -> None:
+    """Raises ``ConfigError`` for a setting that only methods know of which one's own is none."""
+    search = config.search
+    for known in METHOD_SETTINGS.values():
+        for name in known:
+            if name not in METHOD_SETTINGS[OWN] and config.changed(f"search.{name}"):
+                raise ConfigError(f"search.{name} has no meaning for search.method {search.method!r}")
+    if search.sequences == "auto":
+        raise ConfigError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")
+    if search_class(config).needs_reading and not reads_activity(config):
+        raise ConfigError(
+            f"search {search.method} needs a reading of the text, which search.masks_per {search.masks_per!r} and "
+            f"granularity {', '.join(config.granularity)} do not give"
+        )
+
+
+def method_of(config: RunConfig) -> str:
+    """``posterior`` or ``reinforce``, if the search is one or a kind of one; otherwise ``OWN``."""
+    found = search_class(config)
+    return next((name for name, ours in _OURS.items() if issubclass(found, ours)), OWN)
 
 
 def search_class(config: RunConfig) -> type[MaskSearch]:
@@ -58,6 +108,11 @@ def baseline_of(config: RunConfig) -> Baseline:
     )
     baseline = make(search.baseline_window, search.masks)
     check_masks(name, baseline, search.masks)
+    if search.sampling == "antithetic" and not isinstance(baseline, LeaveOneOut):
+        raise ConfigError(
+            f"search.sampling 'antithetic' needs search.baseline 'leave-one-out' or a subclass of LeaveOneOut, not "
+            f"{name!r}; with that take 'independent' or 'exact'"
+        )
     return baseline
 
 
@@ -80,14 +135,14 @@ def places_of_ones_own(config: RunConfig) -> list[tuple[str, str]]:
 
 def reads_activity(config: RunConfig) -> bool:
     """Whether each window is read once more, for the activity of its channels."""
-    search = config.search
-    wanted = search.by_activity if search.method == "posterior" else search_class(config).needs_reading
+    estimates = method_of(config) == "posterior"
+    wanted = config.search.by_activity if estimates else search_class(config).needs_reading
     return wanted and can_read(design_of(config), config.granularity)
 
 
 def runs_reference(config: RunConfig) -> bool:
     """Whether each window is run once more, under the mask that others are compared with."""
-    if config.search.method == "reinforce":
+    if method_of(config) == "reinforce":
         return baseline_of(config).needs_reference
     return search_class(config).needs_reference
 
@@ -95,7 +150,7 @@ def runs_reference(config: RunConfig) -> bool:
 def design_of(config: RunConfig) -> Design:
     """How the masks of a step are laid out."""
     search = config.search
-    swings = search_class(config).can_swing and search.sampling != "exact" and "channel" in config.granularity
+    swings = method_of(config) == "posterior" and search.sampling != "exact" and "channel" in config.granularity
     swing = search.swing if swings else 0.0
     if search.masks_per == "batch":
         return Design(1, search.masks, sampling=search.sampling, swing=swing)
@@ -108,7 +163,11 @@ def _own(what: str, name: str, wanted: str, suits: Callable[[Any], bool]) -> Any
     assert place is not None, "the configuration knows no other names"
     found = defined_at(what, *place, suits)
     if not suits(found):
-        raise ConfigError(f"{what} {name} must be {wanted}, but is {found!r:.100}")
+        lacking = [part for part in _OF_BASELINE if what == "baseline" and not hasattr(found, part)]
+        raise ConfigError(
+            f"{what} {name} must be {wanted}, but "
+            + (f"lacks {', '.join(lacking)}" if lacking else f"is {getattr(found, '__qualname__', found)!r:.100}")
+        )
     return found
 
 

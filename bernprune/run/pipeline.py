@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import math
-import platform
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -22,7 +21,7 @@ from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters, fingerprint
 from bernprune.names import CapName, SearchDtype
-from bernprune.own import blaming
+from bernprune.own import blaming, unchanging
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import reordered
 from bernprune.policy.search import MaskSearch
@@ -61,16 +60,21 @@ def prune(
     """
     folder = RunFolder(Path(out))
     folder.look(config, overwrite=overwrite)
+    with unchanging(), blaming(places_of_ones_own(config)):
+        return _prune(config, folder, overwrite=overwrite, progress=progress)
+
+
+def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool, progress: bool | None) -> dict[str, Any]:
     stage = set_stage(config)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
-            with blaming(places_of_ones_own(config)):
+            with blaming(places_of_ones_own(config)):  # before the disk is blamed
                 return _run(stage, folder, continued=continued, progress=progress)
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
-            raise RunError(f"{out} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
+            raise RunError(f"{folder.path} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
 
 
 def _how_to_continue(folder: RunFolder) -> str:
@@ -342,7 +346,7 @@ def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
         "parameters": {"prunable": prunable, "dense": full.view.num_parameters},
         "protocol": full.protocol.to_dict(),
         "machine": machine(model.device),
-        "versions": versions() | {"python": platform.python_version()},
+        "versions": versions(),
     }
 
 

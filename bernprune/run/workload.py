@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.errors import ConfigError
+from bernprune.errors import ConfigError, RunError
 from bernprune.kernels.reference import SumKernels
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import look_sequences, look_windows, most_changes
@@ -18,7 +18,17 @@ from bernprune.policy.rounds import HAIR, round_ends, rounds_in
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair.needs import needed_windows
-from bernprune.run.methods import baseline_of, design_of, loss_of, reads_activity, runs_reference, search_class
+from bernprune.run.checkpoint import check_state
+from bernprune.run.methods import (
+    METHODS,
+    baseline_of,
+    design_of,
+    loss_of,
+    method_of,
+    reads_activity,
+    runs_reference,
+    search_class,
+)
 from bernprune.sections import SearchConfig
 from bernprune.units import Architecture, UnitSpace
 
@@ -118,10 +128,10 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
         ConfigError: a budget smaller than one step.
     """
     search, least_steps = config.search, _least_round(config)
-    dense_pass, method = loss_of(search).needs_dense, search_class(config)
+    dense_pass, method = loss_of(search).needs_dense, method_of(config)
     again = runs_reference(config) or reads_activity(config)
     step_sequences = (search.masks + again + dense_pass) * search.windows
-    probe_sequences = 0 if issubclass(method, ReinforceSearch) else (1 + dense_pass) * search.windows
+    probe_sequences = 0 if method == "reinforce" else (1 + dense_pass) * search.windows
     sequences, seconds, regret = search.sequences, search.seconds, search.regret
     if sequences == "auto":
         sequences, regret = min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(space.size)), regret or AUTO_REGRET
@@ -152,7 +162,7 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
         round_steps=max(1, steps) / max(1, rounds),
         learning_rate=search.learning_rate,
         choosing=choosing / searching,
-        looks=issubclass(method, PosteriorSearch),
+        looks=method == "posterior",
         regret=regret,
         fit_rounds=-(-max(1, rounds) // FITS),
     )
@@ -163,7 +173,7 @@ def _choosing(config: RunConfig, space: UnitSpace, available: int) -> float:
     search, dense_pass = config.search, loss_of(config.search).needs_dense
     if search.selection is not None or search.refit:  # then what is chosen is judged after its repair
         return search.selection or 0.0
-    if not issubclass(search_class(config), PosteriorSearch):
+    if method_of(config) != "posterior":
         return CHOOSING
     racing = heat_sequences(MOST_FINALISTS, search.final_windows) + dense_pass * search.final_windows
     return min(MOST_CHOOSING, (racing + LOOKS * _look(search, space)[1]) / max(1, available))
@@ -188,8 +198,7 @@ def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences
 
 def _least_round(config: RunConfig) -> int:
     """Steps of the shortest round: the posterior takes a variance over the groups of masks in it."""
-    estimates = issubclass(search_class(config), PosteriorSearch)
-    return 2 if estimates and design_of(config).groups == 1 else 1
+    return 2 if method_of(config) == "posterior" and design_of(config).groups == 1 else 1
 
 
 def default_sequences(num_units: int) -> int:
@@ -233,46 +242,33 @@ def make_search(
     config: RunConfig, budget: Budget, start: dict[str, torch.Tensor], kernels: SumKernels | None = None
 ) -> MaskSearch:
     """The search of a run, at its beginning; ``start`` holds ``scores_US`` and ``probs_U``."""
-    search, policy = config.search, config.policy
-    design, method, probs_U = design_of(config), search_class(config), start["probs_U"]
+    search, policy, found = config.search, config.policy, search_class(config)
+    probs_U, scores_US = start["probs_U"], start["scores_US"].view(budget.space.size, -1)
     round_steps = plan_work(config, budget.space).round_steps
-    if search.method == "posterior":
-        assert issubclass(method, PosteriorSearch)
-        return method(
-            budget,
-            probs_U,
-            start["scores_US"],
-            seed=config.seed,
-            design=design,
-            round_steps=round_steps,
-            forgetting=search.forgetting,
-            floor=policy.floor,
-            ceiling=policy.ceiling,
-            discount=search.discount,
-            by_activity=search.by_activity,
-            kernels=kernels,
-        )
-    if search.method != "reinforce":
-        given: dict[str, Any] = {"seed": config.seed, "design": design, "round_steps": round_steps, "kernels": kernels}
-        return _checked(config, method.begin(budget, probs_U, start["scores_US"].view(len(probs_U), -1), **given))
-    return ReinforceSearch(
-        budget,
-        probs_U,
-        baseline=baseline_of(config),
-        seed=config.seed,
-        design=design,
-        scaling=search.scaling,
-        epsilon=search.epsilon,
-        projection=policy.projection,
-        floor=policy.floor,
-        ceiling=policy.ceiling,
-        discount=search.discount,
-        pull=search.pull,
-    )
+    given: dict[str, Any] = {
+        "seed": config.seed,
+        "design": design_of(config),
+        "floor": policy.floor,
+        "ceiling": policy.ceiling,
+        "discount": search.discount,
+    }
+    if issubclass(found, PosteriorSearch):
+        given |= {"round_steps": round_steps, "forgetting": search.forgetting, "by_activity": search.by_activity}
+        made: MaskSearch = found(budget, probs_U, scores_US, kernels=kernels, **given)
+    elif issubclass(found, ReinforceSearch):
+        given |= {"scaling": search.scaling, "epsilon": search.epsilon, "pull": search.pull}
+        made = found(budget, probs_U, baseline=baseline_of(config), projection=policy.projection, **given)
+    else:
+        given |= {"scores_US": scores_US, "round_steps": round_steps, "kernels": kernels}
+        made = found.begin(budget, probs_U, **given)
+    if search.method not in METHODS:
+        _check_made(config, made)
+    return made
 
 
-def _checked(config: RunConfig, search: MaskSearch) -> MaskSearch:
-    """A search of one's own, which must be what its class said: sequences were planned by that."""
+def _check_made(config: RunConfig, search: MaskSearch) -> None:
+    """Raises ``ConfigError`` if a search of one's own is not what its class said, by which sequences were planned, or
+    cannot be saved."""
     name = config.search.method
     if not isinstance(search, MaskSearch):
         raise ConfigError(f"search {name} must begin as a MaskSearch, but began as {search!r:.100}")
@@ -282,4 +278,10 @@ def _checked(config: RunConfig, search: MaskSearch) -> MaskSearch:
                 f"search {name} must have {what} {planned} with these masks, as its class says, but has "
                 f"{getattr(search, what)}"
             )
-    return search
+    state, least = search.state_dict(), MaskSearch.state_dict(search).keys()
+    if not isinstance(state, dict) or not least <= state.keys():
+        raise ConfigError(f"search {name} must keep in state_dict what MaskSearch does: {', '.join(least)}")
+    try:
+        check_state(state)
+    except RunError as error:
+        raise ConfigError(f"search {name} must keep in state_dict what can be saved, but {error}") from None
