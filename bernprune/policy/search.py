@@ -47,8 +47,8 @@ class Reading:
         losses_BKT: losses of each mask, so that the sum over T is the window's loss; float64.
         look: shows how active channels are under the current selection: it calls the function it is given, for each
             layer and some of the windows in turn, with the layer, the windows, and ``[R, T, F]`` of the layer's F
-            channels. The size of an entry is the activity, in any scale. It may show the same more than once. One look a
-            step is counted among the sequences.
+            channels. The size of an entry is the activity, in any scale. It may show the same more than once. Among the
+            sequences one look a step is counted.
     """
 
     losses_BKT: torch.Tensor
