@@ -426,7 +426,7 @@ def test_an_interrupted_choice_goes_on(heat: int, number: signal.Signals, place:
     passes = list[int]()
 
     def stop(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(objective, "token_losses", lambda *_: passes.append(1))
+        patch.setattr(objective.MaskedObjective, "_losses", lambda *_: passes.append(1))
         os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -342,8 +342,9 @@ class PosteriorSearch(MaskSearch):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._check_state(state)
+        self.beliefs.load_state_dict(state["beliefs"])  # first, as it may refuse
         super().load_state_dict(state)
-        self.beliefs.load_state_dict(state["beliefs"])
         self._active.load_state_dict(state["active"])
         self.steps = state["steps"]
         self._end_round(state["rounds"])
