@@ -27,13 +27,15 @@ from tiny_run import (
 from tolerances import LOGITS, assert_close
 
 from bernprune.config import make_config
-from bernprune.errors import ConfigError
+from bernprune.errors import ConfigError, RunError
 from bernprune.losses import token_loss
 from bernprune.models.view import describe
 from bernprune.objective import masked_objective
+from bernprune.run.checkpoint import check_state
 from bernprune.run.folder import RunFolder
+from bernprune.run.methods import METHODS as METHODS_OF_RUNS
 from bernprune.run.methods import reads_activity, runs_reference
-from bernprune.run.workload import plan_work
+from bernprune.run.workload import make_budget, make_search, plan_work
 from bernprune.settings import absolute
 
 OWN = '''
@@ -51,7 +53,7 @@ STOP = Path(__file__).with_suffix(".stop")
 class Signs(MaskSearch):
     """Moves every unit by the sign of its gradient, and counts its steps; nothing of it is bernprune's."""
 
-    steps = 0
+    steps, notes = 0, {}
 
     def tell(self, masks_BKCU, losses_BKC, *, learning_rate, reference_BC=None, reading=None):
         if self.steps == 5 and STOP.exists():
@@ -60,15 +62,15 @@ class Signs(MaskSearch):
         found_U = torch.einsum("bkc,bkcu->u", advantages_BKC, masks_BKCU[:].double() - before_U) / self.contrasts_U
         moved_U = before_U - learning_rate * found_U.sign() / (1 + self.steps)
         self.probs_U = self.budget.project(moved_U, floor=0.02, ceiling=0.98)
-        self.steps += 1
+        self.steps, self.notes = self.steps + 1, {"last": {"half": losses_BKC.mean().bfloat16()}}
         return self.stats(losses_BKC, advantages_BKC, before_U)
 
     def state_dict(self):
-        return super().state_dict() | {"steps": self.steps}
+        return super().state_dict() | {"steps": self.steps, "notes": self.notes}
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
-        self.steps = state["steps"]
+        self.steps, self.notes = state["steps"], state["notes"]
 
 
 class Compared(Signs):
@@ -346,6 +348,47 @@ def test_the_example_of_the_readme_runs(place: Place) -> None:
     named = (config.initial.score, config.search.objective, config.search.method)
     assert [name.rpartition("/")[2] for name in named] == ["mine.py:squares", "mine.py:focal", "mine.py:Signs"]
     assert read_json(Path("out/mine/report.json"))["search"]["steps"] == STEPS
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("posterior", {"forgetting": 0.3, "by_activity": False, "discount": 0.7}),
+        ("reinforce", {"scaling": "raw", "epsilon": 0.0, "pull": 0.2, "discount": 0.7}),
+    ],
+)
+def test_a_search_is_made_as_configured(method: str, given: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each setting that it knows."""
+    told: dict[str, object] = {}
+
+    class Noting(METHODS_OF_RUNS[method]):  # type: ignore[misc, name-defined]
+        def __init__(self, *first: object, **named: object) -> None:
+            super().__init__(*first, **named)
+            told.update(named)
+
+    monkeypatch.setitem(METHODS_OF_RUNS, method, Noting)
+    policy, search = {"floor": 0.03, "ceiling": 0.9}, {"method": method, **given}
+    config = make_config({"data": {"window": 16}, "policy": policy, "seed": 5, "search": search})
+    space = describe(tiny_model("llama")).space
+    probs_U = torch.full((space.size,), 0.7, dtype=torch.float64)
+    make_search(config, make_budget(config, space), {"probs_U": probs_U, "scores_US": probs_U})
+    assert told.items() >= {**policy, **given, "seed": 5}.items()
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "a.b is tensor"),
+        ({"a": [torch.ones(1)]}, "a is [tensor"),
+        ({"a": {1: 2}}, "a is {1: 2}"),
+        ({"a": {"tensor": 2}}, "a is {'tensor': 2}"),
+    ],
+    ids=["one-name", "list", "number", "reference"],
+)
+def test_what_would_come_back_as_something_else_is_not_saved(state: dict[str, object], said: str) -> None:
+    with pytest.raises(RunError, match="which cannot be saved") as caught:
+        check_state(state)
+    assert str(caught.value).startswith(said)
 
 
 # Losses
