@@ -33,7 +33,8 @@ def defined_at(what: str, file: str, name: str, suits: Callable[[Any], bool]) ->
     defined = _executed(what, path).defined
     if name not in defined:
         others = [other for other, value in defined.items() if suits(value) and _is_ours(other, value, path)]
-        raise ConfigError(f"{what} file {file} has no {name!r}{meant(name, others) or f', only {others}'}")
+        known = f", only {others}" if others else ""
+        raise ConfigError(f"{what} file {file} has no {name!r}{meant(name, others) or known}")
     return defined[name]
 
 

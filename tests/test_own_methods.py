@@ -101,6 +101,11 @@ class Reading(Signs):
     needs_reading = True
 
 
+class Mute(Signs):
+    def diagnose(self, scores_U):
+        return None
+
+
 class Alone(Signs):
     def state_dict(self):
         return {"steps": self.steps}
@@ -460,6 +465,7 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Unsaved", "must keep in state_dict what can be saved, but seen is {1, 2}, which cannot be"),
         ("search.method={}:Later", "search.seen is {3}, which cannot be saved"),
         ("search.method={}:Nothing", "Nothing must give a StepStats in tell, but gave None"),
+        ("search.method={}:Mute", "Mute must give a dictionary in diagnose, but gave None"),
         ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
         ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
         ("search.method={}:Leaves", "Leaves failed in line"),

@@ -191,6 +191,10 @@ class _Loop:
     def _probe(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and the loss of what would be selected now, on the text of the step."""
         found, self.selected_U = self.search.diagnose(self.order_U), None
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"search {self.stage.config.search.method} must give a dictionary in diagnose, but gave {found!r:.100}"
+            )
         if self.stage.workload.probe_sequences:
             loss = objective.losses(self._selected()[None], tokens_BT).item()
             self.work.sequences += self.stage.workload.probe_sequences

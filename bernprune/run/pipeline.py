@@ -60,7 +60,7 @@ def prune(
     """
     folder = RunFolder(Path(out))
     folder.look(config, overwrite=overwrite)
-    with unchanging(), blaming(places_of_ones_own(config)):
+    with unchanging():
         return _prune(config, folder, overwrite=overwrite, progress=progress)
 
 

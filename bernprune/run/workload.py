@@ -20,6 +20,7 @@ from bernprune.policy.selection import Limits, select
 from bernprune.repair.needs import needed_windows
 from bernprune.run.checkpoint import check_state
 from bernprune.run.methods import (
+    GIVEN,
     METHODS,
     baseline_of,
     design_of,
@@ -260,6 +261,7 @@ def make_search(
         made = found(budget, probs_U, baseline=baseline_of(config), projection=policy.projection, **given)
     else:
         given |= {"scores_US": scores_US, "round_steps": round_steps, "kernels": kernels}
+        assert given.keys() == {"seed", "design", *GIVEN}, "begin was tried with these"
         made = found.begin(budget, probs_U, **given)
     if search.method not in METHODS:
         _check_made(config, made)
