@@ -26,7 +26,7 @@ class MaskedOps:
     Attributes:
         packs: whether masks that only keep or cut are given as bits, each for equally many rows in turn; otherwise they
             are given as numbers, one for each row.
-        masked_units: masks the inputs of modules that multiply by themselves; masks are given as numbers.
+        masked_units: masks the inputs of modules that multiply by themselves.
         activation: what ``masked_mlp`` takes for the module that a model has. Raises ``ValueError`` if there is none.
         attention_of_kept: None leaves attention to the model.
         draw: makes the bits of masks that are not stored; None makes them in plain torch.
@@ -40,7 +40,7 @@ class MaskedOps:
     linear_to_kept: Callable[..., torch.Tensor]
     cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-    masked_units: Callable[..., torch.Tensor] = reference.masked_units
+    masked_units: Callable[..., torch.Tensor]
     packs: bool = False
     dtypes: tuple[torch.dtype, ...] = ()  # of models; empty: any
     activation: Callable[[Any], Any] = lambda module: module
@@ -57,6 +57,7 @@ TORCH = MaskedOps(
     reference.linear_to_kept,
     reference.cross_entropy,
     reference.divergence,
+    reference.masked_units,
 )
 
 
@@ -95,6 +96,7 @@ def load_backend(name: BackendName, device: torch.device) -> MaskedOps:
         fused.linear_to_kept,
         fused.cross_entropy,
         fused.divergence,
+        fused.masked_units,
         packs=True,
         dtypes=fused.DTYPES,
         activation=fused.activation_of,

@@ -214,8 +214,6 @@ class RunConfig(Section):
             )
         if search.pull > 0 and not 0 < self.policy.floor < self.policy.ceiling < 1:
             raise ValueError("search.pull needs policy.floor above 0 and policy.ceiling below 1")
-        if search.dtype == "int8" and self.backend == "triton":
-            raise ValueError("search.dtype 'int8' needs backend 'torch' or 'auto', but that is 'triton'")
         if search.refit and self.refit_refused is not None:
             raise ValueError(f"search.refit has no meaning for {self.refit_refused}")
         self._check_sampling()

@@ -57,7 +57,7 @@ class MaskedObjective:
         costs = costs or Costs()
         if view.opaque is not None:
             costs = replace(costs, copying=NEVER)
-        if not live.ops.packs:
+        if view.opaque is not None or not live.ops.packs:
             costs = replace(costs, listing=NEVER)
         self._before_pass, self._planner = before_pass, Planner(view.space, costs)
         self._head: nn.Linear = view.model.get_output_embeddings()

@@ -20,7 +20,7 @@ from bernprune.kernels import linear, mlp, reference
 
 __all__ = [
     "DTYPES", "activation_of", "attention_of_kept", "cross_entropy", "divergence", "draw", "linear_to_kept",
-    "masked_linear", "masked_mlp", "rotary",
+    "masked_linear", "masked_mlp", "masked_units", "rotary",
 ]  # fmt: skip
 
 _WIDE = 16  # entries from which on a unit fills tiles of its own
@@ -57,6 +57,13 @@ def masked_linear(
         return linear.linear_from_kept(x_RTE, list_kept(masks), weight_DE, bias_D, unit_width=unit_width)
     linear.check(x_RTE, weight_DE, bias_D)
     return F.linear(linear.cut(x_RTE, masks, unit_width=unit_width), weight_DE, bias_D)
+
+
+def masked_units(x_RTE: torch.Tensor, masks: PackedMasks | torch.Tensor | None, *, unit_width: int = 1) -> torch.Tensor:
+    """As ``reference.masked_units``; each packed mask serves equally many rows in turn."""
+    if not isinstance(masks, PackedMasks):
+        return reference.masked_units(x_RTE, masks, unit_width=unit_width)
+    return linear.cut(x_RTE, masks, unit_width=unit_width)
 
 
 def linear_to_kept(

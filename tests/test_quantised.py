@@ -8,7 +8,6 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import nn
 
 from bernprune import backends
 from bernprune.costs import NEVER, Costs, Planner, measure
-from bernprune.errors import BackendError, ModelError
+from bernprune.errors import ModelError
 from bernprune.models.linear import weight_of
 from bernprune.models.masking import masked
 from bernprune.models.shortening import shorten, stored_bytes
@@ -256,15 +255,6 @@ def test_a_quantised_model_is_not_sliced(way: str) -> None:
     with pytest.raises(ModelError, match=r"query projection of layer 0 is a .*applying its plan to the original"):
         slice_model(view.model, random_plan(view.architecture))
     assert trace(view.model, tokens) == before
-
-
-@all_ways
-def test_kernels_refuse_a_quantised_model(way: str) -> None:
-    """They multiply with the weights themselves."""
-    view = quantised_view(Variant("", "llama"), way)
-    ops = replace(OPS, name="triton", packs=True)
-    with pytest.raises(BackendError, match=r"'triton' needs plain linear layers, but the query .* use backend 'torch'"):
-        masked(view, ops).__enter__()
 
 
 def test_what_is_no_linear_layer_is_refused() -> None:

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from bernprune.config import make_config
-from bernprune.errors import ConfigError
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.loading import load_model
 from bernprune.models.view import describe
@@ -173,10 +172,12 @@ def test_what_kernels_search_on_is_measured_without_them(place: Place) -> None:
     assert (stage.ops.name, stage.view.model.dtype) == ("torch", torch.float64)
 
 
-def test_int8_is_not_for_kernels() -> None:
-    """Which multiply with plain weights."""
-    with pytest.raises(ConfigError, match=r"search.dtype 'int8' needs backend 'torch' or 'auto', but that is 'triton'"):
-        make_config({"backend": "triton", "search": {"dtype": "int8"}})
+@needs_torchao
+def test_kernels_mask_what_is_quantised(place: Place) -> None:
+    """Before it multiplies by itself."""
+    stage = set_stage(make_config({**given(place), "backend": "triton", "search": {"dtype": "int8"}}))
+    assert (stage.ops.name, stage.dtype) == ("triton", "int8")
+    assert stage.view.opaque is not None
 
 
 @pytest.mark.parametrize(("free", "expected"), [(2**31 + 399, False), (2**31 + 400, True)])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from quantised import all_ways, quantise
 from searches import activities
 from spaces import random_numbers
 from test_masking import random_masks, trace
@@ -81,6 +82,27 @@ def test_the_losses_are_those_of_plain_torch(
         with masked_objective(view, each, rows_per_forward=5, costs=Costs(listing=listing)) as objective:
             found.append(CALLS[way](objective, masks_KU, tokens_BT))
     assert_close(found[1], found[0], CHAIN[torch.float32])
+
+
+@all_ways
+def test_layers_that_multiply_by_themselves(way: str, ops: Any, device: torch.device) -> None:
+    """Only what enters them is masked, by bits too; an activation without a kernel is theirs to compute."""
+    view = describe(quantise(tiny_model("llama", **FAMILIES["llama"]).float().to(device), way))
+    for layer in view.layers:
+        layer.ffn.act_fn = nn.Tanh()
+    tokens_BT, strides = random_tokens(3, 8), [layer.down.weight.stride() for layer in view.layers]
+    masks_BKCU = make_masks(random_numbers(view.space.size, 1), Design(3, 2), space=view.space).to(device)
+    calls = [
+        *((CALLS[name], neighbours(view.space)[:6]) for name in ("shared", "chunks", "activities")),
+        (MaskedObjective.token_losses, masks_BKCU),
+    ]
+    for call, masks in calls:
+        found = []
+        for each in (load_backend("torch", device), ops):
+            with masked_objective(view, each, rows_per_forward=4, costs=Costs(1.0, 0.0, 1.0, 0.0)) as objective:
+                found.append(call(objective, masks, tokens_BT))
+                assert [layer.down.weight.stride() for layer in view.layers] == strides
+        assert_close(found[1], found[0], CHAIN[torch.float32])
 
 
 @pytest.mark.parametrize(
@@ -326,7 +348,8 @@ CHOICES = {
     "plain": ({}, "triton"),
     "on_a_processor": ({"device": "cpu"}, "torch"),
     "wide": ({"dtype": torch.float64}, "torch"),
-    "quantised": ({"opaque": "a layer is quantised"}, "torch"),
+    "quantised": ({"opaque": "a layer is quantised"}, "triton"),
+    "quantised_and_strange": ({"opaque": "a layer is quantised", "activation": nn.Tanh()}, "triton"),
     "strange": ({"activation": nn.Tanh()}, "torch"),
     "without_triton": ({"missing": True}, "torch"),
     "old_card": ({"capability": (7, 5)}, "torch"),

@@ -279,7 +279,7 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
             for branch in (attention, ffn):
                 swapped.callback(branch.restore)
             branches[index] = {"kv_group": attention, "channel": ffn}
-            if ops.packs:  # kernels read the columns of what a mask keeps
+            if ops.packs and view.opaque is None:  # kernels read the columns of what a mask keeps
                 ffn.lay_columns()
             swap(swapped, layer, family, attention, ffn, ops)
         if ops.attention_of_kept is not None:
@@ -311,13 +311,13 @@ def choose_ops(name: BackendName, view: ModelView) -> MaskedOps:
 def _check(view: ModelView, ops: MaskedOps) -> None:
     """Raises ``BackendError`` unless the operations run on this model."""
     dtype, layer = view.model.dtype, view.layers[0]
-    if ops.packs and view.opaque is not None:
-        raise BackendError(f"backend {ops.name!r} needs plain linear layers, but {view.opaque}; use backend 'torch'")
     if ops.dtypes and dtype not in ops.dtypes:
         raise BackendError(
             f"backend {ops.name!r} runs in {', '.join(map(str, ops.dtypes))}, but the model is in {dtype}; give "
             "another model.dtype, or use backend 'torch'"
         )
+    if view.opaque is not None:  # then the FFN is called as it is
+        return
     try:
         ops.activation(getattr(layer.ffn, view.family.activation))
     except ValueError as error:
