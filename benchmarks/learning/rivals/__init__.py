@@ -58,7 +58,9 @@ METHODS = {
     "reinforce": Method(reinforce),
     "reinforce-pulled": Method(
         reinforce,
-        tuple({"learning_rate": rate, "pull": pull} for rate in (0.1, 0.3, 1.0) for pull in (0.0001, 0.001, 0.01)),
+        tuple(
+            {"learning_rate": rate, "pull": pull} for rate in (0.3, 1.0, 3.0, 10.0) for pull in (0.0, 0.001, 0.01, 0.1)
+        ),
     ),
     "paper": Method(paper, tuple({"learning_rate": rate} for rate in _RATES)),
     "paper-published": Method(paper, ({"learning_rate": 0.002},)),
