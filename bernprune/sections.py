@@ -265,8 +265,8 @@ class RepairConfig(Section):
     stream it refits the 'bias', the weights by 'ridge' regression or by 'admm', or one 'scale' a unit. 'two-step' also
     refits those before them; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
     windows: Annotated[int, Field(ge=2)] | None = None
-    """Calibration windows of the repair; by default 128, or what the model's widest projection needs. One in four
-    chooses the ridge. As many others are read to judge by, where there are so many."""
+    """Calibration windows of the repair; by default 128, or as many as hold 24 tokens to fit on for each input of the
+    widest projection. One in four chooses the ridge. As many others judge, 256 at most, where there are so many."""
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's, in which errors count as shares of that stream."""

@@ -16,6 +16,8 @@ from bernprune.models.streaming import LayerStream
 from bernprune.models.view import describe
 from bernprune.repair import ExpectedWeights, Repairer, fitting
 from bernprune.repair.moments import Moments
+from bernprune.repair.pairs import Pair
+from bernprune.repair.places import places
 from bernprune.repair.weights import Weights
 from bernprune.report import table
 from bernprune.run import effort, pipeline
@@ -207,11 +209,24 @@ def test_copies_of_weights_while_a_repair_is_chosen(method: str, monkeypatch: py
     assert most[0] == effort.kept_bytes(config, view.architecture, 8)
 
 
+def test_hidden_states_that_a_repair_keeps() -> None:
+    """As many bytes as are held in a layer, each counted once."""
+    view, windows = describe(tiny_model("llama")), 20
+    pair = Pair(view, random_tokens(windows, 16), rows_per_forward=7)
+    for layer in range(2):
+        pair.enter(places(view, random_plan(view.architecture, 5), layer))
+        states = [pair._dense.hidden_RTD, pair._pruned.hidden_RTD, *pair._before, pair._after]
+        held = {state_RTD.data_ptr(): state_RTD.nbytes for passes in states for state_RTD in passes}
+        config = make_config(TEXT | {"repair": {"windows": windows}})
+        assert sum(held.values()) == effort.states_bytes(config, view.architecture, 8)
+        pair.leave()
+
+
 def test_what_is_not_done_is_not_counted(place: Place) -> None:
     config = make_config(TEXT | {"repair": {"method": "none"}})
     architecture = space().architecture
     assert effort.repairs_of(config, architecture) == [] and effort.repair_bytes(config, architecture) == 0
-    assert effort.kept_bytes(config, architecture, 4) == 0
+    assert effort.kept_bytes(config, architecture, 4) == effort.states_bytes(config, architecture, 4) == 0
     assert effort.policy_weights(config, space()) == effort.Effort()
     assert effort.policy_bytes(config, space(), 4) == 0
     told = {}

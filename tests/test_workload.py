@@ -24,6 +24,7 @@ from tiny_run import (
 )
 
 from bernprune.config import make_config
+from bernprune.repair.needs import needed_windows
 from bernprune.run import loop
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.stage import Stage
@@ -36,9 +37,12 @@ from bernprune.run.workload import (
     Work,
     Workload,
     default_sequences,
+    finalist_windows,
+    judging_windows,
     plan_work,
+    repair_windows,
 )
-from bernprune.units import UnitGroup
+from bernprune.units import Architecture, LayerShape, UnitGroup
 
 UNITS = 5000
 
@@ -61,6 +65,21 @@ def units_of(count: int) -> Any:
     return SimpleNamespace(
         size=count, groups=[UnitGroup("kv_group", 0, 7, 11, 29.0), UnitGroup("channel", 0, 5, 3, 6.0)]
     )
+
+
+@pytest.mark.parametrize(("window", "channels"), [(128, 512), (128, 11_008), (2048, 11_008), (100, 1537)])
+def test_a_repair_reads_as_much_as_its_widest_projection_asks_for(window: int, channels: int) -> None:
+    """24 tokens to fit on for each input, and no window more, but never less than small models take."""
+    shapes = (LayerShape(32, 8, 64), LayerShape(32, 8, channels))
+    architecture, data = Architecture("llama", 400, 10, shapes), {"window": window}
+    count = repair_windows(make_config({"data": data}), architecture)
+    fitted, fewer = ((windows - windows // 4) * window for windows in (count, count - 1))
+    assert count == 128 or fewer < 24 * channels <= fitted
+    assert count >= 128 and fitted >= 24 * channels
+    assert finalist_windows(architecture, window, count) == max(128, needed_windows(channels, window, 6))
+    assert finalist_windows(architecture, window, 7) == 7
+    assert repair_windows(make_config({"data": data, "repair": {"windows": 7}}), architecture) == 7
+    assert judging_windows(7) == 7 and judging_windows(count) == min(count, 256)
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -43,9 +43,9 @@ def check_tokens(
         )
 
 
-def needed_windows(inputs: int, window: int) -> int:
-    """The fewest windows of which enough are fitted on for so many inputs."""
-    fitted = max(1, -(-TOKENS_PER_INPUT * inputs // window))
+def needed_windows(inputs: int, window: int, tokens: int = TOKENS_PER_INPUT) -> int:
+    """The fewest windows of which so many tokens are fitted on for each of so many inputs."""
+    fitted = max(1, -(-tokens * inputs // window))
     return fitted + max(1, (fitted - 1) // (CHECKED - 1))
 
 

@@ -31,18 +31,15 @@ class Pair:
             LayerStream(view, windows_WT, rows_per_forward=rows_per_forward) for _ in ("dense", "pruned")
         )
         self._before: list[list[torch.Tensor]] = []  # for each branch, the dense residual stream, pass by pass
-        self._normed: list[list[torch.Tensor]] = []  # and what the branch's norm makes of it
         self._after: Sequence[torch.Tensor] = ()  # the dense residual stream after the last branch
 
-    def enter(self, places: Sequence[Place], *, first: bool = False) -> None:
-        """Take the dense windows through the layer; ``first`` keeps what ``first`` needs, too."""
-        self._before, self._normed = [[] for _ in places], [[] for _ in places]
+    def enter(self, places: Sequence[Place]) -> None:
+        """Take the dense windows through the layer."""
+        self._before = [[] for _ in places]
 
         def note(at: int) -> Callable[..., None]:
             def noting(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 self._before[at].append(inputs[0].cpu())
-                if first:
-                    self._normed[at].append(output.cpu())
 
             return noting
 
@@ -92,11 +89,12 @@ class Pair:
 
     def first(self, place: Place, dense_DA: torch.Tensor, bias_D: torch.Tensor | None) -> Moments:
         """Moments of what the branch takes in now, and of what its projections ``dense_DA`` give in the dense model."""
-        normed = iter(self._normed[int(place.branch == "ffn")])
+        before = iter(self._before[int(place.branch == "ffn")])
         found = Moments(dense_DA.shape[1], dense_DA.shape[0], self._device)
 
         def gather(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            wanted_RTD = F.linear(next(normed).to(self._device), dense_DA, bias_D)
+            normed_RTD = norm.forward(next(before).to(self._device))  # which calls no hook, such as this one
+            wanted_RTD = F.linear(normed_RTD, dense_DA, bias_D)
             found.add(output.flatten(0, -2), wanted_RTD.flatten(0, -2))
 
         with hooked((place.norm, gather)):

@@ -133,7 +133,7 @@ class Repairer:
         for layer in range(len(self.view.layers)):
             branches = places(self.view, plan, layer)
             for pair in (fit, check):
-                pair.enter(branches, first=method == "two-step")
+                pair.enter(branches)
             done.layers.append({place.branch: _repaired(fitter, place, done.originals) for place in branches})
             for pair in (fit, check):
                 pair.leave()

@@ -15,7 +15,14 @@ from bernprune.names import RepairName
 from bernprune.repair.closed import ADMM_STEPS
 from bernprune.repair.fitting import DECIDING
 from bernprune.run.initial import allocation_of, scoring_sequences
-from bernprune.run.workload import FITS, fitting_windows, plan_work
+from bernprune.run.workload import (
+    FITS,
+    finalist_windows,
+    fitting_windows,
+    judging_windows,
+    plan_work,
+    repair_windows,
+)
 from bernprune.scores.base import PARTS
 from bernprune.units import Architecture, LayerShape, UnitSpace
 
@@ -49,15 +56,17 @@ def repairs_of(config: RunConfig, architecture: Architecture) -> list[tuple[Repa
         return []
     tried: list[RepairName] = ["ridge", "two-step"] if method == "auto" else [method]
     finalists = _FINALISTS + (allocation_of(config) != "uniform" or config.initial.kv_sparsity is not None)
-    tried = [tried[0]] * (finalists * config.judges_finalists) + tried
-    return [(name, _repair(config, architecture, name)) for name in tried]
+    count = repair_windows(config, architecture)
+    quick = finalist_windows(architecture, config.data.window, count)
+    judged = [(tried[0], _repair(config, architecture, tried[0], quick))] * (finalists * config.judges_finalists)
+    return judged + [(name, _repair(config, architecture, name, count)) for name in tried]
 
 
-def _repair(config: RunConfig, architecture: Architecture, method: RepairName) -> Effort:
-    count = config.repair.windows or fitting_windows(architecture, config.data.window)
+def _repair(config: RunConfig, architecture: Architecture, method: RepairName, count: int) -> Effort:
+    """Effort of one on so many windows."""
     tokens, ridges = count * config.data.window, len(config.repair.ridges)
     keep = 1.0 if method == "admm" else 1 - config.budget.sparsity
-    total = Effort(windows=count * (_PASSES + 1))  # and as many to judge by
+    total = Effort(windows=count * _PASSES + judging_windows(repair_windows(config, architecture)))
     for shape in architecture.layers:
         for every in _widths(architecture, shape):
             total += _fit(method, round(keep * every), architecture.hidden_size, tokens, ridges)
@@ -116,9 +125,10 @@ def windows_run(
     }
     if repair["method"] != "none":
         tried = [name for name in repair["losses"] if name != "none"]
-        tried += tried[:1] * len(repair.get("finalists", ()))  # auto judges them by the first that it tries
-        passes = sum(_PASSES + 2 * (name == "two-step") for name in tried)  # left where the first projections read
-        counted["repair"] = passes * repair["windows"] + (len(tried) + 1) * repair["judging_windows"]
+        passes = [_PASSES + 2 * (name == "two-step") for name in tried]  # left where the first projections read
+        finalists = len(repair.get("finalists", ()))  # auto judges them by the first that it tries
+        counted["repair"] = sum(passes) * repair["windows"] + finalists * sum(passes[:1]) * repair["finalist_windows"]
+        counted["repair"] += (finalists + len(tried) + 1) * repair["judging_windows"]
     counted["evaluation"] = evaluated
     return {name: count for name, count in counted.items() if count}
 
@@ -153,6 +163,12 @@ def kept_bytes(config: RunConfig, architecture: Architecture, itemsize: int) -> 
         every += 2 * (shape.query_heads + shape.kv_groups) * architecture.head_dim + 3 * shape.channels
     changed = {"two-step": every, "auto": last + every}.get(config.repair.method, last)
     return itemsize * architecture.hidden_size * changed
+
+
+def states_bytes(config: RunConfig, architecture: Architecture, itemsize: int) -> int:
+    """Bytes on the CPU of a repair's hidden states: two models', and the dense one's before each branch of a layer."""
+    tokens = 0 if config.repair.method == "none" else repair_windows(config, architecture) * config.data.window
+    return itemsize * architecture.hidden_size * 4 * tokens
 
 
 def _widths(architecture: Architecture, shape: LayerShape) -> tuple[int, int]:

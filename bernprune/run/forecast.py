@@ -14,7 +14,15 @@ from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
 from bernprune.own import blaming, unchanging
-from bernprune.run.effort import Effort, kept_bytes, policy_bytes, policy_weights, repair_bytes, repairs_of
+from bernprune.run.effort import (
+    Effort,
+    kept_bytes,
+    policy_bytes,
+    policy_weights,
+    repair_bytes,
+    repairs_of,
+    states_bytes,
+)
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate_step
 from bernprune.run.methods import check_methods, loss_of, places_of_ones_own, reads_activity
@@ -98,7 +106,7 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])
     repairing = full + repair_bytes(config, view.architecture)
     for_policy = policy_bytes(config, view.space, opened.full.itemsize)
-    for_repair = kept_bytes(config, view.architecture, opened.full.itemsize)
+    for_repair = sum(count(config, view.architecture, opened.full.itemsize) for count in (kept_bytes, states_bytes))
     if device.type == "cpu":
         searching, repairing = searching + for_policy, repairing + for_repair
     memory, held = max(searching, repairing, _to_verify(device, full)), f"weights {weights / 2**30:.2f} GiB"

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,13 @@ from bernprune.objective import masked_objective
 from bernprune.repair import ExpectedWeights, Repair, Repairer
 from bernprune.repair.needs import check_biases, check_tokens
 from bernprune.run.stage import Stage, read_texts, rows_per_forward
-from bernprune.run.workload import LEAST_JUDGING, fitting_windows
+from bernprune.run.workload import (
+    LEAST_JUDGING,
+    finalist_windows,
+    fitting_windows,
+    judging_windows,
+    repair_windows,
+)
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
@@ -64,8 +70,7 @@ class Workshop:
             learned: windows that were learned from, the first ones; others judge, if there are enough.
         """
         settings = config.repair
-        fitted = settings.windows or fitting_windows(view.architecture, train.window)
-        fitting_WT, judging_WT = _shared_out(train, kept_back, fitted, learned)
+        fitting_WT, judging_WT = _shared_out(train, kept_back, repair_windows(config, view.architecture), learned)
         repairer = Repairer(
             view,
             fitting_WT,
@@ -107,6 +112,13 @@ class Workshop:
         with masked_objective(view, self.ops, rows_per_forward=self.repairer.rows_per_forward) as objective:
             return objective.window_losses(view.space.mask(plan)[None], self.judging_WT)[0]
 
+    @property
+    def quick(self) -> Repairer:
+        """What repairs finalists, on less text, to judge them."""
+        view, windows_WT = self.repairer.view, self.repairer.windows_WT
+        count = finalist_windows(view.architecture, windows_WT.shape[1], len(windows_WT))
+        return replace(self.repairer, windows_WT=windows_WT[:count])
+
     def prefer(self, plans: Mapping[str, KeepPlan]) -> tuple[str, dict[str, float | None]]:
         """Which of several plans has the least loss once it is repaired, and the mean loss of each then.
 
@@ -119,7 +131,7 @@ class Workshop:
         """Mean loss of a finalist after its repair. If it cannot be repaired, ``auto`` would leave it as it is; by a
         method that was asked for it could not be had at all, and just loses."""
         try:
-            done = self.repairer.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
+            done = self.quick.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
         except BernpruneError as error:
             if self.method == "auto":
                 logger.warning("the finalist %r is judged as it is, as it cannot be repaired: %s", name, error)
@@ -176,6 +188,7 @@ class Workshop:
             "chosen": chosen,
             "losses": _finite(losses),
             "windows": len(self.repairer.windows_WT),
+            "finalist_windows": len(self.quick.windows_WT),
             "judging_windows": len(self.judging_WT),
             "target": self.repairer.target,
             "layers": [] if done is None else done.layers,
@@ -213,12 +226,12 @@ def repair_text(config: RunConfig, tokenizer: Any, model_config: Any) -> torch.T
 def _shared_out(
     train: TokenWindows, kept_back: TokenWindows | None, fitted: int, learned: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows to fit on, at most so many, and as many others to judge by; with little text, a third as many.
+    """Windows to fit on, at most so many, and others to judge by; with little text, a third as many.
 
     Raises:
         DataError: there are not two of each.
     """
-    judging, available = max(LEAST_JUDGING, fitted), train.num_windows
+    judging, available = judging_windows(fitted), train.num_windows
     if kept_back is not None:
         judging, fitted = min(judging, kept_back.num_windows), min(fitted, available)
         return train.windows(0, fitted), kept_back.windows(0, judging)

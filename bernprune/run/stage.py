@@ -32,6 +32,7 @@ from bernprune.run.workload import (
     Workload,
     check_budget,
     fitting_windows,
+    judging_windows,
     make_budget,
     make_limits,
     plan_work,
@@ -259,7 +260,7 @@ def _keep_back(
     window, num_windows = config.data.window, len(stream) // config.data.window
     learning, choosing = workload.windows_read(config.search, space)
     if config.fits_to_policy:  # whatever repair follows: that may change on the way
-        choosing = max(choosing, fitting_windows(space.architecture, config.data.window))
+        choosing = max(choosing, judging_windows(fitting_windows(space.architecture, config.data.window)))
     if not choosing or learning + choosing <= num_windows:
         return stream, None
     count = int(

@@ -37,7 +37,10 @@ from bernprune.units import Architecture, UnitSpace
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
 FITS = 32  # of weights to the policy, at most: one takes as long on a large model as thousands of sequences
-FITTING_WINDOWS, LEAST_JUDGING = 128, 2  # two for a standard error
+# Tokens that weights are fitted on for each input, by default (benchmarks/repair tells what fewer cost), and of
+# finalists that are repaired to be judged.
+FITTING_TOKENS, FINALIST_TOKENS, FITTING_WINDOWS = 24, 6, 128  # windows, at least
+LEAST_JUDGING, MOST_JUDGING = 2, 256  # windows that judge repairs; two for a standard error
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 # Share of the sequences for the final choice: what LOOKS looks and the race before them take, MOST_CHOOSING at most.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # CHOOSING where nothing is looked at
@@ -207,11 +210,26 @@ def default_sequences(num_units: int) -> int:
     return min(MOST_SEQUENCES, max(LEAST_SEQUENCES, SEQUENCES_PER_UNIT * num_units))
 
 
-def fitting_windows(architecture: Architecture, window: int) -> int:
-    """Calibration windows to fit weights on, by default: enough for the widest matrix, whatever is kept."""
+def fitting_windows(architecture: Architecture, window: int, tokens: int = FITTING_TOKENS) -> int:
+    """Calibration windows to fit weights on, by default: so many tokens for each input of the widest matrix."""
     shapes = architecture.layers
     widest = max(max(shape.channels, shape.query_heads * architecture.head_dim) for shape in shapes)
-    return max(FITTING_WINDOWS, needed_windows(max(widest, architecture.hidden_size), window))
+    return max(FITTING_WINDOWS, needed_windows(max(widest, architecture.hidden_size), window, tokens))
+
+
+def repair_windows(config: RunConfig, architecture: Architecture) -> int:
+    """Calibration windows to repair on."""
+    return config.repair.windows or fitting_windows(architecture, config.data.window)
+
+
+def finalist_windows(architecture: Architecture, window: int, fitted: int) -> int:
+    """Calibration windows to repair finalists on, of those that the repair itself is fitted on."""
+    return min(fitted, fitting_windows(architecture, window, FINALIST_TOKENS))
+
+
+def judging_windows(fitted: int) -> int:
+    """Windows that judge repairs which are fitted on so many."""
+    return min(max(LEAST_JUDGING, fitted), MOST_JUDGING)
 
 
 def make_budget(config: RunConfig, space: UnitSpace, sparsity: float | None = None) -> Budget:
