@@ -7,20 +7,28 @@ import pytest
 from tiny_run import Place
 
 from benchmarks.learning.rows import read_rows
-from benchmarks.smollm2 import run
+from benchmarks.smollm2 import run, windows
 from bernprune.config import make_config
+from bernprune.repair import Repairer
 
 
-def test_rows_of_runs(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of tiny ones; the file of rows holds no path of this machine."""
-    monkeypatch.setattr(run, "MODEL", place.model)
-    monkeypatch.setattr(run, "TEXT", place.text)
+@pytest.fixture
+def small(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model and text in place of the files."""
 
-    def small(given: dict[str, Any]) -> Any:
+    def made(given: dict[str, Any]) -> Any:
         data = given["data"] | {"window": 16, "eval_tokens": 320}
         return make_config(given | {"data": data, "initial": {"windows": 4}, "repair": {"windows": 8}})
 
-    monkeypatch.setattr(run, "make_config", small)
+    monkeypatch.setattr(run, "MODEL", place.model)
+    monkeypatch.setattr(run, "TEXT", place.text)
+    for module in (run, windows):
+        monkeypatch.setattr(module, "make_config", made)
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_runs(tmp_path: Path) -> None:
+    """Of tiny ones; the file of rows holds no path of this machine."""
     given = ["--sequences=0,144", f"--folder={tmp_path}"]
     run.main(given)
     rows = read_rows(tmp_path / "results.jsonl", run.KEY)
@@ -33,6 +41,32 @@ def test_rows_of_runs(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     run.main(given)
     assert read_rows(tmp_path / "results.jsonl", run.KEY) == rows
+
+
+@pytest.mark.usefixtures("small")
+def test_rows_of_repairs_on_more_and_less_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the widths of a run; each is fitted on what it says, judged on other text, and undone."""
+    fitted, judged, repair = [], [], Repairer.repair
+    monkeypatch.setattr(windows, "JUDGING", 8)
+
+    def watched(self: Repairer, plan: Any, method: Any) -> Any:
+        fitted.append({tuple(row_T.tolist()) for row_T in self.windows_WT})
+        judged.append([(len(layer.kv_groups), len(layer.channels)) for layer in plan.layers])
+        return repair(self, plan, method)
+
+    folder = f"--folder={tmp_path}"
+    run.main(["--sequences=144", folder])
+    monkeypatch.setattr(Repairer, "repair", watched)
+    (made,) = read_rows(tmp_path / "results.jsonl", run.KEY)
+    windows.main(["--sequences=144", "--windows=8,20,8", folder])
+    rows = read_rows(tmp_path / "windows.jsonl", windows.KEY)
+    assert [len(read) for read in fitted] == [row["fitted"] for row in rows][: len(fitted)] and fitted[0] < fitted[1]
+    assert all(layers == [tuple(layer) for layer in made["layers"]] for layers in judged)
+    assert rows[0]["loss"] == rows[2]["loss"] != rows[1]["loss"]
+    windows.main(["--sequences=144", "--windows=20", folder])
+    assert len(fitted) == 3 and (tmp_path / "windows.md").read_text().count("| 144 |") == 3
+    with pytest.raises(SystemExit, match=r"results\.jsonl has no row with 7 sequences"):
+        windows.main(["--sequences=7", folder])
 
 
 def test_without_the_model_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

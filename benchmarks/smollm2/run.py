@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
@@ -26,16 +27,27 @@ KEY = ("sparsity", "sequences", "seed")
 SEQUENCES, SPARSITIES, SEEDS = [0, 4_096], [0.3], [0]
 
 
-def run(key: Row, scratch: Path) -> Row:
-    """A run by the public road, which reports on the last tenth of its text."""
-    given = {
+def settings(key: Row) -> dict[str, Any]:
+    """The defaults, but for what a row names."""
+    return {
         "model": {"path": str(MODEL)},
         "data": {"text": str(TEXT)},
         "budget": {"sparsity": key["sparsity"]},
         "search": {"sequences": key["sequences"]},
         "seed": key["seed"],
     }
-    report = prune(make_config(given), scratch / "run")
+
+
+def check_files() -> None:
+    """Leaves with a word on how to get what is missing."""
+    for path in (MODEL, TEXT):
+        if not path.exists():
+            sys.exit(f"error: {path.name} is missing: fetch.py makes the model, and ../shared/data holds the text")
+
+
+def run(key: Row, scratch: Path) -> Row:
+    """A run by the public road, which reports on the last tenth of its text."""
+    report = prune(make_config(settings(key)), scratch / "run")
     return {
         **key,
         "loss": report["loss"],
@@ -85,9 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=list_of(int), default=SEEDS)
     parser.add_argument("--folder", type=Path, default=HERE, help="where results.jsonl and table.md lie")
     given = parser.parse_args(arguments)
-    for path in (MODEL, TEXT):
-        if not path.exists():
-            sys.exit(f"error: {path.name} is missing: fetch.py makes the model, and ../shared/data holds the text")
+    check_files()
     results = given.folder / "results.jsonl"
     for sparsity, sequences, seed in itertools.product(given.sparsity, given.sequences, given.seed):
         key = {"sparsity": sparsity, "sequences": sequences, "seed": seed}
