@@ -20,7 +20,7 @@ from bernprune.repair.pairs import Pair
 from bernprune.repair.places import places
 from bernprune.repair.weights import Weights
 from bernprune.report import table
-from bernprune.run import effort, pipeline
+from bernprune.run import effort, pipeline, workload
 from bernprune.run.folder import RunFolder
 from bernprune.run.workload import fitting_windows
 from bernprune.units import UnitSpace
@@ -97,6 +97,7 @@ def test_all_that_is_run_forward_is_reported(
 ) -> None:
     """By the windows that pass through decoder layers, apart from those that are timed or verified."""
     seen, aside = [0], [False]
+    monkeypatch.setattr(workload, "FITTING_WINDOWS", 3)  # or finalists would be repaired on as much as what is kept
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, LlamaDecoderLayer) and "forward" not in vars(module) and not aside[0]:
@@ -121,6 +122,8 @@ def test_all_that_is_run_forward_is_reported(
         hook.remove()
     report = read_json(place.out / "report.json")
     assert seen[0] == LAYERS * sum(report["windows_run"].values())
+    if "repair.windows" not in str(given) and report["repair"].get("finalists"):
+        assert report["repair"]["finalist_windows"] < report["repair"]["windows"]
     told = next(line for line in table(report).splitlines() if line.startswith("in all "))
     assert f"{sum(report['windows_run'].values()):,} sequences of 16 tokens run forward: " in told
 
@@ -189,6 +192,16 @@ def test_weights_are_fitted_where_units_may_go() -> None:
         config = make_config(TEXT | {"search": given})
         assert effort.policy_weights(config, space()) == effort.Effort()
         assert effort.policy_bytes(config, space(), 4) == 0
+
+
+def test_finalists_that_cannot_be_repaired_are_judged_as_they_are() -> None:
+    """Where no repair could be tried, judging is all that is run."""
+    repair = {"method": "auto", "losses": {"none": 1.0}, "windows": 90, "finalist_windows": 40, "judging_windows": 7}
+    search = {"sequences": 5, "finals": {"sequences": 2}}
+    config, finalists = make_config(TEXT), {"learned": 1.0, "initial": 2.0}
+    for given, judged in ((repair, 1), (repair | {"finalists": finalists}, 3)):
+        found = effort.windows_run(config, space().architecture, search=search, repair=given, evaluated=0)
+        assert found["repair"] == judged * 7
 
 
 @pytest.mark.parametrize("method", ["ridge", "two-step", "auto"])

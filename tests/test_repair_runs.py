@@ -20,7 +20,7 @@ from bernprune.objective import masked_objective
 from bernprune.repair import repairing
 from bernprune.repair.fitting import Fitter
 from bernprune.report import table
-from bernprune.run import pipeline, verification
+from bernprune.run import pipeline, verification, workload
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model, open_tokenizer
 from bernprune.run.plans import Learned
@@ -170,6 +170,20 @@ def test_what_judges_a_repair_was_not_fitted_on(prepared: Place) -> None:
     assert len(plain.judging_WT) == WINDOWS
     assert torch.equal(held.judging_WT, kept_back.windows(0, 5))
     assert torch.equal(held.repairer.windows_WT, plain.repairer.windows_WT)
+
+
+def test_what_judges_has_a_limit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of what a search leaves alone for it, whatever a repair is fitted on."""
+    tiny_text(place.text, 6000)
+    given = {"path": str(place.model)}, {"text": str(place.text), "window": WINDOW}
+    stages = []
+    for most in (256, 33):
+        monkeypatch.setattr(workload, "MOST_JUDGING", most)
+        stage = set_stage(make_config({"model": given[0], "data": given[1], "search": {"sequences": 12_000}}))
+        workshop = Workshop.of_stage(stage)
+        assert workshop is not None and stage.kept_back is not None
+        stages.append((stage.kept_back.num_windows, len(workshop.judging_WT)))
+    assert stages[1] == (33, 33) and min(stages[0]) > 33
 
 
 @pytest.mark.parametrize(("sequences", "kept_back"), [(900, False), (12_000, True)], ids=["some", "all of it"])

@@ -65,6 +65,7 @@ def rows(stage: Stage, sequences: int, plan: KeepPlan, windows: Sequence[int]) -
             "loss": losses,
             "seconds": seconds,
             "machine": machine(stage.view.device),
+            "protocol": {"window": stage.train.window, "windows": JUDGING},
             "commit": commit(),
         }
 
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not runs:
         sys.exit(f"error: results.jsonl has no row with {given.sequences:,} sequences, which run.py would make")
     had = {row["windows"] for row in read_rows(results, KEY) if row["sequences"] == given.sequences}
-    if missing := [count for count in given.windows if count not in had]:
+    if missing := sorted({*given.windows} - had):
         stage = set_stage(make_config(run.settings({**runs[0], "sequences": 0})))
         for row in rows(stage, given.sequences, plan_of(stage, runs[0]["layers"]), missing):
             append_row(results, row)
