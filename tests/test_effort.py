@@ -83,13 +83,14 @@ def test_repairs_that_are_counted_are_those_that_are_done(
     [
         ("repair.method=none",),
         ("repair.method=ridge", "repair.windows=12"),
+        ("repair.method=auto", "repair.windows=40"),
         ("repair.method=auto", "repair.judge_finalists=false", "search.refit=false", "search.selection=0.4"),
         ("initial.score=mini-llm", "initial.allocation=block-influence", "plans.sparsities=[0.2, 0.4]"),
         ("search.sequences=0", "repair.method=auto", "repair.windows=12"),
         (*METHODS["reinforce"], "search.baseline=matched", "search.sequences=100"),
         ("search.objective=kl", "search.sequences=200"),
     ],
-    ids=["none", "ridge", "choice", "metric", "no-search", "reference", "kl"],
+    ids=["none", "ridge", "finalists", "choice", "metric", "no-search", "reference", "kl"],
 )
 @pytest.mark.usefixtures("one_by_one")
 def test_all_that_is_run_forward_is_reported(
@@ -122,8 +123,8 @@ def test_all_that_is_run_forward_is_reported(
         hook.remove()
     report = read_json(place.out / "report.json")
     assert seen[0] == LAYERS * sum(report["windows_run"].values())
-    if "repair.windows" not in str(given) and report["repair"].get("finalists"):
-        assert report["repair"]["finalist_windows"] < report["repair"]["windows"]
+    if "repair.windows=40" in given:
+        assert len(report["repair"]["finalists"]) > 1 and report["repair"]["finalist_windows"] == 23
     told = next(line for line in table(report).splitlines() if line.startswith("in all "))
     assert f"{sum(report['windows_run'].values()):,} sequences of 16 tokens run forward: " in told
 
@@ -142,11 +143,17 @@ def test_moments_and_passes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch)
         return through(self, hidden_RTD)
 
     monkeypatch.setattr(LayerStream, "_through", counting)
-    config = make_config(TEXT | {"repair": {"method": "ridge", "windows": 20}})
-    Repairer(view, random_tokens(20, 16), rows_per_forward=7).repair(plan, "ridge")
-    judging = 20
+    monkeypatch.setattr(workload, "FITTING_WINDOWS", 3)
+    config = make_config(TEXT | {"repair": {"method": "ridge", "windows": 40}})
+    Repairer(view, random_tokens(40, 16), rows_per_forward=7).repair(plan, "ridge")
+    judging = 40
     ((_, counted),) = effort.repairs_of(config, view.architecture)[-1:]
     assert counted.windows == rows[0] / len(view.layers) + judging
+
+    rows[0] = 0
+    Repairer(view, random_tokens(23, 16), rows_per_forward=7).repair(plan, "ridge")
+    of_finalist = effort.repairs_of(config, view.architecture)[0][1]
+    assert of_finalist.windows == rows[0] / len(view.layers) + judging
 
 
 @pytest.mark.parametrize("deciding", [512, 4])

@@ -172,8 +172,29 @@ def test_what_judges_a_repair_was_not_fitted_on(prepared: Place) -> None:
     assert torch.equal(held.repairer.windows_WT, plain.repairer.windows_WT)
 
 
+def test_finalists_are_repaired_on_less(prepared: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the first of the windows that what is kept is repaired on."""
+    read, repair = list[torch.Tensor](), repairing.Repairer.repair
+
+    def watched(repairer: Any, plan: KeepPlan, method: Any) -> Any:
+        read.append(repairer.windows_WT)
+        return repair(repairer, plan, method)
+
+    monkeypatch.setattr(workload, "FITTING_WINDOWS", 3)
+    monkeypatch.setattr(repairing.Repairer, "repair", watched)
+    workshop = workshop_at(prepared)
+    plan = plans_of(workshop)["many"]
+    workshop.prefer({"many": plan})
+    report = workshop.repair(plan)
+    assert [len(windows_WT) for windows_WT in read] == [23, WINDOWS]
+    assert torch.equal(read[0], read[1][:23]) and report["finalist_windows"] == 23
+
+
 def test_what_judges_has_a_limit(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also of what a search leaves alone for it, whatever a repair is fitted on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workload, "MOST_JUDGING", 20)
+        assert len(workshop_at(place).judging_WT) == 20
     tiny_text(place.text, 6000)
     given = {"path": str(place.model)}, {"text": str(place.text), "window": WINDOW}
     stages = []

@@ -233,6 +233,21 @@ def test_memory_is_that_of_the_model_twice_and_of_what_a_step_sums() -> None:
     assert more == 3 * 8 * reading.search.windows * channels
 
 
+def test_memory_holds_what_a_repair_keeps(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of weights, and hidden states."""
+    config = make_config(given(place))
+
+    def told() -> str:
+        return next(line for line in forecast.forecast(config).splitlines() if line.startswith("memory"))
+
+    before = told()
+    assert "about 3.00 GiB" not in before
+    for name in ("kept_bytes", "states_bytes"):
+        with monkeypatch.context() as patch:
+            patch.setattr(forecast, name, lambda *_: 3 * 2**30)
+            assert "about 3.00 GiB" in told()
+
+
 @all_dtypes
 def test_what_a_run_would_take(dtype: str, place: Place) -> None:
     """Of memory for weights while it is searched, and for the model itself."""
