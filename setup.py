@@ -21,6 +21,7 @@ PACKAGES = [
     "bernprune.repair",
     "bernprune.run",
     "bernprune.scores",
+    "bernprune_command",
 ]
 TEST = ["pytest>=8", "pytest-xdist>=3.6"]
 RECOVER = ["peft>=0.15", "accelerate>=1"]
@@ -58,8 +59,8 @@ setup(
         "test": [*TEST, *RECOVER, *GGUF],
         "dev": [*TEST, *RECOVER, *GGUF, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
     },
-    entry_points={"console_scripts": ["bernprune = bernprune.cli:main"]},
-    package_dir={"bernprune.kernels": "kernels"},
+    entry_points={"console_scripts": ["bernprune = bernprune_command:main"]},
+    package_dir={"bernprune.kernels": "kernels", "bernprune_command": "bernprune/cli/command"},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

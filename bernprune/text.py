@@ -166,7 +166,9 @@ def _json_lines(path: Path, lines: Iterable[str]) -> Iterator[str]:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from None
+            raise DataError(
+                f"{where}: not valid JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
+            ) from None
         except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
             raise DataError(f"{where}: not readable as JSON: {error}") from None
         if not isinstance(record, dict):

@@ -123,7 +123,7 @@ def _damaged_config(place: Place) -> Path:
 
 
 def _folder(place: Place, name: str) -> Path:
-    (place.folder / name).mkdir()
+    (place.folder / name).mkdir(parents=True)
     return place.folder / name
 
 
@@ -365,7 +365,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "config-false": (lambda p: ["prune", str(p.file("c.yaml", "no"))], ("c.yaml", "keys and values", "False")),
     "config-of-numbers": (lambda p: ["prune", str(p.file("c.yaml", "1: 2"))], ("c.yaml", "keys and values")),
     "config-binary": (lambda p: ["prune", str(p.file("c.yaml", b"\xff\x00"))], ("c.yaml", "cannot be read")),
-    "config-a-folder": (lambda p: ["prune", "model"], ("model", "cannot be read")),
+    "config-a-folder": (lambda p: ["prune", "model"], ("model", "is a folder")),
     "config-section-twice": (
         lambda p: ["prune", str(p.file("c.yaml", "search: {masks: 4}\nsearch: {windows: 4}"))],
         ("c.yaml", "'search' is given twice"),
@@ -434,6 +434,14 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "out-finished": (lambda p: p.prune(out=_finished(p)), ("finished run", "--overwrite")),
     "resume-finished": (lambda p: ["resume", str(_finished(p))], ("is finished", "model")),
     "resume-nothing": (lambda p: ["resume", "temporary"], ("temporary", "no bernprune run")),
+    "resume-what-never-began": (
+        lambda p: ["resume", str(_folder(p, "begun/.lock").parent)],
+        ("no bernprune run", "begins anew by the bernprune prune command"),
+    ),
+    "a-model-for-a-config": (
+        lambda p: ["prune", str(p.model)],
+        ("is a folder", "a model is given by --model", "bernprune resume"),
+    ),
     **{
         f"resume-with-{setting}": (
             lambda p, setting=setting: ["resume", str(_unfinished(p)), "--set", setting],

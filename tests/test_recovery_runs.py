@@ -266,7 +266,7 @@ def _other_run(place: Place, folder: Path) -> list[str]:
 REFUSED: dict[str, tuple[Callable[[Place, Path], list[str]], str]] = {
     "no run": (lambda p, f: recover(p, p.folder / "nothing"), "holds no bernprune run"),
     "unfinished": (_unfinished, "is not finished: there is nothing to recover"),
-    "no peft": (lambda p, f: recover(p, f), r"needs peft.*bernprune\[recover\]"),
+    "no peft": (lambda p, f: recover(p, f), r"the package peft; install it: pip install \"\.\[recover\]\""),
     "occupied": (_occupied, "holds no bernprune recovery; give another folder"),
     "a run's folder": (lambda p, f: recover(p, f, out=str(f)), "holds no bernprune recovery"),
     "another run": (_other_run, "unfinished recovery of another run"),
@@ -298,6 +298,6 @@ def test_what_cannot_be_is_refused(case: str, place: Place, finished: Path, monk
 def test_a_recovery_is_no_run(place: Place, finished: Path) -> None:
     succeed(*recover(place, finished))
     out = str(place.folder / "recovered")
-    for command in (["resume", out], ["select", out, "--sparsity", "0.3"]):
-        assert "holds no bernprune run" in in_one_sentence(run(*command))
+    for command in (["resume", out], ["select", out, "--sparsity", "0.3"], ["recover", out, str(place.folder / "two")]):
+        assert re.search("holds no bernprune run .*; it holds a recovery", in_one_sentence(run(*command)))
     assert "holds no bernprune run" in in_one_sentence(run(*place.prune(out=Path(out)), "--overwrite"))

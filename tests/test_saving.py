@@ -64,6 +64,28 @@ def test_registered_classes_load_it_without_remote_code(variant: Variant, tmp_pa
     assert torch.equal(loaded.generate(tokens, **settings), model.generate(tokens, **settings))
 
 
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_rotary_embeddings_that_read_the_config_survive(family: str, kind: str, tmp_path: Path) -> None:
+    """Also where layers differ in heads, of which some kinds ask how many there are."""
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    changes = {"rope_parameters": rope, "num_attention_heads": 6, "num_key_value_heads": 3}
+    (model, plan), tokens = pruned(Variant(kind, family, changes)), random_tokens(length=23)
+    assert len({len(layer.kv_groups) for layer in plan.layers}) > 2
+    save_pruned(model, None, tmp_path / "out", plan=plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(logits_of(loaded, tokens), logits_of(model, tokens))
+
+
+def test_rotary_embeddings_that_need_equal_layers_are_refused_at_once() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
+    factors = {name: [1.0] * 2 for name in ("short_factor", "long_factor")}
+    model = tiny_model("llama")
+    model.config.rope_parameters = rope | factors
+    with pytest.raises(ModelError, match="'longrope' need equal layers"):
+        architecture_of(model)
+
+
 def test_a_clean_process_loads_it_with_remote_code(tmp_path: Path) -> None:
     (model, plan), tokens = pruned(BY_NAME["qwen3-sliding_biases"]), random_tokens()
     folder = save_pruned(model, tiny_tokenizer(), tmp_path / "out", plan=plan)

@@ -130,6 +130,12 @@ BROKEN_FILES = {
         json_lines("a"),
         ["line 3", "not valid JSON", "column 10"],
     ),
+    "control character in json": (
+        "a.jsonl",
+        b'{"text": "a\x01"}',
+        json_lines("a"),
+        ["line 1", "not valid JSON: Invalid control character at column 12"],
+    ),
     "json nested too deeply": ("a.jsonl", b'{"text":' + b"[" * 100_000, json_lines("a"), ["line 1", "JSON"]),
     "json list": ("a.jsonl", b'["a"]\n', json_lines("a"), ["line 1", "JSON object", "a list"]),
     "no field text": ("a.jsonl", b'{"id": 1, "body": "a"}', json_lines("a"), ["line 1", 'no field "text"', "id, body"]),

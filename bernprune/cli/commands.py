@@ -66,7 +66,12 @@ Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Any setting, e.g. search.masks=8; see bernprune settings."),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]  # seen to by _run
+Debug = Annotated[
+    bool,
+    typer.Option(
+        "--debug", help="Say what is done, also where there is no terminal, and show the traceback of errors."
+    ),
+]  # seen to by run_app
 SetOfModel = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="MODEL.B=C", help="A setting of the model, and no other, e.g. model.dtype=float32."),

@@ -101,7 +101,7 @@ def _set_up_logging(debug: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     ours.handlers = [handler]
-    ours.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    ours.setLevel(logging.INFO if debug or sys.stderr.isatty() else logging.WARNING)
     if not debug:
         logging.root.addHandler(logging.NullHandler())  # else Python prints what nobody handles
 

@@ -13,6 +13,7 @@ from bernprune.data import evaluation_windows, fingerprint, tokenize
 from bernprune.errors import ConfigError, LossError, ModelError
 from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.view import count_parameters
+from bernprune.progress import followed
 from bernprune.sections import ModelConfig
 from bernprune.text import load_documents
 
@@ -54,7 +55,7 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
     most = max(1, _LOGIT_BYTES // (4 * model.get_output_embeddings().weight.shape[0]))  # tokens
     rows = max(1, most // window)
     total = 0.0
-    for tokens_RT in windows_WT.split(rows):
+    for tokens_RT in followed(windows_WT.split(rows), "evaluation", unit="pass"):
         tokens_RT = tokens_RT.to(device)
         logits_NV = model(input_ids=tokens_RT, use_cache=False).logits[:, :-1].flatten(0, 1)
         parts = zip(logits_NV.split(most), tokens_RT[:, 1:].flatten().split(most), strict=True)

@@ -108,5 +108,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise ConfigError("recovery needs peft, which is not installed: pip install 'bernprune[recover]'") from None
+        raise ConfigError('recovery is done by the package peft; install it: pip install ".[recover]"') from None
     return peft

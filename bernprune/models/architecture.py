@@ -22,6 +22,8 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     family = family_of(config.model_type)
     if config.is_heterogeneous:
         raise ModelError("this model's layers differ by per_layer_config; only models of equal layers can be pruned")
+    if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":
+        raise ModelError("rotary embeddings of the kind 'longrope' need equal layers: such models cannot be pruned")
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % groups:

@@ -97,8 +97,9 @@ class Branch:
     def lay_columns(self) -> None:
         """Let a column of the last projection's weight lie together, so that some of them can be read fast."""
         if self._last.weight.stride(0) != 1:
-            self._strides = self._last.weight.stride()
+            strides = self._last.weight.stride()
             self._lay((1, self._last.out_features))
+            self._strides = strides  # or a GPU without room for it would be asked for as much to go back
 
     def restore(self) -> None:
         """Let the last projection's weight lie in memory as it did."""

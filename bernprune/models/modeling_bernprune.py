@@ -89,9 +89,11 @@ def share_config(model: nn.Module, config: PreTrainedConfig) -> None:
     """Point every module that holds a config at ``config``.
 
     A module left with a copy, such as its layer's view, would not see a later change of attention implementation.
+    Rotary embeddings, which have none, keep what they were built with: some kinds read the number of heads, which
+    layers that differ do not have in common.
     """
     for module in model.modules():
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+        if not hasattr(module, "inv_freq") and isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = config  # type: ignore[assignment]
 
 

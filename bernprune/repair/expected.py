@@ -21,6 +21,7 @@ from bernprune.models.statistics import Gram, weights_by_stream
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.names import Kind
+from bernprune.progress import followed
 from bernprune.repair.closed import factor
 from bernprune.repair.weights import Weights, put
 
@@ -111,7 +112,7 @@ class ExpectedWeights:
 def _places(view: ModelView, windows_WT: torch.Tensor, rows_per_forward: int) -> Iterator[_Place]:
     stream = LayerStream(view, windows_WT, rows_per_forward=rows_per_forward)
     kinds: tuple[Kind, ...] = ("kv_group", "channel")
-    for index, layer in enumerate(view.layers):
+    for index, layer in enumerate(followed(view.layers, "weights for the policy", unit="layer")):
         found = [
             (projection, units, Gram(projection))
             for projection, kind in zip((layer.output, layer.down), kinds, strict=True)

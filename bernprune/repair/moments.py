@@ -4,6 +4,7 @@ Letters: N tokens of one forward pass, A inputs of a projection, D its outputs.
 """
 
 import copy
+import math
 
 import torch
 
@@ -68,11 +69,12 @@ class Moments:
         return gram_AA, cross_DA
 
     def error(self, weight_DA: torch.Tensor, bias_D: torch.Tensor | None) -> float:
-        """E|t - W x - b|^2, summed over outputs, mean over tokens."""
+        """E|t - W x - b|^2, summed over outputs, mean over tokens; infinite where it is not a number."""
         total = self._tt_D.sum() - 2 * (weight_DA * self._tx_DA).sum() + ((weight_DA @ self._xx_AA) * weight_DA).sum()
         if bias_D is not None:
             total += 2 * bias_D @ (weight_DA @ self._x_A - self._t_D) + self.count * bias_D @ bias_D
-        return max(0.0, total.item() / self.count)
+        error = total.item() / self.count
+        return max(0.0, error) if math.isfinite(error) else math.inf
 
     @property
     def _sums(self) -> tuple[torch.Tensor, ...]:

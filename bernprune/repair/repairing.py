@@ -15,6 +15,7 @@ import torch
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.models.view import ModelView
 from bernprune.names import RepairName, TargetName, check_name
+from bernprune.progress import followed
 from bernprune.repair.fitting import Fitter
 from bernprune.repair.needs import CHECKED, check_biases, check_tokens
 from bernprune.repair.pairs import Pair
@@ -130,7 +131,7 @@ class Repairer:
             for chosen_W in (~checking_W, checking_W)
         )
         fitter = Fitter(fit, check, method, self.target, tuple(self.ridges), self.biases)
-        for layer in range(len(self.view.layers)):
+        for layer in followed(range(len(self.view.layers)), f"repair {method}", unit="layer"):
             branches = places(self.view, plan, layer)
             for pair in (fit, check):
                 pair.enter(branches)

@@ -13,7 +13,6 @@ from threading import Event
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from bernprune.data import TokenWindows
 from bernprune.errors import RunError
@@ -23,6 +22,7 @@ from bernprune.policy.looks import STEPS, changed_masks, changes, look_sequences
 from bernprune.policy.race import CHALLENGERS, Heat, agreeing, challengers, heat_sequences, race
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
+from bernprune.progress import bar
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.methods import loss_of
@@ -70,8 +70,6 @@ def run_finals(
     finalists: dict[str, torch.Tensor],
     order_U: torch.Tensor,
     work: Work,
-    *,
-    progress: bool | None = None,
 ) -> Finals:
     """Race the finalists, then what may be better than the winner, until the sequences for it are spent.
 
@@ -86,11 +84,10 @@ def run_finals(
     finals = _restore(folder, work) or Finals(names[0], finalists[names[0]], ended=_NOTHING_LEFT)
     if not budget:
         return finals
-    hidden = None if progress is None else not progress
     with (
-        tqdm(total=budget, initial=finals.sequences, unit="seq", desc="finals", disable=hidden) as bar,
+        bar("finals", total=budget, unit="seq", done=finals.sequences) as shown,
         signals() as stopping,
-        stage.objective(loss_of(stage.config.search), lambda rows: _go_on(stopping, bar, rows)) as objective,
+        stage.objective(loss_of(stage.config.search), lambda rows: _go_on(stopping, shown, rows)) as objective,
     ):
         text = _Text.of(stage, objective, work, finals)
         started = time.monotonic() - finals.seconds
@@ -119,11 +116,11 @@ def run_finals(
     return finals
 
 
-def _go_on(stopping: Event, bar: Any, rows: int) -> None:
+def _go_on(stopping: Event, shown: Any, rows: int) -> None:
     """Stop here, before so many rows, if asked to: a look at a large model takes long. What it has found is lost."""
     if stopping.is_set():
         raise Interrupted
-    bar.update(rows)
+    shown.update(rows)
 
 
 def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int) -> str:

@@ -40,6 +40,7 @@ from bernprune.storage import write_bytes, write_json
 logger = logging.getLogger(__name__)
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
+RECOVERY_CONFIG = "recover.yaml"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
 COSTS = "costs.json"
@@ -285,8 +286,19 @@ def open_run(path: Path) -> RunFolder:
     """The folder of an existing run. Raises ``RunError`` if there is none."""
     folder = RunFolder(path)
     if not folder.config.is_file():
-        raise RunError(f"{path} holds no bernprune run (no {CONFIG} in it)")
+        raise RunError(f"{path} holds no bernprune run (no {CONFIG} in it){_but(path)}")
     return folder
+
+
+def _but(path: Path) -> str:
+    """What lies there instead, if it is of ours, and what to do with it, as the end of a sentence."""
+    if (path / RECOVERY_CONFIG).is_file():
+        return "; it holds a recovery, which the bernprune recover command that began it goes on with"
+    if path.is_dir() and all(_is_scrap(entry.name) for entry in path.iterdir()) and any(path.iterdir()):
+        return (
+            "; one that was stopped before anything was saved begins anew by the bernprune prune command that began it"
+        )
+    return ""
 
 
 def _is_scrap(name: str) -> bool:

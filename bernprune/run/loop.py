@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, TextIO
 
 import torch
-from tqdm import tqdm
 
 from bernprune.errors import ConfigError, LossError, RunError
 from bernprune.names import ReferenceName
@@ -22,6 +21,7 @@ from bernprune.policy.masks import some_rows, with_reference
 from bernprune.policy.posterior import PosteriorStats
 from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
+from bernprune.progress import bar
 from bernprune.repair import ExpectedWeights
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder
@@ -42,8 +42,6 @@ def run_search(
     order_U: torch.Tensor,
     initial_U: torch.Tensor,
     weights: ExpectedWeights | None = None,
-    *,
-    progress: bool | None = None,
 ) -> Work:
     """Run or continue the search in its folder, up to its budget; ``search`` holds the result.
 
@@ -51,7 +49,6 @@ def run_search(
         order_U: how the metric orders units, which breaks ties and to which what is learned is compared.
         initial_U: the selection at the start.
         weights: if given, masks are run on weights that are fitted to the policy as it changes.
-        progress: None shows a bar on a terminal only.
 
     Raises:
         LossError: a loss that is not finite, where those are errors.
@@ -61,17 +58,17 @@ def run_search(
     work, fitted_U = _restore(folder, search, stage.text_sha256)
     loop, workload = _Loop(stage, folder, search, order_U, initial_U, work, weights), stage.workload
     loop.fit(search.probs_U if fitted_U is None else fitted_U)
-    hidden = None if progress is None else not progress  # None: tqdm hides itself where there is no terminal
+    logger.info("searching")
     with (
-        tqdm(total=workload.steps, initial=work.step, unit="step", desc="search", disable=hidden) as bar,
+        bar("search", total=workload.steps, unit="step", done=work.step) as shown,
         folder.open_metrics(work.step) as metrics,
         stage.objective(loss_of(stage.config.search)) as objective,
         signals() as stopping,
     ):
         while workload.progress(work) < 1 and not stopping.is_set():
             stats = loop.step(objective, metrics)
-            bar.update()
-            bar.set_postfix(loss=f"{stats.loss:.4f}", sparsity=f"{stats.expected_sparsity:.3f}", refresh=False)
+            shown.update()
+            shown.set_postfix(loss=f"{stats.loss:.4f}", sparsity=f"{stats.expected_sparsity:.3f}", refresh=False)
             if loop.save_is_due():
                 loop.save(metrics)
         loop.save(metrics)

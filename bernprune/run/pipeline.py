@@ -26,6 +26,7 @@ from bernprune.picture import draw
 from bernprune.policy.bernoulli import reordered
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
+from bernprune.progress import bars
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals, run_finals
@@ -53,24 +54,24 @@ def prune(
 ) -> dict[str, Any]:
     """Prune a model as configured, in the run folder ``out``, and return the report.
 
-    An unfinished run of the same configuration is continued.
+    An unfinished run of the same configuration is continued. With ``progress`` bars are shown; None: on a terminal.
 
     Raises:
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
     folder = RunFolder(Path(out))
     folder.look(config, overwrite=overwrite)
-    with unchanging():
-        return _prune(config, folder, overwrite=overwrite, progress=progress)
+    with unchanging(), bars(progress):
+        return _prune(config, folder, overwrite=overwrite)
 
 
-def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool, progress: bool | None) -> dict[str, Any]:
+def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool) -> dict[str, Any]:
     stage = set_stage(config)
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
             with blaming(places_of_ones_own(config)):  # before the disk is blamed
-                return _run(stage, folder, continued=continued, progress=progress)
+                return _run(stage, folder, continued=continued)
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
@@ -109,7 +110,7 @@ def resume(
     return prune(make_config(merge(config.to_dict(), changes)) if changes else config, out, progress=progress)
 
 
-def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
+def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
     Workshop.of_stage(stage)  # whether there is text enough
     known = _known_stage(stage, folder) if continued else None
@@ -129,9 +130,9 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, progress: bool | N
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
             write_state(folder.initial, start)
-        work = run_search(stage, folder, search, order_U, by_metric["initial"], weights, progress=progress)
+        work = run_search(stage, folder, search, order_U, by_metric["initial"], weights)
         finalists = _finalists(stage, search, order_U, by_metric)
-        finals = run_finals(stage, folder, search, finalists, order_U, work, progress=progress)
+        finals = run_finals(stage, folder, search, finalists, order_U, work)
     learned_U = metric.initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
     followed = metric.followed(stage.view.space, learned_U)
     learned = _write_kept(stage, folder, finals, followed, order_U)

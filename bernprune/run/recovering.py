@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from bernprune.backends import TORCH, find_device
 from bernprune.config import RunConfig, make_config
@@ -36,9 +35,10 @@ from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, count_parameters, describe
 from bernprune.models.view import fingerprint as weights_fingerprint
 from bernprune.policy.allocation import shares_by_importance
+from bernprune.progress import bar, bars
 from bernprune.recovery import SampledMasks, Training, whole_ranks
 from bernprune.run.checkpoint import read_latest, write_checkpoint
-from bernprune.run.folder import RunFolder, open_run, versions
+from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run, versions
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
 from bernprune.run.signals import signals
@@ -63,7 +63,7 @@ _INFLUENCE_WINDOWS = 32
 class RecoveryFolder(RunFolder):
     """The folder of a recovery."""
 
-    CONFIG, WORK, OTHER = "recover.yaml", "recovery", "give another folder"
+    CONFIG, WORK, OTHER = RECOVERY_CONFIG, "recovery", "give another folder"
     FREE = ("recover.rows", "recover.recompute", "recover.checkpoint_seconds")
 
 
@@ -96,6 +96,7 @@ def recover(
 
     Args:
         changes: settings that differ from the run's, as nested plain data; of those in ``RECOVERY_SETTINGS``.
+        progress: whether bars are shown; None shows them on a terminal only.
 
     Raises:
         BernpruneError: anything that the caller can mend; before the training starts, nothing is left behind.
@@ -112,7 +113,8 @@ def recover(
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)
         try:
-            return _recover(source, folder, continued=continued, progress=progress)
+            with bars(progress):
+                return _recover(source, folder, continued=continued)
         except torch.OutOfMemoryError as error:
             raise RunError(
                 "the GPU's memory is full; the same command, without --overwrite, goes on with less: --set "
@@ -162,7 +164,7 @@ def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _So
     )
 
 
-def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progress: bool | None) -> dict[str, Any]:
+def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool) -> dict[str, Any]:
     state = _stored(source, folder) if continued else None
     with _prepared(source, None if state is None else state["ranks"]) as prepared:
         if continued:  # what can fail on its input has not
@@ -170,7 +172,7 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, progre
         else:
             folder.start(source.config, prepared.weights)
         write_json(folder.plan, source.plan.to_dict())
-        seconds = _train(prepared, source, folder, state, progress=progress)
+        seconds = _train(prepared, source, folder, state)
         report = _report(source, prepared, seconds)
     model = prepared.training.finish()
     if source.config.recover.masks == "policy":
@@ -244,7 +246,8 @@ def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
         if whole and view is not None:
             trained, teacher = view.model, teacher and open_model(config, device)
         else:
-            view, trained = None, _pruned(source, device)
+            view = None  # before the other is loaded
+            trained = _pruned(source, device)
             before = _Before.of(trained, source)
         weights = weights_fingerprint(trained)
         adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
@@ -295,8 +298,6 @@ def _train(
     source: _Source,
     folder: RecoveryFolder,
     state: dict[str, Any] | None,
-    *,
-    progress: bool | None,
 ) -> float:
     """Train from the start, or from where it was interrupted; returns the seconds that it took in all."""
     training, seconds = prepared.training, 0.0
@@ -305,7 +306,6 @@ def _train(
         seconds = float(state["seconds"])
         logger.info("continuing at step %d", training.steps)
     started = saved = time.monotonic()
-    hidden = None if progress is None else not progress
 
     def save(metrics: Any) -> None:
         sync_stream(metrics)
@@ -318,7 +318,7 @@ def _train(
         write_checkpoint(folder.checkpoints, training.steps, state)
 
     with (
-        tqdm(total=training.total, initial=training.steps, unit="step", desc="recover", disable=hidden) as bar,
+        bar("recover", total=training.total, unit="step", done=training.steps) as shown,
         folder.open_metrics(training.steps) as metrics,
         signals() as stopping,
     ):
@@ -327,9 +327,9 @@ def _train(
         while training.ended is None and not stopping.is_set():
             record = {"step": training.steps, **training.step()}
             metrics.write(json.dumps(record) + "\n")
-            bar.update()
+            shown.update()
             best = min(training.held_out.values())
-            bar.set_postfix(loss=f"{record['loss']:.4f}", held_out=f"{best:.4f}", refresh=False)
+            shown.set_postfix(loss=f"{record['loss']:.4f}", held_out=f"{best:.4f}", refresh=False)
             if time.monotonic() - saved >= source.config.recover.checkpoint_seconds:
                 save(metrics)
                 saved = time.monotonic()

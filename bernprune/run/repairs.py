@@ -130,6 +130,7 @@ class Workshop:
     def _loss_repaired(self, name: str, plan: KeepPlan) -> float:
         """Mean loss of a finalist after its repair. If it cannot be repaired, ``auto`` would leave it as it is; by a
         method that was asked for it could not be had at all, and just loses."""
+        logger.info("repairing the finalist %r, to judge it", name)
         try:
             done = self.quick.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
         except BernpruneError as error:
@@ -145,6 +146,7 @@ class Workshop:
 
     def repair(self, plan: KeepPlan) -> dict[str, Any]:
         """Repair the live model for a plan; returns what the report says of it."""
+        logger.info("repairing by %r what is kept", self.method)
         started = time.monotonic()
         done, losses = self._repair(plan)
         if self.method != "auto" and not losses[self.method] <= losses["none"]:

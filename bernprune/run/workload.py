@@ -91,7 +91,7 @@ class Workload:
         if work.settled:
             return f"settled: knowing every unit exactly was expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
-            return "sequences: no further step fits into those that it was given"
+            return "sequences: those that are left are too few for a step"
         return "seconds: all the time that it was given was spent"
 
     def round_ends(self, step: int) -> bool:

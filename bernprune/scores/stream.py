@@ -19,6 +19,7 @@ from bernprune.models.statistics import POINTS, RunningMoments, moments
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
+from bernprune.progress import followed
 from bernprune.scores.base import Context
 from bernprune.units import UnitSpace
 
@@ -119,7 +120,7 @@ def by_layer(score: LayerScore) -> Callable[[Context], torch.Tensor]:
         view, rows = context.view, context.rows_per_forward
         stream = LayerStream(view, context.windows_WT, rows_per_forward=rows)
         scores_U = torch.zeros(view.space.size, dtype=torch.float64)
-        for index in range(len(view.layers)):
+        for index in followed(range(len(view.layers)), "score", unit="layer"):
             pruned = context.options.pruned_inputs
             fill(view, index, score(LayerPass(context, index, stream.run if pruned else stream.advance)), scores_U)
             if pruned:
