@@ -27,7 +27,7 @@ from bernprune.models.statistics import weights_by_stream
 from bernprune.models.view import describe
 from bernprune.names import Kind
 from bernprune.policy.rounds import Telling
-from bernprune.repair import ExpectedWeights, Repairer
+from bernprune.repair import ExpectedWeights, Repairer, expected
 from bernprune.repair.expected import expected_fit
 from bernprune.run import loop, workload
 from bernprune.run.plans import read_plan
@@ -351,3 +351,26 @@ def test_finalists_that_auto_cannot_repair_are_judged_as_they_are(place: Place) 
     losses, kept = report["repair"]["finalists"], report["search"]["kept"]
     assert min(losses, key=losses.get) == kept and losses[kept] == pytest.approx(report["repair"]["losses"]["none"])
     assert "repair       none: none could be tried, as said in warnings" in done.out
+
+
+def test_a_full_gpu_leaves_the_fit_to_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows would not help."""
+    view = describe(tiny_model("llama"))
+    probs_U = torch.linspace(0.1, 0.9, view.space.size, dtype=torch.float64)
+    weights = ExpectedWeights(view, WINDOWS_WT, rows_per_forward=5)
+    weights.fit(probs_U)
+    fitted = [place.projection.weight.clone() for place in weights._places]
+    weights.fit(torch.ones_like(probs_U))
+    calls = list[torch.Tensor]()
+
+    def full_at_first(weight_DE: torch.Tensor, *given: Any) -> torch.Tensor:
+        calls.append(weight_DE)
+        if len(calls) % 2:
+            raise torch.OutOfMemoryError("the memory is full")
+        return expected_fit(weight_DE, *given)
+
+    monkeypatch.setattr(expected, "expected_fit", full_at_first)
+    weights.fit(probs_U)
+    assert len(calls) == 2 * len(fitted) and all(given.device.type == "cpu" for given in calls[1::2])
+    assert all(torch.equal(place.projection.weight, w) for place, w in zip(weights._places, fitted, strict=True))
+    weights.undo()

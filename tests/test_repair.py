@@ -1,5 +1,6 @@
 """Repair does what its formulas say, what is repaired is what is sliced, and what fails leaves nothing behind."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -690,3 +691,16 @@ def test_masks_and_plans_say_the_same() -> None:
         view = describe(tiny_model("llama"), granularity)  # type: ignore[arg-type]
         plan = random_plan(view.architecture, 3, without_ffn=(1,), without_attention=(2,), dropped=(3,))
         assert view.space.plan(view.space.mask(plan)) == plan
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_few_windows_are_divided_into_some_to_fit_on_and_one_to_check(count: int) -> None:
+    view = describe(tiny_model("llama"))
+    done = Repairer(view, random_tokens(count, 30)).repair(with_copies(view.model), "scale")
+    assert all(math.isfinite(branch["after"]) for layer in done.layers for branch in layer.values() if branch)
+    done.undo()
+
+
+def test_an_error_that_is_no_number_is_never_the_least() -> None:
+    moments, _, _, dense = sample()
+    assert moments.error(torch.full_like(dense.weight_DA, math.nan), None) == math.inf

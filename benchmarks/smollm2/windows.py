@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # what is measured is the checkout that this file lies in
 
-from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, read_rows
+from benchmarks.learning.rows import Row, append_row, commit, list_of, read_rows
 from benchmarks.smollm2 import run
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError
@@ -80,7 +80,7 @@ def table(found: Sequence[Row]) -> str:
         "| widths of the row with so many sequences | windows | held-out text | training text |",
         "| ---: | ---: | ---: | ---: |",
     ]
-    for row in sorted(found, key=lambda row: key_of(row, KEY)):
+    for row in sorted(found, key=lambda row: tuple(row[name] for name in KEY)):
         losses = f"{row['loss']['held_out']:.3f} | {row['loss']['training']:.3f}"
         lines.append(f"| {row['sequences']:,} | {row['fitted']:,} | {losses} |")
     return "\n".join([*lines, ""])
