@@ -182,18 +182,23 @@ def _notes(report: dict[str, Any]) -> list[str]:
         *_weights(report),
         *_choice(report),
         *repaired(report["repair"]),
-        *_unfair(report),
+        *_before_repair(report),
         _verified(report["verified"]),
     ]
 
 
-def _unfair(report: dict[str, Any]) -> list[str]:
+def _before_repair(report: dict[str, Any]) -> list[str]:
     """What was learned counts on a repair; without one it may be worse than what it is better than in the end."""
     perplexity, names = report["perplexity"], titles(report)
-    before, initial = perplexity.get("unrepaired"), perplexity["initial"]
-    if names.get("unrepaired") != "learned" or "finalists" not in report["repair"] or before is None or initial is None:
+    unrepaired, initial = perplexity.get("unrepaired"), perplexity["initial"]
+    if (
+        names.get("unrepaired") != "learned"
+        or "finalists" not in report["repair"]
+        or unrepaired is None
+        or initial is None
+    ):
         return []
-    if before <= initial:
+    if unrepaired <= initial:
         return []
     return ["             (what is learned counts on its repair: compare it with the metric among the finalists)"]
 

@@ -51,10 +51,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = _load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
-    except IsADirectoryError:
-        raise ConfigError(
-            f"config file {path} is a folder; a model is given by --model, and bernprune resume goes on with a run"
-        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:

@@ -440,7 +440,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     ),
     "a-model-for-a-config": (
         lambda p: ["prune", str(p.model)],
-        ("is a folder", "a model is given by --model", "bernprune resume"),
+        ("is a folder", "a model is given by --model", "resume goes on"),
     ),
     **{
         f"resume-with-{setting}": (

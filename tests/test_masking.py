@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bernprune.backends import load_backend
 from bernprune.models import masking
+from bernprune.models.branches import Branch
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
@@ -425,3 +426,20 @@ def test_an_inner_block_gives_back_the_outer() -> None:
         assert torch.equal(logits_of(view.model, tokens), under_outer)
         live.set(inner_KU)
         assert torch.equal(logits_of(view.model, tokens), under_inner)
+
+
+def test_a_weight_that_found_no_room_to_be_laid_anew_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laying it back would ask for as much memory once more."""
+    view = describe(tiny_model("llama"))
+    mask_1U, laid = random_masks(view.space, 1), list[tuple[int, ...]]()
+
+    def full(self: Branch, strides: tuple[int, ...]) -> None:
+        laid.append(strides)
+        raise torch.OutOfMemoryError("the memory is full")
+
+    monkeypatch.setattr(Branch, "_lay", full)
+    with masked(view, OPS) as live:
+        live.set(mask_1U, working_U=mask_1U[0])
+        with pytest.raises(torch.OutOfMemoryError):
+            logits_of(view.model, random_tokens(2))
+    assert len(laid) == 1

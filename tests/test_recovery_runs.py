@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,29 @@ def test_what_cannot_be_is_refused(case: str, place: Place, finished: Path, monk
     done = run(*command)
     assert re.search(message, in_one_sentence(done)), done.err
     assert place.contents() == before
+
+
+@pytest.mark.parametrize("distill", [0.0, 0.5])
+def test_the_dense_model_is_held_beside_the_pruned_one_only_to_teach(
+    distill: float, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells ranks by it lets go of it before the other is loaded."""
+    dense, alive = list[weakref.ref[Any]](), list[bool]()
+    load_dense, load_pruned = recovering.open_model, recovering._pruned
+
+    def open_model(*given: Any) -> Any:
+        model = load_dense(*given)
+        dense.append(weakref.ref(model))
+        return model
+
+    def pruned(*given: Any) -> Any:
+        alive.append(dense[0]() is not None)
+        return load_pruned(*given)
+
+    monkeypatch.setattr(recovering, "open_model", open_model)
+    monkeypatch.setattr(recovering, "_pruned", pruned)
+    succeed(*recover(place, finished, "recover.ranks=influence", f"recover.distill={distill}"))
+    assert alive == [distill > 0]
 
 
 def test_a_recovery_is_no_run(place: Place, finished: Path) -> None:

@@ -12,11 +12,13 @@ from tiny_models import tiny_model
 from tiny_run import Place, read_json, succeed
 from tqdm import tqdm
 
+import bernprune
 from bernprune import progress
 from bernprune.models.view import describe
 from bernprune.progress import bar, bars, followed
 from bernprune.repair import Repairer
 from bernprune.report import table
+from bernprune.run.folder import RunFolder
 
 COMMAND = Path(__file__).parents[1] / "bernprune/cli/command/__init__.py"
 START = f"import runpy; runpy.run_path({str(COMMAND)!r})['main']()"
@@ -112,3 +114,14 @@ def test_what_counts_on_a_repair_is_not_left_to_be_misread(place: Place) -> None
     report["perplexity"]["unrepaired"] = 21.0
     del report["repair"]["finalists"]
     assert note not in table(report)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_runs_and_recoveries_show_bars_if_they_are_told_to(
+    shown: bool, finished: Path, tmp_path: Path, drawn: list[Any]
+) -> None:
+    bernprune.prune(RunFolder(finished).read_config(), tmp_path / "again", progress=shown)
+    few = {"tokens": 256, "batch": 4, "held_out": 4, "rank": 2, "ranks": "uniform"}
+    bernprune.recover(finished, tmp_path / "recovered", changes={"recover": few}, progress=shown)
+    wanted = {"score", "search", "evaluation", "recover"} if shown else set()
+    assert {each.desc for each in drawn} == wanted

@@ -131,6 +131,10 @@ def prune(
         "preset": preset,
         "seed": seed,
     }
+    if config is not None and config.is_dir():
+        raise ConfigError(
+            f"config file {config} is a folder; a model is given by --model, and resume goes on with a run"
+        )
     given = merge({} if config is None else read_yaml(config), without_none(flags))
     checked = make_config(absolute(merge(given, parse_settings(settings or []))))
     name = Path(checked.model.path).name

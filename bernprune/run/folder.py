@@ -294,7 +294,8 @@ def _but(path: Path) -> str:
     """What lies there instead, if it is of ours, and what to do with it, as the end of a sentence."""
     if (path / RECOVERY_CONFIG).is_file():
         return "; it holds a recovery, which the bernprune recover command that began it goes on with"
-    if path.is_dir() and all(_is_scrap(entry.name) for entry in path.iterdir()) and any(path.iterdir()):
+    names = [entry.name for entry in path.iterdir()] if path.is_dir() else []
+    if names and all(map(_is_scrap, names)):
         return (
             "; one that was stopped before anything was saved begins anew by the bernprune prune command that began it"
         )

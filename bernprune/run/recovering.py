@@ -110,11 +110,10 @@ def recover(
     check_adaptable()
     folder.look(config, overwrite=overwrite)
     source = _open_source(finished, config, of_run)
-    with folder.locked():
+    with folder.locked(), bars(progress):
         continued = folder.check(config, overwrite=overwrite)
         try:
-            with bars(progress):
-                return _recover(source, folder, continued=continued)
+            return _recover(source, folder, continued=continued)
         except torch.OutOfMemoryError as error:
             raise RunError(
                 "the GPU's memory is full; the same command, without --overwrite, goes on with less: --set "
