@@ -133,17 +133,16 @@ def test_errors_count_as_shares_of_the_stream(name: str) -> None:
 
 
 def test_a_token_with_a_stream_a_thousand_times_as_large_decides_nothing() -> None:
-    """As the first one of many language models has, before a layer or after it."""
-    random = torch.Generator().manual_seed(0)
-    before_RTD, after_RTD = torch.randn(2, 1, 7, 12, generator=random)
-    plain_RT = weights_by_stream(before_RTD, after_RTD)
+    """As the first one of many language models has, before a layer or after it, or in the pruned model alone."""
+    streams = torch.randn(3, 1, 7, 12, generator=torch.Generator().manual_seed(0))
+    plain_RT = weights_by_stream(*streams)
     assert plain_RT.min() > 0.1 and plain_RT.max() < 2
-    for stream_RTD in (before_RTD, after_RTD):
+    for stream_RTD in streams:
         stream_RTD[0, 3] *= 1000
-        found_RT = weights_by_stream(before_RTD.bfloat16(), after_RTD.bfloat16())
+        found_RT = weights_by_stream(*streams.bfloat16())
         assert found_RT.dtype == torch.float32 and found_RT[0, 3] < 1e-5
         stream_RTD[0, 3] /= 1000
-    assert weights_by_stream(0 * before_RTD, 0 * after_RTD).isfinite().all()
+    assert weights_by_stream(*(0 * streams)).isfinite().all()
 
 
 def test_blocks_have_nothing_to_make_up_with() -> None:

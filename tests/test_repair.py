@@ -351,28 +351,32 @@ def test_two_steps_refit_what_goes_in_by_least_squares() -> None:
 
 @pytest.mark.parametrize("branch", [0, 1], ids=["attention", "ffn"])
 def test_errors_of_the_stream_count_as_shares_of_it(branch: int) -> None:
-    """Of the dense one, before and after the branch; where a projection is fitted to its own outputs, all alike."""
+    """Of the dense one, before and after the branch, and of the pruned one after it; where a projection is fitted to
+    its own outputs, all count alike."""
     view, plan = view_of(Variant("llama", "llama"))
-    windows_WT, streams = random_tokens(5, 12), list[torch.Tensor]()
-    layer = view.layers[1].layer
+    windows_WT, layer = random_tokens(5, 12), view.layers[1].layer
 
-    def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        streams.append(inputs[0] if module is not layer else output)
+    def streams() -> list[torch.Tensor]:
+        found = list[torch.Tensor]()
 
-    with (
-        torch.no_grad(),
-        hooked(*((module, note) for module in (layer.input_layernorm, layer.post_attention_layernorm, layer))),
-    ):
-        view.model(input_ids=windows_WT, use_cache=False)
-    pair = Pair(view, windows_WT, rows_per_forward=2)
-    for index in (0, 1):
-        branches = places(view, plan, index)
-        pair.enter(branches)
-        if index == 0:
-            pair.leave()
+        def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            found.append(inputs[0] if module is not layer else output)
+
+        hooks = ((module, note) for module in (layer.input_layernorm, layer.post_attention_layernorm, layer))
+        with torch.no_grad(), hooked(*hooks):
+            view.model(input_ids=windows_WT, use_cache=False)
+        return found
+
+    dense, pair = streams(), Pair(view, windows_WT, rows_per_forward=2)
+    pair.enter(places(view, plan, 0))
+    view.layers[0].down.weight.data.mul_(30)  # so that what arrives is massive where it was not
+    pair.leave()
+    pruned, branches = streams(), places(view, plan, 1)
+    pair.enter(branches)
     place = branches[branch]
     found = {target: pair.last(place, place.kept_A, target).count for target in ("residual", "dense", "own")}
-    expected = weights_by_stream(*streams[branch : branch + 2]).sum().item()
+    expected = weights_by_stream(*dense[branch : branch + 2], pruned[branch + 1]).sum().item()
+    assert expected < 0.1 * weights_by_stream(*dense[branch : branch + 2]).sum().item()
     assert found == pytest.approx({"residual": expected, "dense": 60, "own": 60}, rel=1e-5)
 
 

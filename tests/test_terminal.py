@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import random_tokens, tiny_model
 from tiny_run import Place, read_json, succeed
 from tqdm import tqdm
 
@@ -16,7 +16,7 @@ import bernprune
 from bernprune import progress
 from bernprune.models.view import describe
 from bernprune.progress import bar, bars, followed
-from bernprune.repair import Repairer
+from bernprune.repair import ExpectedWeights, Repairer
 from bernprune.report import table
 from bernprune.run.folder import RunFolder
 
@@ -90,10 +90,16 @@ def test_a_repair_shows_how_many_layers_are_done(drawn: list[Any]) -> None:
     view = describe(tiny_model("llama"))
     masks_U = torch.ones(view.space.size, dtype=torch.bool)
     masks_U[view.space.span("channel", 0)] = torch.arange(view.space.size)[view.space.span("channel", 0)] % 2 == 0
-    windows_WT = torch.randint(view.model.config.vocab_size, (32, 16), generator=torch.Generator().manual_seed(1))
-    Repairer(view, windows_WT).repair(view.space.plan(masks_U), "scale").undo()
+    Repairer(view, random_tokens(32, 16)).repair(view.space.plan(masks_U), "scale").undo()
     (layers,) = drawn
     assert (layers.desc, layers.n, layers.total) == ("repair scale", len(view.layers), len(view.layers))
+
+
+def test_weights_for_a_policy_show_how_many_layers_are_done(drawn: list[Any]) -> None:
+    view = describe(tiny_model("llama"))
+    ExpectedWeights(view, random_tokens(6, 8), rows_per_forward=3).undo()
+    (layers,) = drawn
+    assert (layers.desc, layers.n) == ("weights for the policy", len(view.layers))
 
 
 def test_debug_says_what_is_done_without_a_terminal(place: Place) -> None:

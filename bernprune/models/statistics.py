@@ -43,15 +43,15 @@ class RunningMoments:
         return (self.second_moment_E - self.mean_E.square()).clamp(min=0)
 
 
-def weights_by_stream(before_RTD: torch.Tensor, after_RTD: torch.Tensor) -> torch.Tensor:
-    """What an error counts at each token, ``[R, T]``: 1 over the residual stream's mean squares, before and after.
+def weights_by_stream(*streams_RTD: torch.Tensor) -> torch.Tensor:
+    """What an error counts at each token, ``[R, T]``: 1 over the sum of the mean squares of its residual streams.
 
     Every branch reads the stream through a norm, so errors count as shares of it. Language models give some tokens,
     such as the first, streams a thousand times as large as the others', and take that back in the end (massive
     activations; Sun et al., 2024, arXiv 2402.17762): with plain squares, fits would go by those tokens alone.
     """
-    wide = torch.promote_types(before_RTD.dtype, torch.float32)
-    sizes_RT = before_RTD.to(wide).square().mean(-1) + after_RTD.to(wide).square().mean(-1)
+    wide = torch.promote_types(streams_RTD[0].dtype, torch.float32)
+    sizes_RT = torch.stack([stream_RTD.to(wide).square().mean(-1) for stream_RTD in streams_RTD]).sum(0)
     return 1 / sizes_RT.clamp(min=torch.finfo(wide).tiny)
 
 

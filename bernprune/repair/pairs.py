@@ -58,7 +58,8 @@ class Pair:
             inputs_A: which of its inputs.
             target: ``own``: what it gives on these very inputs; ``dense``: what it gives in the dense model;
                 ``residual``: what makes the residual stream that of the dense model, where a token's errors count as
-                shares of that stream (``weights_by_stream``); otherwise all tokens count alike, as published.
+                shares of that stream and of what the pruned model makes of it (``weights_by_stream``), which may be
+                massive where the dense one is not; otherwise all tokens count alike, as published.
 
         Raises:
             ModelError: not all of it is finite.
@@ -80,7 +81,9 @@ class Pair:
                 "dense": lambda: after_RTD - before_RTD,
                 "residual": lambda: after_RTD - arriving[0],
             }
-            weights = weights_by_stream(before_RTD, after_RTD).flatten() if target == "residual" else None
+            weights = None
+            if target == "residual":
+                weights = weights_by_stream(before_RTD, after_RTD, arriving[0] + output).flatten()
             found.add(inputs[0].flatten(0, -2)[:, inputs_A], wanted[target]().flatten(0, -2), weights)
 
         with hooked((place.norm, arrive), (place.last, gather)):
