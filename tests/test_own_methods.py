@@ -81,6 +81,17 @@ class Compared(Signs):
         return super().tell(masks_BKCU, losses_BKC - reference_BC[:, None], learning_rate=learning_rate)
 
 
+class Reads(Signs):
+    """Goes as far as channels are active under what would be kept now."""
+
+    needs_reading = True
+
+    def tell(self, masks_BKCU, losses_BKC, *, learning_rate, reference_BC=None, reading=None):
+        seen = []
+        reading.look(lambda layer, windows, hidden_RTF: seen.append(hidden_RTF.abs().mean().item()))
+        return super().tell(masks_BKCU, losses_BKC, learning_rate=learning_rate * sum(seen))
+
+
 class Posterior(PosteriorSearch):
     pass
 
@@ -274,13 +285,14 @@ def test_a_search_of_ones_own_learns(name: str, own: Path, place: Place) -> None
     assert report["diagnostics"]["gap"] and report["verified"]["max_logit_difference"] < 1e-4
 
 
-def test_a_run_that_fails_in_ones_own_code_goes_on(own: Path, place: Place) -> None:
+@pytest.mark.parametrize("name", ["Signs", "Reads"])
+def test_a_run_that_fails_in_ones_own_code_goes_on(name: str, own: Path, place: Place) -> None:
     """The fault is told with its line, what was done is kept, and the end is that of a run that never failed."""
-    given = [f"search.method={own}:Signs", *PLAIN, "search.checkpoint_steps=1"]
+    given = [f"search.method={own}:{name}", *(SHORT if name == "Reads" else PLAIN), "search.checkpoint_steps=1"]
     own.with_suffix(".stop").touch()
     told = in_one_sentence(run(*place.prune(*given)))
     line = OWN.splitlines().index('            raise KeyError("stopped")') + 1
-    assert f"search {own}:Signs failed in line {line}: KeyError: 'stopped'" in told
+    assert f"search {own}:{name} failed in line {line}: KeyError: 'stopped'" in told
     own.with_suffix(".stop").unlink()
     assert succeed("resume", str(place.out)).err == ""
     succeed(*place.prune(*given, out=place.folder / "undisturbed"))

@@ -138,7 +138,7 @@ class _Loop:
     weights: ExpectedWeights | None = None
     fitted_U: torch.Tensor | None = None  # keep probabilities that the weights were last fitted to
     saved_at: float = field(default_factory=time.monotonic)
-    selected_U: torch.Tensor | None = None  # what would be kept if the search ended now; None until it is asked for
+    selected: tuple[torch.Tensor, torch.Tensor] | None = None  # the last priorities asked about, and what they keep
 
     def step(self, objective: MaskedObjective, metrics: TextIO) -> StepStats:
         """Ask, evaluate, tell; the work done is counted here and nowhere else."""
@@ -187,7 +187,7 @@ class _Loop:
 
     def _probe(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and the loss of what would be selected now, on the text of the step."""
-        found, self.selected_U = self.search.diagnose(self.order_U), None
+        found = self.search.diagnose(self.order_U)
         if not isinstance(found, dict):
             raise ConfigError(
                 f"search {self.stage.config.search.method} must give a dictionary in diagnose, but gave {found!r:.100}"
@@ -200,10 +200,11 @@ class _Loop:
         return {"round": found}
 
     def _selected(self) -> torch.Tensor:
-        """What would be kept if the search ended now; it changes with the rounds."""
-        if self.selected_U is None:
-            self.selected_U = current_selection(self.search, self.order_U, self.stage.limits)
-        return self.selected_U
+        """What would be kept if the search ended now; ours change it with the rounds, others may with every step."""
+        priorities_U = self.search.priorities_U
+        if self.selected is None or not torch.equal(priorities_U, self.selected[0]):
+            self.selected = priorities_U.clone(), current_selection(self.search, self.order_U, self.stage.limits)
+        return self.selected[1]
 
     def _check_read(self, stats: StepStats, step: int) -> None:
         """Activities that are not finite are as bad as losses; if they may be dropped, they were left out."""
