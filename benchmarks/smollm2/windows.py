@@ -77,12 +77,12 @@ def table(found: Sequence[Row]) -> str:
         "",
         f"Loss after `{METHOD}`, nats per token; `windows.py` makes this from `windows.jsonl`.",
         "",
-        "| widths of the row with so many sequences | windows | held-out text | training text |",
-        "| ---: | ---: | ---: | ---: |",
+        "| widths of the row with so many sequences | windows | held-out text | training text | commit |",
+        "| ---: | ---: | ---: | ---: | --- |",
     ]
     for row in sorted(found, key=lambda row: tuple(row[name] for name in KEY)):
         losses = f"{row['loss']['held_out']:.3f} | {row['loss']['training']:.3f}"
-        lines.append(f"| {row['sequences']:,} | {row['fitted']:,} | {losses} |")
+        lines.append(f"| {row['sequences']:,} | {row['fitted']:,} | {losses} | {row['commit'][:7]} |")
     return "\n".join([*lines, ""])
 
 

@@ -3,7 +3,7 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -78,6 +78,15 @@ SetOfModel = Annotated[
 ]
 
 
+def _settings_of(config: Path | None) -> dict[str, Any]:
+    """What a config file says, if there is one; a folder, of a model or a run, is an easy slip."""
+    if config is not None and config.is_dir():
+        raise ConfigError(
+            f"config file {config} is a folder; a model is given by --model, and resume goes on with a run"
+        )
+    return {} if config is None else read_yaml(config)
+
+
 @app.command()
 def prune(
     config: Config = None,
@@ -131,11 +140,7 @@ def prune(
         "preset": preset,
         "seed": seed,
     }
-    if config is not None and config.is_dir():
-        raise ConfigError(
-            f"config file {config} is a folder; a model is given by --model, and resume goes on with a run"
-        )
-    given = merge({} if config is None else read_yaml(config), without_none(flags))
+    given = merge(_settings_of(config), without_none(flags))
     checked = make_config(absolute(merge(given, parse_settings(settings or []))))
     name = Path(checked.model.path).name
     folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
