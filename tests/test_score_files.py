@@ -1,10 +1,12 @@
 """Scores of one's own: written, read, refused; and metrics on the command line, from the list to a run."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from spaces import make_space
 from tiny_models import random_tokens, tiny_model
 from tiny_run import Place, in_one_sentence, read_json, run, settings, succeed, tiny_folder
 from transformers import AutoModelForCausalLM
@@ -120,6 +122,11 @@ def test_mistakes_on_the_command_line(place: Place) -> None:
 # How much each layer keeps
 
 
+def price_of(keep: float) -> float:
+    """The priority down to which layers with shares of their own keep so much of all."""
+    return math.log(keep) / (math.log(keep) - 1) - 1e-12
+
+
 def test_layers_keep_shares_of_their_own() -> None:
     """At the start, the best of each group; and by priorities, at any sparsity, powers of those shares."""
     space = space_of(intermediate_size=50)
@@ -131,12 +138,22 @@ def test_layers_keep_shares_of_their_own() -> None:
         units_U = space.group_U == group
         best = scores_U[units_U].argsort(descending=True)[: round(share * int(units_U.sum()))]
         assert set(kept_U[units_U].nonzero()[:, 0].tolist()) == set(best.tolist())
-        assert kept_U[units_U].equal(priorities_U[units_U] > 1 - 0.35)
+        assert kept_U[units_U].equal(priorities_U[units_U] > price_of(0.35))
         for keep in (0.1, 0.6, 0.99):
-            taken = (priorities_U[units_U] > 1 - keep).double().mean().item()
+            taken = (priorities_U[units_U] > price_of(keep)).double().mean().item()
             assert (
                 abs(taken - keep ** (torch.log(shares_G[group]) / torch.log(torch.tensor(0.35))).item()) <= 1 / 6 + 1e-9
             )
+
+
+def test_layers_that_keep_nearly_all_or_nothing_are_still_in_order() -> None:
+    space = make_space(["channel"], [(1, 50), (1, 50), (1, 50)])
+    scores_U = torch.rand(space.size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shares_G = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    priorities_U = graded(space, scores_U, keep=0.5, shares_G=shares_G)
+    for units, kept in zip(space.spans, (50, 25, 0), strict=True):
+        assert priorities_U[units].argsort().equal(scores_U[units].argsort())
+        assert len(priorities_U[units].unique()) == 50 and (priorities_U[units] > price_of(0.5)).sum() == kept
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])

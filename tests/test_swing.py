@@ -26,6 +26,7 @@ from bernprune.policy.contrast import contrast
 from bernprune.policy.masks import Design, Masks, amplitude, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
+from bernprune.policy.rounds import Telling
 from bernprune.policy.search import MaskSearch, Reading
 from bernprune.policy.sums import MaskSums
 from bernprune.run.workload import make_search as make_run_search
@@ -306,6 +307,22 @@ def test_worths_are_learned_from_active_tokens_in_spite_of_swing() -> None:
         read(search, range(12))
         told[swing] = miss(search)
     assert told[1.0] < 1.2 * told[0.0], told
+
+
+def test_what_was_seen_of_a_policy_that_is_drawn_in_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, and the last step of a round has no figures of the one before to show."""
+    search = reading_search(design=Design(16, 4, CHUNKS, "antithetic", 1.0))
+    read(search, range(3))
+    assert search.diagnose(search.probs_U).keys() > {"regret", "agreement"}
+    before, policy_U = search.state_dict(), search.probs_U
+    assert before["count"] and before["swung"]["count"] and before["active"]["sums"]["count"]
+    monkeypatch.setattr(Telling, "too_soft", True)
+    read(search, range(3, 4))
+    after = search.state_dict()
+    assert search.drew_in and not search.probs_U.equal(policy_U)
+    assert after["count"] == after["swung"]["count"] == after["active"]["sums"]["count"] == 0
+    assert not search.diagnose(search.probs_U).keys() & {"regret", "agreement", "signal_to_noise"}
+    assert search.beliefs.worth_U.equal(before["beliefs"]["worth_U"])
 
 
 def test_the_scale_of_active_tokens_follows_a_sure_layer() -> None:

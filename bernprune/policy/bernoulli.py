@@ -103,7 +103,9 @@ def graded(
         priorities_N = (len(units_N) - 0.5 - behind_N.double()) / len(units_N)
         if shares_G is not None:
             share = min(max(_share(space, units_N, keep, shares_G), _EPSILON), 1 - _EPSILON)
-            priorities_N = 1 - (1 - priorities_N) ** (math.log(keep) / math.log(share))
+            # Falls as 1 - (1 - p)^(log keep / log share), which is 1 for all units of a set that is to keep nearly all.
+            odds_N = -torch.log1p(-priorities_N) * math.log(keep) / math.log(share)
+            priorities_N = odds_N / (1 + odds_N)
         priorities_U[units_N] = priorities_N
     return priorities_U
 

@@ -13,9 +13,10 @@ units as are expected to be worth their price, the best ones (``expected_order``
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
 Where little is known of many units that policy is soft, and in a deep model masks of it may leave nothing that works.
-If they clearly tell less than those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*, and what
-was seen of it is forgotten: half as much of the doubt is left to chance, the rest decides how many units of each group
-are kept, as it does in what is selected. After a round that told twice as much as the first one it is twice as much.
+If they tell less than half of what those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*, and
+what was seen of it is forgotten: half as much of the doubt is left to chance, the rest decides how many units of each
+group are kept, as it does in what is selected. After a round that told twice as much as the first one it is twice as
+much.
 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
 N units of a group, S scores.
@@ -161,7 +162,8 @@ class PosteriorSearch(MaskSearch):
 
     def diagnose(self, scores_U: torch.Tensor) -> dict[str, Any]:
         """Also, of the round last concluded: ``signal_to_noise`` of what it observed and ``agreement``, the correlation
-        of that between two halves of its text, both for each kind; and ``regret``, see ``expected_regret``."""
+        of that between two halves of its text, both for each kind; and ``regret``, see ``expected_regret``. None of
+        them, where what a round saw was forgotten or told nothing."""
         return super().diagnose(scores_U) | self._last_round
 
     def tell(
@@ -262,7 +264,7 @@ class PosteriorSearch(MaskSearch):
 
     def _draw_in(self) -> None:
         """Forget what was seen of this policy, and make the next one half as soft."""
-        self.softness /= 2
+        self.softness, self._last_round = self.softness / 2, {}
         self._sums, self._swung = Sums.empty(len(self.probs_U)), Sums.empty(len(self.budget.space.groups))
         self._active.forget_round()
         self._follow(self.budget.marginal_cost(self.probs_U))
@@ -287,6 +289,7 @@ class PosteriorSearch(MaskSearch):
         self._sums, means = Sums.empty(len(observed_U)), self._group_means()
         if not noise_U.any():
             self._active.forget_round()
+            self._last_round = {}
             return  # the losses did not differ: nothing was learned
         seen = self._active.conclude_round(
             observed_U, noise_U, halves, contrast_U=self.contrasts_U, worth_U=self.worth_U, means=means

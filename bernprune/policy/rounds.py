@@ -12,8 +12,7 @@ import torch
 from bernprune.policy.masks import CPU
 
 HAIR = 1e-9  # by which a whole number may be missed through rounding
-_TRIED = 16  # windows that say whether a policy is too soft
-_CLEARLY = 2.0  # standard errors
+_TRIED = 16  # windows after which it is first asked whether a policy is too soft; then after twice as many, and so on
 
 
 @dataclass
@@ -66,13 +65,14 @@ class Telling:
     """
 
     def __init__(self) -> None:
-        self._noise_W = torch.zeros(0, dtype=torch.float64)
-        self._first_noise, self._first_contrast, self._contrast = math.inf, math.inf, 0.0
+        self._noise_W, self._added = torch.zeros(0, dtype=torch.float64), 0
+        self._first_noise, self._first_contrast, self._contrast = 0.0, 1.0, 0.0  # none has a contrast as large as that
 
     def add(self, losses_BKC: torch.Tensor, contrast_U: torch.Tensor) -> None:
         """Add the windows of a step under the policy at hand."""
         self._contrast = contrast_U.mean().item()
         self._noise_W = torch.cat([self._noise_W, losses_BKC.sum(2).var(1) / self._contrast])
+        self._added = len(losses_BKC)
 
     def renew(self, *, first: bool) -> None:
         """Another policy follows; ``first`` says whether the one until now was the first."""
@@ -82,11 +82,15 @@ class Telling:
 
     @property
     def too_soft(self) -> bool:
-        """Whether this policy is softer than the first, and clearly tells less."""
-        noise_W = self._noise_W
-        if len(noise_W) < _TRIED or not self._contrast > self._first_contrast:
+        """Whether this policy is softer than the first, and tells less than half as much.
+
+        Not asked after every step: means of few windows differ by chance, and the more often they are looked at, the
+        more likely they are to differ once.
+        """
+        tried, before = len(self._noise_W) // _TRIED, (len(self._noise_W) - self._added) // _TRIED
+        if tried.bit_length() == before.bit_length() or not self._contrast > self._first_contrast:
             return False
-        return bool(noise_W.mean() - _CLEARLY * noise_W.std() / len(noise_W) ** 0.5 > self._first_noise)
+        return bool(self._noise_W.mean() > 2 * self._first_noise)
 
     @property
     def ample(self) -> bool:
@@ -94,12 +98,10 @@ class Telling:
         return bool(2 * self._noise_W.mean() < self._first_noise)
 
     def state_dict(self) -> dict[str, Any]:
-        first = torch.tensor([self._first_noise, self._first_contrast, self._contrast], dtype=torch.float64)
-        return {"noise": self._noise_W.clone(), "first": first}
+        return copied(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._noise_W = state["noise"].clone()
-        self._first_noise, self._first_contrast, self._contrast = state["first"].tolist()
+        vars(self).update(copied(state))
 
 
 def rounds_in(steps: int, round_steps: float) -> int:
