@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_models import run_gguf
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
 from tiny_run import Place, run, succeed, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -105,10 +106,35 @@ def test_every_weight_has_its_place(variant: Variant, tmp_path: Path) -> None:
     assert list(lists["feed_forward_length"]) == [view.intermediate_size for view in views]
 
 
-@pytest.mark.parametrize(("family", "length"), [("llama", 64), ("mistral", 7)])
-def test_no_more_text_than_the_model_attends_to(family: str, length: int, tmp_path: Path) -> None:
-    """llama.cpp would attend beyond the window."""
-    reader = written(pruned(Variant(family, family)), tmp_path / "a.gguf")
+@pytest.mark.parametrize("variant", KNOWN, ids=str)
+def test_what_is_written_runs_as_the_model_does(variant: Variant, tmp_path: Path) -> None:
+    """By the file alone, with figures of the model's own where others are usual, and by llama.cpp's rules."""
+    changes = {"rms_norm_eps": 1e-2}
+    if "rope_parameters" not in variant.changes:
+        changes["rope_parameters"] = {"rope_type": "default", "rope_theta": 77.0}
+    model = pruned(Variant(variant.name, variant.family, variant.changes | changes), biases=variant.family == "llama")
+    tokens_T = random_tokens(1, 7, vocabulary=VOCABULARY)[0]
+    with torch.inference_mode():
+        expected_TV = model(tokens_T[None]).logits[0]
+    assert_close(run_gguf(written(model, tmp_path / "a.gguf"), tokens_T), expected_TV, LOGITS[torch.float32])
+
+
+WINDOWED = {"use_sliding_window": True, "sliding_window": 7}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "length"),
+    [
+        ("llama", {}, 64),
+        ("mistral", {}, 7),
+        ("mistral", {"sliding_window": None}, 64),
+        ("qwen2", {**WINDOWED, "max_window_layers": 1}, 7),
+        ("qwen2", {**WINDOWED, "max_window_layers": 4}, 64),
+    ],
+)
+def test_no_more_text_than_the_model_attends_to(family: str, changes: Any, length: int, tmp_path: Path) -> None:
+    """llama.cpp would attend beyond the window, if any layer has one."""
+    reader = written(pruned(Variant(family, family, changes)), tmp_path / "a.gguf")
     assert reader.fields["deci.context_length"].contents() == length
 
 

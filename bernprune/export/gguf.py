@@ -129,9 +129,10 @@ def _rope_type(config: Any) -> str:
 
 
 def context_length(config: Any) -> int:
-    """As many tokens as llama.cpp runs as the model does, which may attend to a window of so many alone."""
-    window = getattr(config, "sliding_window", None)
-    return int(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    """As many tokens as llama.cpp runs as the model does, layers of which may attend to a window of so many alone."""
+    longest = int(config.max_position_embeddings)
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return min(longest, getattr(config, "sliding_window", None) or longest) if slides else longest
 
 
 def _add_sizes(writer: Any, model: Any) -> None:
