@@ -172,7 +172,8 @@ class RunConfig(Section):
             for name in names
         }
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
-            own = other == "search.method" and place_of(self.search.method)  # whose class says what it knows
+            of_search = other == "search.method" or setting == "search.reference"
+            own = of_search and place_of(self.search.method)  # whose class says what it knows
             if self.changed(setting) and not own and _in_general(self._value(other)) not in values:
                 raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
         channels, flops = "channel" in self.granularity, "flops" in {self.budget.measure, *self.budget.also}

@@ -210,8 +210,8 @@ class SearchConfig(Section):
     baseline: BaselineName | str = "leave-one-out"
     """reinforce: what is subtracted from the losses; or FILE.py:NAME, a baseline of one's own."""
     reference: ReferenceName = "initial"
-    """reinforce: what 'matched', or a baseline of one's own, compares with: 'initial' or 'current' selection, 'dense'
-    model, 'mean-field' gates."""
+    """reinforce, and a method of one's own that needs a reference: what 'matched', or a baseline of one's own, compares
+    with: 'initial' or 'current' selection, 'dense' model, 'mean-field' gates."""
     baseline_window: Count = 5
     """reinforce: memory of a running baseline, in steps."""
     scaling: Scaling = "natural"

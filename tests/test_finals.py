@@ -167,6 +167,25 @@ def test_no_more_is_spent_than_there_is(
     assert found.ended.startswith("sequences: ")
 
 
+@pytest.mark.parametrize("priced", [False, True], ids=["challengers", "looks"])
+@pytest.mark.parametrize("budget", range(0, 400, 11))
+def test_passes_of_the_dense_model_are_inside_the_budget(
+    budget: int, priced: bool, stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each window, where divergences from it are what is compared; and no heat more would have fitted."""
+    rows = list[int]()
+
+    def counted(masks_NU: torch.Tensor) -> torch.Tensor:
+        rows.append(1 + len(masks_NU))
+        return level(masks_NU)
+
+    config = stage.config.model_copy(update={"search": stage.config.search.model_copy(update={"objective": "kl"})})
+    stage = replace(stage, config=config)
+    found, _ = choose(stage, tmp_path, monkeypatch, counted, budget=budget, priced=priced)
+    assert sum(rows) == found.sequences <= budget
+    assert found.ended.startswith("changes") or found.sequences > budget - (111 if priced else 29)
+
+
 def test_text_that_nobody_has_seen(stage: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The windows after those of the search, in order, each read in one heat alone."""
     text: list[torch.Tensor] = []

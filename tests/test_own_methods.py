@@ -34,7 +34,7 @@ from bernprune.objective import masked_objective
 from bernprune.run.checkpoint import check_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.methods import METHODS as METHODS_OF_RUNS
-from bernprune.run.methods import reads_activity, runs_reference
+from bernprune.run.methods import check_methods, reads_activity, runs_reference
 from bernprune.run.workload import make_budget, make_search, plan_work
 from bernprune.settings import absolute
 
@@ -535,6 +535,11 @@ def test_settings_that_ones_own_may_use(own: Path) -> None:
     assert make_config({"search": {"method": f"{own}:Signs", "rounds": 3, "learning_rate": 0.3}}).search.rounds == 3
     given = {"method": "reinforce", "baseline": f"{own}:Others", "reference": "current", "baseline_window": 7}
     assert make_config({"search": given}).search.reference == "current"
+    compared = make_config({"search": {"method": f"{own}:Compared", "reference": "dense"}})
+    check_methods(compared)
+    for given in ({"method": f"{own}:Signs"}, {"method": f"{own}:Reinforce"}, {"method": "posterior"}):
+        with pytest.raises(ConfigError, match=r"search\.reference has no meaning"):
+            check_methods(make_config({"search": {**given, "reference": "dense"}}))
 
 
 def test_dense_weights_are_needed_to_compare_with(own: Path, place: Place) -> None:

@@ -1,5 +1,7 @@
 """A model that is run layer by layer does what it does as a whole, and sees what happens to its layers on the way."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny_models import VARIANTS, Variant, random_tokens, tiny_model
@@ -46,9 +48,14 @@ def test_layers_see_what_was_done_to_those_before_them() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
+    """With a forward that was set on a layer, as hooks are, and none where there was none; also if a pass fails."""
     model = tiny_model("qwen3")
     view, tokens_BT = describe(model), random_tokens(2, 12)
-    before = model(tokens_BT).logits
+    hooked = view.layers[1].layer
+    before, hooked.forward = model(tokens_BT).logits, partial(hooked.forward)
+    own = hooked.forward
     LayerStream(view, tokens_BT, rows_per_forward=2).advance()
+    with pytest.raises(IndexError):
+        LayerStream(view, tokens_BT + 10**6, rows_per_forward=2)
     assert torch.equal(model(tokens_BT).logits, before)
-    assert not any("forward" in layer.layer.__dict__ for layer in view.layers)
+    assert [vars(layer.layer).get("forward") for layer in view.layers] == [None, own, None, None]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bernprune.models.forwards import forwarding
 from bernprune.models.view import LayerView, ModelView
 
 
@@ -87,11 +88,7 @@ def _passed_over(view: ModelView, note: Callable[[torch.Tensor, dict[str, Any]],
         note(hidden_RTD, told)
         return hidden_RTD
 
-    def back(layer: nn.Module) -> None:
-        del layer.__dict__["forward"]
-
     with ExitStack() as passed:
         for layer in view.layers:
-            layer.layer.__dict__["forward"] = hand_on
-            passed.callback(back, layer.layer)
+            passed.enter_context(forwarding(layer.layer, hand_on))
         yield

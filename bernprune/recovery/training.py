@@ -49,7 +49,7 @@ class Training:
         self._model, self._adapters, self._train, self._settings = model, adapters, train, settings
         self._held_out_WT, self._teacher, self._masks = held_out_WT, teacher, masks
         self._parameters = list(adapters.parameters.values())
-        self._optimizer = torch.optim.AdamW(self._parameters, lr=settings.learning_rate, weight_decay=0.0)
+        self._optimizer = torch.optim.Adam(self._parameters, lr=settings.learning_rate)
         self.total = max(1, settings.tokens // (settings.batch * train.window))
         self._every = settings.evaluate_steps or -(-self.total // 20)
         self.steps = 0

@@ -65,10 +65,12 @@ def _check_search(config: RunConfig) -> None:
 
 def _check_settings(config: RunConfig) -> None:
     """Raises ``ConfigError`` for a setting that only methods know of which one's own is none."""
-    search = config.search
+    search, meant = config.search, METHOD_SETTINGS[OWN]
+    if search_class(config).needs_reference:
+        meant = (*meant, "reference")
     for known in METHOD_SETTINGS.values():
         for name in known:
-            if name not in METHOD_SETTINGS[OWN] and config.changed(f"search.{name}"):
+            if name not in meant and config.changed(f"search.{name}"):
                 raise ConfigError(f"search.{name} has no meaning for search.method {search.method!r}")
     if search.sequences == "auto":
         raise ConfigError(f"search.sequences 'auto' needs search.method 'posterior', not {search.method!r}")

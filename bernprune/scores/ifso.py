@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bernprune.errors import ModelError
+from bernprune.models.forwards import forwarding
 from bernprune.models.statistics import POINTS
 from bernprune.models.view import ModelView
 from bernprune.scores.backward import BackwardStream, asking_for_gradients
@@ -119,8 +120,7 @@ def _dressed(
             gate_N = gates[index][point].to(projection.weight)
             gate_E = gate_N.repeat_interleave(projection.in_features // len(gate_N))
             along_DE = None if toward is None else toward[index][point]
-            projection.__dict__["forward"] = _gated(projection, gate_E, along_DE, moved)
-            undone.callback(projection.__dict__.pop, "forward")
+            undone.enter_context(forwarding(projection, _gated(projection, gate_E, along_DE, moved)))
         yield
 
 

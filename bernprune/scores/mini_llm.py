@@ -11,7 +11,7 @@ Letters: P directions, B windows of a batch, U units, O, I rows and columns of a
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bernprune.losses import token_losses
+from bernprune.models.forwards import forwarding
 from bernprune.models.statistics import POINTS, RunningMoments
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
@@ -85,17 +86,16 @@ class _Direction:
         with ExitStack() as moved:
             for (index, layer), name in itertools.product(enumerate(view.layers), names):
                 projection = projection_of(view, layer, name)
-                self._move(projection, index, name, step)
-                moved.callback(projection.__dict__.pop, "forward")
+                moved.enter_context(forwarding(projection, self._moved(projection, index, name, step)))
             yield
 
-    def _move(self, projection: nn.Linear, layer: int, name: str, step: float) -> None:
+    def _moved(self, projection: nn.Linear, layer: int, name: str, step: float) -> Callable[..., torch.Tensor]:
         def forward(x_RTI: torch.Tensor) -> torch.Tensor:
             weight_OI = projection.weight
             noise_OI = self.of(layer, name, weight_OI)
             return F.linear(x_RTI, (weight_OI + step * noise_OI).to(weight_OI.dtype), projection.bias)
 
-        projection.__dict__["forward"] = forward
+        return forward
 
 
 def _slopes(context: Context) -> list[tuple[_Direction, float]]:
