@@ -576,6 +576,22 @@ def test_the_learned_widths_may_win_without_the_learned_order(place: Place, monk
     check_order(learned, ("channel",))
 
 
+@pytest.mark.parametrize("best", ["learned", "widths"])
+def test_where_steps_led_is_forgotten_with_the_finalist(best: str, stage: Stage) -> None:
+    """If another one is better once repaired: it has priorities of its own."""
+    masks_NU = torch.eye(stage.budget.space.size).bool()
+    finalists, led_U = {"learned": masks_NU[0], "widths": masks_NU[1]}, random_numbers(stage.budget.space.size, 5)
+    stage = replace(
+        stage,
+        config=make_config(merge(stage.config.to_dict(), {"repair": {"method": "bias", "judge_finalists": True}})),
+    )
+    made = Finals("learned", finalists["learned"], priorities_U=led_U)
+    workshop: Any = SimpleNamespace(prefer=lambda plans: (best, dict.fromkeys(plans, 1.0)))
+    assert pipeline._judge_repaired(stage, workshop, made, finalists)["finalists"].keys() == finalists.keys()
+    assert (made.kept, made.priorities_U is led_U) == (best, best == "learned")
+    assert made.mask_U.equal(finalists[best])
+
+
 def test_what_was_learned_is_not_kept_where_it_is_worse(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """The start beats it: its mask is saved with its own priorities, and the report says so."""
     finalists = choose_this("initial", monkeypatch)
