@@ -67,6 +67,11 @@ def test_scores_of_the_command_line_start_a_run(place: Place) -> None:
     out = place.folder / "flap.safetensors"
     told = succeed("scores", str(place.model), "--text", str(place.text), "--score=flap", f"--out={out}", *given).out
     assert "units by flap in" in told and str(out) in told
+    space = describe(AutoModelForCausalLM.from_pretrained(place.model)).space
+    for layer, line in enumerate(told.splitlines()[1:][: int(space.layer_U.max()) + 1]):
+        scores = [read_scores(out, space)[space.span(kind, layer)] for kind in ("kv_group", "channel")]
+        shown = [f"{number:.4g}" for scores_N in scores for number in (scores_N.median(), scores_N.max())]
+        assert line.split() == [str(layer), *shown]
     starts = []
     for name, score in (("by-name", "flap"), ("by-file", str(out))):
         succeed(*place.prune(f"initial.score={score}", "search.sequences=0", out=place.folder / name))

@@ -34,13 +34,24 @@ def _cost(metric: Metric) -> str:
 
 
 def scores_table(found: dict[str, Any]) -> str:
-    """A table of what ``score_model`` returns: the mean score of each kind in each layer, and what the metric noted."""
+    """A table of what ``score_model`` returns: median and largest score of each kind in each layer, and its notes."""
     kinds = [kind for kind in KINDS if any(group["kind"] == kind for group in found["groups"])]
-    means = {(group["layer"], group["kind"]): f"{group['mean']:.4g}" for group in found["groups"]}
-    layers = sorted({layer for layer, _ in means})
-    lines = [f"{'layer':<8}" + "".join(f"{kind:>14}" for kind in kinds)]
-    lines += [f"{layer:<8}" + "".join(f"{means.get((layer, kind), '-'):>14}" for kind in kinds) for layer in layers]
+    shown = {
+        (group["layer"], group["kind"]): f"{group['median']:>14.4g}{group['largest']:>11.4g}"
+        for group in found["groups"]
+    }
+    layers = sorted({layer for layer, _ in shown})
+    lines = [f"{'layer':<8}" + "".join(f"{kind:>14}{'largest':>11}" for kind in kinds)]
+    lines += [
+        f"{layer:<8}" + "".join(shown.get((layer, kind), f"{'-':>14}{'-':>11}") for kind in kinds) for layer in layers
+    ]
     notes = [f"{name:<24} {value:.4g}" for name, value in found["notes"].items()]
     return "\n".join(
-        [*lines, "", *notes, f"scored       {found['units']:,} units by {found['score']} in {found['seconds']:.1f} s"]
+        [
+            *lines,
+            "",
+            "shown        median and largest score of each kind in each layer",
+            *notes,
+            f"scored       {found['units']:,} units by {found['score']} in {found['seconds']:.1f} s",
+        ]
     )

@@ -130,7 +130,7 @@ def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
     """Score a model's units as a run would, and write the scores to a file if one is given.
 
     Returns:
-        For each layer and kind the mean score and how many units there are, and what the metric noted.
+        For each layer and kind how many units there are and their median and largest score, and what the metric noted.
 
     Raises:
         RunError: ``out`` cannot be written, or is something else than scores; before the work.
@@ -148,7 +148,13 @@ def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_scores(out, space, scores_U, facts | facts_of(metric_named(name), stage.view, config.model.path))
     groups = [
-        {"layer": group.layer, "kind": group.kind, "units": group.count, "mean": part_N.mean().item()}
+        {
+            "layer": group.layer,
+            "kind": group.kind,
+            "units": group.count,
+            "median": part_N.median().item(),
+            "largest": part_N.max().item(),
+        }
         for group, part_N in zip(space.groups, scores_U.split([g.count for g in space.groups]), strict=True)
     ]
     return {"score": name, "units": space.size, "seconds": seconds, "groups": groups, "notes": notes}
