@@ -15,7 +15,7 @@ from spaces import make_space, normal_numbers, random_numbers
 from tolerances import EXACT, GUARDED, SAMPLED, assert_close
 
 from bernprune.names import Kind
-from bernprune.policy.beliefs import Beliefs, Line, common_prior, common_spreads, rising
+from bernprune.policy.beliefs import Beliefs, Line, common_spreads, priors, rising
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
@@ -174,11 +174,12 @@ def restricted_likelihood(lines: Sequence[Line], spread_F: torch.Tensor) -> floa
 
 
 @pytest.mark.parametrize("spreads", [(3.0, 0.5, 2.0), (3.0, 0.0, 2.0), (0.0, 0.0, 0.0)], ids=str)
-def test_variances_are_the_likeliest(spreads: tuple[float, ...]) -> None:
+def test_variances_are_the_likeliest(spreads: tuple[float, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """No other variance of any coefficient has a larger restricted likelihood, alone or together with all."""
     coefficients_GF = torch.tensor([2.0, 9.0, 9.0]) + normal_numbers(7, 3, seed=3) * torch.tensor(spreads).sqrt()
+    monkeypatch.setattr("bernprune.policy.beliefs._FREEDOM", 1e12)  # with which Student's distribution is a normal one
     lines = observed_lines(coefficients_GF, noise=2.0)
-    prior = common_prior(lines)
+    prior = priors(lines)[0]
     assert prior is not None
     best = restricted_likelihood(lines, prior.variance_F)
     for change in (0.8, 0.95, 1.05, 1.25):
@@ -188,12 +189,27 @@ def test_variances_are_the_likeliest(spreads: tuple[float, ...]) -> None:
             assert restricted_likelihood(lines, other_F) <= best + 1e-6, (change, which)
 
 
-def test_what_is_common_is_recovered() -> None:
+def test_an_outlier_does_not_set_the_others_apart() -> None:
+    """A layer whose line is a hundred times as steep is believed, and those that are alike are still drawn together."""
+    alike_F, steep_F = torch.tensor([2.0, 9.0, 9.0]).double(), torch.tensor([200.0, 900.0, 900.0]).double()
+    coefficients_GF = torch.stack([*[alike_F] * 29, steep_F])
+    lines = observed_lines(coefficients_GF, noise=400.0)
+    errors = {"together": list[float](), "alone": list[float]()}
+    for line, prior, coefficients_F in zip(lines, priors(lines), coefficients_GF, strict=True):
+        for name, given in (("together", prior), ("alone", None)):
+            error_N = line.fit(given)[0] - line.features_NF @ coefficients_F
+            errors[name].append(error_N.square().mean().item())
+    assert sum(errors["together"][:-1]) < 0.4 * sum(errors["alone"][:-1])
+    assert errors["together"][-1] < 1.2 * errors["alone"][-1]
+
+
+def test_what_is_common_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     """From many groups: means within their stated errors, variances, and each group's line nearer than by itself."""
     spreads_F, mean_F = torch.tensor([3.0, 0.5, 2.0]).double(), torch.tensor([2.0, 9.0, 9.0]).double()
     coefficients_GF = mean_F + normal_numbers(300, 3, seed=3) * spreads_F.sqrt()
+    monkeypatch.setattr("bernprune.policy.beliefs._FREEDOM", 1e12)
     lines = observed_lines(coefficients_GF, noise=8.0)
-    prior = common_prior(lines)
+    prior = priors(lines)[0]
     assert prior is not None
     assert ((prior.mean_F - mean_F) / prior.covariance_FF.diagonal().sqrt()).abs().max() < 3
     assert (prior.covariance_FF.diagonal().sqrt() / mean_F).max() < 0.1
@@ -217,14 +233,14 @@ def test_groups_that_are_alike_share_one_line() -> None:
         for told in (line, together):
             told.observe(20 * scores_N + normal_numbers(11, seed=1), noise_N)
     expected = together.fit(None)
-    for line in lines:
-        for found_N, expected_N in zip(line.fit(common_prior(lines)), expected, strict=True):
+    for line, prior in zip(lines, priors(lines), strict=True):
+        for found_N, expected_N in zip(line.fit(prior), expected, strict=True):
             assert_close(found_N, expected_N, GUARDED)
 
 
 def test_a_line_alone_has_nothing_in_common() -> None:
     """Nor would it know how much lines differ."""
-    assert common_prior([line_of(random_numbers(7, 0))]) is None
+    assert priors([line_of(random_numbers(7, 0))]) == [None]
 
 
 # What sets units apart
@@ -359,8 +375,8 @@ def literal_round(
     """Worths and their variances after one more round of a family."""
     for line, observed_N, noise_N in zip(lines, observed, noise, strict=True):
         line.observe(observed_N, noise_N)
-    prior = common_prior([line.as_line() for line in lines])
-    fits = [tuple(values_N.numpy() for values_N in line.as_line().fit(prior)) for line in lines]
+    drawn_from = zip(lines, priors([line.as_line() for line in lines]), strict=True)
+    fits = [tuple(values_N.numpy() for values_N in line.as_line().fit(prior)) for line, prior in drawn_from]
     for line, (values, _), observed_N, noise_N in zip(lines, fits, observed, noise, strict=True):
         line.precision, line.weighted = line.precision + 1 / noise_N, line.weighted + (observed_N - values) / noise_N
     residuals = [torch.from_numpy(line.weighted / line.precision) for line in lines]

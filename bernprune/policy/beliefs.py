@@ -21,6 +21,7 @@ from bernprune.units import UnitSpace
 
 _RIDGE = 1e-6  # of a line's information, so that few units, or equal ones, do not make it singular
 _ITERATIONS = 100  # towards what the lines of a family have in common
+_FREEDOM = 4.0  # degrees of freedom of what lines are drawn from: a few differ much more than the others do
 _LEAST_VARIANCE = 1e-9  # of a coefficient among lines, in parts of its noise: they may be all but equal, not quite
 _CLEAR = 2.0  # standard errors by which a group must differ from its family for that to be believed at all
 _LEAST_SPREAD = 1e-3  # share of the noise that is always granted to differences between units
@@ -29,11 +30,11 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class Prior:
-    """What the coefficients of a family's lines are drawn from: a normal distribution.
+    """What the coefficients of one of a family's lines are drawn from: a normal distribution.
 
     Attributes:
-        mean_F, covariance_FF: its mean, and how well that is known.
-        variance_F: variance of the lines around that mean; coefficients are independent.
+        mean_F, covariance_FF: its mean, which is that of the family, and how well that is known.
+        variance_F: variance of the line around that mean; coefficients are independent.
     """
 
     mean_F: torch.Tensor
@@ -145,29 +146,35 @@ def _solve(information_FF: torch.Tensor, response_F: torch.Tensor, free_F: torch
     return found_F
 
 
-def common_prior(lines: Sequence[Line]) -> Prior | None:
-    """What makes the observations of all lines likeliest (restricted likelihood); None for a line alone.
+def priors(lines: Sequence[Line]) -> list[Prior | None]:
+    """What each line is drawn from, by the observations of all; None for a line alone.
 
-    Variances are found by the iteration of Harville (1977, section 5.2), which soon leaves those that are zero.
+    Coefficients have Student's distribution, a normal one whose variance is drawn for each line (Lange, Little and
+    Taylor, 1989): else a layer whose units are worth ten times as much as others' would make it seem that lines have
+    nothing in common, and of those of which little is seen each would go by its noise. What all share of the variances
+    is found by the iteration of Harville (1977, section 5.2), which soon leaves those that are zero.
     """
     if len(lines) == 1:
-        return None
+        return [None]
     information_GFF = torch.stack([line.guarded_FF for line in lines])
     response_GF = torch.stack([line.response_F for line in lines])
     noise_F = 1 / information_GFF.diagonal(dim1=1, dim2=2).mean(0)
-    variance_F = noise_F
+    variance_F, variance_GF = noise_F, noise_F.expand_as(response_GF)
     for _ in range(_ITERATIONS):
-        left_GFF = torch.linalg.inv(information_GFF + torch.diag(1 / variance_F))  # doubt about each line, mean given
+        left_GFF = torch.linalg.inv(information_GFF + torch.diag_embed(1 / variance_GF))  # doubt, the mean given
         own_GFF = left_GFF @ information_GFF  # share of each line's own observations in it; the rest is the mean's
         means_GFF = torch.eye(len(noise_F), dtype=torch.float64) - own_GFF
         total_FF = (information_GFF @ means_GFF).sum(0)
         covariance_FF = torch.linalg.inv(total_FF)
         mean_F = rising(total_FF, (means_GFF.mT @ response_GF[..., None])[..., 0].sum(0))
         apart_GF = (left_GFF @ (response_GF - information_GFF @ mean_F)[..., None])[..., 0]
-        doubt_GFF = left_GFF + own_GFF @ covariance_FF @ own_GFF.mT
-        known_F = (1 - doubt_GFF.diagonal(dim1=1, dim2=2) / variance_F).sum(0)
-        variance_F = torch.maximum(apart_GF.square().sum(0) / known_F.clamp(min=_TINY), _LEAST_VARIANCE * noise_F)
-    return Prior(mean_F, covariance_FF, variance_F)
+        doubt_GF = (left_GFF + own_GFF @ covariance_FF @ own_GFF.mT).diagonal(dim1=1, dim2=2)
+        known_F = (1 - doubt_GF / variance_GF).sum(0)
+        squares_F = (apart_GF.square() * variance_F / variance_GF).sum(0)
+        variance_F = torch.maximum(squares_F / known_F.clamp(min=_TINY), _LEAST_VARIANCE * noise_F)
+        expected_GF = apart_GF.square() + doubt_GF
+        variance_GF = (_FREEDOM * variance_F + expected_GF) / (_FREEDOM + 1)
+    return [Prior(mean_F, covariance_FF, own_F) for own_F in variance_GF]
 
 
 def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
@@ -237,8 +244,7 @@ class Beliefs:
                     if group.members_N.equal(at):
                         mean = group.mean - group.weights_N @ self._apart_U[at]
                         line.observe_mean(group.weights_N, mean, group.noise)
-            prior = common_prior(family)
-            for line in family:
+            for line, prior in zip(family, priors(family), strict=True):
                 at = line.members_N
                 self.worth_U[at], variance_U[at] = line.fit(prior)
                 self._weighted_U[at] += (observed_U[at] - self.worth_U[at]) / noise_U[at]

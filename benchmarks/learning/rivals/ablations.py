@@ -63,8 +63,9 @@ def _own_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Te
     return [common_spreads([r_N], [v_N])[0] for r_N, v_N in zip(residuals, variances, strict=True)]
 
 
-def _no_prior(lines: Sequence[Line]) -> None:
+def _no_priors(lines: Sequence[Line]) -> list[None]:
     """Each layer has a line of its own, of which those of others say nothing."""
+    return [None] * len(lines)
 
 
 def _free(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:
@@ -102,7 +103,7 @@ ABLATIONS = {
     "control-variate": Ablation(_Raw),
     "scores": Ablation(_Blind),
     "differences": Ablation(_believing("common_spreads", _no_spreads)),
-    "common-lines": Ablation(_believing("common_prior", _no_prior)),
+    "common-lines": Ablation(_believing("priors", _no_priors)),
     "common-spreads": Ablation(_believing("common_spreads", _own_spreads)),
     "rising-lines": Ablation(_believing("rising", _free)),
     "uncertainty": Ablation(_Sure),
