@@ -90,12 +90,13 @@ def graded(
 ) -> torch.Tensor:
     """Priorities by which a selection takes the same share of every set that ``initial_probs`` maps, at any sparsity.
 
-    Rank of each score in its set, float64 ``[U]`` in (0, 1), where earlier units win ties; units that contain others
+    Rank p of each score in its set, float64 ``[U]`` in (0, 1), where earlier units win ties; units that contain others
     have 1. Raises ``ConfigError`` for an unknown scope.
 
     Args:
         shares_G: what each group keeps when ``keep`` is kept of all; when all is, it keeps all, and between, shares are
-            powers of one another.
+            powers of one another. If given, x / (1 + x) stands for a rank, where x is -log(1 - p) times log(keep) over
+            log(share).
     """
     priorities_U = torch.ones(space.size, dtype=torch.float64)
     for _, units_N in _mapped_sets(space, scope):
@@ -103,9 +104,9 @@ def graded(
         priorities_N = (len(units_N) - 0.5 - behind_N.double()) / len(units_N)
         if shares_G is not None:
             share = min(max(_share(space, units_N, keep, shares_G), _EPSILON), 1 - _EPSILON)
-            # Falls as 1 - (1 - p)^(log keep / log share), which is 1 for all units of a set that is to keep nearly all.
-            odds_N = -torch.log1p(-priorities_N) * math.log(keep) / math.log(share)
-            priorities_N = odds_N / (1 + odds_N)
+            # In the order of 1 - (1 - p)^(log keep / log share), which rounds to 1 in a set that keeps nearly all.
+            falls_N = -torch.log1p(-priorities_N) * math.log(keep) / math.log(share)
+            priorities_N = falls_N / (1 + falls_N)
         priorities_U[units_N] = priorities_N
     return priorities_U
 
