@@ -29,14 +29,14 @@ class _Model:
 
     def logits(self, tokens_T: torch.Tensor) -> torch.Tensor:
         hidden_TD = self.weights["token_embd.weight"][tokens_T]
-        figures = [self.figure(f"{name}") for name in ("attention.head_count", "attention.head_count_kv")]
-        widths = self.figure("feed_forward_length")
-        for layer, (heads, kv_heads, width) in enumerate(zip(*figures, widths, strict=True)):
+        names = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+        sizes = list(zip(*(self.figure(name) for name in names), strict=True))
+        assert len(sizes) == self.figure("block_count")
+        for layer, (heads, kv_heads, width) in enumerate(sizes):
             if heads:
                 hidden_TD = hidden_TD + self.attention(layer, heads, kv_heads, hidden_TD)
             if width:
                 hidden_TD = hidden_TD + self.ffn(layer, hidden_TD)
-        assert self.figure("block_count") == layer + 1
         output = "output" if "output.weight" in self.weights else "token_embd"
         return self.linear(output, self.norm("output_norm", hidden_TD))
 

@@ -203,6 +203,18 @@ def test_an_outlier_does_not_set_the_others_apart() -> None:
     assert errors["together"][-1] < 1.2 * errors["alone"][-1]
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 200])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e12])
+def test_lines_that_differ_by_any_factor_are_finite(size: int, scale: float) -> None:
+    """One is a million times as steep, with or without much noise; in any unit of measurement."""
+    for count, noise in itertools.product((2, 30), (1e-12, 1.0)):
+        coefficients_GF = scale * torch.tensor([1e6, *[1.0] * (count - 1)]).double()[:, None].expand(-1, 3)
+        lines = observed_lines(coefficients_GF, noise=noise * scale**2, size=size)
+        for line, prior in zip(lines, priors(lines), strict=True):
+            values_N, variances_N = line.fit(prior)
+            assert values_N.isfinite().all() and variances_N.isfinite().all() and (variances_N >= 0).all()
+
+
 def test_what_is_common_is_recovered(monkeypatch: pytest.MonkeyPatch) -> None:
     """From many groups: means within their stated errors, variances, and each group's line nearer than by itself."""
     spreads_F, mean_F = torch.tensor([3.0, 0.5, 2.0]).double(), torch.tensor([2.0, 9.0, 9.0]).double()

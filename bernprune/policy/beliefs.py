@@ -162,8 +162,8 @@ def priors(lines: Sequence[Line]) -> list[Prior | None]:
     variance_F, variance_GF = noise_F, noise_F.expand_as(response_GF)
     for _ in range(_ITERATIONS):
         left_GFF = torch.linalg.inv(information_GFF + torch.diag_embed(1 / variance_GF))  # doubt, the mean given
-        own_GFF = left_GFF @ information_GFF  # share of each line's own observations in it; the rest is the mean's
-        means_GFF = torch.eye(len(noise_F), dtype=torch.float64) - own_GFF
+        own_GFF = left_GFF @ information_GFF  # share of each line's own observations in it
+        means_GFF = left_GFF / variance_GF[:, None]  # and of the mean: the rest, without the rounding of a difference
         total_FF = (information_GFF @ means_GFF).sum(0)
         covariance_FF = torch.linalg.inv(total_FF)
         mean_F = rising(total_FF, (means_GFF.mT @ response_GF[..., None])[..., 0].sum(0))
