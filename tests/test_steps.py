@@ -59,15 +59,17 @@ def test_the_steps_of_a_run_by_hand(method: Callable[..., bernprune.MaskSearch],
     assert found == pytest.approx(loss, rel=1e-5)
 
 
-def test_what_the_readme_names_is_there() -> None:
+@pytest.mark.parametrize("readme", ["README.md", "bernprune/README.md"])
+def test_what_the_readmes_name_is_there(readme: str) -> None:
     """Functions by their modules, and files."""
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[1] / readme).read_text(encoding="utf-8")
     places = re.findall(r"`(bernprune(?:\.\w+)+)`", text)
-    assert places, "and none is named"
+    files = re.findall(r"[`(]((?:bernprune|benchmarks|tests|configs|kernels)/[\w/]+\.\w+)[`)]", text)
+    assert len(files) > 3 and (places or readme != "README.md"), "and none is named"
     for place in places:
         module, _, name = place.rpartition(".")
         assert hasattr(importlib.import_module(module), name), place
-    for file in re.findall(r"`((?:bernprune|benchmarks|tests|configs|kernels)/[\w/]+\.\w+)`", text):
+    for file in files:
         assert (Path(__file__).parents[1] / file).exists(), file
 
 

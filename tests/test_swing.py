@@ -310,19 +310,22 @@ def test_worths_are_learned_from_active_tokens_in_spite_of_swing() -> None:
 
 
 def test_what_was_seen_of_a_policy_that_is_drawn_in_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it, and the last step of a round has no figures of the one before to show."""
-    search = reading_search(design=Design(16, 4, CHUNKS, "antithetic", 1.0))
-    read(search, range(3))
+    """All of it, and there are no figures of the round before to show; where a round ends, it is learned."""
+    search = reading_search(design=Design(16, 4, CHUNKS, "antithetic", 1.0), round_steps=3)
+    read(search, range(4))
     assert search.diagnose(search.probs_U).keys() > {"regret", "agreement"}
     before, policy_U = search.state_dict(), search.probs_U
     assert before["count"] and before["swung"]["count"] and before["active"]["sums"]["count"]
     monkeypatch.setattr(Telling, "too_soft", True)
-    read(search, range(3, 4))
+    read(search, range(4, 5))
     after = search.state_dict()
     assert search.drew_in and not search.probs_U.equal(policy_U)
     assert after["count"] == after["swung"]["count"] == after["active"]["sums"]["count"] == 0
     assert not search.diagnose(search.probs_U).keys() & {"regret", "agreement", "signal_to_noise"}
-    assert search.beliefs.worth_U.equal(before["beliefs"]["worth_U"])
+    assert search.beliefs.worth_U.equal(before["beliefs"]["worth_U"]) and search.softness == 0.5
+    read(search, range(5, 6))
+    assert (search.rounds, search.softness) == (2, 0.25) and search.diagnose(search.probs_U).keys() > {"regret"}
+    assert not search.beliefs.worth_U.equal(before["beliefs"]["worth_U"])
 
 
 def test_the_scale_of_active_tokens_follows_a_sure_layer() -> None:

@@ -152,7 +152,7 @@ def priors(lines: Sequence[Line]) -> list[Prior | None]:
     Coefficients have Student's distribution, a normal one whose variance is drawn for each line (Lange, Little and
     Taylor, 1989): else a layer whose units are worth ten times as much as others' would make it seem that lines have
     nothing in common, and of those of which little is seen each would go by its noise. What all share of the variances
-    is found by the iteration of Harville (1977, section 5.2), which soon leaves those that are zero.
+    is found by the iteration of Harville (1977, section 5.2), which leaves those that are zero.
     """
     if len(lines) == 1:
         return [None]

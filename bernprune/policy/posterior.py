@@ -13,10 +13,10 @@ units as are expected to be worth their price, the best ones (``expected_order``
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
 Where little is known of many units that policy is soft, and in a deep model masks of it may leave nothing that works.
-If they tell less than half of what those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*, and
-what was seen of it is forgotten: half as much of the doubt is left to chance, the rest decides how many units of each
-group are kept, as it does in what is selected. After a round that told twice as much as the first one it is twice as
-much.
+If they tell less than half of what those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*: half
+as much of the doubt is left to chance, the rest decides how many units of each group are kept, as it does in what is
+selected. What was seen of it is forgotten, unless a round ends there. After a round that told twice as much as the
+first one it is twice as much.
 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
 N units of a group, S scores.
@@ -193,9 +193,11 @@ class PosteriorSearch(MaskSearch):
         self.steps += 1
         self.drew_in = self.softness > _LEAST_SOFTNESS and self._telling.too_soft
         if self.drew_in:
-            self._draw_in()
-        elif round_ends(self.steps - 1, self.round_steps) and self._sums.count >= _LEAST_ESTIMATES:
+            self.softness /= 2
+        if round_ends(self.steps - 1, self.round_steps) and self._sums.count >= _LEAST_ESTIMATES:
             self._conclude_round()
+        elif self.drew_in:
+            self._begin_again()
         stats = self.stats(losses_BKC, seen.advantages_BKC, before_U).to_dict()
         return PosteriorStats(
             **stats, rounds=self.rounds, reliability=self.beliefs.reliability, softness=self.softness, unread=unread
@@ -262,9 +264,9 @@ class PosteriorSearch(MaskSearch):
             found.append(GroupMean(members_N, weights_N, mean, sums.variance_U()[group] / scale.square()))
         return found
 
-    def _draw_in(self) -> None:
-        """Forget what was seen of this policy, and make the next one half as soft."""
-        self.softness, self._last_round = self.softness / 2, {}
+    def _begin_again(self) -> None:
+        """Forget what was seen of this policy, which cannot be added to what will be seen of another."""
+        self._last_round = {}
         self._sums, self._swung = Sums.empty(len(self.probs_U)), Sums.empty(len(self.budget.space.groups))
         self._active.forget_round()
         self._follow(self.budget.marginal_cost(self.probs_U))
