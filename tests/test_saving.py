@@ -170,11 +170,28 @@ def test_unforeseen_errors_leave_nothing_behind_either(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_that_cannot_be_saved_are_named(tmp_path: Path) -> None:
+def test_generation_settings_are_saved_as_the_model_came_with_them(tmp_path: Path) -> None:
+    """Many models come with a temperature but no sampling, which some of transformers' versions refuse to write."""
     model, plan = pruned(BY_NAME["llama-grouped"])
-    model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
-    with pytest.raises(RunError, match="temperature"):
-        save_pruned(model, None, tmp_path / "out", plan=plan)
+    settings = model.generation_config
+    settings.do_sample, settings.temperature = False, 0.5
+    with pytest.raises(ValueError, match="temperature"):
+        settings.save_pretrained(tmp_path / "strictly")
+    save_pruned(model, None, tmp_path / "out", plan=plan)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.5
+    assert model.generation_config is settings
+
+
+def test_a_tokenizer_that_cannot_be_saved(tmp_path: Path) -> None:
+    """Their library raises plain exceptions for a full disk."""
+    model, plan = pruned(BY_NAME["llama-grouped"])
+
+    class Full:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(RunError, match=r"tokenizer.*No space left"):
+        save_pruned(model, Full(), tmp_path / "out", plan=plan)
     assert list(tmp_path.iterdir()) == []
 
 

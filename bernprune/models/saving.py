@@ -63,9 +63,10 @@ def save_pruned(model: PreTrainedModel, tokenizer: Any, folder: str | Path, *, p
     target = Path(folder)
     _check_provenance(model, plan)
     with _written_whole(target) as temporary:
-        model.save_pretrained(temporary)
+        with _generation_config_apart(model, temporary):
+            model.save_pretrained(temporary)
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            _save_tokenizer(tokenizer, temporary)
         source = Path(modeling_bernprune.__file__)
         shutil.copyfile(source, temporary / source.name)
         for weights in temporary.glob("*.safetensors"):  # written for their owner alone, which a server often is not
@@ -124,6 +125,32 @@ def _written_whole(target: Path) -> Iterator[Path]:
         raise RunError(f"could not save to {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _generation_config_apart(model: PreTrainedModel, folder: Path) -> Iterator[None]:
+    """Save the generation config as it was loaded, after what is saved in the block.
+
+    Some of transformers' versions that we allow refuse to write what they read with a warning, such as a temperature
+    without sampling, which many models come with.
+    """
+    settings: Any = model.generation_config
+    if settings is None:
+        yield
+        return
+    model.generation_config = type(settings)()
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+    settings.to_json_file(folder / "generation_config.json")
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises plain ones, also for a full disk
+        raise RunError(f"could not save the tokenizer: {error}") from error
 
 
 def _taken(target: Path) -> RunError:
