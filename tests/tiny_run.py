@@ -127,7 +127,7 @@ def prune_arguments(model: Path, text: Path, out: Path, *more: str) -> list[str]
 def run(*arguments: str) -> Outcome:
     """The command in this process; what it does not turn into an exit code is raised."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    terminate = signal.getsignal(signal.SIGTERM)
+    handlers_of = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     handlers, logging.root.handlers = logging.root.handlers, []  # pytest's, with which nothing would reach stderr
     try:
         with (
@@ -140,7 +140,8 @@ def run(*arguments: str) -> Outcome:
         code = stop.code if isinstance(stop.code, int) else 1
     finally:
         logging.root.handlers = handlers
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in handlers_of.items():
+            signal.signal(number, handler)
     return Outcome(code, out.getvalue(), err.getvalue())
 
 

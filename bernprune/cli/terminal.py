@@ -33,6 +33,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
     AtWork.out = AtWork.recovering = None
     _set_up_logging(debug)
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it is ignored, as after nohup
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         code = app([argument for argument in arguments if argument != "--debug"] or ["--help"], standalone_mode=False)
         if sys.stdout is not None:  # it is None if it was closed before Python began
@@ -74,7 +76,7 @@ def show(text: str) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds as Ctrl-C does, so that nothing half-written is left."""
+    """SIGTERM, and SIGHUP, when a terminal is closed, unwind as Ctrl-C does, so that nothing half-written is left."""
     raise KeyboardInterrupt
 
 

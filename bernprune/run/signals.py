@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, taken between two pieces of work: a step of the search, a forward pass of the final choice."""
+"""Ctrl-C, SIGTERM and SIGHUP, taken between two pieces of work: steps of the search, passes of the final choice."""
 
 import logging
 import signal
@@ -11,12 +11,12 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM, after what was done so far was saved."""
+    """Ctrl-C, SIGTERM or SIGHUP, after what was done so far was saved."""
 
 
 @contextmanager
 def signals() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in half; the second acts at once.
+    """Turn the first of them into a flag, so that a step is never cut in half; the second acts at once.
 
     Raises:
         Interrupted: the block ended with the flag up.
@@ -32,7 +32,10 @@ def signals() -> Iterator[threading.Event]:
         stopping.set()
         logger.warning("stopping after the piece of work at hand; a second Ctrl-C or SIGTERM stops at once")
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is after nohup
+        heard.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, note) for number in heard}
     try:
         yield stopping
     finally:
