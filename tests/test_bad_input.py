@@ -23,6 +23,7 @@ from tiny_run import (
     run,
     settings,
     succeed,
+    tiny_text,
     tiny_tokenizer,
     words,
 )
@@ -139,6 +140,21 @@ def _of_another_program(place: Place) -> Path:
     (place.out / "checkpoints/a.pt").write_text("precious")
     (place.out / "config.yaml").write_text("lr: 0.1")
     return place.out
+
+
+def _of_the_user(place: Place) -> Path:
+    """A configuration of one's own beside a model: what a run would replace."""
+    place.out.mkdir(parents=True)
+    (place.out / "config.yaml").write_text(f"model: {{path: {place.model}}}\ndata: {{}}\nbudget: {{}}\n")
+    (place.out / "model").symlink_to(place.model)
+    return place.out
+
+
+def _input_within(place: Place) -> list[str]:
+    """A run whose text is what an earlier run in the same folder left."""
+    _finished(place)
+    (place.out / "plans").mkdir()
+    return [*place.prune(text=tiny_text(place.out / "plans" / "text.txt", seed=3)), "--overwrite"]
 
 
 def _select(out: str | Path, *given: str) -> list[str]:
@@ -432,6 +448,11 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     ),
     "out-of-another-config": (lambda p: p.prune(out=_unfinished(p, "seed=5")), ("unfinished", "seed is 5", "0 here")),
     "out-finished": (lambda p: p.prune(out=_finished(p)), ("finished run", "--overwrite")),
+    "out-of-the-user": (
+        lambda p: [*p.prune(out=_of_the_user(p)), "--overwrite"],
+        ("is not empty and holds no bernprune run",),
+    ),
+    "out-around-the-text": (_input_within, ("data.text", "lies in", "would replace it")),
     "resume-finished": (lambda p: ["resume", str(_finished(p))], ("is finished", "model")),
     "resume-nothing": (lambda p: ["resume", "temporary"], ("temporary", "no bernprune run")),
     "resume-what-never-began": (

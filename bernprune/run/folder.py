@@ -12,7 +12,7 @@ plan.json              what is kept
 plans/                 what would be kept at other sparsities
 model/                 the pruned model
 report.png             what each layer keeps, and the losses of the search
-report.json            written last: its presence means the run is finished
+report.json            its presence means the run is finished
 """
 
 import contextlib
@@ -113,6 +113,7 @@ class RunFolder:
         if not self.path.is_dir() or all(_is_scrap(item.name) for item in self.path.iterdir()):
             return False
         self._check_is_run()
+        self._check_inputs(config)
         if overwrite:
             return False
         if self.finished:
@@ -128,9 +129,22 @@ class RunFolder:
 
     def _check_is_run(self) -> None:
         """What is to be replaced must be ours: others, too, call a file config.yaml, and a folder model."""
-        sections = {"model", "data", "budget"}
+        sections = {"model", "data", "budget", "search", "policy", "repair", "report"}  # ours name every setting
         if not self.config.is_file() or not sections <= read_yaml(self.config).keys():
             raise RunError(f"{self.path} is not empty and holds no bernprune {self.WORK}; {self.OTHER}")
+
+    def _check_inputs(self, config: RunConfig) -> None:
+        """What the run reads must not lie where it removes what an earlier one left."""
+        ours = {self.path / name for name in _OURS}
+        read = {"model.path": config.model.path, "data.text": config.data.text, "data.eval_text": config.data.eval_text}
+        for name, given in read.items():
+            if given is None:
+                continue
+            path = Path(given).expanduser().resolve()
+            if any(path.is_relative_to(each.resolve()) for each in ours):
+                raise RunError(
+                    f"{name} {given} lies in {self.path}, where the {self.WORK} would replace it; {self.OTHER}"
+                )
 
     def read_config(self) -> RunConfig:
         """The stored configuration. Raises ``ConfigError`` if it is damaged."""
