@@ -547,6 +547,21 @@ def test_what_is_no_method_is_refused(method: Any) -> None:
 # The best of several
 
 
+def test_a_method_that_a_gpu_has_no_room_for_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``two-step`` takes more than ``ridge``, which is not lost with it; the model is what it was in between."""
+    view, plan = view_of(Variant("llama", "llama"))
+    first = fitting.Fitter.first
+
+    def full(*given: Any) -> Any:
+        first(*given)
+        raise torch.OutOfMemoryError("the memory is full")
+
+    monkeypatch.setattr(fitting.Fitter, "first", full)
+    told = iter([[2.0, 2.1], [1.0, 1.1]])
+    done, found = repairer(view).best(plan, ("ridge", "two-step"), lambda: torch.tensor(next(told)))
+    assert done is not None and done.method == "ridge" and found.keys() == {"none", "ridge"}
+
+
 def judged(losses: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch) -> tuple[ModelView, str, dict[str, float]]:
     """What is left of a model, and what was chosen, by losses that are told."""
     view, plan = view_of(Variant("llama", "llama"))

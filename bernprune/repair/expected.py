@@ -8,6 +8,7 @@ its selection.
 Letters: U units, N those of one branch, E = N * C inputs of its last projection, D its outputs.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from bernprune.names import Kind
 from bernprune.progress import followed
 from bernprune.repair.closed import factor
 from bernprune.repair.weights import Weights, put
+
+logger = logging.getLogger(__name__)
 
 RIDGE = 0.01  # of the mean square of an input
 
@@ -84,23 +87,25 @@ class ExpectedWeights:
             raise ModelError(f"weights can only be fitted to a policy where they are plain, but {view.opaque}")
         self._ridge, self._places = ridge, list(_places(view, windows_WT, rows_per_forward))
         self._originals = Weights(place.projection for place in self._places)
+        self._on_cpu = False  # from when a GPU was full
 
     def fit(self, probs_U: torch.Tensor) -> None:
         """Write the weights for masks that keep units with these probabilities."""
         for place in self._places:
             weight_DE, bias_D = self._originals.of(place.projection)
-            device = place.projection.weight.device
-            try:
-                fitted_DE = self._fitted(place, weight_DE, probs_U, device)
-            except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
-                fitted_DE = self._fitted(place, weight_DE, probs_U, torch.device("cpu"))
-            put(place.projection, fitted_DE, bias_D)
+            put(place.projection, self._fitted(place, weight_DE, probs_U), bias_D)
 
-    def _fitted(
-        self, place: _Place, weight_DE: torch.Tensor, probs_U: torch.Tensor, device: torch.device
-    ) -> torch.Tensor:
-        gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
-        return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
+    def _fitted(self, place: _Place, weight_DE: torch.Tensor, probs_U: torch.Tensor) -> torch.Tensor:
+        device = torch.device("cpu") if self._on_cpu else place.projection.weight.device
+        try:
+            gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
+            return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
+        except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
+            if self._on_cpu:
+                raise
+            logger.warning("the GPU has no room to fit weights to the policy: it is done on the CPU, which takes long")
+            self._on_cpu = True
+        return self._fitted(place, weight_DE, probs_U)
 
     def undo(self) -> None:
         """Give the model back the weights that it had, to the bit, and all memory."""

@@ -98,7 +98,7 @@ class Repairer:
         for method in methods:
             try:
                 done = self.repair(plan, method)
-            except BernpruneError as error:
+            except (BernpruneError, torch.OutOfMemoryError) as error:
                 logger.warning("repair %r was not tried: %s", method, error)
                 continue
             with done.originals.put_back_on_error():

@@ -133,7 +133,7 @@ class Workshop:
         logger.info("repairing the finalist %r, to judge it", name)
         try:
             done = self.quick.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
-        except BernpruneError as error:
+        except (BernpruneError, torch.OutOfMemoryError) as error:
             if self.method == "auto":
                 logger.warning("the finalist %r is judged as it is, as it cannot be repaired: %s", name, error)
                 return self.losses(plan).mean().item()
