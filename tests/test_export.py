@@ -378,4 +378,6 @@ def test_a_run_is_exported(place: Place, tmp_path: Path, monkeypatch: pytest.Mon
     for arguments, sentence in said.items():
         done = run("export", *arguments)
         assert done.code == 2 and sentence in done.err and done.err.count("\n") == 1
+    (out / "report.json").unlink()  # as in a run that was killed while its model was verified
+    assert "is not finished" in run("export", str(out), str(tmp_path / "c.gguf")).err
     assert {path.name for path in tmp_path.iterdir()} == before

@@ -12,7 +12,7 @@ from bernprune.export.vocabulary import vocabulary_from, vocabulary_of
 from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.view import count_parameters
 from bernprune.names import unknown
-from bernprune.run.folder import MODEL, check_writable, no_empty_folders
+from bernprune.run.folder import MODEL, REPORT, check_writable, no_empty_folders
 from bernprune.storage import written_file
 
 SUFFIX = ".gguf"
@@ -20,7 +20,9 @@ _CHECKED_TOKENS = 64
 _WIDENED = 2e9  # a model of so many parameters at most is checked in float32, whose rounding hides nothing
 
 
-def export_gguf(source: str, out: Path, *, dtype: str = "auto", vocabulary: Path | None = None) -> dict[str, Any]:
+def export_gguf(
+    source: str | Path, out: str | Path, *, dtype: str = "auto", vocabulary: str | Path | None = None
+) -> dict[str, Any]:
     """Write a pruned model as a GGUF file, and check it with llama.cpp if llama-cpp-python is installed.
 
     Args:
@@ -31,19 +33,22 @@ def export_gguf(source: str, out: Path, *, dtype: str = "auto", vocabulary: Path
     Raises:
         ConfigError: an unknown ``dtype``.
         ModelError: a model or tokenizer that llama.cpp does not know, with the reason.
-        RunError: ``out`` exists or cannot be written, gguf is not installed, or llama.cpp runs the file otherwise.
+        RunError: the run is not finished, ``out`` exists or cannot be written, gguf is not installed, or llama.cpp
+            runs the file otherwise.
     """
     if dtype not in DTYPES:
         raise ConfigError(unknown("dtype", dtype, DTYPES))
-    gguf = import_gguf()
+    gguf, source, out = import_gguf(), Path(source), Path(out)
     if out.suffix != SUFFIX:
         raise RunError(f"the name of a GGUF file must end in {SUFFIX}, but is {str(out)!r}")
     if out.exists():
         raise RunError(f"output {out} exists already; give a file that does not")
     check_writable(out.parent)
-    folder = str(Path(source, MODEL)) if Path(source, MODEL).is_dir() else source
+    folder = str(source / MODEL if (source / MODEL).is_dir() else source)
+    if folder != str(source) and not (source / REPORT).is_file():
+        raise RunError(f"the run in {source} is not finished, so that its model may not be whole")
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(vocabulary, gguf)
+    words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(Path(vocabulary), gguf)
     tokens_T = torch.arange(min(_CHECKED_TOKENS, context_length(model.config))) % model.config.vocab_size
     try:
         with no_empty_folders(out.parent), written_file(_made(out)) as temporary:
