@@ -96,13 +96,18 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten(
 
 @pytest.mark.parametrize(
     ("number", "method"),
-    [(signal.SIGINT, "posterior-chunk"), (signal.SIGINT, "reinforce"), (signal.SIGTERM, "posterior-chunk")],
+    [
+        (signal.SIGINT, "posterior-chunk"),
+        (signal.SIGINT, "reinforce"),
+        (signal.SIGTERM, "posterior-chunk"),
+        (signal.SIGHUP, "posterior-chunk"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_an_interrupted_search_says_how_to_go_on(
     number: signal.Signals, method: str, place: Place, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """Ctrl-C or SIGTERM: a checkpoint at the step at work, exit code 130, and a command that finishes the same run."""
+    """A checkpoint at the step at work, exit code 130, and a command that finishes the same run."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
     process = spawn([*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)], place.folder)
     metrics = place.out / "metrics.jsonl"
@@ -172,6 +177,21 @@ def test_interrupted_after_the_search(place: Place, finished: Path) -> None:
         patch.setattr(loop._Loop, "step", None)
         succeed("resume", str(place.out))
     assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("happens", [KeyboardInterrupt, MemoryError, OSError])
+def test_a_verified_model_stays(happens: type[BaseException], place: Place, finished: Path) -> None:
+    """What is measured of the metric's model after that can fail, or be interrupted: the run is finished."""
+
+    def fail(*_: Any) -> None:
+        raise happens("here")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "timed_initial", fail)
+        done = run(*place.prune("report.initial_latency=true"), "--eval-text", str(finished.parent / "held-out.txt"))
+    assert done.code == (130 if happens is KeyboardInterrupt else 0) and "bernprune resume" not in done.err
+    assert "initial" not in read_json(place.out / "report.json")["latency"]
+    assert (place.out / "model" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(("module", "last"), [(loop, "write_checkpoint"), (finals, "write_state")])

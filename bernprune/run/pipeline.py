@@ -1,6 +1,5 @@
 """The whole road: load, score, search, select, slice, save, verify, report."""
 
-import gc
 import json
 import logging
 import math
@@ -16,10 +15,9 @@ from safetensors import SafetensorError
 from bernprune.config import RunConfig, make_config
 from bernprune.costs import NEVER, Costs
 from bernprune.errors import BernpruneError, RunError
-from bernprune.evaluation.latency import Latency, latency, machine
+from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
-from bernprune.models.slicing import slice_model
-from bernprune.models.view import count_parameters, fingerprint
+from bernprune.models.view import fingerprint
 from bernprune.names import CapName, SearchDtype
 from bernprune.own import blaming, unchanging
 from bernprune.picture import draw
@@ -30,19 +28,18 @@ from bernprune.progress import bars
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals, run_finals
+from bernprune.run.finishing import finish, timed_initial
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import places_of_ones_own
-from bernprune.run.opening import open_model
-from bernprune.run.plans import Learned, describe_plan, plans_table, removed_share, write_plan
+from bernprune.run.plans import Learned, plans_table, removed_share, write_plan
 from bernprune.run.repairs import Workshop, expected_weights
 from bernprune.run.scoring import ByMetric, take_start
 from bernprune.run.stage import Stage, set_stage
-from bernprune.run.verification import reason, save_and_verify
+from bernprune.run.verification import reason
 from bernprune.run.workload import Work, make_search
 from bernprune.settings import merge
 from bernprune.storage import write_bytes, write_json
-from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +73,8 @@ def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool) -> dict[str
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
             raise RunError(f"{folder.path} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
+        except BernpruneError as error:
+            raise type(error)(f"{error}{_how_to_continue(folder)}") from error
 
 
 def _how_to_continue(folder: RunFolder) -> str:
@@ -89,6 +88,7 @@ def _how_to_need_less(folder: RunFolder, stage: Stage) -> str:
         return "lower search.rows_per_forward and report.latency_rows"
     rows, latency_rows = max(1, stage.rows // 2), max(1, stage.config.report.latency_rows // 2)
     return (
+        "if a repair filled it, --set repair.method=none does without; "
         f"continue with less at once: bernprune resume {shlex.quote(str(folder.path))} "
         f"--set search.rows_per_forward={rows} --set report.latency_rows={latency_rows}"
     )
@@ -138,7 +138,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
     learned = _write_kept(stage, folder, finals, followed, order_U)
     folder.remove_model()  # of an earlier try that did not reach its report
     search_report = _search_report(stage, dense_loss, work, finals)
-    full = _with_own_weights(stage, folder)
+    full = stage.with_weights("same")
     workshop = Workshop.of_stage(full, work.step)
     judged = _judge_repaired(full, workshop, finals, finalists)
     if judged:
@@ -155,24 +155,16 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
         "loss": losses,
         "plans": _plans(full, folder, learned),
     }
+    device = full.view.device  # of a model that is used up below
     try:
-        report = merge(report, _finish(full, folder, finals.mask_U, by_metric["initial"], workshop))
+        report = merge(report, finish(full, folder, finals.mask_U, workshop))
         report = _with_ratios(report | {"windows_run": _windows_run(full, report, again=full is not stage)})
-        _draw(folder, report)
         write_json(folder.report, report)
     except BaseException:
         folder.report.unlink(missing_ok=True)  # the run is not finished,
         folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
         raise
-    return report
-
-
-def _with_own_weights(stage: Stage, folder: RunFolder) -> Stage:
-    """The stage with the model itself. Raises ``RunError`` with how to go on, as all but the result is there."""
-    try:
-        return stage.with_weights("same")
-    except BernpruneError as error:
-        raise RunError(f"{error}{_how_to_continue(folder)}") from error
+    return _with_extras(full, folder, report, by_metric["initial"], device)
 
 
 def _finalists(
@@ -219,12 +211,21 @@ def _judge_repaired(
     return {"finalists": losses}
 
 
-def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
-    """Draw the picture; whatever is wrong with it, the model is good."""
+def _with_extras(
+    stage: Stage, folder: RunFolder, report: dict[str, Any], initial_U: torch.Tensor, device: torch.device
+) -> dict[str, Any]:
+    """What a finished run is none the worse without: the time of what the metric alone would give, and the picture."""
+    try:
+        if stage.config.report.initial_latency:
+            report = merge(report, timed_initial(stage, stage.view.space.plan(initial_U), device))
+            write_json(folder.report, report)
+    except Exception as error:  # no room for the dense model once more, say
+        logger.warning("the initial metric's model could not be timed: %s", str(error) or type(error).__name__)
     try:
         write_bytes(folder.picture, draw(report, folder.read_metrics()))
     except Exception as error:  # matplotlib and what it calls raise nearly every kind
         logger.warning("%s could not be drawn: %s", folder.picture, error)
+    return report
 
 
 def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
@@ -349,46 +350,6 @@ def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
         "machine": machine(model.device),
         "versions": versions(),
     }
-
-
-def _finish(
-    stage: Stage, folder: RunFolder, mask_U: torch.Tensor, initial_U: torch.Tensor, workshop: Workshop | None
-) -> dict[str, Any]:
-    """Repair, slice, evaluate, save and verify; returns its part of the report. The dense model is used up."""
-    settings, device = stage.config.report, stage.view.device
-    rows = stage.eval_windows_WT[: settings.latency_rows]
-    plan, initial_plan = (stage.view.space.plan(each_U) for each_U in (mask_U, initial_U))
-    times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
-    repaired = {"method": "none"} if workshop is None else workshop.repair(plan)
-    sliced = slice_model(stage.view.model, plan)
-    loss = mean_loss(sliced, stage.eval_windows_WT)
-    times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
-    sizes = {"pruned": count_parameters(sliced)}
-    verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
-    del sliced
-    gc.collect()
-    if settings.initial_latency and (timed := _timed_initial(stage, initial_plan, device)):
-        times["initial"], sizes["initial"] = timed
-    return {
-        "repair": repaired,
-        "loss": {"pruned": loss},
-        "parameters": sizes,
-        "latency": {name: figure.to_dict() for name, figure in times.items()},
-        "verified": verified,
-        "layers": describe_plan(plan),
-    }
-
-
-def _timed_initial(stage: Stage, plan: KeepPlan, device: torch.device) -> tuple[Latency, int] | None:
-    """Latency and size of what the metric alone would give; None if that fails: the run must not hang on it."""
-    settings = stage.config.report
-    try:
-        initial = slice_model(open_model(stage.config, device), plan)
-        rows = stage.eval_windows_WT[: settings.latency_rows]
-        return latency(initial, rows, repeats=settings.latency_repeats), count_parameters(initial)
-    except (BernpruneError, OSError, RuntimeError) as error:
-        logger.warning("the initial metric's model could not be timed: %s", error)
-        return None
 
 
 def _with_ratios(report: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,51 @@
+"""From a selection to a model on disk, and its figures."""
+
+import gc
+from typing import Any
+
+import torch
+
+from bernprune.evaluation.latency import latency
+from bernprune.evaluation.perplexity import mean_loss
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import count_parameters
+from bernprune.run.folder import RunFolder
+from bernprune.run.opening import open_model
+from bernprune.run.plans import describe_plan
+from bernprune.run.repairs import Workshop
+from bernprune.run.stage import Stage
+from bernprune.run.verification import save_and_verify
+from bernprune.units import KeepPlan
+
+_VERIFIED_WINDOWS = 2
+
+
+def finish(stage: Stage, folder: RunFolder, mask_U: torch.Tensor, workshop: Workshop | None) -> dict[str, Any]:
+    """Repair, slice, evaluate, save and verify; returns its part of the report. The dense model is used up."""
+    settings = stage.config.report
+    rows = stage.eval_windows_WT[: settings.latency_rows]
+    plan = stage.view.space.plan(mask_U)
+    times = {"dense": latency(stage.view.model, rows, repeats=settings.latency_repeats)}
+    repaired = {"method": "none"} if workshop is None else workshop.repair(plan)
+    sliced = slice_model(stage.view.model, plan)
+    loss = mean_loss(sliced, stage.eval_windows_WT)
+    times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
+    parameters = count_parameters(sliced)
+    verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
+    return {
+        "repair": repaired,
+        "loss": {"pruned": loss},
+        "parameters": {"pruned": parameters},
+        "latency": {name: figure.to_dict() for name, figure in times.items()},
+        "verified": verified,
+        "layers": describe_plan(plan),
+    }
+
+
+def timed_initial(stage: Stage, plan: KeepPlan, device: torch.device) -> dict[str, Any]:
+    """Latency and size of what the metric alone would give, as part of the report; the dense model is loaded again."""
+    gc.collect()  # the model that was saved
+    settings = stage.config.report
+    initial = slice_model(open_model(stage.config, device), plan)
+    timed = latency(initial, stage.eval_windows_WT[: settings.latency_rows], repeats=settings.latency_repeats)
+    return {"latency": {"initial": timed.to_dict()}, "parameters": {"initial": count_parameters(initial)}}
