@@ -295,6 +295,30 @@ def test_resume_takes_what_may_change(place: Place, finished: Path) -> None:
     assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
 
 
+def test_a_run_may_move(place: Place, finished: Path) -> None:
+    """To another machine, where the same model and texts lie elsewhere; others are refused, and nothing changes."""
+    held_out, moved = finished.parent / "held-out.txt", place.folder / "moved"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "verify_saved", _interrupt)
+        run(*place.prune(), "--eval-text", str(held_out))
+    shutil.copytree(place.model, moved / "model")
+    texts = {"data.text": place.text, "data.eval_text": held_out}
+    for path in texts.values():
+        shutil.copy(path, moved)
+    here = [f"model.path={moved / 'model'}", "model.device=cpu"]
+    here += [f"{name}={moved / path.name}" for name, path in texts.items()]
+    other, before = tiny_text(place.folder / "other.txt", 400, seed=5), place.contents()
+    for name, what in {"data.text": "training", "data.eval_text": "evaluation"}.items():
+        refused = in_one_sentence(run("resume", str(place.out), *settings(*here, f"{name}={other}")))
+        assert f"the {what} text is not the one" in refused
+    assert place.contents() == before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        succeed("resume", str(place.out), *settings(*here))
+    assert RunFolder(place.out).read_config().model.path == str(moved / "model")
+    assert (place.out / "plan.json").read_bytes() == (finished / "plan.json").read_bytes()
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -322,6 +346,16 @@ def test_what_decides_the_result_may_not_change(setting: str, tmp_path: Path) ->
         folder.check(make_config(parse_settings([setting])), overwrite=False)
 
 
+def test_a_repair_is_changed_by_resume(tmp_path: Path) -> None:
+    """The same command with another would be another search, on other weights; what to do instead is said."""
+    folder = RunFolder(tmp_path)
+    folder.write_config(make_config({}))
+    with pytest.raises(
+        RunError, match=r"search\.refit.*; bernprune resume .* --set to change its repair, give another"
+    ):
+        folder.check(make_config({"repair": {"method": "none"}}), overwrite=False)
+
+
 def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
     """Those that it began with are kept, and told of where others go on; the report has those that ended it."""
     with pytest.MonkeyPatch.context() as patch:
@@ -334,7 +368,8 @@ def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
         (place.out / "versions.json").unlink()  # as of a run of an older version
         assert "the run began" not in run(*place.prune()).err
     done = succeed("resume", str(place.out))
-    assert done.err == "" and began.keys() == {"bernprune", "torch", "transformers", "python", "weights"}
+    libraries, inputs = {"bernprune", "torch", "transformers", "python"}, {"weights", "text", "evaluation"}
+    assert done.err == "" and began.keys() == libraries | inputs
     assert read_json(place.out / "report.json")["versions"].items() < began.items()
 
 

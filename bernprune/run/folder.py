@@ -1,7 +1,7 @@
 """The folder of a run: what is in it, who may write it, and whether it is finished.
 
 config.yaml            the resolved configuration
-versions.json          versions of the libraries, and the fingerprint of the weights, that the run began with
+versions.json          versions of the libraries, and fingerprints of weights and texts, that the run began with
 initial.safetensors    initial scores and the policy's start
 metrics.jsonl          one line a step
 checkpoints/           the newest two states
@@ -21,10 +21,12 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TextIO
 
 import yaml
@@ -44,13 +46,22 @@ RECOVERY_CONFIG = "recover.yaml"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
 COSTS = "costs.json"
-_WEIGHTS = "weights"  # beside the versions
+# Fingerprints beside the versions, and what to say where one has changed.
+_INPUTS = {
+    "weights": "the model's weights are not those",
+    "text": "the training text is not the one",
+    "evaluation": "the evaluation text is not the one",
+}
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
 _OURS |= {COSTS}
 
-# What may change while a run is under way: memory, checkpoints, what a loss does that is not finite, the repair, which
-# comes last, and what is measured besides the result.
+# What may change while a run is under way: where it runs, and where what it reads lies, which is told by fingerprints;
+# memory, checkpoints, what a loss does that is not finite, the repair, which comes last, and what is measured besides.
 FREE_SETTINGS = (
+    "model.path",
+    "model.device",
+    "data.text",
+    "data.eval_text",
     "search.rows_per_forward",
     "search.checkpoint_seconds",
     "search.checkpoint_steps",
@@ -113,7 +124,7 @@ class RunFolder:
         if not self.path.is_dir() or all(_is_scrap(item.name) for item in self.path.iterdir()):
             return False
         self._check_is_run()
-        self._check_inputs(config)
+        self._check_apart(config)
         if overwrite:
             return False
         if self.finished:
@@ -121,9 +132,11 @@ class RunFolder:
         stored, given = (_without(each.to_dict(), self.FREE) for each in (self.read_config(), config))
         difference = _difference(stored, given)
         if difference:
+            repaired = difference.startswith("search.refit")  # which follows from the repair, unless it is given
+            advice = f"bernprune resume {shlex.quote(str(self.path))} --set to change its repair, " if repaired else ""
             raise RunError(
                 f"{self.path} holds an unfinished {self.WORK} of another configuration ({difference}); "
-                f"{self.OTHER}, or --overwrite to replace it"
+                f"{advice}{self.OTHER}, or --overwrite to replace it"
             )
         return True
 
@@ -133,7 +146,7 @@ class RunFolder:
         if not self.config.is_file() or not sections <= read_yaml(self.config).keys():
             raise RunError(f"{self.path} is not empty and holds no bernprune {self.WORK}; {self.OTHER}")
 
-    def _check_inputs(self, config: RunConfig) -> None:
+    def _check_apart(self, config: RunConfig) -> None:
         """What the run reads must not lie where it removes what an earlier one left."""
         ours = {self.path / name for name in _OURS}
         read = {"model.path": config.model.path, "data.text": config.data.text, "data.eval_text": config.data.eval_text}
@@ -189,40 +202,37 @@ class RunFolder:
             (self.path / LOCK).unlink(missing_ok=True)
             _remove_empty(self.path, existed)
 
-    def start(self, config: RunConfig, weights: str | None = None) -> None:
+    def start(self, config: RunConfig, inputs: Mapping[str, str] = MappingProxyType({})) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``.
 
         Args:
-            weights: the fingerprint of those that it begins with.
+            inputs: fingerprints of what it begins with: ``weights``, ``text``, ``evaluation``.
         """
         _remove(self.report)  # first, so that what is left is not taken for a finished run
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
-        write_json(self.versions, _versions_of(config) | ({} if weights is None else {_WEIGHTS: weights}))
+        write_json(self.versions, _versions_of(config) | dict(inputs))
 
-    def go_on(self, config: RunConfig, weights: str | None) -> None:
+    def go_on(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
         """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``.
 
         Args:
-            weights: the fingerprint of those that it goes on with; None where they cannot be compared.
+            inputs: fingerprints of what it goes on with, as far as they can be compared.
 
         Raises:
-            RunError: the run began with other weights.
+            RunError: the run began with others.
         """
-        if weights is not None:
-            self._check_weights(weights)
+        for name, now in inputs.items():
+            before = self._began_with().get(name, now)
+            if before != now:
+                raise RunError(
+                    f"{_INPUTS[name]} that the {self.WORK} in {self.path} began with (fingerprint {before}, but now "
+                    f"{now}); give it back to go on, or start over with --overwrite"
+                )
         self.write_config(config)
         if changed := self._changed_versions(config):
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
-
-    def _check_weights(self, weights: str) -> None:
-        before = self._began_with().get(_WEIGHTS, weights)
-        if before != weights:
-            raise RunError(
-                f"the model's weights are not those that the {self.WORK} in {self.path} began with (fingerprint "
-                f"{before}, but now {weights}); give them back to go on, or start over with --overwrite"
-            )
 
     def _began_with(self) -> dict[str, str]:
         """Empty for a run that was killed as it began."""

@@ -38,7 +38,7 @@ from bernprune.run.scoring import ByMetric, take_start
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason
 from bernprune.run.workload import Work, make_search
-from bernprune.settings import merge
+from bernprune.settings import absolute, merge
 from bernprune.storage import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,8 @@ def resume(
     if folder.finished:
         raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
     config = folder.read_config()
-    return prune(make_config(merge(config.to_dict(), changes)) if changes else config, out, progress=progress)
+    changed = make_config(merge(config.to_dict(), absolute(dict(changes)))) if changes else config
+    return prune(changed, out, progress=progress)
 
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
@@ -122,10 +123,13 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
     start_U, metric = search.probs_U, ByMetric.of(stage, start, search.probs_U)
     by_metric, order_U = metric.masks(stage), metric.order_U
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
+        inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
+        if known is not None or not continued:  # else it is not known in which number format the run began
+            inputs["weights"] = fingerprint(stage.view.model)
         if continued:
-            folder.go_on(stage.config, None if known is None else fingerprint(stage.view.model))
+            folder.go_on(stage.config, inputs)
         else:
-            folder.start(stage.config, fingerprint(stage.view.model))
+            folder.start(stage.config, inputs)
         if known is None:
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:

@@ -167,9 +167,9 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool) -> dic
     state = _stored(source, folder) if continued else None
     with _prepared(source, None if state is None else state["ranks"]) as prepared:
         if continued:  # what can fail on its input has not
-            folder.go_on(source.config, prepared.weights)
+            folder.go_on(source.config, {"weights": prepared.weights})
         else:
-            folder.start(source.config, prepared.weights)
+            folder.start(source.config, {"weights": prepared.weights})
         write_json(folder.plan, source.plan.to_dict())
         seconds = _train(prepared, source, folder, state)
         report = _report(source, prepared, seconds)
