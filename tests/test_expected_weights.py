@@ -371,5 +371,6 @@ def test_a_full_gpu_leaves_the_fit_to_the_processor(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(expected, "expected_fit", full_at_first)
     weights.fit(probs_U)
     assert len(calls) == 1 + len(fitted), "it was tried again on a GPU that is full"
+    assert weights._on_cpu
     assert all(torch.equal(place.projection.weight, w) for place, w in zip(weights._places, fitted, strict=True))
     weights.undo()

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +153,22 @@ def test_interrupted_before_the_search(place: Place, monkeypatch: pytest.MonkeyP
         assert place.contents() == before
 
 
-def test_terminated_before_the_search(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM outside the search unwinds like Ctrl-C, so that nothing is left either."""
+@pytest.fixture(autouse=True)
+def _hangups() -> Iterator[None]:
+    """SIGHUP as a terminal sets it, also where the tests run behind nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_terminated_before_the_search(number: signal.Signals, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM and SIGHUP outside the search unwind like Ctrl-C, so that nothing is left either."""
     before = place.contents()
 
     def terminate(*_: Any, **__: Any) -> None:
-        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL, "this would end the tests"
-        os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(number) is not signal.SIG_DFL, "this would end the tests"
+        os.kill(os.getpid(), number)
 
     monkeypatch.setattr(pipeline, "take_start", terminate)
     assert run(*place.prune()).code == 130
