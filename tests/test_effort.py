@@ -20,7 +20,7 @@ from bernprune.repair.pairs import Pair
 from bernprune.repair.places import places
 from bernprune.repair.weights import Weights
 from bernprune.report import table
-from bernprune.run import effort, pipeline, workload
+from bernprune.run import effort, finishing, workload
 from bernprune.run.folder import RunFolder
 from bernprune.run.workload import fitting_windows
 from bernprune.units import UnitSpace
@@ -115,7 +115,7 @@ def test_all_that_is_run_forward_is_reported(
         return call
 
     for name in ("latency", "save_and_verify"):
-        monkeypatch.setattr(pipeline, name, uncounted(getattr(pipeline, name)))
+        monkeypatch.setattr(finishing, name, uncounted(getattr(finishing, name)))
     hook = register_module_forward_pre_hook(count)
     try:
         succeed(*place.prune(*given))
