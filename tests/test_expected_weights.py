@@ -5,6 +5,7 @@ Letters: N units, E inputs, D outputs, T tokens, K masks.
 
 import itertools
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -320,12 +321,15 @@ def test_nothing_of_them_is_held_after_the_search(
     assert not weights._places and not weights._originals.projections
 
 
-def test_a_finalist_that_cannot_be_repaired_loses(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ModelError, torch.OutOfMemoryError])
+def test_a_finalist_that_cannot_be_repaired_loses(
+    error: type[Exception], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repair = Repairer.repair
 
     def failing(self: Repairer, plan: KeepPlan, method: Any) -> Any:
         if plan == plans[0]:
-            raise ModelError("singular")
+            raise error("singular")
         return repair(self, plan, method)
 
     plans: list[KeepPlan] = []
@@ -340,6 +344,24 @@ def test_a_finalist_that_cannot_be_repaired_loses(place: Place, monkeypatch: pyt
     done = run(*place.prune(*FOUR_ROUNDS, "repair.method=ridge"))
     assert done.code == 0 and "the finalist 'initial' loses, as it cannot be repaired: singular" in done.err
     assert read_json(place.out / "report.json")["repair"]["finalists"]["initial"] is None
+
+
+def test_what_filled_a_gpu_is_let_go_before_a_finalist_is_judged(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error that is being handled holds on to all that was at work when it came."""
+    losses, judged = Workshop.losses, list[bool]()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("the memory is full")
+
+    def noted(self: Workshop, plan: KeepPlan) -> torch.Tensor:
+        judged.append(sys.exc_info()[0] is None)
+        return losses(self, plan)
+
+    monkeypatch.setattr(Repairer, "repair", full)
+    monkeypatch.setattr(Workshop, "losses", noted)
+    done = run(*place.prune(*FOUR_ROUNDS, "repair.method=auto"))
+    assert done.code == 0 and "is judged as it is, as it cannot be repaired: the memory is full" in done.err
+    assert len(judged) > 2 and all(judged)
 
 
 def test_finalists_that_auto_cannot_repair_are_judged_as_they_are(place: Place) -> None:

@@ -44,9 +44,10 @@ def export_gguf(
     if out.exists():
         raise RunError(f"output {out} exists already; give a file that does not")
     check_writable(out.parent)
-    folder = str(source / MODEL if (source / MODEL).is_dir() else source)
-    if folder != str(source) and not (source / REPORT).is_file():
-        raise RunError(f"the run in {source} is not finished, so that its model may not be whole")
+    is_run = (source / MODEL).is_dir()
+    if is_run and not (source / REPORT).is_file():
+        raise RunError(f"the run in {source} is not finished: no model of it was verified")
+    folder = str(source / MODEL if is_run else source)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(Path(vocabulary), gguf)
     tokens_T = torch.arange(min(_CHECKED_TOKENS, context_length(model.config))) % model.config.vocab_size

@@ -131,18 +131,19 @@ class Workshop:
         """Mean loss of a finalist after its repair. If it cannot be repaired, ``auto`` would leave it as it is; by a
         method that was asked for it could not be had at all, and just loses."""
         logger.info("repairing the finalist %r, to judge it", name)
+        done = None
         try:
             done = self.quick.repair(plan, self._possible(plan)[0] if self.method == "auto" else self.method)
         except (BernpruneError, torch.OutOfMemoryError) as error:
-            if self.method == "auto":
-                logger.warning("the finalist %r is judged as it is, as it cannot be repaired: %s", name, error)
-                return self.losses(plan).mean().item()
-            logger.warning("the finalist %r loses, as it cannot be repaired: %s", name, error)
-            return math.inf
-        try:
+            judged = "is judged as it is" if self.method == "auto" else "loses"
+            logger.warning("the finalist %r %s, as it cannot be repaired: %s", name, judged, error)
+            if self.method != "auto":
+                return math.inf
+        try:  # out of the handler, in which an error holds on to what filled a GPU
             return self.losses(plan).mean().item()
         finally:
-            done.undo()
+            if done is not None:
+                done.undo()
 
     def repair(self, plan: KeepPlan) -> dict[str, Any]:
         """Repair the live model for a plan; returns what the report says of it."""
