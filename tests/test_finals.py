@@ -20,11 +20,11 @@ from spaces import random_numbers
 from tiny_run import (
     METHODS,
     SETTINGS,
-    STOPPING,
     Place,
     ended,
     finish,
     in_one_sentence,
+    interrupted,
     read_json,
     run,
     spawn,
@@ -451,7 +451,7 @@ def test_an_interrupted_choice_goes_on(heat: int, number: signal.Signals, place:
     with pytest.MonkeyPatch.context() as patch:
         before_race(patch, lambda at: stop(patch) if at == heat else None)
         done = run(*arguments(place))
-    assert done.code == 130 and done.err == STOPPING + f"interrupted; continue with: bernprune resume {place.out}\n"
+    assert done.code == 130 and done.err == interrupted(place.out)
     assert passes == [] and not (place.out / "plan.json").exists()
     assert (place.out / "finals.safetensors").is_file() == (heat > 0) and (not heat or heats_of(place.out) == heat - 1)
     with pytest.MonkeyPatch.context() as patch:
@@ -486,6 +486,33 @@ def stopped(place: Place, undisturbed: Path) -> Path:
         before_race(patch, lambda at: os.kill(os.getpid(), signal.SIGINT) if at == 3 else None)
         assert run(*arguments(place)).code == 130
     return place.out / "finals.safetensors"
+
+
+def test_a_choice_is_ended_where_it_stands(place: Place, undisturbed: Path) -> None:
+    """By ``--finish`` once the search is over: with the heats that were run, and not one more."""
+    path = stopped(place, undisturbed)
+    before = read_state(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        patch.setattr(finals, "race", None)
+        done = succeed("resume", str(place.out), "--finish")
+    report = read_json(place.out / "report.json")
+    assert report["search"]["finals"]["heats"] == before["heats"] and len(before["heats"]) == 2
+    assert "kept in" in done.out and "stopped because the run was told to finish" in done.out
+    assert torch.equal(read_state(place.out / "learned.safetensors")["mask_U"], before["mask_U"])
+
+
+def test_finalists_are_raced_however_soon_a_choice_ends(place: Place, undisturbed: Path) -> None:
+    """Nobody has told yet whether what was learned is better than the metric's."""
+    with pytest.MonkeyPatch.context() as patch:
+        before_race(patch, lambda at: os.kill(os.getpid(), signal.SIGINT))
+        assert run(*arguments(place)).code == 130
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = before_race(patch, lambda _: None)
+        succeed("resume", str(place.out), "--finish")
+    assert numbers == [0] and heats_of(place.out) == 0
+    first, whole = (read_json(out / "report.json")["search"] for out in (place.out, undisturbed))
+    assert first["kept"] == whole["kept"]
 
 
 def test_damaged_heats_are_run_again(place: Place, undisturbed: Path) -> None:

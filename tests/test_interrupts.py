@@ -3,6 +3,7 @@
 import errno
 import functools
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -18,11 +19,11 @@ from tiny_run import (
     PASSES_OF,
     PROBE,
     STEPS,
-    STOPPING,
     Place,
     ended,
     finish,
     in_one_sentence,
+    interrupted,
     read_json,
     run,
     same_run,
@@ -114,11 +115,53 @@ def test_an_interrupted_search_says_how_to_go_on(
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
     process.send_signal(number)
     done = ended(process)
-    assert done.code == 130 and done.err == STOPPING + f"interrupted; continue with: bernprune resume {place.out}\n"
+    assert done.code == 130 and done.err == interrupted(place.out)
     steps = len(steps_of(place.out))
     assert 2 <= steps < 20 and (place.out / "checkpoints" / f"step-{steps:08d}.safetensors").is_file()
     succeed(*done.err.strip().partition("bernprune ")[2].split())
     same_run(place.out, uninterrupted(method))
+
+
+def stopped_in(place: Place, step: int, *more: str) -> None:
+    """A run of which the search is interrupted in this step."""
+    original = loop._Loop.step
+
+    def interrupting(self: loop._Loop, *given: Any) -> Any:
+        if self.work.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", interrupting)
+        assert run(*place.prune(*more)).err == interrupted(place.out)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_is_ended_where_it_stands(method: str, place: Place) -> None:
+    """By ``--finish``: one more step concludes it, then comes the choice, of the share that is its own. A run that
+    dies after that does not search on."""
+    stopped_in(place, 2, *METHODS[method], "search.selection=0.5", "search.final_windows=2", "search.sequences=200")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "verify_saved", _interrupt)
+        assert run("resume", str(place.out), "--finish").code == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", None)
+        done = succeed("resume", str(place.out))
+    search, metrics = read_json(place.out / "report.json")["search"], steps_of(place.out)
+    assert metrics == list(range(4)) and search["steps"] == 4
+    assert search["ended"] == "asked: the run was told to finish" and "because the run was told to finish" in done.out
+    taken = search["sequences"] - search["finals"]["sequences"]
+    assert 4 * PASSES_OF[method] <= taken <= 4 * (PASSES_OF[method] + PROBE)
+    assert 0 < search["finals"]["sequences"] <= taken
+    records = [json.loads(line) for line in (place.out / "metrics.jsonl").read_text().splitlines()]
+    assert "round" in records[-1] or method == "reinforce"
+
+
+def test_a_search_ends_where_it_had_hardly_begun(place: Place) -> None:
+    """What little was seen concludes nothing: the metric decides."""
+    stopped_in(place, 0)
+    succeed("resume", str(place.out), "--finish")
+    assert read_json(place.out / "report.json")["search"]["steps"] == 2
 
 
 def test_a_second_signal_stops_at_once() -> None:

@@ -93,7 +93,7 @@ def test_layers_were_removed(layered: Path) -> None:
     assert sum(not layer["kv_groups"] and not layer["channels"] for layer in layers) == 1, layers
 
 
-def interrupted(place: Place, folder: Path) -> Path:
+def interrupted(place: Place, folder: Path, *more: str) -> Path:
     """The folder of a recovery that was stopped in its sixth step, after a checkpoint."""
     step = Training.step
 
@@ -104,8 +104,9 @@ def interrupted(place: Place, folder: Path) -> Path:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Training, "step", once_more)
-        done = run(*recover(place, folder, "recover.checkpoint_seconds=0"))
-    assert done.code == 130 and "interrupted; the same command, without --overwrite, goes on" in done.err
+        done = run(*recover(place, folder, "recover.checkpoint_seconds=0", *more))
+    assert done.code == 130
+    assert "interrupted; the same command, without --overwrite, goes on, and with --finish ends here" in done.err
     return place.folder / "recovered"
 
 
@@ -148,6 +149,45 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     assert all(value.equal(found[name]) for name, value in expected.items())
     reports = [read_json(place.folder / name / "report.json") for name in ("recovered", "whole")]
     assert reports[0]["held_out"] == reports[1]["held_out"] and reports[0]["loss"] == reports[1]["loss"]
+
+
+def test_a_recovery_is_ended_where_it_stands(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``--finish``: the best state of an interrupted one, judged where it stands."""
+    out, command = place.folder / "recovered", [*recover(place, finished, "recover.evaluate_steps=3"), "--finish"]
+    assert "no interrupted recovery in" in in_one_sentence(run(*command)) and not out.exists()
+    interrupted(place, finished, "recover.evaluate_steps=3")
+    assert "no interrupted recovery in" in in_one_sentence(run(*command, "--overwrite"))
+    monkeypatch.setattr(Training, "step", None)
+    done = succeed(*command)
+    report = read_json(out / "report.json")
+    assert "it was told to finish" in done.out and report["steps"] == 5
+    assert report["held_out"].keys() == {"0", "3", "5"}
+    assert report["loss"]["after"] < report["loss"]["before"]
+
+
+@pytest.mark.parametrize("what", ["step", "evaluation"])
+def test_a_recovery_that_diverges_keeps_its_best(
+    what: str, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was trained until then, also if the process dies before it is saved; an error if nothing was gained yet."""
+    name = "_loss" if what == "step" else "_cross_entropy"
+    original, from_step = getattr(Training, name), 0
+
+    def diverging(self: Training, *given: torch.Tensor) -> torch.Tensor:
+        return original(self, *given) * (torch.nan if self.steps >= from_step else 1)
+
+    monkeypatch.setattr(Training, name, diverging)
+    command = recover(place, finished, "recover.evaluate_steps=2")
+    assert "is nan" in in_one_sentence(run(*command))
+    from_step = 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "verify_saved", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*command)
+    done = succeed(*command)
+    report = read_json(place.folder / "recovered" / "report.json")
+    assert report["best_step"] == 4 and "is nan" in report["ended"] and report["ended"] in done.out
+    assert report["loss"]["after"] < report["loss"]["before"]
 
 
 def test_masks_of_a_policy_that_is_gone_are_refused(place: Place, finished: Path) -> None:

@@ -71,6 +71,11 @@ PASSES_OF = {method: PASSES if "chunk" in method or "sequence" in method else UN
 STOPPING = "WARNING: stopping after the piece of work at hand; a second Ctrl-C or SIGTERM stops at once\n"
 
 
+def interrupted(out: Path) -> str:
+    """What a run says that was interrupted, and how it is continued."""
+    return f"{STOPPING}interrupted; continue, or end the search here with --finish, with: bernprune resume {out}\n"
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a command ended and what it wrote."""

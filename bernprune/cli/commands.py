@@ -157,13 +157,20 @@ def resume(
         list[str] | None,
         typer.Option("--set", metavar="A.B=C", help=f"What may change meanwhile: {', '.join(FREE_SETTINGS)}."),
     ] = None,
+    finish: Annotated[
+        bool,
+        typer.Option(
+            "--finish",
+            help="End the search where it stands or, if it is over, the final choice, and go on with what comes after.",
+        ),
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Continue a run that was killed or interrupted."""
     changes = parse_settings(settings or [], only=FREE_SETTINGS)
     AtWork.out = out
     quiet_libraries()
-    report = pipeline.resume(out, changes=changes)
+    report = pipeline.resume(out, changes=changes, finish=finish)
     show(f"{table(report)}\n\nresult       {out / 'model'}")
 
 
@@ -204,13 +211,16 @@ def recover(
         typer.Option("--set", metavar="A.B=C", help=f"What may differ from the run: {', '.join(RECOVERY_SETTINGS)}."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier recovery in the folder.")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="End one that was interrupted, with the best state so far.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """A little training of what a run kept, by low-rank adapters that are merged; the same command goes on."""
     changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
     AtWork.recovering = out
     quiet_libraries()
-    report = recovering.recover(run, out, changes=changes, overwrite=overwrite)
+    report = recovering.recover(run, out, changes=changes, overwrite=overwrite, finish=finish)
     show(f"{recovered(report)}\n\nresult       {out / 'model'}")
 
 

@@ -55,7 +55,7 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
             raise
         return _fail(error.format_message(), debug)
     if code == INTERRUPTED:  # what typer makes of Ctrl-C
-        print(f"interrupted{_how_to_resume()}", file=sys.stderr)
+        print(f"interrupted{_how_to_resume(or_finish=True)}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
@@ -88,13 +88,15 @@ def _drop_stuck_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _how_to_resume() -> str:
+def _how_to_resume(*, or_finish: bool = False) -> str:
     out, recovery = AtWork.out, AtWork.recovering
     if recovery is not None and RecoveryFolder(recovery).unfinished:
-        return "; the same command, without --overwrite, goes on"
-    if out is None or not RunFolder(out).unfinished:
+        return f"; the same command, without --overwrite, goes on{', and with --finish ends here' * or_finish}"
+    run = None if out is None else RunFolder(out)
+    if run is None or not run.unfinished:
         return ""
-    return f"; continue with: bernprune resume {shlex.quote(str(out))}"
+    finishing = ", or end the search here with --finish," * (or_finish and not run.plan.exists())
+    return f"; continue{finishing} with: bernprune resume {shlex.quote(str(run.path))}"
 
 
 def _set_up_logging(debug: bool) -> None:

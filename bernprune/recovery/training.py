@@ -55,12 +55,15 @@ class Training:
         self.steps = 0
         self.held_out: dict[int, float] = {}
         self._best = adapters.state_dict()
+        self._stopped: str | None = None
         if settings.recompute:
             _recomputing(model, enabled=True)
 
     @property
     def ended(self) -> str | None:
         """Why there is nothing more to do; None if there is."""
+        if self._stopped is not None:
+            return self._stopped
         if self.steps not in self.held_out:
             return None
         since = sum(step > self.best_step for step in self.held_out)
@@ -77,6 +80,10 @@ class Training:
     def tokens(self) -> int:
         """Tokens trained on so far."""
         return self.steps * self._settings.batch * self._train.window
+
+    def stop(self, reason: str) -> None:
+        """End it here, with the best state so far."""
+        self._stopped = reason
 
     def evaluate(self) -> float:
         """Mean loss on the held-out windows, nats per token; the state is kept if it is the best so far."""
@@ -141,6 +148,7 @@ class Training:
             "held_out": {str(step): loss for step, loss in self.held_out.items()},
             "adapters": self._adapters.state_dict(),
             "best": self._best,
+            "stopped": self._stopped,
             "optimizer": {
                 str(index): {name: value.detach().cpu().clone() for name, value in state.items()}
                 for index, state in states.items()
@@ -154,7 +162,7 @@ class Training:
             raise RunError("the checkpoint was written for other adapters")
         self.steps, self.held_out = state["steps"], {int(step): loss for step, loss in state["held_out"].items()}
         self._adapters.load_state_dict(theirs)
-        self._best = state["best"]
+        self._best, self._stopped = state["best"], state.get("stopped")
         groups = self._optimizer.state_dict()["param_groups"]
         states = {int(index): each for index, each in state["optimizer"].items()}
         self._optimizer.load_state_dict({"state": states, "param_groups": groups})

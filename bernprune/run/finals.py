@@ -28,7 +28,7 @@ from bernprune.run.folder import RunFolder
 from bernprune.run.methods import loss_of
 from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import Stage
-from bernprune.run.workload import Work
+from bernprune.run.workload import TOLD, Work
 from bernprune.seeding import generator
 
 logger = logging.getLogger(__name__)
@@ -70,18 +70,25 @@ def run_finals(
     finalists: dict[str, torch.Tensor],
     order_U: torch.Tensor,
     work: Work,
+    *,
+    finish: bool = False,
 ) -> Finals:
     """Race the finalists, then what may be better than the winner, until the sequences for it are spent.
 
     The first finalist, what was learned, is kept if there is nothing to spend. Else the others have to beat the learned
     widths in the metric's order by a standard error.
 
+    Args:
+        finish: end it with the race of the finalists, unless that is yet to come and the search was ended likewise.
+
     Raises:
         Interrupted: Ctrl-C or SIGTERM, also in the middle of a heat; those before it are saved.
     """
     budget = stage.workload.selection_sequences(work)
     names = list(finalists)
-    finals = _restore(folder, work) or Finals(names[0], finalists[names[0]], ended=_NOTHING_LEFT)
+    restored = _restore(folder, work)
+    finals = restored or Finals(names[0], finalists[names[0]], ended=_NOTHING_LEFT)
+    told = finish and (restored is not None or not work.told)
     if not budget:
         return finals
     with (
@@ -105,7 +112,9 @@ def run_finals(
                 finals.mask_U = finalists[finals.kept]
                 settle()
         while not stopping.is_set():
-            if search.priced:
+            if told:
+                finals.ended = TOLD
+            elif search.priced:
                 finals.ended = _by_looks(stage, search, text, order_U, budget)
             else:
                 finals.ended = _by_challengers(stage, search, text, budget)

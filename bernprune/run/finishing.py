@@ -20,7 +20,7 @@ from bernprune.units import KeepPlan
 _VERIFIED_WINDOWS = 2
 
 
-def finish(stage: Stage, folder: RunFolder, mask_U: torch.Tensor, workshop: Workshop | None) -> dict[str, Any]:
+def make_pruned(stage: Stage, folder: RunFolder, mask_U: torch.Tensor, workshop: Workshop | None) -> dict[str, Any]:
     """Repair, slice, evaluate, save and verify; returns its part of the report. The dense model is used up."""
     settings = stage.config.report
     rows = stage.eval_windows_WT[: settings.latency_rows]

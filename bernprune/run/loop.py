@@ -42,6 +42,8 @@ def run_search(
     order_U: torch.Tensor,
     initial_U: torch.Tensor,
     weights: ExpectedWeights | None = None,
+    *,
+    finish: bool = False,
 ) -> Work:
     """Run or continue the search in its folder, up to its budget; ``search`` holds the result.
 
@@ -49,6 +51,7 @@ def run_search(
         order_U: how the metric orders units, which breaks ties and to which what is learned is compared.
         initial_U: the selection at the start.
         weights: if given, masks are run on weights that are fitted to the policy as it changes.
+        finish: take one more step, unless the search is over, and conclude it there.
 
     Raises:
         LossError: a loss that is not finite, where those are errors.
@@ -57,6 +60,8 @@ def run_search(
     """
     work, fitted_U = _restore(folder, search, stage.text_sha256)
     loop, workload = _Loop(stage, folder, search, order_U, initial_U, work, weights), stage.workload
+    if finish and workload.progress(work) < 1:
+        work.last = work.step + 1
     loop.fit(search.probs_U if fitted_U is None else fitted_U)
     logger.info("searching")
     with (

@@ -28,7 +28,7 @@ from bernprune.progress import bars
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals, run_finals
-from bernprune.run.finishing import finish, timed_initial
+from bernprune.run.finishing import make_pruned, timed_initial
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import places_of_ones_own
@@ -56,19 +56,23 @@ def prune(
     Raises:
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
-    folder = RunFolder(Path(out))
+    with bars(progress):
+        return _prune(config, RunFolder(Path(out)), overwrite=overwrite)
+
+
+def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool = False, finish: bool = False) -> dict[str, Any]:
     folder.look(config, overwrite=overwrite)
-    with unchanging(), bars(progress):
-        return _prune(config, folder, overwrite=overwrite)
+    with unchanging():
+        return _in_folder(set_stage(config), folder, overwrite=overwrite, finish=finish)
 
 
-def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool) -> dict[str, Any]:
-    stage = set_stage(config)
+def _in_folder(stage: Stage, folder: RunFolder, *, overwrite: bool, finish: bool) -> dict[str, Any]:
+    config = stage.config
     with folder.locked():
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
             with blaming(places_of_ones_own(config)):  # before the disk is blamed
-                return _run(stage, folder, continued=continued)
+                return _run(stage, folder, continued=continued, finish=finish)
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
@@ -95,9 +99,16 @@ def _how_to_need_less(folder: RunFolder, stage: Stage) -> str:
 
 
 def resume(
-    out: str | Path, *, changes: Mapping[str, Any] | None = None, progress: bool | None = None
+    out: str | Path,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    finish: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Continue the unfinished run in ``out``, with ``changes`` to settings of ``FREE_SETTINGS``, as nested plain data.
+
+    Args:
+        finish: end the search where it stands or, if it is over, the final choice, and go on with what comes after.
 
     Raises:
         RunError: there is none, or another setting was changed.
@@ -108,10 +119,11 @@ def resume(
         raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
     config = folder.read_config()
     changed = make_config(merge(config.to_dict(), absolute(dict(changes)))) if changes else config
-    return prune(changed, out, progress=progress)
+    with bars(progress):
+        return _prune(changed, folder, finish=finish)
 
 
-def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
+def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
     Workshop.of_stage(stage)  # whether there is text enough
     known = _known_stage(stage, folder) if continued else None
@@ -134,9 +146,9 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
             write_state(folder.initial, start)
-        work = run_search(stage, folder, search, order_U, by_metric["initial"], weights)
+        work = run_search(stage, folder, search, order_U, by_metric["initial"], weights, finish=finish)
         finalists = _finalists(stage, search, order_U, by_metric)
-        finals = run_finals(stage, folder, search, finalists, order_U, work)
+        finals = run_finals(stage, folder, search, finalists, order_U, work, finish=finish)
     learned_U = metric.initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
     followed = metric.followed(stage.view.space, learned_U)
     learned = _write_kept(stage, folder, finals, followed, order_U)
@@ -161,7 +173,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool) -> dict[str, Any]:
     }
     device = full.view.device  # of a model that is used up below
     try:
-        report = merge(report, finish(full, folder, finals.mask_U, workshop))
+        report = merge(report, make_pruned(full, folder, finals.mask_U, workshop))
         report = _with_ratios(report | {"windows_run": _windows_run(full, report, again=full is not stage)})
         write_json(folder.report, report)
     except BaseException:

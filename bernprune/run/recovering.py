@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from bernprune.backends import TORCH, find_device
 from bernprune.config import RunConfig, make_config
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint
-from bernprune.errors import DataError, RunError
+from bernprune.errors import DataError, LossError, RunError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss, perplexity
 from bernprune.models.adapters import Adapters, adapted_view, check_adaptable
@@ -88,6 +88,7 @@ def recover(
     *,
     changes: Mapping[str, Any] | None = None,
     overwrite: bool = False,
+    finish: bool = False,
     progress: bool | None = None,
 ) -> dict[str, Any]:
     """Train what a finished run kept, as its settings ``recover`` say, in the folder ``out``; returns the report.
@@ -96,6 +97,7 @@ def recover(
 
     Args:
         changes: settings that differ from the run's, as nested plain data; of those in ``RECOVERY_SETTINGS``.
+        finish: end one that was interrupted, with the best state so far.
         progress: whether bars are shown; None shows them on a terminal only.
 
     Raises:
@@ -109,11 +111,13 @@ def recover(
     config = make_config(given)
     check_adaptable()
     folder.look(config, overwrite=overwrite)
+    if finish and (overwrite or not folder.unfinished):
+        raise RunError(f"there is no interrupted recovery in {out} to finish")
     source = _open_source(finished, config, of_run)
     with folder.locked(), bars(progress):
         continued = folder.check(config, overwrite=overwrite)
         try:
-            return _recover(source, folder, continued=continued)
+            return _recover(source, folder, continued=continued, finish=finish)
         except torch.OutOfMemoryError as error:
             raise RunError(
                 "the GPU's memory is full; the same command, without --overwrite, goes on with less: --set "
@@ -163,7 +167,7 @@ def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _So
     )
 
 
-def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool) -> dict[str, Any]:
+def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
     state = _stored(source, folder) if continued else None
     with _prepared(source, None if state is None else state["ranks"]) as prepared:
         if continued:  # what can fail on its input has not
@@ -171,7 +175,7 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool) -> dic
         else:
             folder.start(source.config, {"weights": prepared.weights})
         write_json(folder.plan, source.plan.to_dict())
-        seconds = _train(prepared, source, folder, state)
+        seconds = _train(prepared, source, folder, state, finish=finish)
         report = _report(source, prepared, seconds)
     model = prepared.training.finish()
     if source.config.recover.masks == "policy":
@@ -297,6 +301,8 @@ def _train(
     source: _Source,
     folder: RecoveryFolder,
     state: dict[str, Any] | None,
+    *,
+    finish: bool,
 ) -> float:
     """Train from the start, or from where it was interrupted; returns the seconds that it took in all."""
     training, seconds = prepared.training, 0.0
@@ -323,8 +329,14 @@ def _train(
     ):
         if not training.held_out:
             training.evaluate()
+        if finish and training.ended is None:
+            if training.steps not in training.held_out:
+                training.evaluate()
+            training.stop("it was told to finish")
         while training.ended is None and not stopping.is_set():
-            record = {"step": training.steps, **training.step()}
+            record = _step(training)
+            if record is None:
+                break
             metrics.write(json.dumps(record) + "\n")
             shown.update()
             best = min(training.held_out.values())
@@ -334,6 +346,19 @@ def _train(
                 saved = time.monotonic()
         save(metrics)
     return seconds + time.monotonic() - started
+
+
+def _step(training: Training) -> dict[str, Any] | None:
+    """Take a step; None if it failed and what was best before is kept. Raises ``LossError`` if nothing was yet."""
+    step = training.steps
+    try:
+        return {"step": step, **training.step()}
+    except LossError as error:
+        if training.best_step == 0:
+            raise
+        logger.warning("%s; the state after %d steps is kept", error, training.best_step)
+        training.stop(str(error))
+        return None
 
 
 def _report(source: _Source, prepared: _Prepared, seconds: float) -> dict[str, Any]:

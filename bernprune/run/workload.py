@@ -46,6 +46,9 @@ ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy wou
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # CHOOSING where nothing is looked at
 
 
+TOLD = "asked: the run was told to finish"
+
+
 @dataclass
 class Work:
     """How much was done; all of it is saved."""
@@ -54,6 +57,12 @@ class Work:
     sequences: int = 0
     seconds: float = 0.0
     settled: bool = False  # the expected regret was small enough
+    last: int | None = None  # steps after which the user wants it to end
+
+    @property
+    def told(self) -> bool:
+        """Whether it ends here because the user wants it to."""
+        return self.last is not None and self.step >= self.last
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Workload:
 
     def progress(self, work: Work) -> float:
         """Share of the work that is done; 1 or more when it is over."""
-        if self.steps == 0 or work.settled:
+        if self.steps == 0 or work.settled or work.told:
             return 1.0
         by_steps = work.step / self.steps if self.steps is not None else 0.0
         by_time = work.seconds / self.seconds if self.seconds is not None else 0.0
@@ -92,6 +101,8 @@ class Workload:
             return f"settled: knowing every unit exactly was expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
             return "sequences: those that are left are too few for a step"
+        if work.told:
+            return TOLD
         return "seconds: all the time that it was given was spent"
 
     def round_ends(self, step: int) -> bool:
