@@ -234,6 +234,26 @@ def test_a_saved_model_is_compared_in_full_precision(
         torch.set_float32_matmul_precision(before)
 
 
+def test_a_saved_model_is_loaded_in_the_place_of_the_one_in_memory(
+    place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which has let go of its weights by then: for both there may be no room."""
+    saved, held = list[torch.nn.Module](), list[bool]()
+
+    def write(model: Any, *given: Any, **named: Any) -> None:
+        saved.append(model)
+        saving.write_pruned(model, *given, **named)
+
+    def verify(*given: Any, **named: Any) -> float:
+        held.extend(not parameter.is_meta for parameter in saved[0].parameters())
+        return verify_here(*given, **named)
+
+    monkeypatch.setattr(verification, "write_pruned", write)
+    monkeypatch.setattr(verification, "verify_saved", verify)
+    done = succeed("apply", str(undisturbed / "plan.json"), str(place.model), "applied")
+    assert held and not any(held) and "difference 0.0e+00" in done.out
+
+
 # --- damaged checkpoints ---
 
 

@@ -49,29 +49,38 @@ if "bernprune" in sys.modules:
 
 
 def save_pruned(model: PreTrainedModel, tokenizer: Any, folder: str | Path, *, plan: KeepPlan) -> Path:
-    """Write a sliced model to a new ``folder`` and return its path.
-
-    It holds the config (native ``per_layer_config``, ``auto_map``, and a ``bernprune`` block with format version,
-    plan hash and base model), safetensors weights, generation config, the bundled modelling file, and the files of
-    ``tokenizer`` unless that is None. Everything is written and synced beside the target and then renamed, so the
-    target is complete or absent.
+    """Write a sliced model to a new ``folder`` and return its path; what it holds, ``write_pruned`` tells.
 
     Raises:
         ModelError: the model was not sliced by ``slice_model``, or by another plan.
         RunError: the folder exists already or cannot be written; nothing of it is left then.
     """
-    target = Path(folder)
+    with written_whole(Path(folder)) as temporary:
+        write_pruned(model, tokenizer, temporary, plan=plan)
+    return Path(folder)
+
+
+def write_pruned(model: PreTrainedModel, tokenizer: Any, folder: Path, *, plan: KeepPlan) -> None:
+    """Write a sliced model into a folder that is there.
+
+    It gets the config (native ``per_layer_config``, ``auto_map``, and a ``bernprune`` block with format version,
+    plan hash and base model), safetensors weights, generation config, the bundled modelling file, and the files of
+    ``tokenizer`` unless that is None.
+
+    Raises:
+        ModelError: the model was not sliced by ``slice_model``, or by another plan.
+        RunError: the tokenizer cannot be written.
+        OSError, SafetensorError, ValueError: something else cannot be; ``written_whole`` explains them.
+    """
     _check_provenance(model, plan)
-    with _written_whole(target) as temporary:
-        with _generation_config_apart(model, temporary):
-            model.save_pretrained(temporary)
-        if tokenizer is not None:
-            _save_tokenizer(tokenizer, temporary)
-        source = Path(modeling_bernprune.__file__)
-        shutil.copyfile(source, temporary / source.name)
-        for weights in temporary.glob("*.safetensors"):  # written for their owner alone, which a server often is not
-            shutil.copymode(temporary / "config.json", weights)
-    return target
+    with _generation_config_apart(model, folder):
+        model.save_pretrained(folder)
+    if tokenizer is not None:
+        _save_tokenizer(tokenizer, folder)
+    source = Path(modeling_bernprune.__file__)
+    shutil.copyfile(source, folder / source.name)
+    for weights in folder.glob("*.safetensors"):  # written for their owner alone, which a server often is not
+        shutil.copymode(folder / "config.json", weights)
 
 
 def verify_saved(folder: str | Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, device: str = "cpu") -> float:
@@ -91,7 +100,9 @@ def verify_saved(folder: str | Path, tokens_BT: torch.Tensor, logits: torch.Tens
         _run_clean(Path(folder).resolve(), exchange, dtype, device)
         loaded = load_file(Path(exchange, "logits.safetensors"))["logits"]
     if loaded.shape != logits.shape:
-        raise RunError(f"{folder} gives logits of shape {tuple(loaded.shape)}, the model {tuple(logits.shape)}")
+        raise RunError(
+            f"the saved model gives logits of shape {tuple(loaded.shape)}, the one in memory {tuple(logits.shape)}"
+        )
     difference = (loaded.float() - logits.detach().cpu().float()).abs()
     return float(difference.nan_to_num(nan=float("inf"), posinf=float("inf")).max())
 
@@ -105,8 +116,9 @@ def _check_provenance(model: PreTrainedModel, plan: KeepPlan) -> None:
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its name at the end, or vanishes if anything fails on the way."""
+def written_whole(target: Path) -> Iterator[Path]:
+    """A new folder beside ``target`` that is synced and takes its name at the end, or vanishes if anything fails on the
+    way, so that the target is complete or absent. Raises ``RunError`` if it exists already or cannot be written."""
     if target.exists() or target.is_symlink():
         raise _taken(target)
     # Not tempfile's: its folder would be readable by its owner alone, and keep that when renamed.
@@ -163,4 +175,4 @@ def _run_clean(folder: Path, exchange: str, dtype: str, device: str) -> None:
     done = subprocess.run(command, cwd=exchange, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RunError(f"{folder} does not load in a clean process: {lines[-1]}")
+        raise RunError(f"the saved model does not load in a clean process: {lines[-1]}")

@@ -43,11 +43,11 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
     workshop = None if stream_N is None else Workshop.of_model(config, model, stream_N)
     record = {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(model, plan)
+    counts = {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced)}
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
     try:
         with no_empty_folders(out.parent):
             verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{out} cannot be written: {reason(error)}") from error
-    counts = {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced)}
     return {**counts, "repair": record, **verified}

@@ -17,8 +17,6 @@ from bernprune.run.stage import Stage
 from bernprune.run.verification import save_and_verify
 from bernprune.units import KeepPlan
 
-_VERIFIED_WINDOWS = 2
-
 
 def make_pruned(stage: Stage, folder: RunFolder, mask_U: torch.Tensor, workshop: Workshop | None) -> dict[str, Any]:
     """Repair, slice, evaluate, save and verify; returns its part of the report. The dense model is used up."""
@@ -31,7 +29,7 @@ def make_pruned(stage: Stage, folder: RunFolder, mask_U: torch.Tensor, workshop:
     loss = mean_loss(sliced, stage.eval_windows_WT)
     times["pruned"] = latency(sliced, rows, repeats=settings.latency_repeats)
     parameters = count_parameters(sliced)
-    verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows[:_VERIFIED_WINDOWS])
+    verified = save_and_verify(sliced, stage.tokenizer, folder.model, plan, rows)
     return {
         "repair": repaired,
         "loss": {"pruned": loss},

@@ -43,8 +43,6 @@ from bernprune.storage import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
-_VERIFIED_WINDOWS = 2
-
 
 def prune(
     config: RunConfig, out: str | Path, *, overwrite: bool = False, progress: bool | None = None

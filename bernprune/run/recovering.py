@@ -56,7 +56,6 @@ _STATE = {"seconds", "text_sha256", "ranks", "training"}  # of a checkpoint
 
 RECOVERY_SETTINGS = ("recover", "data", "model.device", "model.dtype", "initial.influence", "seed")
 
-_VERIFIED_WINDOWS = 2
 _INFLUENCE_WINDOWS = 32
 
 
@@ -187,10 +186,8 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, finish
     report["perplexity"] = {name: perplexity(loss) for name, loss in report["loss"].items()}
     folder.remove_model()
     try:
-        rows = source.eval_windows_WT[:_VERIFIED_WINDOWS]
-        verified = save_and_verify(model, source.tokenizer, folder.model, source.plan, rows)
-        report |= {"parameters": count_parameters(model), "parameters_before": parameters}
-        report |= {"verified": verified, "versions": versions()}
+        report |= {"parameters": count_parameters(model), "parameters_before": parameters, "versions": versions()}
+        report["verified"] = save_and_verify(model, source.tokenizer, folder.model, source.plan, source.eval_windows_WT)
         write_json(folder.report, report)
     except BaseException:
         folder.report.unlink(missing_ok=True)
