@@ -35,9 +35,11 @@ from bernprune import storage
 from bernprune.config import make_config
 from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
+from bernprune.models.loading import load_model
+from bernprune.models.view import describe
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
-from bernprune.run import applying, loop, opening, pipeline, stage, verification
+from bernprune.run import applying, finishing, loop, opening, pipeline, stage, verification
 from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.plans import read_plan
@@ -158,6 +160,33 @@ def test_a_picture_that_cannot_be_drawn(place: Place, monkeypatch: pytest.Monkey
     assert done.err == f"WARNING: {place.out / 'report.png'} could not be drawn: no fonts here\n"
     assert (place.out / "model").is_dir() and read_json(place.out / "report.json")["perplexity"]
     assert not (place.out / "report.png").exists()
+
+
+@pytest.mark.parametrize("replacing", [False, True], ids=["new", "replacing"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_disk_without_room_for_the_result(
+    told: bool, replacing: bool, place: Place, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is told of before the search, by the byte, and nothing is changed. What is replaced makes room."""
+    model, before, short = place.model / "model.safetensors", place.contents(), int(told)
+    command = place.prune("budget.sparsity=0.3")
+    if replacing:
+        shutil.copytree(undisturbed, place.out)
+        command, before = [*command, "--overwrite"], place.contents()
+        short += sum(path.stat().st_size for path in (place.out / "model").iterdir())
+    space = describe(load_model(str(place.model))).space
+    removed = 0.3 * space.costs_U("parameters").sum().item()
+    needed = 4 * (sum(value.numel() for value in load_file(model).values()) - removed)
+    usage = shutil.disk_usage(place.folder)._replace(free=math.ceil(needed) - short)
+    monkeypatch.setattr(finishing.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(pipeline, "run_search", lambda *_, **__: 1 / 0)
+    if not told:
+        with pytest.raises(ZeroDivisionError):
+            run(*command)
+        return
+    sentence = in_one_sentence(run(*command))
+    assert re.search(r"will take about \S+ GiB in .*out, where there is room for \S+", sentence)
+    assert place.contents() == before
 
 
 def test_a_disk_full_from_the_start(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

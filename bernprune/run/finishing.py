@@ -1,10 +1,12 @@
 """From a selection to a model on disk, and its figures."""
 
 import gc
+import shutil
 from typing import Any
 
 import torch
 
+from bernprune.errors import RunError
 from bernprune.evaluation.latency import latency
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.slicing import slice_model
@@ -16,6 +18,20 @@ from bernprune.run.repairs import Workshop
 from bernprune.run.stage import Stage
 from bernprune.run.verification import save_and_verify
 from bernprune.units import KeepPlan
+
+
+def check_room(stage: Stage, folder: RunFolder) -> None:
+    """Raises ``RunError`` if the disk has no room for what will be kept, in the place of what an earlier run kept."""
+    view, dtype = stage.view, stage.view.model.dtype if stage.dtype == "same" else torch.bfloat16
+    prunable = view.space.costs_U("parameters").sum().item()
+    needed = (view.num_parameters - stage.budget.sparsity * prunable) * dtype.itemsize
+    replaced = sum(path.stat().st_size for path in folder.model.rglob("*"))
+    free = shutil.disk_usage(folder.path).free + replaced
+    if free < needed:
+        raise RunError(
+            f"the pruned model will take about {needed / 2**30:.3g} GiB in {folder.path}, where there is room for "
+            f"{free / 2**30:.3g}"
+        )
 
 
 def make_pruned(stage: Stage, folder: RunFolder, mask_U: torch.Tensor, workshop: Workshop | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bernprune.progress import bars
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals, run_finals
-from bernprune.run.finishing import make_pruned, timed_initial
+from bernprune.run.finishing import check_room, make_pruned, timed_initial
 from bernprune.run.folder import RunFolder, open_run, versions
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import places_of_ones_own
@@ -124,6 +124,7 @@ def resume(
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
     Workshop.of_stage(stage)  # whether there is text enough
+    check_room(stage, folder)
     known = _known_stage(stage, folder) if continued else None
     stage = known or replace(stage, costs=stage.measured_costs())
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
