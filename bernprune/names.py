@@ -1,4 +1,4 @@
-"""The names of what can be chosen by a word, in one place, so that the configuration depends on no other module."""
+"""The names of what can be chosen by a word, in one place."""
 
 import difflib
 import re

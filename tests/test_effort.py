@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from bernprune.config import RunConfig, make_config
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import describe
+from bernprune.names import RepairName
 from bernprune.repair import ExpectedWeights, Repairer, fitting
 from bernprune.repair.moments import Moments
 from bernprune.repair.pairs import Pair
@@ -129,7 +130,8 @@ def test_all_that_is_run_forward_is_reported(
     assert f"{sum(report['windows_run'].values()):,} sequences of 16 tokens run forward: " in told
 
 
-def test_moments_and_passes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["ridge", "two-step"])
+def test_moments_and_passes_are_counted_exactly(method: RepairName, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, inputs, outputs = 50, 7, 5
     with FlopCounterMode(display=False) as counter:
         Moments(inputs, outputs, torch.device("cpu")).add(torch.randn(tokens, inputs), torch.randn(tokens, outputs))
@@ -144,14 +146,14 @@ def test_moments_and_passes_are_counted_exactly(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(LayerStream, "_through", counting)
     monkeypatch.setattr(workload, "FITTING_WINDOWS", 3)
-    config = make_config(TEXT | {"repair": {"method": "ridge", "windows": 40}})
-    Repairer(view, random_tokens(40, 16), rows_per_forward=7).repair(plan, "ridge")
+    config = make_config(TEXT | {"repair": {"method": method, "windows": 40}})
+    Repairer(view, random_tokens(40, 16), rows_per_forward=7).repair(plan, method)
     judging = 40
     ((_, counted),) = effort.repairs_of(config, view.architecture)[-1:]
     assert counted.windows == rows[0] / len(view.layers) + judging
 
     rows[0] = 0
-    Repairer(view, random_tokens(23, 16), rows_per_forward=7).repair(plan, "ridge")
+    Repairer(view, random_tokens(23, 16), rows_per_forward=7).repair(plan, method)
     of_finalist = effort.repairs_of(config, view.architecture)[0][1]
     assert of_finalist.windows == rows[0] / len(view.layers) + judging
 

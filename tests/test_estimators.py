@@ -20,7 +20,8 @@ from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, Baseline, make_baseline
 from bernprune.policy.estimators import divergence, reinforce
 from bernprune.policy.search import MaskSearch, rewards_to_go
-from bernprune.run.workload import make_budget, make_search
+from bernprune.run.searches import make_search
+from bernprune.run.workload import make_budget
 
 PROBS_U = torch.tensor([0.13, 0.5, 0.72, 0.96], dtype=torch.float64)
 MASKS = all_masks(4)
@@ -267,8 +268,7 @@ def literal_step(
 def published_search(start_U: torch.Tensor, sparsity: float) -> MaskSearch:
     """As a run with the preset makes it."""
     config = make_config({"preset": "paper", "budget": {"sparsity": sparsity}, "seed": 3})
-    start = {"probs_U": start_U, "scores_US": start_U[:, None]}
-    return make_search(config, make_budget(config, FLAT), start)
+    return make_search(config, make_budget(config, FLAT), start_U, start_U[:, None])
 
 
 @pytest.mark.parametrize("learning_rate", [0.002, 0.4], ids=["small_steps", "large_steps"])

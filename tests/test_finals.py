@@ -46,8 +46,9 @@ from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.folder import RunFolder
 from bernprune.run.plans import read_plan
+from bernprune.run.searches import make_search
 from bernprune.run.stage import Stage, set_stage
-from bernprune.run.workload import Work, make_search
+from bernprune.run.workload import Work
 from bernprune.settings import merge, parse_settings
 from bernprune.units import UnitSpace
 
@@ -76,7 +77,7 @@ def choose(
 ) -> tuple[Finals, dict[str, torch.Tensor]]:
     """Race three selections of different kind where masks ``[N, U]`` have the losses ``[N]``, whatever the text."""
     random_U = [random_numbers(stage.budget.space.size, seed) for seed in range(3)]
-    search = make_search(stage.config, stage.budget, {"scores_US": random_U[0], "probs_U": random_U[0]})
+    search = make_search(stage.config, stage.budget, random_U[0], random_U[0][:, None])
     monkeypatch.setattr(type(search), "priced", priced)
     finalists = {name: select(at, stage.budget, limits=stage.limits) for name, at in zip(names, random_U, strict=True)}
 
@@ -295,7 +296,7 @@ def test_a_step_must_win_clearly(stage: Stage, tmp_path: Path, monkeypatch: pyte
 def test_worths_are_known_after_a_round(stage: Stage) -> None:
     """Before, priorities are probabilities, by which no change can be judged."""
     random_U = random_numbers(stage.budget.space.size, 0)
-    search: Any = make_search(stage.config, stage.budget, {"scores_US": random_U, "probs_U": random_U})
+    search: Any = make_search(stage.config, stage.budget, random_U, random_U[:, None])
     assert not search.priced
     search.rounds = 1
     assert search.priced

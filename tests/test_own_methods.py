@@ -35,7 +35,8 @@ from bernprune.run.checkpoint import check_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.methods import METHODS as METHODS_OF_RUNS
 from bernprune.run.methods import check_methods, reads_activity, runs_reference
-from bernprune.run.workload import make_budget, make_search, plan_work
+from bernprune.run.searches import make_search
+from bernprune.run.workload import make_budget, plan_work
 from bernprune.settings import absolute
 
 OWN = '''
@@ -115,6 +116,16 @@ class Reading(Signs):
 class Mute(Signs):
     def diagnose(self, scores_U):
         return None
+
+
+class Vague(Signs):
+    def diagnose(self, scores_U):
+        return {"where": scores_U}
+
+
+class Endless(Signs):
+    def diagnose(self, scores_U):
+        return {"where": float("inf")}
 
 
 class Alone(Signs):
@@ -388,7 +399,7 @@ def test_a_search_is_made_as_configured(method: str, given: dict[str, object], m
     config = make_config({"data": {"window": 16}, "policy": policy, "seed": 5, "search": search})
     space = describe(tiny_model("llama")).space
     probs_U = torch.full((space.size,), 0.7, dtype=torch.float64)
-    make_search(config, make_budget(config, space), {"probs_U": probs_U, "scores_US": probs_U})
+    make_search(config, make_budget(config, space), probs_U, probs_U[:, None])
     assert told.items() >= {**policy, **given, "seed": 5}.items()
 
 
@@ -478,6 +489,8 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Later", "search.seen is {3}, which cannot be saved"),
         ("search.method={}:Nothing", "Nothing must give a StepStats in tell, but gave None"),
         ("search.method={}:Mute", "Mute must give a dictionary in diagnose, but gave None"),
+        ("search.method={}:Vague", "Vague must give plain data in diagnose, but Object of type Tensor is not JSON"),
+        ("search.method={}:Endless", "Endless must give plain data in diagnose, but Out of range float values"),
         ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
         ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
         ("search.method={}:Leaves", "Leaves failed in line"),

@@ -55,8 +55,8 @@ from bernprune.run import effort, finals, forecast, loop
 from bernprune.run import stage as stage_module
 from bernprune.run.checkpoint import read_state
 from bernprune.run.plans import Learned
+from bernprune.run.searches import make_search
 from bernprune.run.stage import set_stage
-from bernprune.run.workload import make_search
 from bernprune.settings import merge, parse_settings, read_yaml
 from bernprune.text import load_documents
 
@@ -203,7 +203,7 @@ def test_the_seed_is_that_of_masks_and_of_windows(place: Place) -> None:
         }
         stage = set_stage(make_config(config))
         flat_U = torch.full((stage.view.space.size,), 0.7, dtype=torch.float64)
-        search = make_search(stage.config, stage.budget, {"probs_U": flat_U, "scores_US": flat_U})
+        search = make_search(stage.config, stage.budget, flat_U, flat_U[:, None])
         asked.append((search.ask(3)[:], stage.train.batch(3, 4)))
     for first, other, again in zip(*asked, strict=True):
         assert torch.equal(first, again) and not torch.equal(first, other)

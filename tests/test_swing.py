@@ -29,7 +29,7 @@ from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.rounds import Telling
 from bernprune.policy.search import MaskSearch, Reading
 from bernprune.policy.sums import MaskSums
-from bernprune.run.workload import make_search as make_run_search
+from bernprune.run.searches import make_search as make_run_search
 from bernprune.units import UnitSpace
 
 SWING = 0.8
@@ -417,5 +417,5 @@ def test_a_state_of_swing_is_a_snapshot() -> None:
 )
 def test_what_swings_in_a_run(given: dict[str, Any], swing: float) -> None:
     config, space = make_config(given), TWO_LAYERS
-    start = {"probs_U": torch.full((space.size,), 0.7).double(), "scores_US": random_numbers(space.size, 0)[:, None]}
-    assert make_run_search(config, Budget(space, 0.3), start).design.swing == swing
+    probs_U, scores_US = torch.full((space.size,), 0.7).double(), random_numbers(space.size, 0)[:, None]
+    assert make_run_search(config, Budget(space, 0.3), probs_U, scores_US).design.swing == swing

@@ -43,7 +43,8 @@ from bernprune.policy.bernoulli import graded
 from bernprune.policy.budget import Budget
 from bernprune.policy.selection import Limits, select
 from bernprune.run.initial import start_probs
-from bernprune.run.workload import Work, make_budget, make_search, plan_work
+from bernprune.run.searches import make_search
+from bernprune.run.workload import Work, make_budget, plan_work
 from bernprune.seeding import generator
 from bernprune.units import Architecture, LayerShape, UnitGroup, UnitSpace
 
@@ -160,7 +161,7 @@ def run(name: str, num_units: int, sequences: int, seed: int) -> Row:
     given = METHODS[name]
     config = make_config({**given, "seed": seed, "search": {**given.get("search", {}), "sequences": sequences}})
     budget, scores_U = make_budget(config, space), surrogate.scores_U
-    search = make_search(config, budget, {"probs_U": start_probs(config, space, scores_U), "scores_US": scores_U})
+    search = make_search(config, budget, start_probs(config, space, scores_U), scores_U[:, None])
     workload, work, started = plan_work(config, space), Work(), time.monotonic()
     steps, windows = workload.steps, config.search.windows // search.design.groups
     if not steps:

@@ -29,7 +29,8 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.presets import PRESETS
 from bernprune.run.loop import evaluate_step
-from bernprune.run.workload import make_budget, make_limits, make_search
+from bernprune.run.searches import make_search
+from bernprune.run.workload import make_budget, make_limits
 from bernprune.seeding import generator
 
 HERE = Path(__file__).parent
@@ -62,8 +63,8 @@ def a_search(config: RunConfig, view: ModelView, kernels: object) -> tuple[MaskS
     space, budget = view.space, make_budget(config, view.space)
     scores_U = torch.rand(space.size, generator=generator(0, "scores"), dtype=torch.float64)
     probs_U = budget.project(0.2 + 0.6 * scores_U, floor=config.policy.floor, ceiling=config.policy.ceiling)
-    start = {"probs_U": probs_U, "scores_US": scores_U[:, None]}
-    return make_search(config, budget, start, kernels), select(probs_U, budget, limits=make_limits(config))
+    search = make_search(config, budget, probs_U, scores_U[:, None], kernels)
+    return search, select(probs_U, budget, limits=make_limits(config))
 
 
 def steps(config: RunConfig, view: ModelView, *, least: float, rows: int) -> dict[str, list[float]]:

@@ -129,7 +129,7 @@ class PosteriorSearch(MaskSearch):
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         self.steps, self.rounds = 0, 0
         self._sums, self._swung = Sums.empty(size), Sums.empty(len(budget.space.groups))
-        self._order_U = torch.zeros(size, dtype=torch.float64)
+        self._priorities_U = torch.zeros(size, dtype=torch.float64)
         self._active = ActiveTokens(budget.space)
         self.needs_reading = by_activity and can_read(design, budget.space.kinds)
         self._last_round: dict[str, Any] = {}
@@ -148,7 +148,7 @@ class PosteriorSearch(MaskSearch):
     @property
     def priorities_U(self) -> torch.Tensor:
         """Values, of which each group has as many above any price as are expected to be worth it."""
-        return self._order_U if self.rounds else self.probs_U
+        return self._priorities_U if self.rounds else self.probs_U
 
     @property
     def priced(self) -> bool:
@@ -303,7 +303,7 @@ class PosteriorSearch(MaskSearch):
         self._follow(costs_U)
         self._end_round(self.rounds + 1)
         space, charged_U = self.budget.space, self.budget.marginal_cost(self.probs_U)
-        self._order_U = expected_order(space, self.worth_U / charged_U, self.deviation_U / charged_U)
+        self._priorities_U = expected_order(space, self.worth_U / charged_U, self.deviation_U / charged_U)
         free_U = self.budget.at_price(self.worth_U, self.deviation_U, costs_U, floor=0.0, ceiling=1.0)
         self._last_round = {
             "signal_to_noise": signal_to_noise(space, observed_U, noise_U),
@@ -338,7 +338,7 @@ class PosteriorSearch(MaskSearch):
             "rounds": self.rounds,
             **copied(vars(self._sums)),
             "swung": copied(vars(self._swung)),
-            "order_U": self._order_U,
+            "priorities_U": self._priorities_U,
             "active": self._active.state_dict(),
             "last_round": self._last_round,
             "telling": self._telling.state_dict(),
@@ -355,7 +355,7 @@ class PosteriorSearch(MaskSearch):
         self._end_round(state["rounds"])
         self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))
         self._swung = Sums(**copied(state["swung"]))
-        self._order_U = state["order_U"].clone()
+        self._priorities_U = state["priorities_U"].clone()
         self._last_round = state["last_round"]
         self._telling.load_state_dict(state["telling"])
         self.softness = state["softness"]

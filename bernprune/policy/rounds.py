@@ -1,4 +1,4 @@
-"""What a round of the posterior search gathers, and whether its policy is worth asking.
+"""What a round of the posterior search gathers, whether its policy is worth asking, and where rounds end.
 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, W windows so far.
 """

@@ -73,7 +73,7 @@ class MaskSearch(ABC):
     """
 
     needs_reference = False  # whether ``tell`` needs the losses of a reference mask on the same text
-    needs_reading = False  # whether ``tell`` does better with a ``Reading``
+    needs_reading = False  # whether ``tell`` is given a ``Reading``, which takes one more pass
     drew_in = False  # whether the last step took back what the policy had become
 
     def __init__(self, budget: Budget, probs_U: torch.Tensor, *, seed: int, design: Design) -> None:

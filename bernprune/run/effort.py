@@ -66,7 +66,7 @@ def _repair(config: RunConfig, architecture: Architecture, method: RepairName, c
     """Effort of one on so many windows."""
     tokens, ridges = count * config.data.window, len(config.repair.ridges)
     keep = 1.0 if method == "admm" else 1 - config.budget.sparsity
-    total = Effort(windows=count * _PASSES + judging_windows(repair_windows(config, architecture)))
+    total = Effort(windows=count * _passes(method) + judging_windows(repair_windows(config, architecture)))
     for shape in architecture.layers:
         for every in _widths(architecture, shape):
             total += _fit(method, round(keep * every), architecture.hidden_size, tokens, ridges)
@@ -75,6 +75,11 @@ def _repair(config: RunConfig, architecture: Architecture, method: RepairName, c
             for outputs in (heads, 2 * shape.channels):
                 total += _fit(method, architecture.hidden_size, round(keep * outputs), tokens, ridges)
     return total
+
+
+def _passes(method: str) -> int:
+    """Of a repair; to refit first projections, two more are left where these read."""
+    return _PASSES + 2 * (method == "two-step")
 
 
 def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int) -> Effort:
@@ -125,7 +130,7 @@ def windows_run(
     }
     if repair["method"] != "none":
         tried = [name for name in repair["losses"] if name != "none"]
-        passes = [_PASSES + 2 * (name == "two-step") for name in tried]  # left where the first projections read
+        passes = [_passes(name) for name in tried]
         finalists = len(repair.get("finalists", ()))  # auto judges them by the first that it tries
         counted["repair"] = sum(passes) * repair["windows"] + finalists * sum(passes[:1]) * repair["finalist_windows"]
         counted["repair"] += (finalists + len(tried) + 1) * repair["judging_windows"]

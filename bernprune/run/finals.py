@@ -68,7 +68,7 @@ def run_finals(
     folder: RunFolder,
     search: MaskSearch,
     finalists: dict[str, torch.Tensor],
-    order_U: torch.Tensor,
+    graded_U: torch.Tensor,
     work: Work,
     *,
     finish: bool = False,
@@ -115,7 +115,7 @@ def run_finals(
             if told:
                 finals.ended = TOLD
             elif search.priced:
-                finals.ended = _by_looks(stage, search, text, order_U, budget)
+                finals.ended = _by_looks(stage, search, text, graded_U, budget)
             else:
                 finals.ended = _by_challengers(stage, search, text, budget)
             if finals.ended:
@@ -147,13 +147,13 @@ def _by_challengers(stage: Stage, search: MaskSearch, text: "_Text", budget: int
     return ""
 
 
-def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", order_U: torch.Tensor, budget: int) -> str:
+def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", graded_U: torch.Tensor, budget: int) -> str:
     """Look at single changes, and run a heat of the steps that follow; returns why not, or an empty string."""
     finals, mask_U, priorities_U = text.finals, text.finals.mask_U, text.finals.priorities_U
     if priorities_U is None:
         by_search_U = search.priorities_U
         if finals.kept != "learned":
-            by_search_U = reordered(stage.view.space, by_search_U, order_U)
+            by_search_U = reordered(stage.view.space, by_search_U, graded_U)
         priorities_U = agreeing(by_search_U, mask_U, search.budget)
     changed = changes(mask_U, priorities_U, search.budget)
     if not changed:
@@ -164,7 +164,7 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", order_U: torch.Te
         return refusal
     moves_U = moves(priorities_U, changed, text.losses(changed_masks(mask_U, changed), windows), stage.view.space)
     masks, ways = [mask_U], [priorities_U]
-    first_U = order_U + (order_U.max() - order_U.min() + 1) * mask_U  # ties: what is kept, then the metric's
+    first_U = graded_U + (graded_U.max() - graded_U.min() + 1) * mask_U  # ties: what is kept, then the metric's
     for step in STEPS:
         way_U = priorities_U + step * moves_U
         stepped_U = select(way_U, search.budget, limits=stage.limits, tie_break_U=first_U)

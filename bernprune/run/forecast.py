@@ -27,12 +27,12 @@ from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate_step
 from bernprune.run.methods import check_methods, loss_of, places_of_ones_own, reads_activity
 from bernprune.run.opening import Opened, check_family, open_view
+from bernprune.run.searches import make_search
 from bernprune.run.stage import row_bytes, rows_per_forward, try_budget
 from bernprune.run.workload import (
     default_sequences,
     make_budget,
     make_limits,
-    make_search,
     plan_work,
 )
 from bernprune.units import KINDS, UnitGroup
@@ -157,7 +157,7 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     settings, ops = config.search, choose_ops(config.backend, view)
     budget = make_budget(config, view.space)
     keep_U = torch.full((view.space.size,), 1 - config.budget.sparsity, dtype=torch.float64)
-    search = make_search(config, budget, {"probs_U": keep_U, "scores_US": keep_U}, ops.sums)
+    search = make_search(config, budget, keep_U, keep_U[:, None], ops.sums)
     vocab: Any = view.model.config.vocab_size
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     rows = rows_per_forward(config, view)

@@ -25,7 +25,7 @@ from bernprune.progress import bar
 from bernprune.repair import ExpectedWeights
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RunFolder
-from bernprune.run.methods import loss_of
+from bernprune.run.methods import METHODS, loss_of
 from bernprune.run.signals import signals
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work
@@ -39,7 +39,7 @@ def run_search(
     stage: Stage,
     folder: RunFolder,
     search: MaskSearch,
-    order_U: torch.Tensor,
+    graded_U: torch.Tensor,
     initial_U: torch.Tensor,
     weights: ExpectedWeights | None = None,
     *,
@@ -48,7 +48,7 @@ def run_search(
     """Run or continue the search in its folder, up to its budget; ``search`` holds the result.
 
     Args:
-        order_U: how the metric orders units, which breaks ties and to which what is learned is compared.
+        graded_U: what the metric says of units, which breaks ties and to which what is learned is compared.
         initial_U: the selection at the start.
         weights: if given, masks are run on weights that are fitted to the policy as it changes.
         finish: take one more step, unless the search is over, and conclude it there.
@@ -59,7 +59,7 @@ def run_search(
         Interrupted: Ctrl-C or SIGTERM; a checkpoint was written.
     """
     work, fitted_U = _restore(folder, search, stage.text_sha256)
-    loop, workload = _Loop(stage, folder, search, order_U, initial_U, work, weights), stage.workload
+    loop, workload = _Loop(stage, folder, search, graded_U, initial_U, work, weights), stage.workload
     if finish and workload.progress(work) < 1:
         work.last = work.step + 1
     loop.fit(search.probs_U if fitted_U is None else fitted_U)
@@ -111,22 +111,22 @@ def evaluate_step(
     return losses_BKC[:, :-1], losses_BKC[:, -1], None
 
 
-def current_selection(search: MaskSearch, order_U: torch.Tensor, limits: Limits) -> torch.Tensor:
+def current_selection(search: MaskSearch, graded_U: torch.Tensor, limits: Limits) -> torch.Tensor:
     """What would be kept if the search ended now, bool ``[U]``; scores break ties."""
-    return select(search.priorities_U, search.budget, limits=limits, tie_break_U=order_U)
+    return select(search.priorities_U, search.budget, limits=limits, tie_break_U=graded_U)
 
 
 def reference(
-    name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, order_U: torch.Tensor, limits: Limits
+    name: ReferenceName, search: MaskSearch, initial_U: torch.Tensor, graded_U: torch.Tensor, limits: Limits
 ) -> torch.Tensor:
-    """What the baseline ``matched`` compares with in the next step, ``[U]``: a mask, or gates in float32.
+    """What the masks of the next step are compared with, ``[U]``: a mask, or gates in float32.
 
-    All follow from the past alone, so none of them biases the gradient.
+    It follows from earlier steps alone, so it does not bias the gradient.
     """
     if name == "dense":
         return torch.ones_like(initial_U)
     if name == "current":
-        return current_selection(search, order_U, limits)
+        return current_selection(search, graded_U, limits)
     if name == "mean-field":
         return search.probs_U.float()
     return initial_U
@@ -137,7 +137,7 @@ class _Loop:
     stage: Stage
     folder: RunFolder
     search: MaskSearch
-    order_U: torch.Tensor
+    graded_U: torch.Tensor
     initial_U: torch.Tensor
     work: Work
     weights: ExpectedWeights | None = None
@@ -154,7 +154,7 @@ class _Loop:
         if self.search.needs_reading:
             reference_U = self._selected()
         else:
-            reference_U = reference(settings.reference, self.search, self.initial_U, self.order_U, self.stage.limits)
+            reference_U = reference(settings.reference, self.search, self.initial_U, self.graded_U, self.stage.limits)
         losses_BKC, reference_BC, reading = evaluate_step(objective, self.search, masks_BKCU, tokens_BT, reference_U)
         finite, dropped = self._finite(losses_BKC, reference_BC, step)
         if dropped:
@@ -192,11 +192,13 @@ class _Loop:
 
     def _probe(self, objective: MaskedObjective, tokens_BT: torch.Tensor, stats: StepStats) -> dict[str, Any]:
         """What is known at the end of a round; and the loss of what would be selected now, on the text of the step."""
-        found = self.search.diagnose(self.order_U)
+        found = self.search.diagnose(self.graded_U)
         if not isinstance(found, dict):
             raise ConfigError(
                 f"search {self.stage.config.search.method} must give a dictionary in diagnose, but gave {found!r:.100}"
             )
+        if self.stage.config.search.method not in METHODS:
+            _check_plain(self.stage.config.search.method, found)
         if self.stage.workload.probe_sequences:
             loss = objective.losses(self._selected()[None], tokens_BT).item()
             self.work.sequences += self.stage.workload.probe_sequences
@@ -208,7 +210,7 @@ class _Loop:
         """What would be kept if the search ended now; ours change it with the rounds, others may with every step."""
         priorities_U = self.search.priorities_U
         if self.selected is None or not torch.equal(priorities_U, self.selected[0]):
-            self.selected = priorities_U.clone(), current_selection(self.search, self.order_U, self.stage.limits)
+            self.selected = priorities_U.clone(), current_selection(self.search, self.graded_U, self.stage.limits)
         return self.selected[1]
 
     def _check_read(self, stats: StepStats, step: int) -> None:
@@ -276,6 +278,14 @@ class _Loop:
         sync_stream(metrics)
         write_checkpoint(self.folder.checkpoints, self.work.step, state)
         self.saved_at = time.monotonic()
+
+
+def _check_plain(method: str, found: dict[str, Any]) -> None:
+    """Raises ``ConfigError`` if what a search of one's own knows cannot stand in the metrics."""
+    try:
+        json.dumps(found, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"search {method} must give plain data in diagnose, but {error}") from None
 
 
 def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> tuple[Work, torch.Tensor | None]:

@@ -34,10 +34,11 @@ from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import places_of_ones_own
 from bernprune.run.plans import Learned, plans_table, removed_share, write_plan
 from bernprune.run.repairs import Workshop, expected_weights
-from bernprune.run.scoring import ByMetric, take_start
+from bernprune.run.scoring import ByMetric, Start, take_start
+from bernprune.run.searches import make_search
 from bernprune.run.stage import Stage, set_stage
 from bernprune.run.verification import reason
-from bernprune.run.workload import Work, make_search
+from bernprune.run.workload import Work
 from bernprune.settings import absolute, merge
 from bernprune.storage import write_bytes, write_json
 
@@ -130,9 +131,9 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
     stored = _stored_start(folder) if continued else None
     start = stored or take_start(stage)
-    search = make_search(stage.config, stage.budget, start, stage.ops.sums)
+    search = make_search(stage.config, stage.budget, start.probs_U, start.scores_US, stage.ops.sums)
     start_U, metric = search.probs_U, ByMetric.of(stage, start, search.probs_U)
-    by_metric, order_U = metric.masks(stage), metric.order_U
+    by_metric, graded_U = metric.masks(stage), metric.graded_U
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
         inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
         if known is not None or not continued:  # else it is not known in which number format the run began
@@ -144,20 +145,20 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
         if known is None:
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
-            write_state(folder.initial, start)
-        work = run_search(stage, folder, search, order_U, by_metric["initial"], weights, finish=finish)
-        finalists = _finalists(stage, search, order_U, by_metric)
-        finals = run_finals(stage, folder, search, finalists, order_U, work, finish=finish)
+            write_state(folder.initial, vars(start))
+        work = run_search(stage, folder, search, graded_U, by_metric["initial"], weights, finish=finish)
+        finalists = _finalists(stage, search, graded_U, by_metric)
+        finals = run_finals(stage, folder, search, finalists, graded_U, work, finish=finish)
     learned_U = metric.initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
     followed = metric.followed(stage.view.space, learned_U)
-    learned = _write_kept(stage, folder, finals, followed, order_U)
+    learned = _write_kept(stage, folder, finals, followed, graded_U)
     folder.remove_model()  # of an earlier try that did not reach its report
     search_report = _search_report(stage, dense_loss, work, finals)
     full = stage.with_weights("same")
     workshop = Workshop.of_stage(full, work.step)
     judged = _judge_repaired(full, workshop, finals, finalists)
     if judged:
-        learned = _write_kept(full, folder, finals, followed, order_U)  # which may be another now
+        learned = _write_kept(full, folder, finals, followed, graded_U)  # which may be another now
     losses = _masked_losses(full, dense_loss if full is stage else None, by_metric)
     if workshop is not None:
         losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
@@ -183,15 +184,15 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
 
 
 def _finalists(
-    stage: Stage, search: MaskSearch, order_U: torch.Tensor, metric: dict[str, torch.Tensor]
+    stage: Stage, search: MaskSearch, graded_U: torch.Tensor, metric: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What may be kept, by name: what was learned, its widths in the metric's order, and the metric's own."""
     learned: dict[str, torch.Tensor] = {}
     if stage.config.searches:
-        widths_U = reordered(stage.view.space, search.priorities_U, order_U)
+        widths_U = reordered(stage.view.space, search.priorities_U, graded_U)
         learned = {
-            "learned": current_selection(search, order_U, stage.limits),
-            "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=order_U),
+            "learned": current_selection(search, graded_U, stage.limits),
+            "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=graded_U),
         }
     finalists: dict[str, torch.Tensor] = {}
     for name, mask_U in (learned | metric).items():
@@ -201,11 +202,11 @@ def _finalists(
 
 
 def _write_kept(
-    stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], order_U: torch.Tensor
+    stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], graded_U: torch.Tensor
 ) -> Learned:
     """Write the plan, and what decides at other sparsities; returns the latter."""
     priorities_U = followed[finals.kept] if finals.priorities_U is None else finals.priorities_U
-    learned = Learned(stage.view.space, priorities_U, order_U, finals.mask_U)
+    learned = Learned(stage.view.space, priorities_U, graded_U, finals.mask_U)
     learned.write(folder.learned)
     write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
     return learned
@@ -258,16 +259,16 @@ def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
     return replace(stage, costs=costs, rows=rows if given == "auto" else given)
 
 
-def _stored_start(folder: RunFolder) -> dict[str, torch.Tensor] | None:
+def _stored_start(folder: RunFolder) -> Start | None:
     """The start of the run that is continued; None if it was killed before it had one."""
     if not folder.initial.is_file():
         return None
     try:
-        start = read_state(folder.initial)
+        state = read_state(folder.initial)
     except RunError as error:
         logger.warning("%s; computing the start again", error)
         return None
-    return start if start.keys() == {"scores_US", "shares_G", "probs_U"} else None  # else it is not in this form
+    return Start(**state) if state.keys() == Start.__dataclass_fields__.keys() else None  # not in this form
 
 
 def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:

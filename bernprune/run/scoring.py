@@ -43,13 +43,28 @@ def scores_of(stage: Stage, name: str, notes: dict[str, float] | None = None) ->
     )
 
 
-def take_start(stage: Stage) -> dict[str, torch.Tensor]:
-    """Initial scores, shares and probabilities; kept, so that a resumed run starts from the very same."""
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins; saved, so that one that is resumed begins at the very same.
+
+    Attributes:
+        scores_US: of each unit by each metric, float64.
+        shares_G: of its units, what each group keeps at first where scores of layers are not compared.
+        probs_U: where the policy starts, not yet on the budget.
+    """
+
+    scores_US: torch.Tensor
+    shares_G: torch.Tensor
+    probs_U: torch.Tensor
+
+
+def take_start(stage: Stage) -> Start:
+    """Score the units, and start the policy from that."""
     config, initial = stage.config, stage.config.initial
     scores_US = torch.stack([scores_of(stage, name) for name in (initial.score, *initial.also)], dim=1)
     shares_G = group_shares(stage, scores_US[:, 0])
     probs_U = start_probs(config, stage.view.space, scores_US[:, 0], shares_G)
-    return {"scores_US": scores_US, "shares_G": shares_G, "probs_U": probs_U}
+    return Start(scores_US, shares_G, probs_U)
 
 
 @dataclass(frozen=True)
@@ -57,34 +72,34 @@ class ByMetric:
     """What the metric says before anything is learned, ``[U]``.
 
     Attributes:
-        order_U: of units, so that layers compare as its allocation says; it breaks all ties.
+        graded_U: its scores, graded so that layers compare as its allocation says; they break all ties.
         initial_U: priorities of the start.
         evenly_U: priorities by which every layer loses the same share.
     """
 
-    order_U: torch.Tensor
+    graded_U: torch.Tensor
     initial_U: torch.Tensor
     evenly_U: torch.Tensor
 
     @classmethod
-    def of(cls, stage: Stage, start: dict[str, torch.Tensor], probs_U: torch.Tensor) -> "ByMetric":
-        config, space, scores_U = stage.config, stage.view.space, start["scores_US"][:, 0]
-        keep, shares_G = 1 - config.budget.sparsity, start["shares_G"]
-        order_U = graded(space, scores_U, scope_of(config), keep=keep, shares_G=shares_G)
+    def of(cls, stage: Stage, start: Start, probs_U: torch.Tensor) -> "ByMetric":
+        config, space, scores_U = stage.config, stage.view.space, start.scores_US[:, 0]
+        keep, shares_G = 1 - config.budget.sparsity, start.shares_G
+        graded_U = graded(space, scores_U, scope_of(config), keep=keep, shares_G=shares_G)
         # The map const knows two levels only: within them, the order says what comes first.
-        return cls(order_U, order_U if config.initial.map == "const" else probs_U, graded(space, scores_U))
+        return cls(graded_U, graded_U if config.initial.map == "const" else probs_U, graded(space, scores_U))
 
     def masks(self, stage: Stage) -> dict[str, torch.Tensor]:
         """What it keeps of itself."""
         priorities = {"initial": self.initial_U, "uniform": self.evenly_U}
         return {
-            name: select(values_U, stage.budget, limits=stage.limits, tie_break_U=self.order_U)
+            name: select(values_U, stage.budget, limits=stage.limits, tie_break_U=self.graded_U)
             for name, values_U in priorities.items()
         }
 
     def followed(self, space: UnitSpace, learned_U: torch.Tensor) -> dict[str, torch.Tensor]:
         """The priorities that each finalist goes by at other sparsities."""
-        widths_U = reordered(space, learned_U, self.order_U)
+        widths_U = reordered(space, learned_U, self.graded_U)
         return {"learned": learned_U, "widths": widths_U, "initial": self.initial_U, "uniform": self.evenly_U}
 
 

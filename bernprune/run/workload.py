@@ -1,34 +1,24 @@
-"""How much there is to do, and the search that does it, as configured."""
+"""How much there is to do, as configured: steps, rounds, what is left for the choice and the repair."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.errors import ConfigError, RunError
-from bernprune.kernels.reference import SumKernels
+from bernprune.errors import ConfigError
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import look_sequences, look_windows, most_changes
-from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.race import CHALLENGERS, MOST_FINALISTS, heat_sequences
-from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.rounds import HAIR, round_ends, rounds_in
-from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair.needs import needed_windows
-from bernprune.run.checkpoint import check_state
 from bernprune.run.methods import (
-    GIVEN,
-    METHODS,
-    baseline_of,
     design_of,
     loss_of,
     method_of,
     reads_activity,
     runs_reference,
-    search_class,
 )
 from bernprune.sections import SearchConfig
 from bernprune.units import Architecture, UnitSpace
@@ -266,53 +256,3 @@ def check_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
 def make_limits(config: RunConfig) -> Limits:
     """What every selection of a run leaves in each layer."""
     return Limits(config.budget.min_kv_groups, config.budget.min_channels, config.budget.channel_multiple)
-
-
-def make_search(
-    config: RunConfig, budget: Budget, start: dict[str, torch.Tensor], kernels: SumKernels | None = None
-) -> MaskSearch:
-    """The search of a run, at its beginning; ``start`` holds ``scores_US`` and ``probs_U``."""
-    search, policy, found = config.search, config.policy, search_class(config)
-    probs_U, scores_US = start["probs_U"], start["scores_US"].view(budget.space.size, -1)
-    round_steps = plan_work(config, budget.space).round_steps
-    given: dict[str, Any] = {
-        "seed": config.seed,
-        "design": design_of(config),
-        "floor": policy.floor,
-        "ceiling": policy.ceiling,
-        "discount": search.discount,
-    }
-    if issubclass(found, PosteriorSearch):
-        given |= {"round_steps": round_steps, "forgetting": search.forgetting, "by_activity": search.by_activity}
-        made: MaskSearch = found(budget, probs_U, scores_US, kernels=kernels, **given)
-    elif issubclass(found, ReinforceSearch):
-        given |= {"scaling": search.scaling, "epsilon": search.epsilon, "pull": search.pull}
-        made = found(budget, probs_U, baseline=baseline_of(config), projection=policy.projection, **given)
-    else:
-        given |= {"scores_US": scores_US, "round_steps": round_steps, "kernels": kernels}
-        assert given.keys() == {"seed", "design", *GIVEN}, "begin was tried with these"
-        made = found.begin(budget, probs_U, **given)
-    if search.method not in METHODS:
-        _check_made(config, made)
-    return made
-
-
-def _check_made(config: RunConfig, search: MaskSearch) -> None:
-    """Raises ``ConfigError`` if a search of one's own is not what its class said, by which sequences were planned, or
-    cannot be saved."""
-    name = config.search.method
-    if not isinstance(search, MaskSearch):
-        raise ConfigError(f"search {name} must begin as a MaskSearch, but began as {search!r:.100}")
-    for what, planned in (("needs_reading", reads_activity(config)), ("needs_reference", runs_reference(config))):
-        if getattr(search, what) != planned:
-            raise ConfigError(
-                f"search {name} must have {what} {planned} with these masks, as its class says, but has "
-                f"{getattr(search, what)}"
-            )
-    state, least = search.state_dict(), MaskSearch.state_dict(search).keys()
-    if not isinstance(state, dict) or not least <= state.keys():
-        raise ConfigError(f"search {name} must keep in state_dict what MaskSearch does: {', '.join(least)}")
-    try:
-        check_state(state)
-    except RunError as error:
-        raise ConfigError(f"search {name} must keep in state_dict what can be saved, but {error}") from None
