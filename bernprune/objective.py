@@ -104,7 +104,7 @@ class MaskedObjective:
         losses_RP = self._losses_of_rows(masks_BKCU.flatten(0, 1), rows, tokens_BT, rows // num_masks)
         return F.pad(losses_RP, (0, window - losses_RP.shape[1])).view(num_windows, num_masks, window)
 
-    def chunk_losses(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
+    def chunk_shares(self, masks_BKCU: MaskRows, tokens_BT: torch.Tensor) -> torch.Tensor:
         """As ``token_losses``, each chunk's share of the mean over all predictions of its window: ``[B, K, C]``."""
         losses_BKT = self.token_shares(masks_BKCU, tokens_BT)
         return losses_BKT.view(*masks_BKCU.shape[:3], -1).sum(-1)

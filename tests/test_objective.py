@@ -168,7 +168,7 @@ def test_what_cannot_be_gathered_goes_together(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(LiveMasks, "set", watched)
     with masked_objective(view, OPS, rows_per_forward=4, costs=FREE) as objective:
         if given == "chunks":
-            objective.chunk_losses(masks_KU.view(3, 2, 2, -1), tokens_BT)
+            objective.chunk_shares(masks_KU.view(3, 2, 2, -1), tokens_BT)
         else:
             objective.losses(0.5 * masks_KU[:2].double(), tokens_BT)
     assert asked == [4, 2]

@@ -94,7 +94,7 @@ def test_a_reference_is_evaluated_beside_the_masks(name: ReferenceName, design: 
         search.needs_reference = False
         expected_BKC, nothing, _ = evaluate_step(objective, search, masks_BKCU, tokens_BT, gates_U)
         wanted = gates_U.expand(2, 1, design.chunks, -1)
-        alone_BC = objective.chunk_losses(wanted, tokens_BT)[:, 0]
+        alone_BC = objective.chunk_shares(wanted, tokens_BT)[:, 0]
     assert nothing is None and reference_BC is not None
     assert_close(losses_BKC, expected_BKC, LOGITS[torch.float64])
     assert_close(reference_BC, alone_BC if design.groups > 1 else alone_BC.mean(0, keepdim=True), LOGITS[torch.float64])

@@ -451,10 +451,10 @@ def test_masks_meet_their_windows(design: Design, needs_reference: bool) -> None
         for group in range(design.groups):
             text = tokens_BT if design.groups == 1 else tokens_BT[group : group + 1]
             wanted = masks_BKCU[group].expand(len(text), -1, -1, -1)
-            assert_close(losses_BKC[group], objective.chunk_losses(wanted, text).mean(0), EXACT)
+            assert_close(losses_BKC[group], objective.chunk_shares(wanted, text).mean(0), EXACT)
             if reference_BC is not None:
                 wanted = reference_U.expand(len(text), 1, design.chunks, -1)
-                assert_close(reference_BC[group], objective.chunk_losses(wanted, text).mean(0)[0], EXACT)
+                assert_close(reference_BC[group], objective.chunk_shares(wanted, text).mean(0)[0], EXACT)
     assert (reference_BC is not None) == needs_reference
     assert losses_BKC.shape == masks_BKCU.shape[:3]
 

@@ -105,7 +105,7 @@ def evaluate_step(
     if design.groups == design.chunks == 1:
         losses_BKC = objective.losses(masks_BKCU.flatten(0, 2), tokens_BT)[None, :, None]
     else:
-        losses_BKC = objective.chunk_losses(masks_BKCU, tokens_BT)
+        losses_BKC = objective.chunk_shares(masks_BKCU, tokens_BT)
     if not search.needs_reference:
         return losses_BKC, None, None
     return losses_BKC[:, :-1], losses_BKC[:, -1], None

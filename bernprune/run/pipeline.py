@@ -2,10 +2,9 @@
 
 import json
 import logging
-import math
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +14,9 @@ from safetensors import SafetensorError
 from bernprune.config import RunConfig, make_config
 from bernprune.costs import NEVER, Costs
 from bernprune.errors import BernpruneError, RunError
-from bernprune.evaluation.latency import machine
-from bernprune.evaluation.perplexity import mean_loss, perplexity
+from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.view import fingerprint
-from bernprune.names import CapName, SearchDtype
+from bernprune.names import SearchDtype
 from bernprune.own import blaming, unchanging
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import reordered
@@ -26,14 +24,23 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.progress import bars
 from bernprune.run.checkpoint import read_state, write_state
-from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.finishing import check_room, make_pruned, timed_initial
-from bernprune.run.folder import RunFolder, open_run, versions
+from bernprune.run.folder import RunFolder, open_run
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import places_of_ones_own
-from bernprune.run.plans import Learned, plans_table, removed_share, write_plan
+from bernprune.run.plans import Learned
 from bernprune.run.repairs import Workshop, expected_weights
+from bernprune.run.reporting import (
+    head,
+    last_round,
+    losses_by_metric,
+    mask_loss,
+    plans,
+    search_figures,
+    windows_of_run,
+    with_ratios,
+)
 from bernprune.run.scoring import ByMetric, Start, take_start
 from bernprune.run.searches import make_search
 from bernprune.run.stage import Stage, set_stage
@@ -132,8 +139,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     stored = _stored_start(folder) if continued else None
     start = stored or take_start(stage)
     search = make_search(stage.config, stage.budget, start.probs_U, start.scores_US, stage.ops.sums)
-    start_U, metric = search.probs_U, ByMetric.of(stage, start, search.probs_U)
-    by_metric, graded_U = metric.masks(stage), metric.graded_U
+    metric = ByMetric.of(stage, start, search.probs_U)
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
         inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
         if known is not None or not continued:  # else it is not known in which number format the run began
@@ -146,69 +152,84 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
             write_state(folder.initial, vars(start))
-        work = run_search(stage, folder, search, graded_U, by_metric["initial"], weights, finish=finish)
-        finalists = _finalists(stage, search, graded_U, by_metric)
-        finals = run_finals(stage, folder, search, finalists, graded_U, work, finish=finish)
-    learned_U = metric.initial_U if torch.equal(search.priorities_U, start_U) else search.priorities_U
-    followed = metric.followed(stage.view.space, learned_U)
-    learned = _write_kept(stage, folder, finals, followed, graded_U)
-    folder.remove_model()  # of an earlier try that did not reach its report
-    search_report = _search_report(stage, dense_loss, work, finals)
-    full = stage.with_weights("same")
-    workshop = Workshop.of_stage(full, work.step)
-    judged = _judge_repaired(full, workshop, finals, finalists)
-    if judged:
-        learned = _write_kept(full, folder, finals, followed, graded_U)  # which may be another now
-    losses = _masked_losses(full, dense_loss if full is stage else None, by_metric)
-    if workshop is not None:
-        losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
-    report = {
-        "search": search_report
-        | {"kept": finals.kept, "changed_units": int((by_metric["initial"] != finals.mask_U).sum())},
-        "diagnostics": _last_round(folder),
-        "repair": judged,
-        **_report_head(full, finals.mask_U),
-        "loss": losses,
-        "plans": _plans(full, folder, learned),
-    }
-    device = full.view.device  # of a model that is used up below
-    try:
-        report = merge(report, make_pruned(full, folder, finals.mask_U, workshop))
-        report = _with_ratios(report | {"windows_run": _windows_run(full, report, again=full is not stage)})
-        write_json(folder.report, report)
-    except BaseException:
-        folder.report.unlink(missing_ok=True)  # the run is not finished,
-        folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
-        raise
-    return _with_extras(full, folder, report, by_metric["initial"], device)
+        work = run_search(stage, folder, search, metric.graded_U, metric.masks["initial"], weights, finish=finish)
+        finalists = _finalists(stage, search, metric)
+        finals = run_finals(stage, folder, search, finalists, metric.graded_U, work, finish=finish)
+    return _deliver(stage, folder, _Searched(search, metric, work, finalists, finals, dense_loss))
 
 
-def _finalists(
-    stage: Stage, search: MaskSearch, graded_U: torch.Tensor, metric: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+@dataclass
+class _Searched:
+    """What the search came to; ``finals`` may still change once finalists are judged after their repair."""
+
+    search: MaskSearch
+    metric: ByMetric
+    work: Work
+    finalists: dict[str, torch.Tensor]
+    finals: Finals
+    dense_loss: float
+
+
+def _finalists(stage: Stage, search: MaskSearch, metric: ByMetric) -> dict[str, torch.Tensor]:
     """What may be kept, by name: what was learned, its widths in the metric's order, and the metric's own."""
     learned: dict[str, torch.Tensor] = {}
     if stage.config.searches:
-        widths_U = reordered(stage.view.space, search.priorities_U, graded_U)
+        widths_U = reordered(stage.view.space, search.priorities_U, metric.graded_U)
         learned = {
-            "learned": current_selection(search, graded_U, stage.limits),
-            "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=graded_U),
+            "learned": current_selection(search, metric.graded_U, stage.limits),
+            "widths": select(widths_U, stage.budget, limits=stage.limits, tie_break_U=metric.graded_U),
         }
     finalists: dict[str, torch.Tensor] = {}
-    for name, mask_U in (learned | metric).items():
+    for name, mask_U in (learned | metric.masks).items():
         if not any(mask_U.equal(other_U) for other_U in finalists.values()):
             finalists[name] = mask_U
     return finalists
 
 
-def _write_kept(
-    stage: Stage, folder: RunFolder, finals: Finals, followed: dict[str, torch.Tensor], graded_U: torch.Tensor
-) -> Learned:
+def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, Any]:
+    """From what the search came to, to a verified model and its report."""
+    metric, finals = searched.metric, searched.finals
+    learned = _write_kept(stage, folder, searched)
+    folder.remove_model()  # of an earlier try that did not reach its report
+    figures = search_figures(stage, searched.dense_loss, searched.work, finals)
+    full = stage.with_weights("same")
+    workshop = Workshop.of_stage(full, searched.work.step)
+    judged = _judge_repaired(full, workshop, finals, searched.finalists)
+    if judged:
+        learned = _write_kept(full, folder, searched)  # which may be another now
+    changed = int((metric.masks["initial"] != finals.mask_U).sum())
+    losses = losses_by_metric(full, searched.dense_loss if full is stage else None, metric.masks)
+    if workshop is not None:
+        losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
+    report = {
+        "search": figures | {"kept": finals.kept, "changed_units": changed},
+        "diagnostics": last_round(folder),
+        "repair": judged,
+        **head(full, finals.mask_U),
+        "loss": losses,
+        "plans": plans(full, folder, learned),
+    }
+    device = full.view.device  # of a model that is used up below
+    try:
+        report = merge(report, make_pruned(full, folder, finals.mask_U, workshop))
+        report = with_ratios(report | {"windows_run": windows_of_run(full, report, again=full is not stage)})
+        write_json(folder.report, report)
+    except BaseException:
+        folder.report.unlink(missing_ok=True)  # the run is not finished,
+        folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
+        raise
+    return _with_extras(full, folder, report, metric.masks["initial"], device)
+
+
+def _write_kept(stage: Stage, folder: RunFolder, searched: _Searched) -> Learned:
     """Write the plan, and what decides at other sparsities; returns the latter."""
-    priorities_U = followed[finals.kept] if finals.priorities_U is None else finals.priorities_U
-    learned = Learned(stage.view.space, priorities_U, graded_U, finals.mask_U)
+    space, finals = stage.view.space, searched.finals
+    priorities_U = finals.priorities_U
+    if priorities_U is None:
+        priorities_U = searched.metric.followed(space, searched.search.priorities_U)[finals.kept]
+    learned = Learned(space, priorities_U, searched.metric.graded_U, finals.mask_U)
     learned.write(folder.learned)
-    write_json(folder.plan, stage.view.space.plan(finals.mask_U).to_dict())
+    write_json(folder.plan, space.plan(finals.mask_U).to_dict())
     return learned
 
 
@@ -269,108 +290,3 @@ def _stored_start(folder: RunFolder) -> Start | None:
         logger.warning("%s; computing the start again", error)
         return None
     return Start(**state) if state.keys() == Start.__dataclass_fields__.keys() else None  # not in this form
-
-
-def _plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:
-    """Write and evaluate the plans for other sparsities; a loss that is not finite gives no figure."""
-    found, config = [], stage.config
-    nested = config.plans.nested
-    for sparsity in sorted(config.plans.sparsities):
-        mask_U = learned.select(config, sparsity, nested=nested)
-        path = write_plan(folder, sparsity, learned.space.plan(mask_U), nested=nested)
-        loss = mask_loss(stage, mask_U, f"at sparsity {sparsity:g}")
-        figure = None if loss is None else perplexity(loss)
-        removed = removed_share(learned.space, mask_U)
-        found.append({"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": figure, "plan": path.name})
-    if found:
-        write_bytes(folder.plans / "table.md", plans_table(found, stage.protocol).encode())
-    return found
-
-
-def _last_round(folder: RunFolder) -> dict[str, Any]:
-    """What was known at the end of the last round of the search; empty without any."""
-    rounds = [record["round"] for record in folder.read_metrics() if "round" in record]
-    return rounds[-1] if rounds else {}
-
-
-def _masked_losses(
-    full: Stage, dense_loss: float | None, by_metric: dict[str, torch.Tensor]
-) -> dict[str, float | None]:
-    """Losses of the model itself, dense and under what the metric would keep."""
-    return {
-        "dense": mean_loss(full.view.model, full.eval_windows_WT) if dense_loss is None else dense_loss,
-        "uniform": mask_loss(full, by_metric["uniform"], "of the metric's uniform selection"),
-        "initial": mask_loss(full, by_metric["initial"], "of the initial selection"),
-    }
-
-
-def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
-    """Mean loss of one mask on the evaluation text, nats per token; None if that is not finite, which is logged.
-
-    That is the fault of this selection alone: the run may keep another.
-    """
-    with stage.objective() as objective:
-        loss = objective.losses(mask_U[None], stage.eval_windows_WT).item()
-    if not math.isfinite(loss):
-        logger.warning("the loss %s on the evaluation text is %s", which, loss)
-        return None
-    return loss
-
-
-def _search_report(stage: Stage, dense_loss: float, work: Work, finals: Finals) -> dict[str, Any]:
-    model, sequences = stage.view.model, work.sequences + finals.sequences
-    return {
-        "dtype": stage.dtype if stage.dtype != "same" else str(model.dtype).removeprefix("torch."),
-        "dense_loss": dense_loss,
-        "sequences": sequences,
-        "given": stage.workload.sequences,
-        "forward_tokens": sequences * stage.config.data.window,
-        "seconds": round(work.seconds + finals.seconds, 2),
-        "steps": work.step,
-        "ended": stage.workload.why_over(work),
-        "finals": {"sequences": finals.sequences, "ended": finals.ended, "heats": finals.heats},
-        "machine": machine(model.device),
-    }
-
-
-def _windows_run(stage: Stage, report: dict[str, Any], *, again: bool) -> dict[str, int]:
-    """See ``windows_run``; ``again`` if the dense model was evaluated in two number formats."""
-    evaluations = len(report["loss"]) + len(report["plans"]) + again
-    return windows_run(
-        stage.config,
-        stage.view.architecture,
-        search=report["search"],
-        repair=report["repair"],
-        evaluated=evaluations * len(stage.eval_windows_WT),
-    )
-
-
-def _report_head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
-    config, budget, model, space = full.config, full.budget, full.view.model, full.view.space
-    prunable = int(space.costs_U("parameters").sum().item())
-    costs = {name: space.costs_U(name).sum().item() for name in get_args(CapName)}
-    return {
-        "seed": config.seed,
-        "model": {"path": config.model.path, "type": model.config.model_type, "dtype": str(model.dtype)},
-        "text": {"path": config.data.text, "sha256": full.text_sha256},
-        "sparsity": {
-            "target": config.budget.sparsity,
-            "measure": config.budget.measure,
-            "achieved": budget.removed_share(mask_U),
-            "block_parameters": removed_share(space, mask_U),
-            "removed": {name: removed_share(space, mask_U, name) for name, cost in costs.items() if cost},
-            "also": {cap.name: {"target": cap.share, "achieved": cap.removed_share(mask_U)} for cap in budget.caps},
-        },
-        "parameters": {"prunable": prunable, "dense": full.view.num_parameters},
-        "protocol": full.protocol.to_dict(),
-        "machine": machine(model.device),
-        "versions": versions(),
-    }
-
-
-def _with_ratios(report: dict[str, Any]) -> dict[str, Any]:
-    """A report with what follows from its figures."""
-    losses, parameters = report["loss"], report["parameters"]
-    perplexities = {name: None if loss is None else perplexity(loss) for name, loss in losses.items()}
-    total = 1 - parameters["pruned"] / parameters["dense"]
-    return merge(report, {"perplexity": perplexities, "sparsity": {"total_parameters": total}})

@@ -73,32 +73,37 @@ class ByMetric:
 
     Attributes:
         graded_U: its scores, graded so that layers compare as its allocation says; they break all ties.
+        start_U: where the policy starts.
         initial_U: priorities of the start.
         evenly_U: priorities by which every layer loses the same share.
+        masks: what these two keep, ``initial`` and ``uniform``.
     """
 
     graded_U: torch.Tensor
+    start_U: torch.Tensor
     initial_U: torch.Tensor
     evenly_U: torch.Tensor
+    masks: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, stage: Stage, start: Start, probs_U: torch.Tensor) -> "ByMetric":
+        """Of a start, and the policy that it became on the budget."""
         config, space, scores_U = stage.config, stage.view.space, start.scores_US[:, 0]
         keep, shares_G = 1 - config.budget.sparsity, start.shares_G
         graded_U = graded(space, scores_U, scope_of(config), keep=keep, shares_G=shares_G)
         # The map const knows two levels only: within them, the order says what comes first.
-        return cls(graded_U, graded_U if config.initial.map == "const" else probs_U, graded(space, scores_U))
-
-    def masks(self, stage: Stage) -> dict[str, torch.Tensor]:
-        """What it keeps of itself."""
-        priorities = {"initial": self.initial_U, "uniform": self.evenly_U}
-        return {
-            name: select(values_U, stage.budget, limits=stage.limits, tie_break_U=self.graded_U)
-            for name, values_U in priorities.items()
+        initial_U = graded_U if config.initial.map == "const" else probs_U
+        evenly_U = graded(space, scores_U)
+        masks = {
+            name: select(values_U, stage.budget, limits=stage.limits, tie_break_U=graded_U)
+            for name, values_U in (("initial", initial_U), ("uniform", evenly_U))
         }
+        return cls(graded_U, probs_U, initial_U, evenly_U, masks)
 
     def followed(self, space: UnitSpace, learned_U: torch.Tensor) -> dict[str, torch.Tensor]:
         """The priorities that each finalist goes by at other sparsities."""
+        if torch.equal(learned_U, self.start_U):  # nothing was learned
+            learned_U = self.initial_U
         widths_U = reordered(space, learned_U, self.graded_U)
         return {"learned": learned_U, "widths": widths_U, "initial": self.initial_U, "uniform": self.evenly_U}
 
