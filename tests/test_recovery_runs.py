@@ -20,7 +20,7 @@ from bernprune.data import TokenWindows
 from bernprune.errors import ConfigError
 from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
-from bernprune.run import recovering, verification
+from bernprune.run import recovering, recovery_setup, verification
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.storage import write_json
 
@@ -140,7 +140,7 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     assert not (out / "model").exists() and not (out / "report.json").exists()
     assert "another configuration" in in_one_sentence(run(*recover(place, finished, "recover.rank=3")))
     with monkeypatch.context() as patch:  # ranks that are known are not computed again, and not otherwise
-        patch.setattr(recovering, "_ranks", lambda *_, **__: 1 / 0)
+        patch.setattr(recovery_setup, "_ranks", lambda *_, **__: 1 / 0)
         succeed(*recover(place, finished, "recover.checkpoint_seconds=7"))
     assert steps_of(out) == list(range(STEPS))
     found, expected = (
@@ -228,7 +228,7 @@ def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPa
             lengths.append(len(stream_N))
             super().__init__(stream_N, **given)
 
-    monkeypatch.setattr(recovering, "TokenWindows", Watched)
+    monkeypatch.setattr(recovery_setup, "TokenWindows", Watched)
     succeed(*recover(place, place.out), "--text", "other.txt")
     assert str(other) in (place.folder / "recovered" / "recover.yaml").read_text()
     tokens = AutoTokenizer.from_pretrained(place.model)(other.read_text())["input_ids"]
@@ -342,7 +342,7 @@ def test_the_dense_model_is_held_beside_the_pruned_one_only_to_teach(
 ) -> None:
     """What tells ranks by it lets go of it before the other is loaded."""
     dense, alive = list[weakref.ref[Any]](), list[bool]()
-    load_dense, load_pruned = recovering.open_model, recovering._pruned
+    load_dense, load_pruned = recovery_setup.open_model, recovery_setup._pruned
 
     def open_model(*given: Any) -> Any:
         model = load_dense(*given)
@@ -353,8 +353,8 @@ def test_the_dense_model_is_held_beside_the_pruned_one_only_to_teach(
         alive.append(dense[0]() is not None)
         return load_pruned(*given)
 
-    monkeypatch.setattr(recovering, "open_model", open_model)
-    monkeypatch.setattr(recovering, "_pruned", pruned)
+    monkeypatch.setattr(recovery_setup, "open_model", open_model)
+    monkeypatch.setattr(recovery_setup, "_pruned", pruned)
     succeed(*recover(place, finished, "recover.ranks=influence", f"recover.distill={distill}"))
     assert alive == [distill > 0]
 

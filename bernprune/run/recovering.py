@@ -12,43 +12,31 @@ report.json            written last: its presence means that it is finished
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from bernprune.backends import TORCH, find_device
-from bernprune.config import RunConfig, make_config
-from bernprune.data import TokenWindows, evaluation_windows, fingerprint
-from bernprune.errors import DataError, LossError, RunError
+from bernprune.backends import find_device
+from bernprune.config import make_config
+from bernprune.errors import LossError, RunError
 from bernprune.evaluation.latency import machine
-from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss, perplexity
-from bernprune.models.adapters import Adapters, adapted_view, check_adaptable
-from bernprune.models.families import family_of
-from bernprune.models.loading import load_config, load_model, load_tokenizer
-from bernprune.models.masking import masked
+from bernprune.evaluation.perplexity import mean_loss, perplexity
+from bernprune.models.adapters import check_adaptable
 from bernprune.models.slicing import slice_model
-from bernprune.models.view import ModelView, count_parameters, describe
-from bernprune.models.view import fingerprint as weights_fingerprint
-from bernprune.policy.allocation import shares_by_importance
+from bernprune.models.view import count_parameters
 from bernprune.progress import bar, bars
-from bernprune.recovery import SampledMasks, Training, whole_ranks
+from bernprune.recovery import Training
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run, versions
-from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
+from bernprune.run.recovery_setup import Prepared, Source, open_source, set_up
 from bernprune.run.signals import signals
-from bernprune.run.stage import evaluation_text, learning_text, naming, read_texts
 from bernprune.run.verification import reason, save_and_verify
-from bernprune.scores.base import Context, Options
-from bernprune.scores.block_influence import layer_influence
 from bernprune.settings import absolute, check_only, merge
 from bernprune.storage import sync_stream, write_json
-from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -56,29 +44,12 @@ _STATE = {"seconds", "text_sha256", "ranks", "training"}  # of a checkpoint
 
 RECOVERY_SETTINGS = ("recover", "data", "model.device", "model.dtype", "initial.influence", "seed")
 
-_INFLUENCE_WINDOWS = 32
-
 
 class RecoveryFolder(RunFolder):
     """The folder of a recovery."""
 
     CONFIG, WORK, OTHER = RECOVERY_CONFIG, "recovery", "give another folder"
     FREE = ("recover.rows", "recover.recompute", "recover.checkpoint_seconds")
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What a run left, and the text to train and judge on."""
-
-    config: RunConfig
-    folder: RunFolder
-    plan: KeepPlan
-    tokenizer: Any
-    train: TokenWindows
-    held_out_WT: torch.Tensor
-    eval_windows_WT: torch.Tensor
-    protocol: Protocol
-    text_sha256: str
 
 
 def recover(
@@ -112,7 +83,7 @@ def recover(
     folder.look(config, overwrite=overwrite)
     if finish and (overwrite or not folder.unfinished):
         raise RunError(f"there is no interrupted recovery in {out} to finish")
-    source = _open_source(finished, config, of_run)
+    source = open_source(finished, config, of_run)
     with folder.locked(), bars(progress):
         continued = folder.check(config, overwrite=overwrite)
         try:
@@ -134,41 +105,9 @@ def _finished_run(run: str | Path) -> RunFolder:
     return folder
 
 
-def _open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> _Source:
-    """Raises ``DataError`` for text that is missing or too short, and ``ModelError`` for windows that are too long."""
-    model_config, window = load_config(str(folder.model)), config.data.window
-    check_window(model_config, window)
-    tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
-    if config.data.eval_text is None and config.data.text != of_run.data.text:  # the run's, so that figures compare
-        own = evaluation_text(of_run, tokenizer, vocabulary)
-        held_out_N, eval_name = own or read_texts(of_run, tokenizer, vocabulary)[1:]
-        stream_N = learning_text(config, tokenizer, vocabulary)
-    else:
-        stream_N, held_out_N, eval_name = read_texts(config, tokenizer, vocabulary)
-    cut = len(stream_N) - config.recover.held_out * window
-    if cut < config.recover.batch * window:
-        raise DataError(
-            f"{config.data.text}: recovery needs at least recover.batch + recover.held_out = {config.recover.batch} + "
-            f"{config.recover.held_out} windows of {window} tokens, but there are {len(stream_N) // window}"
-        )
-    with naming(eval_name):
-        eval_WT = evaluation_windows(held_out_N, window, max_windows=config.data.eval_tokens // window)
-    return _Source(
-        config,
-        folder,
-        read_plan(folder.plan),
-        tokenizer,
-        TokenWindows(stream_N[:cut], window=window, seed=config.seed),
-        evaluation_windows(stream_N[cut:], window),
-        eval_WT,
-        Protocol.of(eval_name, eval_WT),
-        fingerprint(stream_N),
-    )
-
-
-def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
+def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
     state = _stored(source, folder) if continued else None
-    with _prepared(source, None if state is None else state["ranks"]) as prepared:
+    with set_up(source, None if state is None else state["ranks"]) as prepared:
         if continued:  # what can fail on its input has not
             folder.go_on(source.config, {"weights": prepared.weights})
         else:
@@ -196,7 +135,7 @@ def _recover(source: _Source, folder: RecoveryFolder, *, continued: bool, finish
     return report
 
 
-def _stored(source: _Source, folder: RecoveryFolder) -> dict[str, Any] | None:
+def _stored(source: Source, folder: RecoveryFolder) -> dict[str, Any] | None:
     """The newest checkpoint; None if there is none. Raises ``RunError`` if it belongs to something else."""
     if folder.plan.is_file() and read_plan(folder.plan) != source.plan:
         raise RunError(f"{folder.path} holds an unfinished recovery of another run; give another folder")
@@ -210,92 +149,9 @@ def _stored(source: _Source, folder: RecoveryFolder) -> dict[str, Any] | None:
     return state
 
 
-class _Before(NamedTuple):
-    """What the run kept: its loss on the evaluation text, and its parameters."""
-
-    loss: float
-    parameters: int
-
-    @classmethod
-    def of(cls, model: Any, source: _Source) -> "_Before":
-        return cls(mean_loss(model, source.eval_windows_WT), count_parameters(model))
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A training, the fingerprint of the weights that it begins with, ranks of layers, and what the run kept."""
-
-    training: Training
-    weights: str
-    ranks: list[int]
-    before: _Before
-
-
-@contextmanager
-def _prepared(source: _Source, ranks: list[int] | None) -> Iterator[_Prepared]:
-    """What is trained: the run's model or, before the cut, the dense one under masks. Ranks are computed if unknown."""
-    config, settings, device = source.config, source.config.recover, find_device(source.config.model.device)
-    whole, family = settings.masks == "policy", family_of(source.plan.architecture.model_type)
-    before = _Before.of(_pruned(source, device), source) if whole else None
-    view = None  # of the dense model, which is not held beside the pruned one unless it teaches
-    if whole or settings.distill > 0 or (ranks is None and settings.ranks == "influence"):
-        view = describe(open_model(config, device), config.granularity)
-    ranks = ranks or _ranks(source, view, whole=whole)
-    teacher, masks = None if view is None or settings.distill == 0 else view.model, None
-    with ExitStack() as stack:
-        if whole and view is not None:
-            trained, teacher = view.model, teacher and open_model(config, device)
-        else:
-            view = None  # before the other is loaded
-            trained = _pruned(source, device)
-            before = _Before.of(trained, source)
-        weights = weights_fingerprint(trained)
-        adapters = Adapters(trained, family, ranks, scale=settings.scale, seed=config.seed)
-        if view is not None:
-            live = stack.enter_context(masked(adapted_view(view), TORCH))
-            masks = SampledMasks(live, _policy(source), view.space.mask(source.plan), seed=config.seed)
-        training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks)
-        assert before is not None, "what the run kept was evaluated"
-        yield _Prepared(training, weights, ranks, before)
-
-
-def _pruned(source: _Source, device: torch.device) -> Any:
-    return load_model(str(source.folder.model), dtype=source.config.model.dtype, device=device)
-
-
-def _ranks(source: _Source, view: ModelView | None, *, whole: bool) -> list[int]:
-    """Ranks of the layers of the dense model, if that is trained as a ``whole``, or of those that remain of it."""
-    settings, layers = source.config.recover, source.plan.layers
-    kept = [index for index, layer in enumerate(layers) if whole or not layer.is_empty]
-    if view is None or settings.ranks == "uniform" or len(kept) == 1:
-        return [settings.rank] * len(kept)
-    return whole_ranks(shares_by_importance(_influence(source, view)[kept], 1 / len(kept)), settings.rank)
-
-
-def _influence(source: _Source, view: ModelView) -> torch.Tensor:
-    """Influence of each layer of the dense model, on the first windows that are trained on."""
-    windows_WT = source.train.windows(0, min(_INFLUENCE_WINDOWS, source.train.num_windows))
-    context = Context(view, windows_WT, source.config.seed, TORCH, source.config.recover.rows, Options())
-    return layer_influence(context, source.config.initial.influence)
-
-
-def _policy(source: _Source) -> torch.Tensor:
-    """Keep probabilities that the run ended with."""
-    try:
-        state = read_latest(source.folder.checkpoints)
-        if state is None:
-            raise RunError(f"{source.folder.checkpoints} holds no checkpoint")
-    except RunError as error:
-        raise RunError(
-            f"the policy that the run has learned cannot be read, which recover.masks 'policy' needs: {error}"
-        ) from None
-    found: torch.Tensor = state["search"]["probs_U"]
-    return found
-
-
 def _train(
-    prepared: _Prepared,
-    source: _Source,
+    prepared: Prepared,
+    source: Source,
     folder: RecoveryFolder,
     state: dict[str, Any] | None,
     *,
@@ -358,7 +214,7 @@ def _step(training: Training) -> dict[str, Any] | None:
         return None
 
 
-def _report(source: _Source, prepared: _Prepared, seconds: float) -> dict[str, Any]:
+def _report(source: Source, prepared: Prepared, seconds: float) -> dict[str, Any]:
     settings, training = source.config.recover, prepared.training
     return {
         "run": str(source.folder.path),

@@ -1,0 +1,186 @@
+"""What a recovery trains and on which text: the model that a run kept, or the dense one before the cut."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from bernprune.backends import TORCH, find_device
+from bernprune.config import RunConfig
+from bernprune.data import TokenWindows, evaluation_windows, fingerprint
+from bernprune.errors import DataError, RunError
+from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss
+from bernprune.models.adapters import Adapters, adapted_view
+from bernprune.models.families import family_of
+from bernprune.models.loading import load_config, load_model, load_tokenizer
+from bernprune.models.masking import masked
+from bernprune.models.view import ModelView, count_parameters, describe
+from bernprune.models.view import fingerprint as weights_fingerprint
+from bernprune.policy.allocation import shares_by_importance
+from bernprune.recovery import SampledMasks, Training, whole_ranks
+from bernprune.run.checkpoint import read_latest
+from bernprune.run.folder import RunFolder
+from bernprune.run.opening import open_model
+from bernprune.run.plans import read_plan
+from bernprune.run.stage import evaluation_text, learning_text, naming, read_texts
+from bernprune.scores.base import Context, Options
+from bernprune.scores.block_influence import layer_influence
+from bernprune.units import KeepPlan
+
+_INFLUENCE_WINDOWS = 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run left, and the text to train and judge on."""
+
+    config: RunConfig
+    folder: RunFolder
+    plan: KeepPlan
+    tokenizer: Any
+    train: TokenWindows
+    held_out_WT: torch.Tensor
+    eval_windows_WT: torch.Tensor
+    protocol: Protocol
+    text_sha256: str
+
+
+def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Source:
+    """Raises ``DataError`` for text that is missing or too short, and ``ModelError`` for windows that are too long."""
+    model_config, window = load_config(str(folder.model)), config.data.window
+    check_window(model_config, window)
+    tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
+    if config.data.eval_text is None and config.data.text != of_run.data.text:  # the run's, so that figures compare
+        own = evaluation_text(of_run, tokenizer, vocabulary)
+        held_out_N, eval_name = own or read_texts(of_run, tokenizer, vocabulary)[1:]
+        stream_N = learning_text(config, tokenizer, vocabulary)
+    else:
+        stream_N, held_out_N, eval_name = read_texts(config, tokenizer, vocabulary)
+    cut = len(stream_N) - config.recover.held_out * window
+    if cut < config.recover.batch * window:
+        raise DataError(
+            f"{config.data.text}: recovery needs at least recover.batch + recover.held_out = {config.recover.batch} + "
+            f"{config.recover.held_out} windows of {window} tokens, but there are {len(stream_N) // window}"
+        )
+    with naming(eval_name):
+        eval_WT = evaluation_windows(held_out_N, window, max_windows=config.data.eval_tokens // window)
+    return Source(
+        config,
+        folder,
+        read_plan(folder.plan),
+        tokenizer,
+        TokenWindows(stream_N[:cut], window=window, seed=config.seed),
+        evaluation_windows(stream_N[cut:], window),
+        eval_WT,
+        Protocol.of(eval_name, eval_WT),
+        fingerprint(stream_N),
+    )
+
+
+class Before(NamedTuple):
+    """What the run kept: its loss on the evaluation text, and its parameters."""
+
+    loss: float
+    parameters: int
+
+    @classmethod
+    def of(cls, model: Any, source: Source) -> "Before":
+        return cls(mean_loss(model, source.eval_windows_WT), count_parameters(model))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training, the fingerprint of the weights that it begins with, ranks of layers, and what the run kept."""
+
+    training: Training
+    weights: str
+    ranks: list[int]
+    before: Before
+
+
+@contextmanager
+def set_up(source: Source, ranks: list[int] | None) -> Iterator[Prepared]:
+    """What is trained, for the length of the block. Ranks are computed if they are not known."""
+    if source.config.recover.masks == "policy":
+        with _before_the_cut(source, ranks) as prepared:
+            yield prepared
+    else:
+        yield _after_the_cut(source, ranks)
+
+
+def _after_the_cut(source: Source, ranks: list[int] | None) -> Prepared:
+    """The run's model; the dense one is held beside it only to teach."""
+    settings, dense, teacher = source.config.recover, None, None
+    if settings.distill > 0 or (ranks is None and settings.ranks == "influence"):
+        dense = _dense(source)
+        teacher = dense.model if settings.distill > 0 else None
+    ranks = ranks or _ranks(source, dense, whole=False)
+    dense = None  # before the other is loaded
+    trained = _pruned(source)
+    before, weights = Before.of(trained, source), weights_fingerprint(trained)
+    adapters = _adapters(source, trained, ranks)
+    training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher)
+    return Prepared(training, weights, ranks, before)
+
+
+@contextmanager
+def _before_the_cut(source: Source, ranks: list[int] | None) -> Iterator[Prepared]:
+    """The dense model under masks of the policy; the run's is let go before that is loaded."""
+    settings, before = source.config.recover, Before.of(_pruned(source), source)
+    dense = _dense(source)
+    ranks = ranks or _ranks(source, dense, whole=True)
+    teacher = _dense(source).model if settings.distill > 0 else None
+    weights = weights_fingerprint(dense.model)
+    adapters = _adapters(source, dense.model, ranks)
+    with masked(adapted_view(dense), TORCH) as live:
+        masks = SampledMasks(live, _policy(source), dense.space.mask(source.plan), seed=source.config.seed)
+        training = Training(
+            dense.model, adapters, source.train, source.held_out_WT, settings, teacher=teacher, masks=masks
+        )
+        yield Prepared(training, weights, ranks, before)
+
+
+def _adapters(source: Source, model: Any, ranks: list[int]) -> Adapters:
+    family, config = family_of(source.plan.architecture.model_type), source.config
+    return Adapters(model, family, ranks, scale=config.recover.scale, seed=config.seed)
+
+
+def _pruned(source: Source) -> Any:
+    device = find_device(source.config.model.device)
+    return load_model(str(source.folder.model), dtype=source.config.model.dtype, device=device)
+
+
+def _dense(source: Source) -> ModelView:
+    return describe(open_model(source.config, find_device(source.config.model.device)), source.config.granularity)
+
+
+def _ranks(source: Source, view: ModelView | None, *, whole: bool) -> list[int]:
+    """Ranks of the layers of the dense model, if that is trained as a ``whole``, or of those that remain of it."""
+    settings, layers = source.config.recover, source.plan.layers
+    kept = [index for index, layer in enumerate(layers) if whole or not layer.is_empty]
+    if view is None or settings.ranks == "uniform" or len(kept) == 1:
+        return [settings.rank] * len(kept)
+    return whole_ranks(shares_by_importance(_influence(source, view)[kept], 1 / len(kept)), settings.rank)
+
+
+def _influence(source: Source, view: ModelView) -> torch.Tensor:
+    """Influence of each layer of the dense model, on the first windows that are trained on."""
+    windows_WT = source.train.windows(0, min(_INFLUENCE_WINDOWS, source.train.num_windows))
+    context = Context(view, windows_WT, source.config.seed, TORCH, source.config.recover.rows, Options())
+    return layer_influence(context, source.config.initial.influence)
+
+
+def _policy(source: Source) -> torch.Tensor:
+    """Keep probabilities that the run ended with."""
+    try:
+        state = read_latest(source.folder.checkpoints)
+        if state is None:
+            raise RunError(f"{source.folder.checkpoints} holds no checkpoint")
+    except RunError as error:
+        raise RunError(
+            f"the policy that the run has learned cannot be read, which recover.masks 'policy' needs: {error}"
+        ) from None
+    found: torch.Tensor = state["search"]["probs_U"]
+    return found
