@@ -14,12 +14,13 @@ from bernprune.errors import ConfigError, LossError, ModelError
 from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.view import count_parameters
 from bernprune.progress import followed
-from bernprune.sections import ModelConfig
+from bernprune.sections import DataConfig, ModelConfig
 from bernprune.text import load_documents
 
 _LARGEST_LOSS = math.log(sys.float_info.max) * (1 - 1e-15)
 _LOGIT_BYTES = 256 * 2**20  # most float32 logits at once; logits of one window are always made at once, in its dtype
 CHARACTERS_PER_TOKEN = 10  # more than tokenizers reach: enough text, and no more of a huge file is read
+_WINDOW: int = DataConfig.model_fields["window"].default
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,27 @@ def check_window(config: Any, window: int) -> None:
 
 
 def evaluate(
-    model: ModelConfig, text: str, *, window: int, max_tokens: int | None = None, joined_by: str | None = None
+    model: str | ModelConfig,
+    text: str,
+    *,
+    window: int = _WINDOW,
+    max_tokens: int | None = None,
+    joined_by: str | None = None,
 ) -> dict[str, Any]:
     """Load a dense or pruned model and measure its perplexity on a text.
 
     Args:
+        model: a local folder, a Hugging Face name, or ``embedded``; or settings, where its number format or device
+            matters.
+        text: a file, a dataset folder or name, or ``embedded``.
+        window: tokens of a window, by default those of a run.
         max_tokens: the text is cut to so many, as by ``data.eval_tokens``; by default it is read to its end.
         joined_by: makes one document of all rows of the text, as ``data.eval_join`` does.
 
     Returns ``perplexity``, ``loss`` (nats per token), ``parameters`` and ``protocol``.
     """
+    if isinstance(model, str):
+        model = ModelConfig(path=model)
     device = find_device(model.device)
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config, tokenizer = load_config(model.path, **options), load_tokenizer(model.path, **options)

@@ -146,7 +146,7 @@ def _searched(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
     return torch.stack([kept_N.mean() for kept_N in kept])  # on the budget
 
 
-def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
+def score_model(config: RunConfig, out: str | Path | None = None) -> dict[str, Any]:
     """Score a model's units as a run would, and write the scores to a file if one is given.
 
     Returns:
@@ -155,6 +155,7 @@ def score_model(config: RunConfig, out: Path | None = None) -> dict[str, Any]:
     Raises:
         RunError: ``out`` cannot be written, or is something else than scores; before the work.
     """
+    out = None if out is None else Path(out)
     if out is not None:
         check_writable(out.parent)
         if out.exists() and not holds_scores(out):
