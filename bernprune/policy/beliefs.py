@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from bernprune.errors import RunError
+from bernprune.policy.bernoulli import ranks
 from bernprune.units import UnitSpace
 
 _RIDGE = 1e-6  # of a line's information, so that few units, or equal ones, do not make it singular
@@ -67,7 +68,7 @@ class Line:
 
     def __init__(self, members_N: torch.Tensor, scores_NS: torch.Tensor, forgetting: float) -> None:
         self.members_N, self._forgetting = members_N, forgetting
-        ranks_NS = torch.stack([_ranks(scores_N) for scores_N in scores_NS.unbind(1)], dim=1)
+        ranks_NS = torch.stack([ranks(scores_N) for scores_N in scores_NS.unbind(1)], dim=1)
         z_NS = torch.special.ndtri((ranks_NS + 0.5) / len(ranks_NS))
         self.features_NF = torch.cat([torch.ones_like(z_NS[:, :1]), z_NS, z_NS.exp()], dim=1)
         features = self.features_NF.shape[1]
@@ -108,13 +109,6 @@ class Line:
             covariance_FF = covariance_FF + towards_FF @ prior.covariance_FF @ towards_FF.T
         variance_N = ((self.features_NF @ covariance_FF) * self.features_NF).sum(1)
         return self.features_NF @ rising(information_FF, response_F), variance_N
-
-
-def _ranks(scores_N: torch.Tensor) -> torch.Tensor:
-    """Ranks from 0, float64 ``[N]``; equal scores share the mean of theirs."""
-    _, place_N, counts_V = scores_N.unique(return_inverse=True, return_counts=True)
-    ranks_N: torch.Tensor = (counts_V.cumsum(0) - (counts_V + 1) / 2.0)[place_N].double()
-    return ranks_N
 
 
 def rising(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:

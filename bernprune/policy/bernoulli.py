@@ -153,3 +153,10 @@ def entropy(probs_U: torch.Tensor) -> float:
     """Mean entropy of a unit, in bits."""
     nats_U: torch.Tensor = torch.special.entr(probs_U) + torch.special.entr(1 - probs_U)
     return nats_U.mean().item() / math.log(2)
+
+
+def ranks(scores_N: torch.Tensor) -> torch.Tensor:
+    """Ranks from 0, float64 ``[N]``; equal scores share the mean of theirs."""
+    _, place_N, counts_V = scores_N.unique(return_inverse=True, return_counts=True)
+    ranks_N: torch.Tensor = (counts_V.cumsum(0) - (counts_V + 1) / 2.0)[place_N].double()
+    return ranks_N

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from bernprune.policy.bernoulli import entropy
+from bernprune.policy.bernoulli import entropy, ranks
 from bernprune.units import UnitSpace
 
 
@@ -23,7 +23,7 @@ def rank_correlation(space: UnitSpace, values_U: torch.Tensor, scores_U: torch.T
     for kind in space.kinds:
         layers = space.by_layer(kind)
         spans = [at for at in layers if len(at) > 1] or [torch.cat(layers)]
-        each = [correlation(_ranks(values_U[at]), _ranks(scores_U[at])) for at in spans]
+        each = [correlation(ranks(values_U[at]), ranks(scores_U[at])) for at in spans]
         found[kind] = sum(each) / len(each)
     return found
 
@@ -67,10 +67,3 @@ def correlation(first_N: torch.Tensor, second_N: torch.Tensor) -> float:
     first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
     scale = (first_N.norm() * second_N.norm()).item()
     return (first_N @ second_N).item() / scale if scale > 0 else 0.0
-
-
-def _ranks(values_N: torch.Tensor) -> torch.Tensor:
-    """Ranks; equal values share their mean rank."""
-    _, inverse_N, counts = values_N.unique(return_inverse=True, return_counts=True)
-    ends = counts.cumsum(0).double()
-    return (ends - (counts.double() - 1) / 2)[inverse_N]
