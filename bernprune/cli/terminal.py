@@ -95,7 +95,7 @@ def _how_to_resume(*, or_finish: bool = False) -> str:
     run = None if out is None else RunFolder(out)
     if run is None or not run.unfinished:
         return ""
-    finishing = ", or end the search here with --finish," * (or_finish and not run.plan.exists())
+    finishing = ", or end the search here by --finish," * (or_finish and not run.plan.exists())
     return f"; continue{finishing} with: bernprune resume {shlex.quote(str(run.path))}"
 
 
