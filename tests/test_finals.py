@@ -503,6 +503,51 @@ def test_a_choice_is_ended_where_it_stands(place: Place, undisturbed: Path) -> N
     assert torch.equal(read_state(place.out / "learned.safetensors")["mask_U"], before["mask_U"])
 
 
+def test_a_choice_that_was_ended_stays_so(place: Place, undisturbed: Path) -> None:
+    """Also if the run dies after it, and is continued without another word."""
+    path = stopped(place, undisturbed)
+    before = read_state(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "make_pruned", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run("resume", str(place.out), "--finish").code == 130
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finals, "race", None)
+        succeed("resume", str(place.out))
+    search = read_json(place.out / "report.json")["search"]["finals"]
+    assert search["heats"] == before["heats"] and search["ended"].startswith("asked: ")
+
+
+def test_a_choice_that_ended_by_itself_was_not_asked_to(place: Place, undisturbed: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "make_pruned", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        assert run(*arguments(place)).code == 130
+    succeed("resume", str(place.out), "--finish")
+    searches = [read_json(out / "report.json")["search"] for out in (place.out, undisturbed)]
+    assert searches[0]["finals"] == searches[1]["finals"] and searches[0]["ended"] == searches[1]["ended"]
+
+
+def test_finish_ends_first_the_search_then_the_choice(place: Place, undisturbed: Path) -> None:
+    """Given once, the choice is made as ever; given again, it is the race of the finalists alone."""
+    original = loop._Loop.step
+
+    def interrupting(self: loop._Loop, *given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", interrupting)
+        assert run(*arguments(place)).code == 130
+    with pytest.MonkeyPatch.context() as patch:
+        before_race(patch, lambda at: os.kill(os.getpid(), signal.SIGINT))
+        assert run("resume", str(place.out), "--finish").code == 130
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = before_race(patch, lambda _: None)
+        succeed("resume", str(place.out), "--finish")
+    search = read_json(place.out / "report.json")["search"]
+    assert numbers == [0] and search["finals"]["heats"] == [] and search["steps"] == 2
+    assert search["ended"].startswith("asked: ") and search["finals"]["ended"].startswith("asked: ")
+
+
 def test_finalists_are_raced_however_soon_a_choice_ends(place: Place, undisturbed: Path) -> None:
     """Nobody has told yet whether what was learned is better than the metric's."""
     with pytest.MonkeyPatch.context() as patch:

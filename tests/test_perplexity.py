@@ -161,7 +161,7 @@ def test_evaluate_measures_disjoint_windows_from_the_beginning(
     assert_close(result["loss"], expected, LOGITS[torch.float32])
     assert result["perplexity"] == math.exp(result["loss"])
     assert result["parameters"] == 260_032
-    assert max_tokens or evaluate(str(STORIES_MODEL), str(text), window=32)["protocol"] == result["protocol"]
+    assert max_tokens or evaluate(STORIES_MODEL, str(text), window=32)["protocol"] == result["protocol"]
 
 
 @needs_stories

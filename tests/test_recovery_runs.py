@@ -106,7 +106,7 @@ def interrupted(place: Place, folder: Path, *more: str) -> Path:
         patch.setattr(Training, "step", once_more)
         done = run(*recover(place, folder, "recover.checkpoint_seconds=0", *more))
     assert done.code == 130
-    assert "interrupted; the same command, without --overwrite, goes on, and with --finish ends here" in done.err
+    assert "interrupted; the same command, without --overwrite, goes on, and with --finish ends early" in done.err
     return place.folder / "recovered"
 
 
@@ -179,14 +179,20 @@ def test_a_recovery_that_diverges_keeps_its_best(
     monkeypatch.setattr(Training, name, diverging)
     command = recover(place, finished, "recover.evaluate_steps=2")
     assert "is nan" in in_one_sentence(run(*command))
-    from_step = 5
+    from_step = 5 if what == "step" else 6  # of the latter, the evaluation behind the sixth step alone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "verify_saved", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(*command)
+    monkeypatch.setattr(Training, "step", None)
     done = succeed(*command)
     report = read_json(place.folder / "recovered" / "report.json")
-    assert report["best_step"] == 4 and "is nan" in report["ended"] and report["ended"] in done.out
+    assert (
+        report["best_step"] == 4
+        and report["steps"] == from_step
+        and "is nan" in report["ended"]
+        and report["ended"] in done.out
+    )
     assert report["loss"]["after"] < report["loss"]["before"]
 
 

@@ -73,7 +73,7 @@ STOPPING = "WARNING: stopping after the piece of work at hand; a second Ctrl-C o
 
 def interrupted(out: Path) -> str:
     """What a run says that was interrupted, and how it is continued."""
-    return f"{STOPPING}interrupted; continue, or end the search here by --finish, with: bernprune resume {out}\n"
+    return f"{STOPPING}interrupted; continue, or finish early by adding --finish, with: bernprune resume {out}\n"
 
 
 @dataclass(frozen=True)

@@ -91,11 +91,11 @@ def _drop_stuck_output() -> None:
 def _how_to_resume(*, or_finish: bool = False) -> str:
     out, recovery = AtWork.out, AtWork.recovering
     if recovery is not None and RecoveryFolder(recovery).unfinished:
-        return f"; the same command, without --overwrite, goes on{', and with --finish ends here' * or_finish}"
+        return f"; the same command, without --overwrite, goes on{', and with --finish ends early' * or_finish}"
     run = None if out is None else RunFolder(out)
     if run is None or not run.unfinished:
         return ""
-    finishing = ", or end the search here by --finish," * (or_finish and not run.plan.exists())
+    finishing = ", or finish early by adding --finish," * (or_finish and not run.plan.exists())
     return f"; continue{finishing} with: bernprune resume {shlex.quote(str(run.path))}"
 
 

@@ -3,6 +3,7 @@
 import math
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ def check_window(config: Any, window: int) -> None:
 
 
 def evaluate(
-    model: str | ModelConfig,
+    model: str | Path | ModelConfig,
     text: str,
     *,
     window: int = _WINDOW,
@@ -112,8 +113,8 @@ def evaluate(
 
     Returns ``perplexity``, ``loss`` (nats per token), ``parameters`` and ``protocol``.
     """
-    if isinstance(model, str):
-        model = ModelConfig(path=model)
+    if not isinstance(model, ModelConfig):
+        model = ModelConfig(path=str(model))
     device = find_device(model.device)
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config, tokenizer = load_config(model.path, **options), load_tokenizer(model.path, **options)

@@ -79,17 +79,16 @@ def run_finals(
     widths in the metric's order by a standard error.
 
     Args:
-        finish: end it with the race of the finalists, unless that is yet to come and the search was ended likewise.
+        finish: end it where it stands, after the race of the finalists at least.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM, also in the middle of a heat; those before it are saved.
     """
     budget = stage.workload.selection_sequences(work)
     names = list(finalists)
-    restored = _restore(folder, work)
-    finals = restored or Finals(names[0], finalists[names[0]], ended=_NOTHING_LEFT)
-    told = finish and (restored is not None or not work.told)
+    finals = _restore(folder, work) or Finals(names[0], finalists[names[0]])
     if not budget:
+        finals.ended = _NOTHING_LEFT
         return finals
     with (
         bar("finals", total=budget, unit="seq", done=finals.sequences) as shown,
@@ -101,7 +100,8 @@ def run_finals(
 
         def settle() -> None:
             finals.seconds = time.monotonic() - started
-            _save(folder, work, finals)
+            if finals.sequences:
+                _save(folder, work, finals)
 
         if not finals.sequences:
             windows = _affordable(text, len(names), budget)
@@ -111,15 +111,13 @@ def run_finals(
                 finals.kept = names[heat.winner]
                 finals.mask_U = finalists[finals.kept]
                 settle()
-        while not stopping.is_set():
-            if told:
+        while not finals.ended and not stopping.is_set():
+            if finish:
                 finals.ended = TOLD
             elif search.priced:
                 finals.ended = _by_looks(stage, search, text, graded_U, budget)
             else:
                 finals.ended = _by_challengers(stage, search, text, budget)
-            if finals.ended:
-                break
             settle()
     logger.info("%s was kept, after %d heats; %s", finals.kept, len(finals.heats), finals.ended)
     return finals

@@ -22,11 +22,10 @@ from bernprune.units import KeepPlan
 
 def check_room(stage: Stage, folder: RunFolder) -> None:
     """Raises ``RunError`` if the disk has no room for what will be kept, in the place of what an earlier run kept."""
-    view, dtype = stage.view, stage.view.model.dtype if stage.dtype == "same" else torch.bfloat16
+    view = stage.view
     prunable = view.space.costs_U("parameters").sum().item()
-    needed = (view.num_parameters - stage.budget.sparsity * prunable) * dtype.itemsize
-    replaced = sum(path.stat().st_size for path in folder.model.rglob("*"))
-    free = shutil.disk_usage(folder.path).free + replaced
+    needed = (view.num_parameters - stage.budget.sparsity * prunable) * stage.full_dtype.itemsize
+    free = shutil.disk_usage(folder.path).free + folder.model_bytes()
     if free < needed:
         raise RunError(
             f"the pruned model will take about {needed / 2**30:.3g} GiB in {folder.path}, where there is room for "

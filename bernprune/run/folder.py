@@ -257,8 +257,16 @@ class RunFolder:
 
     def remove_model(self) -> None:
         """Remove the model, and what a process that was killed while writing it left. Raises ``OSError``."""
-        for path in (self.model, *self.path.glob(f".{MODEL}.*")):
+        for path in self._models():
             _remove(path)
+
+    def model_bytes(self) -> int:
+        """What that would free."""
+        folders = [path for path in self._models() if not path.is_symlink()]
+        return sum(file.lstat().st_size for folder in folders for file in folder.rglob("*"))
+
+    def _models(self) -> list[Path]:
+        return [self.model, *self.path.glob(f".{MODEL}.*")]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of all steps."""

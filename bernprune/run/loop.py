@@ -1,7 +1,7 @@
 """The search itself: for each step from the restored one, ask, evaluate, tell, log, maybe save.
 
 Masks and windows are functions of (seed, step), so the state to save is small and a resumed run repeats an
-uninterrupted one bit for bit (unless it is limited by time).
+uninterrupted one bit for bit (unless it is limited by time, or told to finish).
 """
 
 import json
@@ -44,8 +44,10 @@ def run_search(
     weights: ExpectedWeights | None = None,
     *,
     finish: bool = False,
-) -> Work:
+) -> tuple[Work, bool]:
     """Run or continue the search in its folder, up to its budget; ``search`` holds the result.
+
+    Returns what was done, and whether it was ``finish`` that ended it just now.
 
     Args:
         graded_U: what the metric says of units, which breaks ties and to which what is learned is compared.
@@ -60,7 +62,8 @@ def run_search(
     """
     work, fitted_U = _restore(folder, search, stage.text_sha256)
     loop, workload = _Loop(stage, folder, search, graded_U, initial_U, work, weights), stage.workload
-    if finish and workload.progress(work) < 1:
+    finish = finish and workload.progress(work) < 1
+    if finish:
         work.last = work.step + 1
     loop.fit(search.probs_U if fitted_U is None else fitted_U)
     logger.info("searching")
@@ -77,7 +80,7 @@ def run_search(
             if loop.save_is_due():
                 loop.save(metrics)
         loop.save(metrics)
-    return work
+    return work, finish
 
 
 def evaluate_step(
@@ -174,7 +177,8 @@ class _Loop:
         self.work.sequences += self.stage.workload.step_sequences
         self.work.seconds += time.monotonic() - started
         started, workload = time.monotonic(), self.stage.workload
-        ends = workload.round_ends(step) or (workload.progress(self.work) >= 1 and self.search.conclude())
+        over = workload.progress(self.work) >= 1
+        ends = workload.round_ends(step) or (over and (self.search.conclude() or self.work.told))
         ended = self._probe(objective, tokens_BT, stats) if ends else {}
         if workload.fits(step) or self.search.drew_in:
             self.fit(self.search.probs_U)

@@ -32,14 +32,14 @@ from bernprune.run.methods import places_of_ones_own
 from bernprune.run.plans import Learned
 from bernprune.run.repairs import Workshop, expected_weights
 from bernprune.run.reporting import (
-    head,
+    facts,
     last_round,
     losses_by_metric,
     mask_loss,
-    plans,
     search_figures,
     windows_of_run,
     with_ratios,
+    write_plans,
 )
 from bernprune.run.scoring import ByMetric, Start, take_start
 from bernprune.run.searches import make_search
@@ -152,9 +152,13 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
             write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
             write_state(folder.initial, vars(start))
-        work = run_search(stage, folder, search, metric.graded_U, metric.masks["initial"], weights, finish=finish)
+        work, finished_here = run_search(
+            stage, folder, search, metric.graded_U, metric.masks["initial"], weights, finish=finish
+        )
         finalists = _finalists(stage, search, metric)
-        finals = run_finals(stage, folder, search, finalists, metric.graded_U, work, finish=finish)
+        finals = run_finals(
+            stage, folder, search, finalists, metric.graded_U, work, finish=finish and not finished_here
+        )
     return _deliver(stage, folder, _Searched(search, metric, work, finalists, finals, dense_loss))
 
 
@@ -205,9 +209,9 @@ def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, 
         "search": figures | {"kept": finals.kept, "changed_units": changed},
         "diagnostics": last_round(folder),
         "repair": judged,
-        **head(full, finals.mask_U),
+        **facts(full, finals.mask_U),
         "loss": losses,
-        "plans": plans(full, folder, learned),
+        "plans": write_plans(full, folder, learned),
     }
     device = full.view.device  # of a model that is used up below
     try:

@@ -12,7 +12,8 @@ report.json            written last: its presence means that it is finished
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,10 +116,11 @@ def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish:
         write_json(folder.plan, source.plan.to_dict())
         seconds = _train(prepared, source, folder, state, finish=finish)
         report = _report(source, prepared, seconds)
-    model = prepared.training.finish()
+    (before, parameters), model = prepared.before, prepared.training.finish()
+    del prepared  # a teacher and the optimizer's state, for which there may be no room beside the other process
     if source.config.recover.masks == "policy":
         model = slice_model(model, source.plan)
-    (before, parameters), after = prepared.before, mean_loss(model, source.eval_windows_WT)
+    after = mean_loss(model, source.eval_windows_WT)
     if not after < before:
         logger.warning("nothing was recovered: the loss on the evaluation text is %.4f, and was %.4f", after, before)
     report["loss"] = {"before": before, "after": after}
@@ -183,12 +185,15 @@ def _train(
         if not training.held_out:
             training.evaluate()
         if finish and training.ended is None:
-            if training.steps not in training.held_out:
-                training.evaluate()
-            training.stop("it was told to finish")
+            with _best_kept(training):
+                if training.steps not in training.held_out:
+                    training.evaluate()
+                training.stop("it was told to finish")
         while training.ended is None and not stopping.is_set():
-            record = _step(training)
-            if record is None:
+            record: dict[str, Any] = {"step": training.steps}
+            with _best_kept(training):
+                record |= training.step()
+            if "loss" not in record:
                 break
             metrics.write(json.dumps(record) + "\n")
             shown.update()
@@ -201,17 +206,16 @@ def _train(
     return seconds + time.monotonic() - started
 
 
-def _step(training: Training) -> dict[str, Any] | None:
-    """Take a step; None if it failed and what was best before is kept. Raises ``LossError`` if nothing was yet."""
-    step = training.steps
+@contextmanager
+def _best_kept(training: Training) -> Iterator[None]:
+    """End a training that fails within the block with its best state; an error only if nothing was gained yet."""
     try:
-        return {"step": step, **training.step()}
+        yield
     except LossError as error:
         if training.best_step == 0:
             raise
         logger.warning("%s; the state after %d steps is kept", error, training.best_step)
         training.stop(str(error))
-        return None
 
 
 def _report(source: Source, prepared: Prepared, seconds: float) -> dict[str, Any]:

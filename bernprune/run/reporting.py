@@ -1,4 +1,4 @@
-"""What the report of a run says, but for what ``make_pruned`` measures."""
+"""What the report of a run says, but for what ``make_pruned`` measures; and plans for other sparsities, evaluated."""
 
 import logging
 import math
@@ -38,7 +38,7 @@ def search_figures(stage: Stage, dense_loss: float, work: Work, finals: Finals) 
     }
 
 
-def head(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
+def facts(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
     """What was pruned, with what, and how much of it."""
     config, budget, model, space = full.config, full.budget, full.view.model, full.view.space
     prunable = int(space.costs_U("parameters").sum().item())
@@ -84,7 +84,7 @@ def mask_loss(stage: Stage, mask_U: torch.Tensor, which: str) -> float | None:
     return loss
 
 
-def plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:
+def write_plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[str, Any]]:
     """Write and evaluate the plans for other sparsities; a loss that is not finite gives no figure."""
     found, config = [], stage.config
     nested = config.plans.nested

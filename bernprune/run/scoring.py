@@ -73,7 +73,7 @@ class ByMetric:
 
     Attributes:
         graded_U: its scores, graded so that layers compare as its allocation says; they break all ties.
-        start_U: where the policy starts.
+        start_U: where the policy starts, on the budget.
         initial_U: priorities of the start.
         evenly_U: priorities by which every layer loses the same share.
         masks: what these two keep, ``initial`` and ``uniform``.

@@ -58,7 +58,8 @@ class Stage:
     twice, or the text is too short; then the choice goes on in ``train`` where the search ended.
 
     Attributes:
-        dtype: number format of the weights, ``same`` if it is the model's own.
+        full_dtype: number format of the model itself.
+        dtype: that of the weights, ``same`` if it is the model's own.
     """
 
     config: RunConfig
@@ -75,6 +76,7 @@ class Stage:
     protocol: Protocol
     text_sha256: str
     rows: int  # in one forward pass, at most
+    full_dtype: torch.dtype
     costs: Costs = field(default_factory=Costs)
     dtype: SearchDtype = "same"
 
@@ -165,7 +167,7 @@ def set_stage(config: RunConfig) -> Stage:
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=config.data.eval_tokens // config.data.window
         )
-    view, dtype, _ = open_view(config, device, config.search.dtype)
+    view, dtype, full = open_view(config, device, config.search.dtype)
     budget, limits = make_budget(config, view.space), make_limits(config)
     try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
@@ -192,6 +194,7 @@ def set_stage(config: RunConfig) -> Stage:
         protocol=protocol,
         text_sha256=fingerprint(stream),
         rows=rows_per_forward(config, view),
+        full_dtype=full,
         dtype=dtype,
     )
 
