@@ -36,7 +36,7 @@ PARTS: list[tuple[list[str], list[str], list[float], list[float]]] = [
     (["stories", "embedded"], ["default"], SPARSITIES, [3]),  # as dear as a gradient for each of the usual ones
     (["stories"], ["default", "paper"], [0.3], [8]),
     (["stories"], ["default", "reinforce", "paper", "l0"], [0.3], [0.25, 0.5]),
-    (["stories"], ABLATIONS, [0.3], [1]),
+    (["stories", "embedded"], ABLATIONS, [0.3], [1]),
 ]
 SWEEP_SEED, SWEEP_SHARE, SWEEP_LEAST = 100, 0.2, 4096  # of the seeds none; of the budget a fifth, or what tells more
 
