@@ -29,6 +29,7 @@ from tiny_run import (
     run,
     spawn,
     state_of,
+    stopped_in_step,
     succeed,
     tiny_text,
 )
@@ -528,15 +529,7 @@ def test_a_choice_that_ended_by_itself_was_not_asked_to(place: Place, undisturbe
 
 def test_finish_ends_first_the_search_then_the_choice(place: Place, undisturbed: Path) -> None:
     """Given once, the choice is made as ever; given again, it is the race of the finalists alone."""
-    original = loop._Loop.step
-
-    def interrupting(self: loop._Loop, *given: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "step", interrupting)
-        assert run(*arguments(place)).code == 130
+    assert stopped_in_step(0, arguments(place)).code == 130
     with pytest.MonkeyPatch.context() as patch:
         before_race(patch, lambda at: os.kill(os.getpid(), signal.SIGINT))
         assert run("resume", str(place.out), "--finish").code == 130

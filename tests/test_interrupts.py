@@ -30,6 +30,7 @@ from tiny_run import (
     settings,
     spawn,
     steps_of,
+    stopped_in_step,
     succeed,
     tiny_text,
 )
@@ -122,25 +123,12 @@ def test_an_interrupted_search_says_how_to_go_on(
     same_run(place.out, uninterrupted(method))
 
 
-def stopped_in(place: Place, step: int, *more: str) -> None:
-    """A run of which the search is interrupted in this step."""
-    original = loop._Loop.step
-
-    def interrupting(self: loop._Loop, *given: Any) -> Any:
-        if self.work.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "step", interrupting)
-        assert run(*place.prune(*more)).err == interrupted(place.out)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_search_is_ended_where_it_stands(method: str, place: Place) -> None:
     """By ``--finish``: one more step concludes it, then comes the choice, of the share that is its own. A run that
     dies after that does not search on."""
-    stopped_in(place, 2, *METHODS[method], "search.selection=0.5", "search.final_windows=2", "search.sequences=200")
+    more = (*METHODS[method], "search.selection=0.5", "search.final_windows=2", "search.sequences=200")
+    assert stopped_in_step(2, place.prune(*more)).err == interrupted(place.out)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "verify_saved", _interrupt)
         assert run("resume", str(place.out), "--finish").code == 130
@@ -159,7 +147,7 @@ def test_a_search_is_ended_where_it_stands(method: str, place: Place) -> None:
 
 def test_a_search_ends_where_it_had_hardly_begun(place: Place) -> None:
     """What one batch has shown concludes nothing: the metric decides."""
-    stopped_in(place, 0, *METHODS["posterior-batch"])
+    stopped_in_step(0, place.prune(*METHODS["posterior-batch"]))
     shutil.rmtree(place.out / "checkpoints")  # as if killed before there was one
     succeed("resume", str(place.out), "--finish")
     report = read_json(place.out / "report.json")

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bernprune import cli
-from bernprune.run import verification
+from bernprune.run import loop, verification
 from bernprune.run.checkpoint import read_state
 
 REPOSITORY = Path(__file__).parent.parent
@@ -182,6 +182,20 @@ def verify_here(folder: Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, 
     """What ``verify_saved`` measures, without the seconds that a clean process takes to start."""
     loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=logits.dtype).to(device)
     return float((loaded(input_ids=tokens_BT).logits - logits).abs().max())
+
+
+def stopped_in_step(step: int, command: Sequence[str]) -> Outcome:
+    """A command of which the search is interrupted in this step, as by Ctrl-C."""
+    original = loop._Loop.step
+
+    def interrupting(self: loop._Loop, *given: Any) -> Any:
+        if self.work.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop._Loop, "step", interrupting)
+        return run(*command)
 
 
 def steps_of(out: Path) -> list[int]:

@@ -210,7 +210,9 @@ class MaskSearch(ABC):
     def _check_state(self, state: dict[str, Any]) -> None:
         ours = self._belonging()
         if not _alike(state, self.state_dict()):
-            raise RunError(f"the checkpoint was not written by a {type(self).__name__} of this version")
+            raise RunError(
+                f"the checkpoint was not written by a {type(self).__name__} of this version; that which did can go on"
+            )
         if state["fingerprint"] != ours["fingerprint"]:
             raise RunError("the checkpoint was written for another model or another granularity")
         if state["budget"] != ours["budget"]:
