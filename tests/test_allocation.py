@@ -9,7 +9,7 @@ from tiny_models import tiny_model
 from bernprune.errors import BudgetError
 from bernprune.models.view import describe
 from bernprune.policy.allocation import Evolution, search_shares, shares_by_importance
-from bernprune.policy.within import at_best_prices
+from bernprune.policy.prices import at_best_prices
 
 
 def losses_of(shares_KG: torch.Tensor) -> torch.Tensor:

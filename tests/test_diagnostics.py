@@ -27,7 +27,7 @@ from bernprune.policy.diagnostics import (
     signal_to_noise,
 )
 from bernprune.policy.masks import Design
-from bernprune.policy.posterior import PosteriorSearch, Sums
+from bernprune.policy.posterior import PosteriorSearch, RoundSums
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.units import UnitSpace
@@ -151,7 +151,7 @@ def test_expected_regret() -> None:
 @pytest.mark.parametrize("sizes", [(1, 1), (2, 3), (3, 1, 1, 4), (1,) * 7], ids=str)
 def test_halves_are_of_every_second_estimate(sizes: tuple[int, ...]) -> None:
     """However they come in, with mean and variance by lists."""
-    effects_BU, sums, first = normal_numbers(sum(sizes), 3, seed=sum(sizes)), Sums.empty(3), 0
+    effects_BU, sums, first = normal_numbers(sum(sizes), 3, seed=sum(sizes)), RoundSums.empty(3), 0
     for size in sizes:
         sums.add(effects_BU[first : first + size])
         first += size
@@ -187,8 +187,8 @@ DESIGNS = {"chunk": Design(3, 4, 2), "batch": Design(1, 4)}
 def test_what_a_round_leaves(space: UnitSpace, design: Design, monkeypatch: pytest.MonkeyPatch) -> None:
     """Agreement, signal and regret of the last whole round, from its observations and what was concluded from them."""
     told: list[torch.Tensor] = []
-    add = Sums.add
-    monkeypatch.setattr(Sums, "add", lambda self, effects_BU: (told.append(effects_BU), add(self, effects_BU)))
+    add = RoundSums.add
+    monkeypatch.setattr(RoundSums, "add", lambda self, effects_BU: (told.append(effects_BU), add(self, effects_BU)))
     search, scores_U = make_search(space, design), random_numbers(space.size, 1)
     last: dict[str, Any] = {}
     for step in range(8):
@@ -294,8 +294,8 @@ def gradient_search(space: UnitSpace) -> ReinforceSearch:
 def test_gradients_say_how_much_they_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the steps since they were last asked: agreement of every other one with the rest, and signal over noise."""
     told: list[torch.Tensor] = []
-    add = Sums.add
-    monkeypatch.setattr(Sums, "add", lambda self, effects_BU: (told.append(effects_BU), add(self, effects_BU)))
+    add = RoundSums.add
+    monkeypatch.setattr(RoundSums, "add", lambda self, effects_BU: (told.append(effects_BU), add(self, effects_BU)))
     search, scores_U = gradient_search(FLAT), random_numbers(FLAT.size, 1)
     follow_gradients(FLAT, scores_U, range(3), search)
     assert "agreement" not in search.diagnose(scores_U)  # too few to tell

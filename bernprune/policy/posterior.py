@@ -37,7 +37,7 @@ from bernprune.policy.beliefs import Beliefs, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import CPU, Design, Masks
-from bernprune.policy.rounds import Sums, Telling, copied, round_ends
+from bernprune.policy.rounds import RoundSums, Telling, copied, round_ends
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
@@ -128,7 +128,7 @@ class PosteriorSearch(MaskSearch):
         self.beliefs = Beliefs(budget.space, scores_US.view(size, -1), forgetting)
         self.probs_U = budget.project(self.probs_U.clamp(floor, ceiling), **self._bounds)
         self.steps, self.rounds = 0, 0
-        self._sums, self._swung = Sums.empty(size), Sums.empty(len(budget.space.groups))
+        self._sums, self._swung = RoundSums.empty(size), RoundSums.empty(len(budget.space.groups))
         self._priorities_U = torch.zeros(size, dtype=torch.float64)
         self._active = ActiveTokens(budget.space)
         self.needs_reading = by_activity and can_read(design, budget.space.kinds)
@@ -252,7 +252,7 @@ class PosteriorSearch(MaskSearch):
         For a linear loss E[sum_k A_k z_k / K] = -(sum_k z_k^2 / (K - 1)) sum_u a_u w_u, as levels z add up to zero.
         What was predicted of the losses is put back.
         """
-        sums, self._swung = self._swung, Sums.empty(len(self.budget.space.groups))
+        sums, self._swung = self._swung, RoundSums.empty(len(self.budget.space.groups))
         masks, space, found = self.design.masks, self.budget.space, []
         if not sums.count or not sums.variance_U()[space.of_groups("channel")].all():
             return []  # the losses did not differ
@@ -267,7 +267,7 @@ class PosteriorSearch(MaskSearch):
     def _begin_again(self) -> None:
         """Forget what was seen of this policy, which cannot be added to what will be seen of another."""
         self._last_round = {}
-        self._sums, self._swung = Sums.empty(len(self.probs_U)), Sums.empty(len(self.budget.space.groups))
+        self._sums, self._swung = RoundSums.empty(len(self.probs_U)), RoundSums.empty(len(self.budget.space.groups))
         self._active.forget_round()
         self._follow(self.budget.marginal_cost(self.probs_U))
 
@@ -288,7 +288,7 @@ class PosteriorSearch(MaskSearch):
         """From what was observed to what is believed, and from that to the next policy."""
         self._sums.to(CPU)
         observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
-        self._sums, means = Sums.empty(len(observed_U)), self._group_means()
+        self._sums, means = RoundSums.empty(len(observed_U)), self._group_means()
         if not noise_U.any():
             self._active.forget_round()
             self._last_round = {}
@@ -353,8 +353,8 @@ class PosteriorSearch(MaskSearch):
         self._active.load_state_dict(state["active"])
         self.steps = state["steps"]
         self._end_round(state["rounds"])
-        self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))
-        self._swung = Sums(**copied(state["swung"]))
+        self._sums = RoundSums(**copied({name: state[name] for name in vars(self._sums)}))
+        self._swung = RoundSums(**copied(state["swung"]))
         self._priorities_U = state["priorities_U"].clone()
         self._last_round = state["last_round"]
         self._telling.load_state_dict(state["telling"])

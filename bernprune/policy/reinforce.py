@@ -12,7 +12,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, signal_to_noise
 from bernprune.policy.estimators import divergence, reinforce
 from bernprune.policy.masks import Design
-from bernprune.policy.rounds import Sums, copied
+from bernprune.policy.rounds import RoundSums, copied
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.units import MaskRows
 
@@ -73,7 +73,7 @@ class ReinforceSearch(MaskSearch):
         self._metric_U = budget.metric_U if projection == "cost-weighted" else torch.ones_like(budget.costs_U)
         self.pull = pull
         self.probs_U = self._start_U = self._project(self.probs_U, **self._bounds)
-        self._sums = Sums.empty(len(self.probs_U))  # of the gradients of steps, since they were last looked at
+        self._sums = RoundSums.empty(len(self.probs_U))  # of the gradients of steps, since they were last looked at
 
     def tell(
         self,
@@ -115,7 +115,7 @@ class ReinforceSearch(MaskSearch):
         correlation between the mean gradients of every other step and of the rest. The policy moves meanwhile, which
         counts as noise."""
         found, sums = super().diagnose(scores_U), self._sums
-        self._sums = Sums.empty(len(self.probs_U))
+        self._sums = RoundSums.empty(len(self.probs_U))
         if sums.count < _LEAST_STEPS:
             return found
         space = self.budget.space
@@ -142,4 +142,4 @@ class ReinforceSearch(MaskSearch):
         super().load_state_dict(state)
         self._start_U = state["start_U"].double()
         self.baseline.load_state_dict(state["baseline"])
-        self._sums = Sums(**copied({name: state[name] for name in vars(self._sums)}))
+        self._sums = RoundSums(**copied({name: state[name] for name in vars(self._sums)}))

@@ -16,7 +16,7 @@ _TRIED = 16  # windows after which it is first asked whether a policy is too sof
 
 
 @dataclass
-class Sums:
+class RoundSums:
     """Estimates of one round: their number, sum, sum of squares, and the sum of every second one."""
 
     count: int
@@ -25,7 +25,7 @@ class Sums:
     half_U: torch.Tensor
 
     @classmethod
-    def empty(cls, size: int) -> "Sums":
+    def empty(cls, size: int) -> "RoundSums":
         return cls(0, *(torch.zeros(size, dtype=torch.float64) for _ in range(3)))
 
     def add(self, effects_BU: torch.Tensor) -> None:
@@ -35,7 +35,7 @@ class Sums:
         self.sum_U += effects_BU.sum(0)
         self.squares_U += effects_BU.square().sum(0)
 
-    def to(self, device: torch.device) -> "Sums":
+    def to(self, device: torch.device) -> "RoundSums":
         """Move them, in place."""
         self.sum_U, self.squares_U, self.half_U = (
             sums_U.to(device) for sums_U in (self.sum_U, self.squares_U, self.half_U)

@@ -16,7 +16,7 @@ import torch
 from bernprune.errors import BudgetError
 from bernprune.names import Kind
 from bernprune.policy.budget import Budget, Cap
-from bernprune.policy.within import at_best_prices
+from bernprune.policy.prices import at_best_prices
 from bernprune.units import KINDS
 
 

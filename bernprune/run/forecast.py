@@ -1,5 +1,6 @@
 """What a run would work on and what it would take, told before it starts."""
 
+import statistics
 import time
 from typing import Any
 
@@ -38,12 +39,13 @@ from bernprune.run.workload import (
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3
+_TIMED_SECONDS = 10.0  # after which no other step is timed
 
 
 def forecast(config: RunConfig) -> str:
     """Units per layer, cost per unit, what is left out, expected memory and time, as text.
 
-    The time comes from a few steps on random tokens, here and now.
+    The time comes from a few steps on random tokens, here and now; from one, where that takes long.
     """
     with unchanging(), blaming(places_of_ones_own(config)):
         return _forecast(config)
@@ -114,13 +116,14 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
         held += f" in {opened.dtype} while it is searched, {full / 2**30:.2f} GiB when it is sliced"
     kept_aside = 0 if device.type == "cpu" else max(for_policy, for_repair)
     aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside else ""
-    rate = f"{1 / seconds_each:,.0f} a second, measured now on {device}"
+    speed = f"{1 / seconds_each:,.0f} a second" if seconds_each < 0.5 else f"{seconds_each:,.1f} s each"
     most = "at most about" if search.sequences == "auto" else "about"
     limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
     return [
         f"memory       about {memory / 2**30:.2f} GiB on {device} ({held}){aside}",
         f"time         {most} {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
-        f"tokens{limit} ({rate}), and {others * seconds_each:,.0f} s or less of scoring and evaluation",
+        f"tokens{limit} ({speed}, measured now on {device}), and {others * seconds_each:,.0f} s or less of scoring and "
+        "evaluation",
         *_closed_forms(view, config, device, seconds_each),
     ]
 
@@ -162,9 +165,9 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     rows = rows_per_forward(config, view)
     with masked_objective(view, ops, kind=loss_of(settings), rows_per_forward=rows) as objective:
-        for step in range(_TIMED_STEPS + 1):
-            if step == 1:  # the first one warms up
-                started = time.perf_counter()
+        times = list[float]()
+        while len(times) <= _TIMED_STEPS and sum(times) < _TIMED_SECONDS:
+            started, step = time.perf_counter(), len(times)
             masks_BKCU = search.ask(step).to(objective.device)
             losses_BKC, reference_BC, reading = evaluate_step(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
             search.tell(
@@ -174,4 +177,6 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
                 reference_BC=reference_BC,
                 reading=reading,
             )
-    return (time.perf_counter() - started) / (_TIMED_STEPS * plan_work(config, view.space).step_sequences)
+            times.append(time.perf_counter() - started)
+    step_seconds = statistics.fmean(times[1:] or times)  # the first one warms up
+    return step_seconds / plan_work(config, view.space).step_sequences
