@@ -28,7 +28,8 @@ NEVER = 2.0**40  # so costly that it is not done
 Way = Literal["dense", "gathered", "listed"]  # of running masks that keep half
 _LISTED_TOKENS = 64  # of one mask: with fewer, tiles of products would be mostly empty
 _MEASURED_ROWS = {"cpu": (4, 16), "cuda": (8, 64)}  # few and many, or as many as a pass may have
-_MEASURED_PASSES = 5, 1  # those of which the median is taken, and the one before that warms up
+_MEASURED_PASSES = 5  # of which the median is taken, after one that warms up
+_MEASURED_SECONDS = 5.0  # after which no other pass is timed
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def _rounded(cost: float) -> float:
 def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Costs:
     """What forward passes of this model cost here.
 
-    Each way takes 6 passes of few windows and 6 of many, lists those of many alone; each has ``rows`` at most, or two.
+    Each way takes 6 passes of few windows and 6 of many, lists those of many alone, or fewer where they take long; each
+    has ``rows`` at most, or two.
     """
     space, device = view.space, view.device
     least, most = _MEASURED_ROWS[device.type]
@@ -113,12 +115,12 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
         else:
             live.set((half_U if way == "gathered" else all_U)[None], working_U=half_U if way == "gathered" else None)
         times, tokens_BT = [], tokens_RT[: tokens // window]
-        for _ in range(sum(_MEASURED_PASSES)):
+        while len(times) <= _MEASURED_PASSES and sum(times[1:]) < _MEASURED_SECONDS:
             started = time.perf_counter()
             hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
             token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT, ops).sum().item()
             times.append(time.perf_counter() - started)
-        return statistics.median(times[-_MEASURED_PASSES[0] :])
+        return statistics.median(times[1:])
 
     ways: list[Way] = [] if view.opaque is not None else ["gathered", "listed"] if ops.packs else ["gathered"]
     with masked(view, ops) as live:

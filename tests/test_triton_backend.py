@@ -23,7 +23,7 @@ from tolerances import CHAIN, GUARDED, assert_close
 from torch import nn
 
 from bernprune import costs
-from bernprune.backends import load_backend
+from bernprune.backends import TORCH, load_backend
 from bernprune.costs import NEVER, Costs
 from bernprune.errors import BackendError
 from bernprune.kernels import fused, reference
@@ -295,7 +295,7 @@ def test_costs_are_measured_in_passes_that_a_run_may_have(
             assert seconds(few, way) > 0 and seconds(many, way) > 0
 
     monkeypatch.setattr(Costs, "measured", every_way)
-    monkeypatch.setattr(costs, "_MEASURED_PASSES", (1, 0))
+    monkeypatch.setattr(costs, "_MEASURED_PASSES", 1)
     monkeypatch.setattr(costs, "_MEASURED_ROWS", {"cpu": (2, 6), "cuda": (2, 6)})
     view, listed, passes = a_view("llama", ("layer", "attention", "kv_group", "channel"), device), [], []
     was_set = LiveMasks.set
@@ -312,6 +312,18 @@ def test_costs_are_measured_in_passes_that_a_run_may_have(
     assert max(passes) == min(6, max(2, rows)) and min(passes) < max(passes)
     for kind in view.space.finest:
         assert 0.2 < view.space.alive(listed[-1])[:, view.space.of_kind(kind)].float().mean() < 0.8
+
+
+@pytest.mark.parametrize(("seconds", "each"), [(1e9, 6), (1e-9, 2)])
+def test_each_way_is_timed_by_fewer_passes_where_they_take_long(
+    seconds: float, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But by one after that which warms up. Plain torch has two ways, each timed on few windows and on many."""
+    monkeypatch.setattr(costs, "_MEASURED_SECONDS", seconds)
+    view, passes = a_view("llama", ("kv_group", "channel"), torch.device("cpu")), []
+    view.decoder.register_forward_pre_hook(lambda *_: passes.append(1))
+    costs.measure(view, TORCH, 8, 2)
+    assert len(passes) == 2 * 2 * each
 
 
 SHARES = {

@@ -38,14 +38,14 @@ from bernprune.run.workload import (
 )
 from bernprune.units import KINDS, UnitGroup
 
-_TIMED_STEPS = 3
+_TIMED_STEPS = 3  # after one that warms up
 _TIMED_SECONDS = 10.0  # after which no other step is timed
 
 
 def forecast(config: RunConfig) -> str:
     """Units per layer, cost per unit, what is left out, expected memory and time, as text.
 
-    The time comes from a few steps on random tokens, here and now; from one, where that takes long.
+    The time comes from a few steps on random tokens, here and now; from one, where steps take long.
     """
     with unchanging(), blaming(places_of_ones_own(config)):
         return _forecast(config)
@@ -166,7 +166,7 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     rows = rows_per_forward(config, view)
     with masked_objective(view, ops, kind=loss_of(settings), rows_per_forward=rows) as objective:
         times = list[float]()
-        while len(times) <= _TIMED_STEPS and sum(times) < _TIMED_SECONDS:
+        while len(times) <= _TIMED_STEPS and sum(times[1:]) < _TIMED_SECONDS:
             started, step = time.perf_counter(), len(times)
             masks_BKCU = search.ask(step).to(objective.device)
             losses_BKC, reference_BC, reading = evaluate_step(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
@@ -178,5 +178,4 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
                 reading=reading,
             )
             times.append(time.perf_counter() - started)
-    step_seconds = statistics.fmean(times[1:] or times)  # the first one warms up
-    return step_seconds / plan_work(config, view.space).step_sequences
+    return statistics.fmean(times[1:]) / plan_work(config, view.space).step_sequences
