@@ -114,7 +114,7 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
             live.set(random_RU[: tokens // window], listed_U=all_U)
         else:
             live.set((half_U if way == "gathered" else all_U)[None], working_U=half_U if way == "gathered" else None)
-        times, tokens_BT = [], tokens_RT[: tokens // window]
+        times, tokens_BT = list[float](), tokens_RT[: tokens // window]
         while len(times) <= _MEASURED_PASSES and sum(times[1:]) < _MEASURED_SECONDS:
             started = time.perf_counter()
             hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -190,6 +191,24 @@ def test_the_choice_has_what_six_looks_take(sequences: int) -> None:
             assert wanted <= choosing < wanted + 50
         else:
             assert share * sequences - 150 < choosing <= share * sequences
+
+
+@pytest.mark.parametrize("sequences", [8192, 20480, "auto"])
+def test_a_search_that_settles_leaves_enough_to_look(sequences: int | str) -> None:
+    """Three tenths of all that is run at most, and no more than what is left; a given share stays what it is."""
+    settled = replace(Work(), settled=True)
+    for selection in (None, 0.05):
+        given = {"sequences": sequences, "regret": 0.3, "refit": False, "selection": selection}
+        workload = plan_work(make_config({"search": given}), units_of(UNITS))
+        assert workload.steps is not None
+        for steps in (3, workload.steps // 4, workload.steps // 2, workload.steps):
+            work = replace(settled, step=steps, sequences=steps * workload.step_sequences)
+            choosing = workload.selection_sequences(work)
+            if selection is not None:
+                assert choosing == workload.selection_sequences(replace(work, settled=False))
+            elif steps < workload.steps:
+                assert choosing == min(384 + 6 * 176, int(0.3 / 0.7 * work.sequences + 1e-9))
+            assert work.sequences + choosing <= workload.sequences
 
 
 def test_there_is_no_choice_where_repair_chooses() -> None:

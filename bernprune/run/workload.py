@@ -35,7 +35,6 @@ ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy wou
 # Share of the sequences for the final choice: what LOOKS looks and the race before them take, MOST_CHOOSING at most.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # CHOOSING where nothing is looked at
 
-
 TOLD = "asked: the run was told to finish"
 
 
@@ -62,7 +61,7 @@ class Workload:
 
     At the end of a round, what would be selected now is probed on ``probe_sequences`` more. ``choosing`` is what
     may be run to choose among finalists, as a share of what the search took, and ``looks`` whether that goes by single
-    changes; ``sequences`` is the limit of all.
+    changes, for which ``looking`` sequences are enough (0: not known); ``sequences`` is the limit of all.
     """
 
     steps: int | None
@@ -74,6 +73,7 @@ class Workload:
     learning_rate: float
     choosing: float
     looks: bool
+    looking: int
     regret: float | None
     fit_rounds: int
 
@@ -104,8 +104,14 @@ class Workload:
         return self.round_ends(step) and rounds_in(step + 1, self.round_steps) % self.fit_rounds == 0
 
     def selection_sequences(self, work: Work) -> int:
-        """What may be run forward to choose among finalists, after a search of so much work."""
+        """What may be run forward to choose among finalists, after a search of so much work.
+
+        One that has settled leaves sequences over, so that looks need not do with their share of the limit.
+        """
         share = int(self.choosing * work.sequences + HAIR)
+        if work.settled:
+            most = int(MOST_CHOOSING / (1 - MOST_CHOOSING) * work.sequences + HAIR)
+            share = max(share, min(self.looking, most))
         return share if self.sequences is None else min(share, self.sequences - work.sequences)
 
     def windows_read(self, search: SearchConfig, space: UnitSpace) -> tuple[float, float]:
@@ -168,6 +174,7 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
         learning_rate=search.learning_rate,
         choosing=choosing / searching,
         looks=method == "posterior",
+        looking=_looking(config, space),
         regret=regret,
         fit_rounds=-(-max(1, rounds) // FITS),
     )
@@ -175,13 +182,21 @@ def plan_work(config: RunConfig, space: UnitSpace) -> Workload:
 
 def _choosing(config: RunConfig, space: UnitSpace, available: int) -> float:
     """Share of the sequences for the final choice."""
-    search, dense_pass = config.search, loss_of(config.search).needs_dense
+    search = config.search
     if search.selection is not None or search.refit:  # then what is chosen is judged after its repair
         return search.selection or 0.0
     if method_of(config) != "posterior":
         return CHOOSING
+    return min(MOST_CHOOSING, _looking(config, space) / max(1, available))
+
+
+def _looking(config: RunConfig, space: UnitSpace) -> int:
+    """Sequences that looks and the race before them take; 0 where their share is given, or nothing is looked at."""
+    search, dense_pass = config.search, loss_of(config.search).needs_dense
+    if search.selection is not None or search.refit or method_of(config) != "posterior":
+        return 0
     racing = heat_sequences(MOST_FINALISTS, search.final_windows) + dense_pass * search.final_windows
-    return min(MOST_CHOOSING, (racing + LOOKS * _look(search, space)[1]) / max(1, available))
+    return racing + LOOKS * _look(search, space)[1]
 
 
 def _look(search: SearchConfig, space: UnitSpace) -> tuple[int, int]:
