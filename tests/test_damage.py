@@ -374,12 +374,19 @@ def test_a_checkpoint_of_another_text_is_refused(place: Place, undisturbed: Path
     assert "training text" in in_one_sentence(run("resume", str(place.out)))
 
 
-def test_a_checkpoint_of_other_weights_is_refused(place: Place, undisturbed: Path) -> None:
-    """Weights that changed under the run are noticed before it mixes two models."""
+@pytest.mark.parametrize("size", ["same", "other"])
+def test_a_checkpoint_of_other_weights_is_refused(size: str, place: Place, undisturbed: Path) -> None:
+    """Weights that changed under the run are noticed before it mixes two models, whose units may be as many."""
     _stopped_after_its_search(place, undisturbed)
-    changed = place.copied()
-    tensors = load_file(changed / "model.safetensors")
-    tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    channels = read_json(place.model / "config.json")["intermediate_size"]
+    if size == "same":
+        changed = place.copied()
+        tensors = load_file(changed / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1.01
+    else:
+        changed = place.model_with(intermediate_size=channels - 1)
+        every = load_file(changed / "model.safetensors").items()
+        tensors = {name: _without_last(values, channels).contiguous() for name, values in every}
     save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     stored = (place.out / "config.yaml").read_text()
     old = re.search(r"path: (\S+)", stored)
@@ -388,6 +395,11 @@ def test_a_checkpoint_of_other_weights_is_refused(place: Place, undisturbed: Pat
     before = place.contents()
     assert "weights are not those" in in_one_sentence(run("resume", str(place.out)))
     assert place.contents() == before
+
+
+def _without_last(values: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut to one less wherever it is of that size."""
+    return values[tuple(slice(size - 1 if length == size else None) for length in values.shape)]
 
 
 @pytest.mark.parametrize("missing", ["work", "search.beliefs.spread_L", "search"])

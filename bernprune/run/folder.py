@@ -20,22 +20,18 @@ import fcntl
 import json
 import logging
 import os
-import platform
 import shlex
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TextIO
 
 import yaml
 
-import bernprune
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
-from bernprune.own import digest_of
-from bernprune.run.methods import places_of_ones_own
+from bernprune.run.origin import INPUTS, changed_versions, versions_of
 from bernprune.settings import read_yaml
 from bernprune.storage import write_bytes, write_json
 
@@ -46,12 +42,6 @@ RECOVERY_CONFIG = "recover.yaml"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
 COSTS = "costs.json"
-# Fingerprints beside the versions, and what to say where one has changed.
-_INPUTS = {
-    "weights": "the model's weights are not those",
-    "text": "the training text is not the one",
-    "evaluation": "the evaluation text is not the one",
-}
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
 _OURS |= {COSTS}
 
@@ -212,26 +202,22 @@ class RunFolder:
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
-        write_json(self.versions, _versions_of(config) | dict(inputs))
+        write_json(self.versions, versions_of(config) | dict(inputs))
 
-    def go_on(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
-        """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``.
-
-        Args:
-            inputs: fingerprints of what it goes on with, as far as they can be compared.
-
-        Raises:
-            RunError: the run began with others.
-        """
+    def check_inputs(self, inputs: Mapping[str, str]) -> None:
+        """Raises ``RunError`` if the run began with other fingerprints than these, as far as they are known."""
         for name, now in inputs.items():
             before = self._began_with().get(name, now)
             if before != now:
                 raise RunError(
-                    f"{_INPUTS[name]} that the {self.WORK} in {self.path} began with (fingerprint {before}, but now "
+                    f"{INPUTS[name]} that the {self.WORK} in {self.path} began with (fingerprint {before}, but now "
                     f"{now}); give it back to go on, or start over with --overwrite"
                 )
+
+    def go_on(self, config: RunConfig) -> None:
+        """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``."""
         self.write_config(config)
-        if changed := self._changed_versions(config):
+        if changed := changed_versions(self._began_with(), versions_of(config)):
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
 
     def _began_with(self) -> dict[str, str]:
@@ -240,15 +226,6 @@ class RunFolder:
             return dict(json.loads(self.versions.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return {}
-
-    def _changed_versions(self, config: RunConfig) -> str:
-        """What the run began with in another version than is here, in words; empty if that is not known."""
-        before, now = self._began_with(), _versions_of(config)
-        if not before:
-            return ""
-        return ", ".join(
-            f"{name} {before.get(name)} and not {now[name]}" for name in now if before.get(name) != now[name]
-        )
 
     def write_config(self, config: RunConfig) -> None:
         """Raises ``OSError``."""
@@ -277,18 +254,6 @@ class RunFolder:
         kept = [line for line in _lines(self.metrics) if _step_of(line) < step]
         write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
         return open(self.metrics, "a", encoding="utf-8", buffering=1)
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, of the libraries that decide what it computes, and of Python."""
-    libraries = {name: version(name) for name in ("torch", "transformers")}
-    return {"bernprune": bernprune.__version__, **libraries, "python": platform.python_version()}
-
-
-def _versions_of(config: RunConfig) -> dict[str, str]:
-    """Those, and the contents of Python files of one's own that a run takes from."""
-    files = {place.rpartition(":")[0]: what for what, place in places_of_ones_own(config)}
-    return versions() | {file: digest_of(what, file) for file, what in sorted(files.items())}
 
 
 def check_writable(path: Path) -> None:

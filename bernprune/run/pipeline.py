@@ -134,6 +134,11 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     Workshop.of_stage(stage)  # whether there is text enough
     check_room(stage, folder)
     known = _known_stage(stage, folder) if continued else None
+    inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
+    if known is not None or not continued:  # else it is not known in which number format the run began
+        inputs["weights"] = fingerprint((known or stage).view.model)
+    if continued:
+        folder.check_inputs(inputs)
     stage = known or replace(stage, costs=stage.measured_costs())
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
     stored = _stored_start(folder) if continued else None
@@ -141,11 +146,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     search = make_search(stage.config, stage.budget, start.probs_U, start.scores_US, stage.ops.sums)
     metric = ByMetric.of(stage, start, search.probs_U)
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
-        inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
-        if known is not None or not continued:  # else it is not known in which number format the run began
-            inputs["weights"] = fingerprint(stage.view.model)
         if continued:
-            folder.go_on(stage.config, inputs)
+            folder.go_on(stage.config)
         else:
             folder.start(stage.config, inputs)
         if known is None:

@@ -31,7 +31,8 @@ from bernprune.models.view import count_parameters
 from bernprune.progress import bar, bars
 from bernprune.recovery import Training
 from bernprune.run.checkpoint import read_latest, write_checkpoint
-from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run, versions
+from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run
+from bernprune.run.origin import versions
 from bernprune.run.plans import read_plan
 from bernprune.run.recovery_setup import Prepared, Source, open_source, set_up
 from bernprune.run.signals import signals
@@ -110,7 +111,8 @@ def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish:
     state = _stored(source, folder) if continued else None
     with set_up(source, None if state is None else state["ranks"]) as prepared:
         if continued:  # what can fail on its input has not
-            folder.go_on(source.config, {"weights": prepared.weights})
+            folder.check_inputs({"weights": prepared.weights})
+            folder.go_on(source.config)
         else:
             folder.start(source.config, {"weights": prepared.weights})
         write_json(folder.plan, source.plan.to_dict())

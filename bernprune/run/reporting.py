@@ -11,7 +11,8 @@ from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.names import CapName
 from bernprune.run.effort import windows_run
 from bernprune.run.finals import Finals
-from bernprune.run.folder import RunFolder, versions
+from bernprune.run.folder import RunFolder
+from bernprune.run.origin import versions
 from bernprune.run.plans import Learned, plans_table, removed_share, write_plan
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work
