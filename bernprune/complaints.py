@@ -42,6 +42,10 @@ def _key(problem: Any, keys: list[str]) -> str:
 
 
 def _nearest(key: str, keys: list[str]) -> str:
+    section, _, name = key.rpartition(".")
+    beside = {other.rpartition(".")[2]: other for other in keys if other.rpartition(".")[0] == section}
+    if alike := difflib.get_close_matches(name, beside, n=1, cutoff=0.75):
+        return beside[alike[0]]
     same_name = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
     return (same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.0))[0]
 

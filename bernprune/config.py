@@ -7,7 +7,7 @@ dotted key, the value and what is allowed.
 from collections.abc import Mapping
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from bernprune.complaints import sentence
 from bernprune.errors import ConfigError
@@ -93,11 +93,6 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of masks, windows and random scores; equal seeds repeat a run."""
 
-    @field_validator("granularity", mode="before")
-    @classmethod
-    def _split(cls, value: Any) -> Any:
-        return [kind.strip() for kind in value.split(",")] if isinstance(value, str) else value
-
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
         if self.search.refit is None:  # settled here: a repair that is changed on the way must not change the search
@@ -165,7 +160,7 @@ class RunConfig(Section):
                 )
 
     def _check_meaning(self) -> None:
-        """A setting that would be ignored is an error."""
+        """A setting that would be ignored is an error, unless it is as by default or says that something is off."""
         of_method = {
             f"search.{name}": ("search.method", tuple(m for m, known in METHOD_SETTINGS.items() if name in known))
             for names in METHOD_SETTINGS.values()
@@ -174,8 +169,10 @@ class RunConfig(Section):
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
             of_search = other == "search.method" or setting == "search.reference"
             own = of_search and place_of(self.search.method)  # whose class says what it knows
-            if self.changed(setting) and not own and _in_general(self._value(other)) not in values:
-                raise ValueError(f"{setting} has no meaning for {other} {self._value(other)!r}")
+            if self._asks(setting) and not own and _in_general(self._value(other)) not in values:
+                raise ValueError(
+                    f"{setting}{self._by_preset(setting)} has no meaning for {other} {self._value(other)!r}"
+                )
         channels, flops = "channel" in self.granularity, "flops" in {self.budget.measure, *self.budget.also}
         for setting, meant, why in (
             ("plans.nested", bool(self.plans.sparsities), "without plans.sparsities"),
@@ -183,7 +180,7 @@ class RunConfig(Section):
             ("budget.channel_multiple", channels, "without channel in the granularity"),
             ("search.swing", channels, "without channel in the granularity"),
         ):
-            if self.changed(setting) and not meant:
+            if self._asks(setting) and not meant:
                 raise ValueError(f"{setting} has no meaning {why}")
         for name in ("search.final_windows", "search.look_windows"):
             if self.changed(name) and not self.search.selection and (self.search.refit or self.search.selection == 0):
@@ -198,6 +195,16 @@ class RunConfig(Section):
         """Whether a setting is not what it is by default."""
         section, name = setting.split(".")
         return bool(self._value(setting) != type(getattr(self, section)).model_fields[name].default)
+
+    def _asks(self, setting: str) -> bool:
+        """Whether a setting asks for something, and that not by default."""
+        return self.changed(setting) and bool(self._value(setting))
+
+    def _by_preset(self, setting: str) -> str:
+        """That the preset has given a setting its value, as part of a sentence; empty if it has not."""
+        section, name = setting.split(".")
+        values = PRESETS[self.preset].get(section, {})
+        return f", which preset {self.preset!r} sets," if values.get(name) == self._value(setting) else ""
 
     def _check_search(self) -> None:
         search = self.search

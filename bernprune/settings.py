@@ -155,8 +155,10 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         data = {**data, "data": {**text, **texts}}
     if isinstance(initial, dict):
         files = {"score": place(initial["score"])} if "score" in initial else {}
-        lists = {key: initial[key] for key in ("also", "members") if isinstance(initial.get(key), list)}
-        files |= {key: [place(name) for name in names] for key, names in lists.items()}
+        for key in {"also", "members"} & initial.keys():
+            names = initial[key]
+            names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+            files[key] = [place(name) for name in names] if isinstance(names, list) else names
         data = {**data, "initial": {**initial, **files}}
     if isinstance(search, dict):
         own = {key: place(search[key]) for key in ("method", "baseline", "objective") if key in search}

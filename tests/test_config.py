@@ -300,18 +300,24 @@ NEEDED: dict[str, dict[str, Any]] = {
 }
 
 
+# What says that there is to be none of it.
+OFF = {"forgetting": 0.0, "swing": 0.0, "epsilon": 0.0, "pull": 0.0}
+
+
 @pytest.mark.parametrize("name", OTHER_VALUES)
 @pytest.mark.parametrize("preset", ["default", "reinforce"])
 def test_a_setting_without_meaning_is_refused(preset: str, name: str) -> None:
-    """What only one method knows is no setting of the other, unless it changes nothing."""
+    """What only one method knows is no setting of the other, unless it changes nothing or asks for nothing."""
     method, given = make_config({"preset": preset}).search.method, {name: OTHER_VALUES[name]}
-    if name in METHOD_SETTINGS[method]:
+    if name in METHOD_SETTINGS[method] or not OTHER_VALUES[name]:
         taken = make_config({"preset": preset, "search": given | NEEDED.get(name, {})}).search
         assert getattr(taken, name) == OTHER_VALUES[name]
         return
     with pytest.raises(ConfigError) as caught:
         make_config({"preset": preset, "search": given})
     assert str(caught.value) == f"search.{name} has no meaning for search.method {method!r}"
+    if name in OFF:
+        make_config({"preset": preset, "search": {name: OFF[name]}})
     default = getattr(RunConfig().search, name)
     assert make_config({"preset": preset, "search": {name: default}}) == make_config({"preset": preset})
 

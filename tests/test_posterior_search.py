@@ -548,3 +548,6 @@ def test_impossible_budgets_and_sizes_are_refused() -> None:
         make_search(FLAT, sparsity=0.96)
     with pytest.raises(BudgetError, match=rf"{FLAT.size} probabilities .*\(13,\)"):
         PosteriorSearch(Budget(FLAT, 0.4), torch.ones(13), torch.ones(FLAT.size), seed=3, design=SMALL, round_steps=2)
+    start_U, several_US = torch.full((FLAT.size,), 0.6), torch.ones(13, FLAT.size)
+    with pytest.raises(ConfigError, match=rf"scores must be \[{FLAT.size}\] .*\[13, {FLAT.size}\]"):
+        PosteriorSearch(Budget(FLAT, 0.4), start_U, several_US, seed=3, design=SMALL, round_steps=2)

@@ -13,6 +13,7 @@ from spaces import FLAT, all_masks, make_space, random_numbers
 from tiny_models import random_tokens, tiny_model
 from tolerances import LOGITS, STEP, assert_close
 
+from bernprune.errors import ConfigError
 from bernprune.models.view import describe
 from bernprune.names import ReferenceName
 from bernprune.objective import masked_objective
@@ -98,6 +99,14 @@ def test_a_reference_is_evaluated_beside_the_masks(name: ReferenceName, design: 
     assert nothing is None and reference_BC is not None
     assert_close(losses_BKC, expected_BKC, LOGITS[torch.float64])
     assert_close(reference_BC, alone_BC if design.groups > 1 else alone_BC.mean(0, keepdim=True), LOGITS[torch.float64])
+
+
+def test_a_reference_that_is_missing_is_an_error() -> None:
+    """Of a baseline that needs one."""
+    search = make_search(make_space(["channel"], [(1, 4)]), PROBS_U, Design(1, 2), sparsity=0.01)
+    masks_BKCU = search.ask(0)
+    with pytest.raises(ConfigError, match="Matched needs reference_BC"):
+        search.tell(masks_BKCU, torch.zeros(masks_BKCU.shape[:-1]), learning_rate=0.1)
 
 
 def test_a_reference_that_looks_at_the_masks_is_noticed() -> None:

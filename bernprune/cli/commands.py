@@ -227,7 +227,7 @@ def recover(
 @app.command()
 def select(
     out: Annotated[Path, typer.Argument(help="Run folder.")],
-    sparsity: Annotated[float, typer.Option(help="Share of the prunable cost to remove.")],
+    sparsity: Annotated[str, typer.Option(help="Share of the prunable cost to remove.")],
     nested: Annotated[bool, typer.Option("--nested", help="Contain, or be contained in, what the run keeps.")] = False,
     debug: Debug = False,
 ) -> None:

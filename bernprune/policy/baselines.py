@@ -121,7 +121,7 @@ class Matched(_Average):
     needs_reference, min_masks = True, 1
 
     def advantages(self, losses_BKC: torch.Tensor, reference_BC: torch.Tensor | None) -> torch.Tensor:
-        assert reference_BC is not None, "the matched baseline needs the losses of its reference mask"
+        assert reference_BC is not None, "the search asks for it"
         gaps_BKC, past_C = losses_BKC - reference_BC[:, None], self.value_C
         self.update(gaps_BKC)
         return less_the_others(gaps_BKC) if past_C is None else gaps_BKC - past_C

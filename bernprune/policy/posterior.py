@@ -96,7 +96,8 @@ class PosteriorSearch(MaskSearch):
         kernels: what sums over masks; None: plain torch, on the masks' device.
 
     Raises:
-        ConfigError: fewer than two masks on the same text, or bounds that leave a unit without chance.
+        ConfigError: fewer than two masks on the same text, bounds that leave a unit without chance, or scores of other
+            units.
         BudgetError: the budget cannot be met between floor and ceiling.
     """
 
@@ -121,6 +122,10 @@ class PosteriorSearch(MaskSearch):
             raise ConfigError(f"the posterior policy needs at least 2 masks on the same text, but got {design.masks}")
         if not 0 < floor < ceiling < 1:
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
+        if not len(scores_US) == budget.space.size:
+            raise ConfigError(
+                f"scores must be [{budget.space.size}] or of several metrics, but are {list(scores_US.shape)}"
+            )
         self.discount, self.round_steps, self._first_swing = discount, round_steps, design.swing
         self._kernels = kernels
         self._bounds = {"floor": floor, "ceiling": ceiling}

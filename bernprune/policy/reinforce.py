@@ -87,6 +87,10 @@ class ReinforceSearch(MaskSearch):
         self._check_told(masks_BKCU, losses_BKC)
         losses_BKC, before_U = losses_BKC.double().cpu(), self.probs_U
         returns_BKC = rewards_to_go(losses_BKC, self.discount)
+        if self.baseline.needs_reference and reference_BC is None:
+            raise ConfigError(
+                f"baseline {type(self.baseline).__name__} needs reference_BC, the losses of a reference mask"
+            )
         if reference_BC is not None:
             reference_BC = rewards_to_go(reference_BC.double().cpu(), self.discount)
         advantages_BKC = self.baseline.advantages(returns_BKC, reference_BC)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,28 +103,38 @@ def write_plan(folder: RunFolder, sparsity: float, plan: KeepPlan, *, nested: bo
     return path
 
 
-def select_plan(out: str | Path, sparsity: float, *, nested: bool = False) -> tuple[Path, dict[str, Any]]:
+def select_plan(out: str | Path, sparsity: float | str, *, nested: bool = False) -> tuple[Path, dict[str, Any]]:
     """Write the plan of another sparsity into the run folder ``out``; returns its path, and what it keeps.
 
     Raises:
         RunError: no run, one that is not done with learning, or what another run has learned.
         ModelError: the plan of the run is damaged.
-        BudgetError: see ``Learned.select``.
+        BudgetError: no share between 0 and 1; or see ``Learned.select``.
     """
-    folder = open_run(Path(out))
+    share, folder = _share(sparsity), open_run(Path(out))
     config, learned = folder.read_config(), Learned.read(folder.learned)
     if folder.plan.is_file() and learned.space.plan(learned.mask_U) != read_plan(folder.plan):
         raise RunError(f"{folder.learned} says what another run has learned: it does not fit {folder.plan}")
-    mask_U = learned.select(config, sparsity, nested=nested)
+    mask_U = learned.select(config, share, nested=nested)
     plan = learned.space.plan(mask_U)
-    path = write_plan(folder, sparsity, plan, nested=nested)
+    path = write_plan(folder, share, plan, nested=nested)
     kept = {
         "removed": removed_share(learned.space, mask_U),
         "measure": config.budget.measure,
-        "achieved": make_budget(config, learned.space, sparsity).removed_share(mask_U),
+        "achieved": make_budget(config, learned.space, share).removed_share(mask_U),
         "layers": describe_plan(plan),
     }
     return path, kept
+
+
+def _share(sparsity: float | str) -> float:
+    try:
+        share = float(sparsity)
+    except (TypeError, ValueError):
+        share = math.nan
+    if not 0 < share < 1:
+        raise BudgetError(f"sparsity must be a number between 0 and 1, but got {sparsity!r}")
+    return share
 
 
 def plans_table(plans: list[dict[str, Any]], protocol: Protocol) -> str:
