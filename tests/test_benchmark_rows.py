@@ -149,7 +149,7 @@ def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """With the known ones."""
     with pytest.raises(SystemExit):
         run.main(["--method", "lottery"])
-    assert "'lottery' is unknown; known are default, reinforce" in capsys.readouterr().err
+    assert "'lottery' is unknown; known are default, default-auto, reinforce" in capsys.readouterr().err
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

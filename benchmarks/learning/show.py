@@ -1,4 +1,4 @@
-"""Make ``table.md`` and ``picture.png`` from the rows of ``results.jsonl`` and ``simulation.jsonl`` alone.
+"""Make ``table.md`` and the pictures from the rows of ``results.jsonl`` and ``simulation.jsonl`` alone.
 
 python benchmarks/learning/show.py
 """
@@ -22,6 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.learning.rows import ABLATED, SIMULATED, Row, overlap, read_rows
+from benchmarks.learning.simulated import simulated_picture, simulated_table
 from bernprune.errors import BernpruneError, DataError
 from bernprune.evaluation.perplexity import perplexity
 from bernprune.storage import write_bytes
@@ -209,31 +210,8 @@ def _name(axes: Any, ends: list[tuple[str, float, float]], colours: dict[str, An
     axes.set_xlim(right=4 * axes.get_xlim()[1])
 
 
-def simulation_table(rows: Sequence[Row]) -> str:
-    """What was recovered at the end of each search, in Markdown; a column a method, mean over seeds."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    found: dict[tuple[int, int, str], list[float]] = defaultdict(list)
-    levels: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
-    for row in rows:
-        found[row["units"], row["sequences"], row["method"]].append(row["recovered"][-1])
-        if "levels" in row:  # rows of before know nothing of them
-            levels[row["units"], row["sequences"]][row["seed"]] = row["levels"]
-    parts = [
-        "## Large models, simulated\n\nShare of the possible gain over the score's own uniform selection that was "
-        "recovered; below 0 is worse than the score (`simulate.py`, 30% removed). *Levels*: by a selection that knows "
-        "all there is to know but for what sets units of a layer apart. Mean over seeds, whose number stands in "
-        f"brackets.\n\n| units | sequences | {' | '.join(methods)} | levels |\n"
-        f"| ---: | ---: |{' ---: |' * (len(methods) + 1)}\n"
-    ]
-    for units, sequences in sorted({(row["units"], row["sequences"]) for row in rows}):
-        cells = [found[units, sequences, method] for method in methods] + [[*levels[units, sequences].values()]]
-        written = [f"{statistics.fmean(cell):.2f} ({len(cell)})" if cell else "-" for cell in cells]
-        parts.append(f"| {units:,} | {sequences:,} | {' | '.join(written)} |\n")
-    return "".join(parts)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write both files beside the rows. Raises ``DataError`` if there are none."""
+    """Write the files beside the rows. Raises ``DataError`` if there are none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=HERE, help="where the files lie")
     folder: Path = parser.parse_args(arguments).folder
@@ -243,7 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     places, simulated = lines_of(rows), read_rows(folder / "simulation.jsonl", SIMULATED)
     text = table(places)
     if simulated:
-        text += "\n" + simulation_table(simulated)
+        text += "\n" + simulated_table(simulated)
+        write_bytes(folder / "simulation.png", simulated_picture(simulated))
     write_bytes(folder / "table.md", text.encode())
     write_bytes(folder / "picture.png", picture(places))
 

@@ -14,7 +14,7 @@ from benchmarks.learning.rivals.bonsai import bonsai
 from benchmarks.learning.rivals.evopress import evopress
 from benchmarks.learning.rivals.l0 import l0
 from benchmarks.learning.rivals.metrics import metric
-from benchmarks.learning.rivals.ours import default, paper, reinforce
+from benchmarks.learning.rivals.ours import auto, default, paper, reinforce
 from benchmarks.learning.rivals.ste import ste
 from benchmarks.learning.rivals.taylor import taylor
 from benchmarks.learning.rows import ABLATED
@@ -23,7 +23,7 @@ from benchmarks.learning.task import Settings, Task
 
 @dataclass(frozen=True)
 class Method:
-    """A function and the settings to try; ``sequences``: what a method of one pass takes whatever the budget."""
+    """A function and the settings to try; ``sequences``: what it takes at most, whatever the budget."""
 
     run: Callable[[Task, Settings], torch.Tensor]
     grid: tuple[Settings, ...] = ({},)
@@ -31,6 +31,7 @@ class Method:
 
 
 CALIBRATION = 128  # windows that bernprune's scores see
+AUTO = 66_176  # what `search.sequences: auto` may take of stories and embedded, and calibration
 _STAGES = (
     {"offspring": 32, "survivors": [8, 2, 1], "windows": [2, 8, 32]},
     {"offspring": 16, "survivors": [4, 1], "windows": [4, 32]},
@@ -55,6 +56,7 @@ def _ste(order: str) -> tuple[Settings, ...]:
 
 METHODS = {
     "default": Method(default),
+    "default-auto": Method(auto, sequences=AUTO),
     "reinforce": Method(reinforce),
     "reinforce-pulled": Method(
         reinforce,

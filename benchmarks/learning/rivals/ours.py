@@ -26,11 +26,10 @@ _REPORT = {
 
 
 def run_preset(preset: PresetName, task: Task, more: Settings) -> torch.Tensor:
-    """What a run keeps that may take all that the task has; ``more`` is of its configuration."""
+    """What a run keeps; ``more`` is of its configuration. Unless that says otherwise, all sequences are for it."""
     given = merge(merge(task.given, {"preset": preset, **_REPORT}), more)
-    config = make_config(given)
-    scoring = scoring_sequences(config, len(task.view.layers))
-    config = make_config(merge(given, {"search": {"sequences": task.meter.left - scoring}}))
+    scoring = scoring_sequences(make_config(given), len(task.view.layers))
+    config = make_config(merge({"search": {"sequences": task.meter.left - scoring}}, given))
     with TemporaryDirectory() as folder:
         report = prune(config, Path(folder) / "run", progress=False)
         learned = Learned.read(Path(folder) / "run" / LEARNED)
@@ -39,8 +38,13 @@ def run_preset(preset: PresetName, task: Task, more: Settings) -> torch.Tensor:
 
 
 def default(task: Task, settings: Settings) -> torch.Tensor:
-    """The posterior search as it ships."""
+    """The posterior search with all its settings as they ship; no repair follows, so that it is not learned for one."""
     return run_preset("default", task, {"search": settings})
+
+
+def auto(task: Task, settings: Settings) -> torch.Tensor:
+    """The same, which ends where it expects to gain little by going on."""
+    return run_preset("default", task, {"search": {"sequences": "auto", **settings}})
 
 
 def reinforce(task: Task, settings: Settings) -> torch.Tensor:
