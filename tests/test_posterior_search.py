@@ -514,7 +514,7 @@ def test_a_state_of_something_else_is_refused(other: str) -> None:
     elif other == "budget":
         scores_U = torch.full((FLAT.size,), 0.5, dtype=torch.float64)
         richer = PosteriorSearch(Budget(FLAT, 0.25), scores_U, scores_U, seed=3, design=SMALL, round_steps=1)
-        state, message = richer.state_dict(), r"a budget of 0\.25 of all parameters, not 0\.4 of all parameters"
+        state, message = richer.state_dict(), r"a budget of 0\.25 of the prunable parameters, not 0\.4 of the prunable"
     elif other == "scores":
         scores_US = random_numbers(2 * FLAT.size, 0).view(-1, 2)
         state = PosteriorSearch(

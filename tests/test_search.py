@@ -372,7 +372,7 @@ def test_a_state_of_another_budget_is_refused() -> None:
     baseline = make_baseline("leave-one-out", window=5, num_masks=4)
     for budget in (Budget(FLAT, 0.5), Budget(FLAT, 0.4, pools="separate")):
         other = ReinforceSearch(budget, start_U, baseline=baseline, seed=3, design=Design(1, 4))
-        with pytest.raises(RunError, match=f"a budget of {budget}, not 0.4 of all parameters"):
+        with pytest.raises(RunError, match=f"a budget of {budget}, not 0.4 of the prunable parameters"):
             make_search(FLAT).load_state_dict(other.state_dict())
 
 

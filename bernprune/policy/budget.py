@@ -125,7 +125,7 @@ class Budget:
     def __str__(self) -> str:
         pools = f" of each of {', '.join(pool.name for pool in self.pools)}" if len(self.pools) > 1 else ""
         caps = "".join(f", {cap.share:.6g} of {cap.name}" for cap in self.caps)
-        return f"{self.sparsity:.6g} of all {self.measure}{pools}{caps}"
+        return f"{self.sparsity:.6g} of the prunable {self.measure}{pools}{caps}"
 
     def _pool(self, name: str, members_U: torch.Tensor) -> Pool:
         total = self.costs_U[members_U].sum().item()
@@ -281,9 +281,9 @@ class Budget:
             low, above, high = high, below, 4 * high
         if below > _CAP_RESOLUTION:
             raise BudgetError(
-                f"removing {self.sparsity:g} of all {self.measure}, the policy's floor and ceiling leave at least "
-                f"{1 - cap.share + below:.3g} of {cap.name}, but only {1 - cap.share:.3g} may stay; remove more of "
-                f"{self.measure}, or less of {cap.name}"
+                f"removing {self.sparsity:g} of the prunable {self.measure}, the policy's floor and ceiling leave at "
+                f"least {1 - cap.share + below:.3g} of {cap.name}, but only {1 - cap.share:.3g} may stay; remove more "
+                f"of {self.measure}, or less of {cap.name}"
             )
         price = _falling_root(lambda price: excess(at(price)), low, high, above, below, resolution=_CAP_RESOLUTION)
         return at(price)
