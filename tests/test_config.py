@@ -224,6 +224,10 @@ SAID = [
     ("granularity=channel", "granularity", ("channel",)),
     ("granularity=[layer, channel]", "granularity", ("layer", "channel")),
     ("granularity=layer, channel", "granularity", ("layer", "channel")),
+    ("plans.sparsities=0.2,0.4", "plans.sparsities", (0.2, 0.4)),
+    ("plans.sparsities=0.4", "plans.sparsities", (0.4,)),
+    ("repair.ridges=[1, 2]", "repair.ridges", (1.0, 2.0)),
+    ("initial.also=flap, magnitude", "initial.also", ("flap", "magnitude")),
     ("model.path=a=b", "model.path", "a=b"),
     ("data.eval_text=x.txt", "data.eval_text", "x.txt"),
     ("report.initial_latency=false", "report.initial_latency", False),
@@ -246,12 +250,13 @@ MEANT = [
     ("granularty", "granularity"),
     ("policy.celing", "policy.ceiling"),
     ("model.window", "data.window"),
+    ("plans.sparsity", "plans.sparsities"),
 ]
 
 
 @pytest.mark.parametrize(("given", "meant"), MEANT, ids=[given for given, _ in MEANT])
 def test_the_nearest_key_is_suggested(given: str, meant: str) -> None:
-    """A slip is answered with what was probably meant, the same name in another section first."""
+    """A slip is answered with what was probably meant, a like one of its section, or the same of another, first."""
     with pytest.raises(ConfigError) as caught:
         make_config(parse_settings([f"{given}=1"]))
     assert str(caught.value) == f"setting {given!r} is unknown; did you mean {meant!r}?"
