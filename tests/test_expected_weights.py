@@ -59,6 +59,13 @@ def test_they_are_least_squares_over_inputs_and_masks(units: int, ridge: float) 
     assert_close(found_DE, torch.tensor(solved.T), 1e2 * EXACT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_that_are_always_zero_change_no_weight(dtype: torch.dtype) -> None:
+    """As of a branch that does nothing."""
+    weight_DE, probs_N = torch.arange(8, dtype=dtype).view(2, 4), torch.tensor([0.3, 0.9], dtype=torch.float64)
+    assert expected_fit(weight_DE, torch.zeros(4, 4, dtype=dtype), probs_N, 0.1).equal(weight_DE)
+
+
 def test_of_a_selection_they_are_its_ridge_regression() -> None:
     """What is kept with certainty takes over for what is not, whose own weights stay as they are."""
     random = torch.Generator().manual_seed(0)

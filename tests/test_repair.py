@@ -189,10 +189,26 @@ def test_a_matrix_that_rounding_left_singular_is_solved() -> None:
     assert found.weight_DA.sum().item() == pytest.approx(3)
 
 
+@pytest.mark.parametrize("dead", ["inputs", "weights"])
+def test_what_does_nothing_is_left_as_it_was(dead: str) -> None:
+    """Inputs that are always zero, or weights of zero: no weight is better than another."""
+    random = torch.Generator().manual_seed(3)
+    x, weight_DA = (torch.randn(rows, 6, generator=random, dtype=torch.float64) for rows in (10, 2))
+    (x if dead == "inputs" else weight_DA).zero_()
+    moments = Moments(6, 2, CPU)
+    moments.add(x, torch.ones(10, 2))
+    bare = Linear(weight_DA, None)
+    assert rescaled(moments, bare, 0.1, units=3, biased=False).weight_DA.equal(weight_DA)
+    if dead == "inputs":
+        assert reconstructed(moments, bare, 0.1, biased=False).weight_DA.equal(weight_DA)
+
+
 def test_a_singular_matrix_is_refused() -> None:
-    moments = Moments(3, 2, CPU)
-    moments.add(torch.zeros(10, 3), torch.ones(10, 2))
-    with pytest.raises(ModelError, match=r"Gram matrix of 3 inputs is singular.*all zero"):
+    """One of which a number is missing."""
+    moments, x = Moments(3, 2, CPU), torch.ones(10, 3)
+    x[4, 1] = math.nan
+    moments.add(x, torch.ones(10, 2))
+    with pytest.raises(ModelError, match=r"Gram matrix of 3 inputs is singular.*not finite"):
         reconstructed(moments, Linear(torch.ones(2, 3, dtype=torch.float64), None), 0.1, biased=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_run import WINDOW, Place, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text, verify_here
 from transformers import AutoModelForCausalLM
 
@@ -283,6 +283,17 @@ def test_a_plan_is_applied_with_repair(place: Place) -> None:
     refused = run(*arguments, str(place.folder / "other"), "--text", str(place.text))
     assert "--text is the text of a repair" in in_one_sentence(refused)
     assert not (place.folder / "other").exists()
+
+
+@pytest.mark.parametrize(("dead", "repair"), [("up_proj", "auto"), ("down_proj", "scale")])
+def test_a_branch_that_does_nothing_is_no_obstacle(dead: str, repair: str, place: Place) -> None:
+    """Inputs or weights that are all zero, as in expanded models: they are left, and the other layers repaired."""
+    changed = place.copied()
+    tensors = load_file(changed / "model.safetensors")
+    tensors[f"model.layers.1.mlp.{dead}.weight"].zero_()
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    succeed(*place.prune(f"repair.method={repair}", model=changed))
+    assert read_json(place.out / "report.json")["repair"]["chosen"] != "none"
 
 
 def test_auto_makes_do_with_little_text(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -570,6 +570,8 @@ def test_too_little_text_to_keep_back_is_said(place: Place) -> None:
     tiny_text(place.text, 120)
     done = succeed(*place.prune("search.sequences=400", "search.selection=0.5", "search.final_windows=2"))
     assert "are too few to keep some back" in done.err
+    unsearched = place.prune("search.sequences=0", "repair.method=none", out=place.folder / "unsearched")
+    assert "too few" not in succeed(*unsearched).err  # nothing is learned from
 
 
 # --- as a user starts it ---

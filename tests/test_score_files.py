@@ -45,9 +45,15 @@ def test_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         save_file(tensors, path)
         with pytest.raises(ConfigError, match="needs a tensor 'scores' and the metadata 'fingerprint'"):
             read_scores(path, space)
-    write_scores(path, space, torch.full((space.size,), float("nan")))
-    with pytest.raises(ConfigError, match="must hold finite"):
-        read_scores(path, space)
+    odd = torch.ones(88).index_fill(0, torch.tensor(5), float("nan"))
+    for scores, said in (
+        (odd, "finite numbers, but unit 5 has nan"),
+        (torch.ones(87), r"must hold \[88\] scores, but holds \[87\]"),
+        (torch.ones(88, dtype=torch.int64), "floating-point numbers, but holds torch.int64"),
+    ):
+        save_file({"scores": scores}, path, metadata={"fingerprint": space.fingerprint})
+        with pytest.raises(ConfigError, match=said):
+            read_scores(path, space)
     path.write_bytes(b"no such format")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_scores(path, space)

@@ -324,12 +324,13 @@ def test_scores_without_activations_are_refused(spoil: str) -> None:
         initial_scores(view, windows_WT, SCORES["wanda-sp"])
 
 
-def test_activations_that_are_not_finite_name_their_layer() -> None:
+@pytest.mark.parametrize("name", ["wanda-sp", "flap", "goa", "cfsp", "taylor-vector", "taylor-second", "hywia", "ifso"])
+def test_activations_that_are_not_finite_name_their_layer(name: str) -> None:
     """Whatever the metric would make of them."""
     view = describe(tiny_model("llama"))
     view.layers[2].ffn.up_proj.weight.data[3, 4] = float("inf")
     with pytest.raises(ModelError, match="activations of layer 2 are not finite"):
-        initial_scores(view, WINDOWS_WT, SCORES["wanda-sp"])
+        initial_scores(view, WINDOWS_WT, SCORES[name])
 
 
 def test_scores_that_do_not_fit_are_refused() -> None:

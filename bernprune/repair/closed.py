@@ -102,8 +102,11 @@ def _with_bias(moments: Moments, dense: Linear, weight_DA: torch.Tensor, *, bias
 
 
 def _solved(gram_AA: torch.Tensor, wanted_AD: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Solve (S + ridge * mean(diag S)) X = wanted, with the ridge added to S where it lies."""
-    gram_AA.diagonal().add_(ridge * gram_AA.diagonal().mean())
+    """Solve (S + ridge * mean(diag S)) X = wanted, with the ridge added to S where it lies; X is 0 where S is."""
+    mean = gram_AA.diagonal().mean()
+    if mean == 0:  # inputs that are always the same, or weights that make nothing of them
+        return torch.zeros_like(wanted_AD)
+    gram_AA.diagonal().add_(ridge * mean)
     return torch.cholesky_solve(wanted_AD, factor(gram_AA))
 
 
@@ -121,6 +124,6 @@ def factor(gram_AA: torch.Tensor) -> torch.Tensor:
         if not failed.item() and mean > 0:
             return factor_AA
     raise ModelError(
-        f"the Gram matrix of {len(gram_AA):,} inputs is singular: on the calibration text they are all zero, or not "
-        "numbers; give other text, or repair.method 'bias' or 'none'"
+        f"the Gram matrix of {len(gram_AA):,} inputs is singular: on the calibration text some are not finite, or "
+        "differ too much in size; give other text, or repair.method 'bias' or 'none'"
     )

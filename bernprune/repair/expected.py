@@ -50,10 +50,12 @@ def expected_fit(weight_DE: torch.Tensor, gram_EE: torch.Tensor, probs_N: torch.
     width = len(gram_EE) // len(probs_N)
     blocks_CCN = together_EE.view(len(probs_N), width, len(probs_N), width).diagonal(dim1=0, dim2=2)
     blocks_CCN.copy_(probs_N.to(gram_EE).expand_as(blocks_CCN))  # inputs of one unit are kept together
-    damping = ridge * gram_EE.diagonal().mean().clamp(min=torch.finfo(gram_EE.dtype).tiny)
+    weight_DE, mean = weight_DE.to(gram_EE), gram_EE.diagonal().mean()
+    if mean == 0:  # what is always zero may be read by any weight
+        return weight_DE.clone()
+    damping = ridge * mean
     matrix_EE = gram_EE * together_EE
     matrix_EE.diagonal().add_(damping)
-    weight_DE = weight_DE.to(gram_EE)
     wanted_DE = weight_DE @ (gram_EE * probs_E) + damping * weight_DE
     solved_ED: torch.Tensor = torch.cholesky_solve(wanted_DE.T, factor(matrix_EE))
     return solved_ED.T

@@ -264,7 +264,7 @@ def _keep_back(
     learning, choosing = workload.windows_read(config.search, space)
     if config.fits_to_policy:  # whatever repair follows: that may change on the way
         choosing = max(choosing, judging_windows(fitting_windows(space.architecture, config.data.window)))
-    if not choosing or learning + choosing <= num_windows:
+    if not config.searches or not choosing or learning + choosing <= num_windows:
         return stream, None
     count = int(
         min(math.ceil(min(choosing, num_windows)), num_windows // _KEPT_BACK, num_windows - config.search.windows)

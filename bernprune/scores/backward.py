@@ -16,6 +16,7 @@ from bernprune.errors import ModelError
 from bernprune.losses import token_losses
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
+from bernprune.scores.base import not_finite
 
 Dress = Callable[[int], AbstractContextManager[object]]  # what is done to a layer while it runs, by its index
 
@@ -30,6 +31,9 @@ class BackwardStream:
         windows_WT: int64.
         rows_per_forward: windows that are run at once.
         dress: what is done to each layer for the length of its passes, such as to change its weights.
+
+    Raises:
+        ModelError: activations that are not finite.
     """
 
     def __init__(
@@ -43,6 +47,8 @@ class BackwardStream:
             self._inputs.append(list(self._stream.hidden_RTD))
             with self._dress(index):
                 self._stream.advance()
+            if not all(bool(hidden_RTD.isfinite().all()) for hidden_RTD in self._stream.hidden_RTD):
+                raise not_finite(index)
         tokens = windows_WT.split(rows_per_forward)
         self._shares = [len(tokens_RT) / len(windows_WT) for tokens_RT in tokens]
         pairs = zip(self._stream.hidden_RTD, tokens, strict=True)

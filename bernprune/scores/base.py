@@ -174,3 +174,10 @@ def checked_scores(metric: Metric, context: Context) -> torch.Tensor:
         where = space.layer_U[~scores_U.isfinite()][0].item()
         raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
     return scores_U
+
+
+def not_finite(layer: int) -> ModelError:
+    """That a layer has activations by which nothing can be scored."""
+    return ModelError(
+        f"the activations of layer {layer} are not finite on the calibration text, so it cannot be scored"
+    )

@@ -102,12 +102,17 @@ def read_scores(path: Path, space: UnitSpace) -> torch.Tensor:
             f"score file {path} needs a tensor {_KEY!r} and the metadata {_FINGERPRINT!r}, as bernprune scores writes "
             "them"
         )
-    if fingerprint != space.fingerprint or scores_U.shape != (space.size,):
+    if fingerprint != space.fingerprint:
         raise ConfigError(
             f"score file {path} holds {scores_U.numel()} scores of another model's units, or of another granularity: "
             f"fingerprint {fingerprint}, but this model with {', '.join(space.kinds)} has {space.size} units and "
             f"{space.fingerprint}"
         )
-    if not scores_U.is_floating_point() or not scores_U.isfinite().all():
-        raise ConfigError(f"score file {path} must hold finite floating-point numbers")
+    if scores_U.shape != (space.size,):
+        raise ConfigError(f"score file {path} must hold [{space.size}] scores, but holds {list(scores_U.shape)}")
+    if not scores_U.is_floating_point():
+        raise ConfigError(f"score file {path} must hold floating-point numbers, but holds {scores_U.dtype}")
+    if not scores_U.isfinite().all():
+        odd = int((~scores_U.isfinite()).int().argmax())
+        raise ConfigError(f"score file {path} must hold finite numbers, but unit {odd} has {scores_U[odd].item()}")
     return scores_U.double()

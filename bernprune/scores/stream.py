@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bernprune.errors import ConfigError, ModelError
+from bernprune.errors import ConfigError
 from bernprune.models.linear import weight_of
 from bernprune.models.masking import masked
 from bernprune.models.statistics import POINTS, RunningMoments, moments
@@ -20,7 +20,7 @@ from bernprune.models.streaming import LayerStream
 from bernprune.models.view import LayerView, ModelView
 from bernprune.names import Kind
 from bernprune.progress import followed
-from bernprune.scores.base import Context
+from bernprune.scores.base import Context, not_finite
 from bernprune.units import UnitSpace
 
 COUPLED: dict[Kind, tuple[str, ...]] = {  # projections that hold a unit: columns of the last, rows of others
@@ -103,9 +103,7 @@ class LayerPass:
                 f"no calibration text reached layer {self.index}: scores cannot be taken while the model is under masks"
             )
         if not statistics.second_moment_E.isfinite().all():
-            raise ModelError(
-                f"the activations of layer {self.index} are not finite on the calibration text, so it cannot be scored"
-            )
+            raise not_finite(self.index)
 
 
 Scores = Mapping[Kind, torch.Tensor]  # by kind, of the units of one layer
