@@ -92,6 +92,17 @@ def _rounded(cost: float) -> float:
     return 2.0 ** round(math.log2(cost)) if cost >= 1 else 1.0
 
 
+def timed(run: Callable[[int], object], most: int, enough: float) -> list[float]:
+    """Seconds of ``most`` runs, or of fewer that took ``enough`` together, after one that warms up; each is told its
+    number."""
+    times = list[float]()
+    while len(times) <= most and sum(times[1:]) < enough:
+        started = time.perf_counter()
+        run(len(times))
+        times.append(time.perf_counter() - started)
+    return times[1:]
+
+
 @torch.inference_mode()
 def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Costs:
     """What forward passes of this model cost here.
@@ -114,13 +125,13 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
             live.set(random_RU[: tokens // window], listed_U=all_U)
         else:
             live.set((half_U if way == "gathered" else all_U)[None], working_U=half_U if way == "gathered" else None)
-        times, tokens_BT = list[float](), tokens_RT[: tokens // window]
-        while len(times) <= _MEASURED_PASSES and sum(times[1:]) < _MEASURED_SECONDS:
-            started = time.perf_counter()
+        tokens_BT = tokens_RT[: tokens // window]
+
+        def run(_: int) -> None:
             hidden_BTD = view.decoder(input_ids=tokens_BT, use_cache=False).last_hidden_state
             token_losses(view.model.get_output_embeddings(), hidden_BTD, tokens_BT, ops).sum().item()
-            times.append(time.perf_counter() - started)
-        return statistics.median(times[1:])
+
+        return statistics.median(timed(run, _MEASURED_PASSES, _MEASURED_SECONDS))
 
     ways: list[Way] = [] if view.opaque is not None else ["gathered", "listed"] if ops.packs else ["gathered"]
     with masked(view, ops) as live:

@@ -55,7 +55,6 @@ RepairName = Literal["none", "bias", "ridge", "two-step", "scale", "admm", "auto
 TargetName = Literal["own", "dense", "residual"]
 PresetName = Literal["default", "reinforce", "paper"]
 
-
 OWN = "FILE.py:NAME"  # how what is of one's own is named in a configuration
 
 
@@ -69,6 +68,11 @@ def place_of(name: str) -> tuple[str, str] | None:
     """Python file and name in it, of what is given as ``path/to/file.py:name``; None if it is no such place."""
     found = re.fullmatch(r"(.+\.py):([^\W\d]\w*)", name)
     return (found[1], found[2]) if found else None
+
+
+def several(value: Any) -> Any:
+    """A list of what is given as text with commas; anything else as it is."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

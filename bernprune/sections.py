@@ -31,6 +31,7 @@ from bernprune.names import (
     TargetName,
     meant,
     place_of,
+    several,
 )
 
 Count = Annotated[int, Field(ge=1)]
@@ -47,9 +48,7 @@ class Section(BaseModel):
         """Where there may be several values, one by itself, or several with commas between them."""
         if get_origin(cls.model_fields[str(info.field_name)].annotation) is not tuple:
             return value
-        if isinstance(value, str):
-            return [part.strip() for part in value.split(",")]
-        return [value] if isinstance(value, (int, float)) else value
+        return [value] if isinstance(value, (int, float)) else several(value)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ import yaml
 
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import ConfigError
-from bernprune.names import place_of
+from bernprune.names import place_of, several
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,8 +156,7 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(initial, dict):
         files = {"score": place(initial["score"])} if "score" in initial else {}
         for key in {"also", "members"} & initial.keys():
-            names = initial[key]
-            names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+            names = several(initial[key])
             files[key] = [place(name) for name in names] if isinstance(names, list) else names
         data = {**data, "initial": {**initial, **files}}
     if isinstance(search, dict):

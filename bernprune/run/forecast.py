@@ -1,13 +1,13 @@
 """What a run would work on and what it would take, told before it starts."""
 
 import statistics
-import time
 from typing import Any
 
 import torch
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
+from bernprune.costs import timed
 from bernprune.evaluation.perplexity import check_window
 from bernprune.losses import LOGIT_BYTES
 from bernprune.models.masking import choose_ops
@@ -165,9 +165,8 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
     tokens_BT = torch.randint(vocab, (settings.windows, config.data.window), generator=torch.Generator().manual_seed(0))
     rows = rows_per_forward(config, view)
     with masked_objective(view, ops, kind=loss_of(settings), rows_per_forward=rows) as objective:
-        times = list[float]()
-        while len(times) <= _TIMED_STEPS and sum(times[1:]) < _TIMED_SECONDS:
-            started, step = time.perf_counter(), len(times)
+
+        def run(step: int) -> None:
             masks_BKCU = search.ask(step).to(objective.device)
             losses_BKC, reference_BC, reading = evaluate_step(objective, search, masks_BKCU, tokens_BT, keep_U > 0)
             search.tell(
@@ -177,5 +176,6 @@ def _time_sequences(view: ModelView, config: RunConfig) -> float:
                 reference_BC=reference_BC,
                 reading=reading,
             )
-            times.append(time.perf_counter() - started)
-    return statistics.fmean(times[1:]) / plan_work(config, view.space).step_sequences
+
+        times = timed(run, _TIMED_STEPS, _TIMED_SECONDS)
+    return statistics.fmean(times) / plan_work(config, view.space).step_sequences

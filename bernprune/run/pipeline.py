@@ -136,7 +136,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     known = _known_stage(stage, folder) if continued else None
     inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
     if known is not None or not continued:  # else it is not known in which number format the run began
-        inputs["weights"] = fingerprint((known or stage).view.model)
+        weights_sha256 = fingerprint((known or stage).view.model)
+        inputs = {"weights": weights_sha256} | inputs  # first, as another model may have other tokens
     if continued:
         folder.check_inputs(inputs)
     stage = known or replace(stage, costs=stage.measured_costs())
