@@ -14,6 +14,7 @@ from bernprune.data import evaluation_windows, fingerprint, tokenize
 from bernprune.errors import ConfigError, LossError, ModelError
 from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.view import count_parameters
+from bernprune.models.products import quick_products
 from bernprune.progress import followed
 from bernprune.sections import DataConfig, ModelConfig
 from bernprune.text import load_documents
@@ -126,7 +127,8 @@ def evaluate(
     stream_N = tokenize(tokenizer, documents, vocab_size=config.vocab_size)
     windows_WT = evaluation_windows(stream_N, window, max_windows=None if max_tokens is None else max_tokens // window)
     loaded = load_model(model.path, dtype=model.dtype, device=device, **options)
-    loss = mean_loss(loaded, windows_WT)
+    with quick_products(device, loaded.dtype):
+        loss = mean_loss(loaded, windows_WT)
     return {
         "perplexity": perplexity(loss),
         "loss": loss,

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
 from bernprune.errors import RunError
+from bernprune.models.products import quick_products
 from bernprune.models.slicing import check_plan, slice_model
 from bernprune.models.view import count_parameters
 from bernprune.run.folder import check_writable, no_empty_folders
@@ -41,7 +42,8 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
     check_plan(model, plan)
     dense = count_parameters(model)
     workshop = None if stream_N is None else Workshop.of_model(config, model, stream_N)
-    record = {"method": "none"} if workshop is None else workshop.repair(plan)
+    with quick_products(model.device, model.dtype):
+        record = {"method": "none"} if workshop is None else workshop.repair(plan)
     sliced = slice_model(model, plan)
     counts = {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced)}
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size

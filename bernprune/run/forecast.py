@@ -11,6 +11,7 @@ from bernprune.costs import timed
 from bernprune.evaluation.perplexity import check_window
 from bernprune.losses import LOGIT_BYTES
 from bernprune.models.masking import choose_ops
+from bernprune.models.products import quick_products
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
@@ -100,7 +101,8 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     view, search, data = opened.view, config.search, config.data
     planned = plan_work(config, view.space).sequences
     sequences = default_sequences(view.space.size) if planned is None else planned
-    seconds_each = _time_sequences(view, config)
+    with quick_products(device, view.model.dtype):
+        seconds_each = _time_sequences(view, config)
     again = ("unrepaired",) * (config.repair.method != "none") + ("dense",) * (opened.dtype != "same")
     evaluations = len(("dense", "uniform", "initial", "pruned", *again, *config.plans.sparsities))
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)

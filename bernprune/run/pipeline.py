@@ -15,6 +15,7 @@ from bernprune.config import RunConfig, make_config
 from bernprune.costs import NEVER, Costs
 from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.perplexity import mean_loss
+from bernprune.models.products import quick_products
 from bernprune.models.view import fingerprint
 from bernprune.names import SearchDtype
 from bernprune.own import blaming, unchanging
@@ -73,8 +74,8 @@ def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool = False, fin
 
 
 def _in_folder(stage: Stage, folder: RunFolder, *, overwrite: bool, finish: bool) -> dict[str, Any]:
-    config = stage.config
-    with folder.locked():
+    config, formats = stage.config, (stage.view.model.dtype, stage.full_dtype)
+    with folder.locked(), quick_products(stage.view.device, *formats):
         continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
         try:
             with blaming(places_of_ones_own(config)):  # before the disk is blamed

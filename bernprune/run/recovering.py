@@ -26,6 +26,7 @@ from bernprune.errors import LossError, RunError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
 from bernprune.models.adapters import check_adaptable
+from bernprune.models.products import quick_products
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
 from bernprune.progress import bar, bars
@@ -86,7 +87,7 @@ def recover(
     if finish and (overwrite or not folder.unfinished):
         raise RunError(f"there is no interrupted recovery in {out} to finish")
     source = open_source(finished, config, of_run)
-    with folder.locked(), bars(progress):
+    with folder.locked(), bars(progress), quick_products(find_device(config.model.device), source.dtype):
         continued = folder.check(config, overwrite=overwrite)
         try:
             return _recover(source, folder, continued=continued, finish=finish)

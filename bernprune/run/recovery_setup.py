@@ -45,6 +45,7 @@ class Source:
     eval_windows_WT: torch.Tensor
     protocol: Protocol
     text_sha256: str
+    dtype: torch.dtype  # of the model
 
 
 def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Source:
@@ -76,6 +77,7 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
         eval_WT,
         Protocol.of(eval_name, eval_WT),
         fingerprint(stream_N),
+        model_config.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
     )
 
 

@@ -10,6 +10,7 @@ import torch
 
 from bernprune.config import RunConfig
 from bernprune.errors import RunError
+from bernprune.models.products import quick_products
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
 from bernprune.policy.bernoulli import graded, reordered
 from bernprune.policy.selection import select
@@ -162,7 +163,8 @@ def score_model(config: RunConfig, out: str | Path | None = None) -> dict[str, A
             raise RunError(f"output {out} exists and holds no scores; give a file that does not exist")
     stage, notes, name = set_stage(config), dict[str, float](), config.initial.score
     started = time.monotonic()
-    scores_U = scores_of(stage, name, notes)
+    with quick_products(stage.view.device, stage.view.model.dtype):
+        scores_U = scores_of(stage, name, notes)
     seconds, space = time.monotonic() - started, stage.view.space
     if out is not None:
         facts = {"score": name, "text": config.data.text, "seed": str(config.seed)}

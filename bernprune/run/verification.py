@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from bernprune.errors import LossError, RunError
-from bernprune.evaluation.perplexity import advice_on
+from bernprune.evaluation.perplexity import advice_on, first_not_finite
+from bernprune.models.products import plain_products
 from bernprune.models.saving import verify_saved, write_pruned, written_whole
 from bernprune.units import KeepPlan
 
@@ -27,6 +28,7 @@ def reason(error: OSError | SafetensorError) -> str:
 
 
 @torch.inference_mode()
+@plain_products()
 def save_and_verify(
     model: Any, tokenizer: Any, target: Path, plan: KeepPlan, tokens_BT: torch.Tensor
 ) -> dict[str, float]:
