@@ -25,7 +25,8 @@ def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
         return message
     # A value of which several types are allowed has a problem with each.
     same = [other["msg"] for other in others if _key(other, keys) == key and other["input"] is given]
-    messages = dict.fromkeys(each[0].lower() + each[1:] for each in (message, *same))
+    told = (each.replace(" after validation", "") for each in (message, *same))
+    messages = dict.fromkeys(each[0].lower() + each[1:] for each in told)
     guess = meant(str(given), re.findall("'(.*?)'", message)) if problem["type"] == "literal_error" else ""
     return f"setting {key!r}: {' or '.join(messages)}, but got {given!r}{guess}"
 

@@ -82,6 +82,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def meant(name: str, known: Sequence[str]) -> str:
-    """The question whether another name was meant, to go on with after a fault; empty if none is spelt like this."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """The question whether another name was meant, to go on with after a fault; empty if none is spelt like this, in
+    capitals or not."""
+    by_letters = {other.casefold(): other for other in reversed(known)}
+    close = difflib.get_close_matches(name.casefold(), by_letters, n=1)
+    return f"; did you mean {by_letters[close[0]]!r}?" if close else ""

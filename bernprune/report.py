@@ -84,6 +84,9 @@ def recovered(report: dict[str, Any]) -> str:
     figures, steps = report["perplexity"], f"{report['best_step']:,} of {report['steps']:,}"
     lines = [f"{'':<16}{'perplexity':>12}"]
     lines += [f"{name:<16}{shown(figures[key]):>12}" for name, key in (("pruned", "before"), ("recovered", "after"))]
+    best = f"the state after {steps} steps was the best on held-out text"
+    if report["kept"] == "pruned":
+        best = "on held-out text no state was better than what the run kept, which is what is saved"
     ranks, before = report["ranks"], report["parameters_before"]
     size = f"{report['parameters']:,} parameters as before"
     if before != report["parameters"]:
@@ -92,8 +95,7 @@ def recovered(report: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"trained      {report['tokens']:,} tokens in {report['seconds']:.0f} s: {report['ended']}; the state "
-            f"after {steps} steps was the best on held-out text",
+            f"trained      {report['tokens']:,} tokens in {report['seconds']:.0f} s: {report['ended']}; {best}",
             f"adapters     of rank {min(ranks)} to {max(ranks)}, merged: {size}",
             _protocol(report["protocol"]),
             _verified(report["verified"]),
@@ -125,6 +127,12 @@ def repaired(repair: dict[str, Any]) -> list[str]:
 def _stopped(ended: str) -> str:
     """Why something stopped, in words, from a word and a clause."""
     return f"stopped because {ended.partition(': ')[2]}"
+
+
+def _scored(notes: dict[str, dict[str, float]]) -> list[str]:
+    """What initial metrics noted of their scores, if any did."""
+    figures = {score: ", ".join(f"{name} {value:.4g}" for name, value in of.items()) for score, of in notes.items()}
+    return [f"scores       {score}: {found}" for score, found in figures.items() if found]
 
 
 def _searched(search: dict[str, Any]) -> list[str]:
@@ -176,6 +184,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
         _protocol(report["protocol"]),
         f"latency      forward pass over {figure['rows']} x {figure['window']} tokens, median of {figure['repeats']}, "
         f"{figure['machine']}",
+        *_scored(report["scores"]),
         *_searched(search),
         *_in_all(report),
         *_known(report["diagnostics"]),

@@ -488,7 +488,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "plan-of-another-format": (lambda p: _plan(p, {"format": 99}), ("format 99", "1")),
     "plan-of-another-model": (_plan_of_another_model, ("plan", "another model", "4 layers against 3")),
     "plan-of-words": (lambda p: _plan_of(p, p.model, hidden_size="32"), ("not a plan", "whole numbers")),
-    "plan-of-a-model-that-gives-nan": (lambda p: _plan_of(p, _weights_that_are_nan(p)), ("outputs are not finite",)),
+    "plan-of-a-model-that-gives-nan": (
+        lambda p: _plan_of(p, _weights_that_are_nan(p)),
+        ("outputs are not finite, first those of model.",),
+    ),
     "apply-a-text-that-nothing-reads": (
         lambda p: [*_plan_of(p, p.model), *settings("data.text=none.txt")],
         ("--text", "--repair is 'none'"),

@@ -11,6 +11,7 @@ from tiny_models import tiny_model
 from bernprune.backends import load_backend
 from bernprune.errors import ConfigError
 from bernprune.models.view import describe
+from bernprune.names import meant
 from bernprune.objective import masked_objective
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import graded, initial_probs
@@ -54,6 +55,14 @@ def test_a_misspelt_word_is_refused(what: str) -> None:
     take(word)
     with pytest.raises(ConfigError, match=rf"^{what} '{word[:-1]}' is unknown; known are .*\b{word}\b"):
         take(word[:-1])
+
+
+@pytest.mark.parametrize("name", ["wanda_SP", "WANDA-SP", "wandasp"])
+def test_capitals_are_no_hindrance_to_a_guess(name: str) -> None:
+    """Of what is meant in its own spelling, whatever that is."""
+    assert meant(name, ("flap", "wanda-sp")) == "; did you mean 'wanda-sp'?"
+    assert meant(name, ("FLAP", "Wanda-Sp")) == "; did you mean 'Wanda-Sp'?"
+    assert meant("quite another", ("flap", "wanda-sp")) == ""
 
 
 def test_grades_know_their_scopes() -> None:

@@ -22,6 +22,7 @@ from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
 from bernprune.run import recovering, recovery_setup, verification
 from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.recovery_setup import Before
 from bernprune.storage import write_json
 
 SMALL = ("recover.tokens=1024", "recover.batch=8", "recover.held_out=8", "recover.learning_rate=0.01", "recover.rank=2")
@@ -148,7 +149,8 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     )
     assert all(value.equal(found[name]) for name, value in expected.items())
     reports = [read_json(place.folder / name / "report.json") for name in ("recovered", "whole")]
-    assert reports[0]["held_out"] == reports[1]["held_out"] and reports[0]["loss"] == reports[1]["loss"]
+    assert list(reports[0]["held_out"].items()) == list(reports[1]["held_out"].items())  # in this order
+    assert reports[0]["loss"] == reports[1]["loss"]
 
 
 def test_a_recovery_is_ended_where_it_stands(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,7 +180,8 @@ def test_a_recovery_that_diverges_keeps_its_best(
 
     monkeypatch.setattr(Training, name, diverging)
     command = recover(place, finished, "recover.evaluate_steps=2")
-    assert "is nan" in in_one_sentence(run(*command))
+    said = in_one_sentence(run(*command))
+    assert "is nan" in said and said.endswith("; begin anew with --overwrite")
     from_step = 5 if what == "step" else 6  # of the latter, the evaluation behind the sixth step alone
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "verify_saved", lambda *_, **__: 1 / 0)
@@ -220,6 +223,24 @@ def test_it_is_said_if_nothing_was_gained(rate: str, said: bool, place: Place, f
     loss = read_json(place.folder / "recovered" / "report.json")["loss"]
     assert (loss["after"] >= loss["before"]) == said
     assert (f"nothing was recovered: the loss on the evaluation text is {loss['after']:.4f}" in done.err) == said
+
+
+@pytest.mark.parametrize("kept", ["pruned", "recovered"])
+def test_what_the_run_kept_is_beaten_or_saved(
+    kept: str, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is repaired, and what is trained before the cut begins without that; text that trains nothing decides."""
+    of, held_out = Before.of, 0.0 if kept == "pruned" else 100.0
+    monkeypatch.setattr(Before, "of", lambda *given: of(*given)._replace(held_out=held_out))
+    done = succeed(*recover(place, finished, "recover.masks=policy"))
+    report = read_json(place.folder / "recovered" / "report.json")
+    found, before = (
+        load_file(folder / "model" / "model.safetensors") for folder in (place.folder / "recovered", finished)
+    )
+    same = all(value.equal(before[name]) for name, value in found.items())
+    assert report["kept"] == kept and same == (kept == "pruned")
+    assert ("no state was better than what the run kept" in done.out) == same
+    assert ("nothing was recovered" in done.err) == same == (report["loss"]["after"] == report["loss"]["before"])
 
 
 def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +369,7 @@ def test_the_dense_model_is_held_beside_the_pruned_one_only_to_teach(
 ) -> None:
     """What tells ranks by it lets go of it before the other is loaded."""
     dense, alive = list[weakref.ref[Any]](), list[bool]()
-    load_dense, load_pruned = recovery_setup.open_model, recovery_setup._pruned
+    load_dense, load_pruned = recovery_setup.open_model, recovery_setup.kept_model
 
     def open_model(*given: Any) -> Any:
         model = load_dense(*given)
@@ -360,7 +381,7 @@ def test_the_dense_model_is_held_beside_the_pruned_one_only_to_teach(
         return load_pruned(*given)
 
     monkeypatch.setattr(recovery_setup, "open_model", open_model)
-    monkeypatch.setattr(recovery_setup, "_pruned", pruned)
+    monkeypatch.setattr(recovery_setup, "kept_model", pruned)
     succeed(*recover(place, finished, "recover.ranks=influence", f"recover.distill={distill}"))
     assert alive == [distill > 0]
 

@@ -215,6 +215,46 @@ def test_a_singular_matrix_is_refused() -> None:
 # The pass over the layers
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"target": "resid"}, "repair target 'resid' is unknown; .*; did you mean 'residual'"),
+        ({"ridges": ()}, r"one or more numbers above 0, but are \[\]"),
+        ({"ridges": (0.1, -1.0)}, r"above 0, but are \[0.1, -1.0\]"),
+        ({"ridges": (math.inf,)}, r"above 0, but are \[inf\]"),
+    ],
+    ids=str,
+)
+def test_repairers_that_cannot_be_are_refused(given: dict[str, Any], said: str) -> None:
+    view, plan = view_of(VARIANTS[0], **REMOVED)
+    with pytest.raises(ConfigError, match=said):
+        repairer(view, **given).repair(plan, "ridge")
+
+
+@pytest.mark.parametrize(
+    ("failing", "method", "said"),
+    [
+        (1, "ridge", "^the attention output projection of layer 0 cannot be fitted: the Gram"),
+        (2, "ridge", "^the down projection of layer 0 cannot"),
+        (1, "two-step", "^what enters the attention of layer 0 cannot"),
+    ],
+)
+def test_what_cannot_be_solved_is_named(failing: int, method: Any, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the matrix is singular; the model is as before."""
+    view, plan = view_of(VARIANTS[0], **REMOVED)
+    before, calls = state_of(view), iter(range(1000))
+
+    def solving(*given: Any, **named: Any) -> Linear:
+        if next(calls) // 2 + 1 == failing:  # two ridges each
+            raise ModelError("the Gram matrix is singular")
+        return reconstructed(*given, **named)
+
+    monkeypatch.setattr(fitting, "reconstructed", solving)
+    with pytest.raises(ModelError, match=said):
+        repairer(view).repair(plan, method)
+    assert_same(view, before)
+
+
 def view_of(variant: Variant, **removed: Any) -> tuple[ModelView, KeepPlan]:
     view = describe(variant.model(), ("layer", "attention", "kv_group", "ffn", "channel"))
     plan = random_plan(architecture_of(view.model), 5, **removed)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from spaces import make_space
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, in_one_sentence, read_json, run, settings, succeed, tiny_folder
+from tiny_run import Place, in_one_sentence, read_json, run, settings, stopped_in_step, succeed, tiny_folder
 from transformers import AutoModelForCausalLM
 
 from bernprune.errors import ConfigError
@@ -16,7 +16,7 @@ from bernprune.models.view import describe
 from bernprune.policy.bernoulli import graded, initial_probs
 from bernprune.run import scoring
 from bernprune.run.checkpoint import read_state
-from bernprune.scores import SCORES, initial_scores, read_scores, write_scores
+from bernprune.scores import SCORES, Options, initial_scores, metric_named, read_scores, write_scores
 from bernprune.units import UnitSpace
 
 
@@ -118,16 +118,58 @@ def test_scores_of_other_weights_are_told_of(place: Place) -> None:
 
 def test_mistakes_on_the_command_line(place: Place) -> None:
     """One sentence each."""
+    (place.folder / "a.safetensors").mkdir()
     said = {
         ("scores", "--score=flap"): "without a model lists the metrics, and takes no options",
         ("scores", str(place.model), "--out=scores.bin"): "must end in .safetensors, but is 'scores.bin'",
         ("scores", str(place.model), "--score=flop"): "did you mean 'flap'?",
         ("scores", str(place.model), "--score=no.safetensors"): "score file no.safetensors does not exist",
+        ("scores", str(place.model), f"--score={place.folder / 'a.safetensors'}"): "a.safetensors is a folder",
         ("scores", str(place.model), "--set=initial.influence=mse"): "initial.influence has no meaning",
     }
     for arguments, sentence in said.items():
         done = run(*arguments)
         assert done.code == 2 and sentence in done.err and done.err.count("\n") == 1
+
+
+def test_what_metrics_note_is_told(place: Place) -> None:
+    """By each that leaves something, in the report of a run and at its end; also of one that goes on."""
+    noting = ("initial.score=mini-llm", "initial.pairs=2", "initial.also=fused,flap", "initial.members=flap,magnitude")
+    assert stopped_in_step(2, place.prune(*noting)).code != 0
+    done = succeed("resume", str(place.out))
+    notes = read_json(place.out / "report.json")["scores"]
+    assert list(notes) == ["mini-llm", "fused", "flap"] and notes["flap"] == {}
+    error, weights = notes["mini-llm"]["standard error of a gradient"], notes["fused"]
+    assert error > 0 and weights.keys() == {"weight of flap", "weight of magnitude"}
+    assert sum(weights.values()) == pytest.approx(1)
+    assert f", standard error of a gradient {error:.4g}\n" in done.out
+    assert f"scores       fused: weight of flap {weights['weight of flap']:.4g}" in done.out
+    assert "scores       flap" not in done.out
+
+
+def test_the_list_says_what_scores_are_divided_by() -> None:
+    told = {line.split()[0]: line for line in succeed("scores").out.splitlines() if line and line[0] != " "}
+    for name, said in (("taylor-vector", " yes "), ("ifso", " its root "), ("flap", " no ")):
+        assert said in told[name]
+
+
+def test_a_name_that_is_no_metric_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^score 'wandasp' is unknown; .*; did you mean 'wanda-sp'\?$"):
+        metric_named("wandasp")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"pairs": 0}, "pairs is 0"),
+        ({"step": 0.0}, "above 0, but is 0.0"),
+        ({"sparsity": 1.0}, "and below 1: 1.0"),
+        ({"sparsity": -0.1}, "must be 0 or more, and below 1: -0.1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(given: dict[str, float], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Options(**given)
 
 
 # How much each layer keeps
@@ -208,6 +250,10 @@ def test_an_allocation_that_is_searched_for(place: Place) -> None:
         (
             ["initial.kv_sparsity=0.9"],
             "with 0.9 of the kv groups gone, no share of the channels removes 0.3 of all cost",
+        ),
+        (
+            ["initial.kv_sparsity=0.3", "budget.also_kv_cache=0.5"],
+            "lets 0.3 of the kv groups go at first, but budget.also_kv_cache is 0.5",
         ),
         (["initial.pairs=4"], "initial.pairs has no meaning for the score wanda-sp"),
         (["initial.score=taylor-vector", "initial.inputs=pruned"], "'taylor-vector' does not go layer by layer"),

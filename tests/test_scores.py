@@ -18,6 +18,7 @@ from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind, ScoreName
+from bernprune.repair import Repairer
 from bernprune.scores import SCORES, Context, Metric, Options, Projection, initial_scores
 from bernprune.units import KINDS
 
@@ -317,11 +318,30 @@ def test_scores_without_activations_are_refused(spoil: str) -> None:
     """A model under masks does not show them: not a number would be scored."""
     view, windows_WT = describe(tiny_model("llama")), random_tokens(2)
     if spoil == "no_windows":
-        with pytest.raises(ConfigError, match=r"must be \[W, T\]"):
+        with pytest.raises(ConfigError, match=r"must be int64 \[W, T\]"):
             initial_scores(view, windows_WT[:0], SCORES["wanda-sp"])
         return
     with masked(view, OPS), pytest.raises(ConfigError, match="under masks"):
         initial_scores(view, windows_WT, SCORES["wanda-sp"])
+
+
+@pytest.mark.parametrize(
+    ("windows_WT", "said"),
+    [
+        (WINDOWS_WT.float(), r"must be int64 \[W, T\] .* but are float32 \[5, 11\]"),
+        (WINDOWS_WT[0], r"but are int64 \[11\]"),
+        (WINDOWS_WT + 53, "token id 105, but the model knows 0 to 52"),
+        (WINDOWS_WT - 53, "token id -49, but the model knows 0 to 52"),
+    ],
+    ids=["float", "one", "above", "below"],
+)
+def test_windows_that_the_model_cannot_read_are_refused(windows_WT: torch.Tensor, said: str) -> None:
+    view = describe(tiny_model("llama"))
+    with pytest.raises(ConfigError, match=said):
+        initial_scores(view, windows_WT, SCORES["wanda-sp"])
+    plan = view.space.plan(torch.ones(view.space.size, dtype=torch.bool))
+    with pytest.raises(ConfigError, match=said):
+        Repairer(view, windows_WT).repair(plan, "ridge")
 
 
 @pytest.mark.parametrize("name", ["wanda-sp", "flap", "goa", "cfsp", "taylor-vector", "taylor-second", "hywia", "ifso"])

@@ -219,7 +219,8 @@ def test_there_is_no_choice_where_repair_chooses() -> None:
 
 
 def test_auto_spends_several_times_the_default() -> None:
-    """Within what was published; with a regret of its own, or the given one."""
+    """Within what was published; with a regret of its own, or the given one; both as the settings say."""
+    assert (AUTO_TIMES, AUTO_REGRET) == (8, 0.1)
     for units in (10, UNITS, 10**6):
         workload = plan_work(make_config({"search": {"sequences": "auto"}}), units_of(units))
         assert workload.sequences == min(MOST_SEQUENCES, AUTO_TIMES * default_sequences(units))

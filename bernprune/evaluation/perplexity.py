@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from bernprune.backends import find_device
 from bernprune.data import evaluation_windows, fingerprint, tokenize
 from bernprune.errors import ConfigError, LossError, ModelError
+from bernprune.models.hooks import hooked
 from bernprune.models.loading import load_config, load_model, load_tokenizer
-from bernprune.models.view import count_parameters
 from bernprune.models.products import quick_products
+from bernprune.models.view import count_parameters
 from bernprune.progress import followed
 from bernprune.sections import DataConfig, ModelConfig
 from bernprune.text import load_documents
@@ -51,7 +52,7 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
 
     Raises:
         ModelError: windows longer than the model's positions.
-        LossError: the loss is not finite.
+        LossError: the loss is not finite, with the first module that gives such numbers.
     """
     check_window(model.config, windows_WT.shape[1])
     device, (count, window) = model.device, windows_WT.shape
@@ -63,11 +64,26 @@ def mean_loss(model: Any, windows_WT: torch.Tensor) -> float:
         logits_NV = model(input_ids=tokens_RT, use_cache=False).logits[:, :-1].flatten(0, 1)
         parts = zip(logits_NV.split(most), tokens_RT[:, 1:].flatten().split(most), strict=True)
         total += sum(_summed(logits_PV, targets_P).item() for logits_PV, targets_P in parts)
-    loss = total / (count * (window - 1))
-    if not math.isfinite(loss):
-        advice = advice_on(model.dtype)
-        raise LossError(f"the loss on the evaluation text is {loss}; the model's outputs are not finite{advice}")
-    return loss
+        if not math.isfinite(total):
+            raise LossError(
+                f"the loss on the evaluation text is {total}; the model's outputs are not finite"
+                f"{first_not_finite(model, tokens_RT)}{advice_on(model.dtype)}"
+            )
+    return total / (count * (window - 1))
+
+
+def first_not_finite(model: Any, tokens_RT: torch.Tensor) -> str:
+    """The first module without parts whose outputs are not finite, as the end of a sentence; empty if there is none."""
+    found: list[torch.nn.Module] = []
+
+    def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and not output.isfinite().all():
+            found.append(module)
+
+    names = {module: name for name, module in model.named_modules() if not any(module.children())}
+    with hooked(*((module, look) for module in names)):
+        model(input_ids=tokens_RT, use_cache=False)
+    return f", first those of {names[found[0]]}" if found else ""
 
 
 def _summed(logits_PV: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:

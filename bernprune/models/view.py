@@ -62,6 +62,18 @@ class ModelView:
         """All parameters of the model; tied ones count once."""
         return count_parameters(self.model)
 
+    def check_windows(self, windows_WT: torch.Tensor) -> None:
+        """Raises ``ConfigError`` unless these are windows of tokens that the model knows, int64 ``[W, T]``."""
+        if windows_WT.ndim != 2 or not windows_WT.numel() or windows_WT.dtype != torch.int64:
+            raise ConfigError(
+                "calibration windows must be int64 [W, T] of a token or more, but are "
+                f"{str(windows_WT.dtype).removeprefix('torch.')} {list(windows_WT.shape)}"
+            )
+        least, most, known = int(windows_WT.min()), int(windows_WT.max()), self.model.config.vocab_size
+        if least < 0 or most >= known:
+            odd = least if least < 0 else most
+            raise ConfigError(f"calibration windows have the token id {odd}, but the model knows 0 to {known - 1}")
+
 
 def describe(
     model: PreTrainedModel, granularity: Sequence[Kind] = ("kv_group", "channel"), *, sequence_length: int = 2048

@@ -23,12 +23,13 @@ from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.names import Kind
 from bernprune.progress import followed
-from bernprune.repair.closed import factor
+from bernprune.repair.closed import factor, naming
 from bernprune.repair.weights import Weights, put
 
 logger = logging.getLogger(__name__)
 
 RIDGE = 0.01  # of the mean square of an input
+_LAST: tuple[tuple[Kind, str], ...] = (("kv_group", "attention output"), ("channel", "down"))  # projections out of them
 
 
 def expected_fit(weight_DE: torch.Tensor, gram_EE: torch.Tensor, probs_N: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -65,6 +66,7 @@ def expected_fit(weight_DE: torch.Tensor, gram_EE: torch.Tensor, probs_N: torch.
 class _Place:
     """The last projection of a branch, the units that it reads, and what enters it in the dense model."""
 
+    name: str
     projection: nn.Linear
     units: slice
     gram_EE: torch.Tensor  # on the CPU
@@ -101,7 +103,8 @@ class ExpectedWeights:
         device = torch.device("cpu") if self._on_cpu else place.projection.weight.device
         try:
             gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
-            return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
+            with naming(place.name):
+                return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
         except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
             if self._on_cpu:
                 raise
@@ -118,21 +121,20 @@ class ExpectedWeights:
 @torch.no_grad()
 def _places(view: ModelView, windows_WT: torch.Tensor, rows_per_forward: int) -> Iterator[_Place]:
     stream = LayerStream(view, windows_WT, rows_per_forward=rows_per_forward)
-    kinds: tuple[Kind, ...] = ("kv_group", "channel")
     for index, layer in enumerate(followed(view.layers, "weights for the policy", unit="layer")):
         found = [
-            (projection, units, Gram(projection))
-            for projection, kind in zip((layer.output, layer.down), kinds, strict=True)
+            (f"the {name} projection of layer {index}", projection, units, Gram(projection))
+            for projection, (kind, name) in zip((layer.output, layer.down), _LAST, strict=True)
             if (units := view.space.span(kind, index)) is not None
         ]
-        with _counted_by_stream(layer.layer, {projection: gram for projection, _, gram in found}):
+        with _counted_by_stream(layer.layer, {projection: gram for _, projection, _, gram in found}):
             stream.advance()
-        for projection, units, gram in found:
+        for name, projection, units, gram in found:
             gram_EE = gram.mean_EE
             if not gram_EE.isfinite().all():
                 raise ModelError(f"activations of layer {index} are not finite on the calibration text")
             precise = torch.promote_types(projection.weight.dtype, torch.float32)
-            yield _Place(projection, units, gram_EE.to("cpu", precise))
+            yield _Place(name, projection, units, gram_EE.to("cpu", precise))
 
 
 @contextmanager

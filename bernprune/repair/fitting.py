@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from bernprune.names import RepairName, TargetName
-from bernprune.repair.closed import Linear, compensated, reconstructed, reformed, rescaled
+from bernprune.repair.closed import Linear, compensated, naming, reconstructed, reformed, rescaled
 from bernprune.repair.moments import Moments
 from bernprune.repair.pairs import Pair
 from bernprune.repair.places import Place
@@ -70,7 +70,8 @@ class Fitter:
         if biased:
             forms.append(("bias", None, _compensating(kept_A)))
         forms += self._forms(kept_A, place.units, biased)
-        choice, chosen = _choose(forms, dense, fit, check, alone=self.method != "scale")
+        with naming(place.name):
+            choice, chosen = _choose(forms, dense, fit, check, alone=self.method != "scale")
         weight_DE = torch.zeros_like(projection.weight, dtype=torch.float64)
         weight_DE[:, inputs_A.to(weight_DE.device)] = chosen.weight_DA
         put(projection, weight_DE, chosen.bias_D)
@@ -88,7 +89,8 @@ class Fitter:
         fit, check = (pair.first(place, weight_DA, bias_D) for pair in (self.fit, self.check))
         dense = Linear(weight_DA.double(), None if bias_D is None else bias_D.double())
         forms: list[tuple[str, float | None, Form]] = [("none", None, lambda _, dense: dense), *self._ridges(biased)]
-        choice, chosen = _choose(forms, dense, fit, check)
+        with naming(f"what enters the {place.branch} of layer {place.layer}"):
+            choice, chosen = _choose(forms, dense, fit, check)
         start = 0
         for projection, kept in rows:
             span = slice(start, start + len(kept))

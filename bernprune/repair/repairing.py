@@ -6,6 +6,7 @@ so that the model computes what it will when it is sliced.
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -72,7 +73,8 @@ class Repairer:
         On an error, and on Ctrl-C, the model is what it was before.
 
         Raises:
-            ConfigError: a method that is unknown or is none, or that needs a bias where there may be none.
+            ConfigError: a method that is unknown or is none, or that needs a bias where there may be none; a target,
+                ridges or windows that cannot be.
             DataError: text that is too short, with how much is needed.
             ModelError: a plan of another model, quantised weights, or activations that are not finite.
         """
@@ -118,6 +120,10 @@ class Repairer:
         check_name("repair", method, RepairName)
         if method in ("none", "auto"):
             raise ConfigError(f"repair {method!r} is no method; take one of bias, ridge, two-step, scale, admm")
+        check_name("repair target", self.target, TargetName)
+        if not self.ridges or not all(0 < ridge < math.inf for ridge in self.ridges):
+            raise ConfigError(f"ridges must be one or more numbers above 0, but are {list(self.ridges)}")
+        self.view.check_windows(self.windows_WT)
         check_places(self.view, plan)
         if method == "bias" and not self.biases:
             check_biases(self.view)

@@ -98,6 +98,12 @@ def _check_kv_sparsity(config: RunConfig, finest_kinds: Sequence[Kind], allocati
             f"initial.kv_sparsity needs budget.pools 'joint' and initial.map 'const', but they are "
             f"{config.budget.pools!r} and {config.initial.map!r}"
         )
+    share, least = config.initial.kv_sparsity, config.budget.also_kv_cache
+    if share is not None and least is not None and share < least:
+        raise ConfigError(
+            f"initial.kv_sparsity lets {share:g} of the kv groups go at first, but budget.also_kv_cache is {least:g}; "
+            "give as much or more, or leave it out"
+        )
 
 
 def check_scoring(config: RunConfig, view: ModelView, windows_WT: torch.Tensor) -> None:

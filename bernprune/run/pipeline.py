@@ -28,6 +28,7 @@ from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.finishing import check_room, make_pruned, timed_initial
 from bernprune.run.folder import RunFolder, open_run
+from bernprune.run.initial import score_names
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import places_of_ones_own
 from bernprune.run.plans import Learned
@@ -163,7 +164,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
         finals = run_finals(
             stage, folder, search, finalists, metric.graded_U, work, finish=finish and not finished_here
         )
-    return _deliver(stage, folder, _Searched(search, metric, work, finalists, finals, dense_loss))
+    return _deliver(stage, folder, _Searched(search, metric, start.notes, work, finalists, finals, dense_loss))
 
 
 @dataclass
@@ -172,6 +173,7 @@ class _Searched:
 
     search: MaskSearch
     metric: ByMetric
+    notes: dict[str, dict[str, float]]  # of the initial metrics
     work: Work
     finalists: dict[str, torch.Tensor]
     finals: Finals
@@ -210,6 +212,7 @@ def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, 
     if workshop is not None:
         losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
     report = {
+        "scores": {name: dict(sorted(searched.notes[name].items())) for name in score_names(stage.config)},
         "search": figures | {"kept": finals.kept, "changed_units": changed},
         "diagnostics": last_round(folder),
         "repair": judged,

@@ -35,7 +35,7 @@ from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run
 from bernprune.run.origin import versions
 from bernprune.run.plans import read_plan
-from bernprune.run.recovery_setup import Prepared, Source, open_source, set_up
+from bernprune.run.recovery_setup import Prepared, Source, kept_model, open_source, set_up
 from bernprune.run.signals import signals
 from bernprune.run.verification import reason, save_and_verify
 from bernprune.settings import absolute, check_only, merge
@@ -91,6 +91,9 @@ def recover(
         continued = folder.check(config, overwrite=overwrite)
         try:
             return _recover(source, folder, continued=continued, finish=finish)
+        except LossError as error:
+            anew = "; begin anew with --overwrite" if folder.unfinished else ""
+            raise LossError(f"{error}{anew}") from error
         except torch.OutOfMemoryError as error:
             raise RunError(
                 "the GPU's memory is full; the same command, without --overwrite, goes on with less: --set "
@@ -119,18 +122,24 @@ def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish:
         write_json(folder.plan, source.plan.to_dict())
         seconds = _train(prepared, source, folder, state, finish=finish)
         report = _report(source, prepared, seconds)
-    (before, parameters), model = prepared.before, prepared.training.finish()
+    before, model = prepared.before, prepared.training.finish()
     del prepared  # a teacher and the optimizer's state, for which there may be no room beside the other process
     if source.config.recover.masks == "policy":
         model = slice_model(model, source.plan)
+    if report["kept"] == "pruned":
+        model = None  # before the other is loaded
+        model = kept_model(source)
     after = mean_loss(model, source.eval_windows_WT)
-    if not after < before:
-        logger.warning("nothing was recovered: the loss on the evaluation text is %.4f, and was %.4f", after, before)
-    report["loss"] = {"before": before, "after": after}
+    if not after < before.loss:
+        logger.warning(
+            "nothing was recovered: the loss on the evaluation text is %.4f, and was %.4f", after, before.loss
+        )
+    report["loss"] = {"before": before.loss, "after": after}
     report["perplexity"] = {name: perplexity(loss) for name, loss in report["loss"].items()}
     folder.remove_model()
     try:
-        report |= {"parameters": count_parameters(model), "parameters_before": parameters, "versions": versions()}
+        report |= {"parameters": count_parameters(model), "parameters_before": before.parameters}
+        report["versions"] = versions()
         report["verified"] = save_and_verify(model, source.tokenizer, folder.model, source.plan, source.eval_windows_WT)
         write_json(folder.report, report)
     except BaseException:
@@ -228,12 +237,13 @@ def _report(source: Source, prepared: Prepared, seconds: float) -> dict[str, Any
         "tokens": training.tokens,
         "steps": training.steps,
         "best_step": training.best_step,
+        "kept": "recovered" if training.held_out[training.best_step] < prepared.before.held_out else "pruned",
         "ended": training.ended,
         "seconds": round(seconds, 2),
         "ranks": prepared.ranks,
         "distill": settings.distill,
         "masks": settings.masks,
-        "held_out": {str(step): loss for step, loss in training.held_out.items()},
+        "held_out": {str(step): loss for step, loss in sorted(training.held_out.items())},
         "protocol": source.protocol.to_dict(),
         "machine": machine(find_device(source.config.model.device)),
     }

@@ -82,14 +82,16 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
 
 
 class Before(NamedTuple):
-    """What the run kept: its loss on the evaluation text, and its parameters."""
+    """What the run kept: its loss on the evaluation text and on that which chooses a state, and its parameters."""
 
     loss: float
+    held_out: float
     parameters: int
 
     @classmethod
     def of(cls, model: Any, source: Source) -> "Before":
-        return cls(mean_loss(model, source.eval_windows_WT), count_parameters(model))
+        loss, held_out = (mean_loss(model, windows_WT) for windows_WT in (source.eval_windows_WT, source.held_out_WT))
+        return cls(loss, held_out, count_parameters(model))
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def _after_the_cut(source: Source, ranks: list[int] | None) -> Prepared:
         teacher = dense.model if settings.distill > 0 else None
     ranks = ranks or _ranks(source, dense, whole=False)
     dense = None  # before the other is loaded
-    trained = _pruned(source)
+    trained = kept_model(source)
     before, weights = Before.of(trained, source), weights_fingerprint(trained)
     adapters = _adapters(source, trained, ranks)
     training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher)
@@ -130,7 +132,7 @@ def _after_the_cut(source: Source, ranks: list[int] | None) -> Prepared:
 @contextmanager
 def _before_the_cut(source: Source, ranks: list[int] | None) -> Iterator[Prepared]:
     """The dense model under masks of the policy; the run's is let go before that is loaded."""
-    settings, before = source.config.recover, Before.of(_pruned(source), source)
+    settings, before = source.config.recover, Before.of(kept_model(source), source)
     dense = _dense(source)
     ranks = ranks or _ranks(source, dense, whole=True)
     teacher = _dense(source).model if settings.distill > 0 else None
@@ -149,7 +151,8 @@ def _adapters(source: Source, model: Any, ranks: list[int]) -> Adapters:
     return Adapters(model, family, ranks, scale=config.recover.scale, seed=config.seed)
 
 
-def _pruned(source: Source) -> Any:
+def kept_model(source: Source) -> Any:
+    """The model that the run kept, repaired if it was."""
     device = find_device(source.config.model.device)
     return load_model(str(source.folder.model), dtype=source.config.model.dtype, device=device)
 

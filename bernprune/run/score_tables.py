@@ -7,16 +7,20 @@ from bernprune.scores import Metric, Options
 from bernprune.units import KINDS
 
 _LAYERS = 32
+_POWERS = {0.0: "no", 0.5: "its root", 1.0: "yes"}
 
 
 def metrics_table(metrics: Iterable[Metric]) -> str:
-    """The name, cost, units, usual allocation and source of each metric, and what it says of a unit."""
+    """The name, cost, usual allocation and division, units and source of each metric, and what it says of a unit."""
     lines = [
-        f"{'metric':<18}{'passes':>8}  {'allocation':<17}{'units':<24}source",
+        f"{'metric':<18}{'passes':>8}  {'allocation':<17}{'per cost':<10}{'units':<24}source",
     ]
     for metric in metrics:
         units = "all" if metric.kinds == KINDS else ", ".join(metric.kinds)
-        lines.append(f"{metric.name:<18}{_cost(metric):>8}  {metric.allocation:<17}{units:<24}{metric.source}")
+        power = _POWERS.get(metric.cost_power, f"^{metric.cost_power:g}")
+        lines.append(
+            f"{metric.name:<18}{_cost(metric):>8}  {metric.allocation:<17}{power:<10}{units:<24}{metric.source}"
+        )
         lines.append(f"    {metric.about}")
     return "\n".join(
         [
@@ -25,6 +29,7 @@ def metrics_table(metrics: Iterable[Metric]) -> str:
             f"passes       over the calibration text (initial.windows), of a model of {_LAYERS} layers; g: with "
             "gradients, which cost three more",
             "allocation   how many units each layer keeps, unless initial.allocation says otherwise",
+            "per cost     whether scores are divided by a unit's parameters, unless initial.cost_power says otherwise",
         ]
     )
 

@@ -15,7 +15,15 @@ from bernprune.policy.allocation import search_shares, shares_by_importance, sha
 from bernprune.policy.bernoulli import graded, reordered
 from bernprune.policy.selection import select
 from bernprune.run.folder import check_writable
-from bernprune.run.initial import SEARCH_EVERY, allocation_of, evolution_of, options_of, scope_of, start_probs
+from bernprune.run.initial import (
+    SEARCH_EVERY,
+    allocation_of,
+    evolution_of,
+    options_of,
+    scope_of,
+    score_names,
+    start_probs,
+)
 from bernprune.run.stage import Stage, set_stage
 from bernprune.scores import holds_scores, initial_scores, metric_named, write_scores
 from bernprune.scores.base import Context
@@ -52,20 +60,23 @@ class Start:
         scores_US: of each unit by each metric, float64.
         shares_G: of its units, what each group keeps at first where scores of layers are not compared.
         probs_U: where the policy starts, not yet on the budget.
+        notes: figures that each metric left along with its scores, such as how sure they are.
     """
 
     scores_US: torch.Tensor
     shares_G: torch.Tensor
     probs_U: torch.Tensor
+    notes: dict[str, dict[str, float]]
 
 
 def take_start(stage: Stage) -> Start:
     """Score the units, and start the policy from that."""
-    config, initial = stage.config, stage.config.initial
-    scores_US = torch.stack([scores_of(stage, name) for name in (initial.score, *initial.also)], dim=1)
+    config = stage.config
+    notes: dict[str, dict[str, float]] = {name: {} for name in score_names(config)}
+    scores_US = torch.stack([scores_of(stage, name, notes[name]) for name in score_names(config)], dim=1)
     shares_G = group_shares(stage, scores_US[:, 0])
     probs_U = start_probs(config, stage.view.space, scores_US[:, 0], shares_G)
-    return Start(scores_US, shares_G, probs_U)
+    return Start(scores_US, shares_G, probs_U, notes)
 
 
 @dataclass(frozen=True)

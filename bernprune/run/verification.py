@@ -47,7 +47,8 @@ def save_and_verify(
     with _full_precision():
         logits = model(input_ids=tokens_BT.to(model.device)).logits.cpu()
     if not logits.isfinite().all():
-        raise LossError(f"the pruned model's outputs are not finite{advice_on(model.dtype)}")
+        first = first_not_finite(model, tokens_BT.to(model.device))
+        raise LossError(f"the pruned model's outputs are not finite{first}{advice_on(model.dtype)}")
     tolerance, device = TOLERANCE[model.dtype] * logits.abs().max().item(), model.device
     with written_whole(target) as folder:
         write_pruned(model, tokenizer, folder, plan=plan)

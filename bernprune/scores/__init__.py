@@ -18,12 +18,12 @@ import torch
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError
 from bernprune.models.view import ModelView
-from bernprune.names import place_of
+from bernprune.names import place_of, unknown
 from bernprune.scores.base import Context, Metric, Options, run_metric
 from bernprune.scores.block_influence import BLOCK_INFLUENCE
 from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
 from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
-from bernprune.scores.files import holds_scores, metric_of_file, read_scores, write_scores
+from bernprune.scores.files import SUFFIX, holds_scores, metric_of_file, read_scores, write_scores
 from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
 from bernprune.scores.fusion import FUSED, RANK_AVERAGE
 from bernprune.scores.goa import GOA, GOA_MOMENT
@@ -90,15 +90,20 @@ def metric_named(name: str) -> Metric:
     """One of ``SCORES``, one of one's own as ``path/to/file.py:name``, or that which a file of scores is.
 
     Raises:
-        ConfigError: a place at which there is no metric, or no such file.
+        ConfigError: a name that is unknown, a place at which there is no metric, or no such file.
     """
     if name in SCORES:
         return SCORES[name]
     if place := place_of(name):
         return own_metric(*place)
-    if not Path(name).is_file():
+    path = Path(name)
+    if path.is_file():
+        return metric_of_file(path)
+    if path.is_dir():
+        raise ConfigError(f"score {name} is a folder; give a file of scores")
+    if path.suffix == SUFFIX:
         raise ConfigError(f"score file {name} does not exist")
-    return metric_of_file(Path(name))
+    raise ConfigError(unknown("score", name, SCORES))
 
 
 def initial_scores(
@@ -122,14 +127,13 @@ def initial_scores(
         notes: takes the figures that a metric leaves along with its scores.
 
     Raises:
-        ConfigError: no text, too little of it, a model that is under masks, a score that is not a function, or one that
-            cannot rank these units.
+        ConfigError: windows that the model cannot read, too few of them, a model that is under masks, a score that is
+            not a function, or one that cannot rank these units.
         ModelError: activations, or scores, that are not finite.
     """
     if not callable(score) and not isinstance(score, Metric):
         raise ConfigError(f"a score must be a function, or such as SCORES['wanda-sp'], but is {score!r}")
-    if windows_WT.ndim != 2 or not windows_WT.numel():
-        raise ConfigError(f"calibration windows must be [W, T] of a token or more, but are {list(windows_WT.shape)}")
+    view.check_windows(windows_WT)
     return run_metric(
         of_ones_own(score),
         view,

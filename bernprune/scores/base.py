@@ -43,6 +43,14 @@ class Options:
     cost_power: float | None = None
     members: tuple["Metric", ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(f"the share of units to suppose removed must be 0 or more, and below 1: {self.sparsity}")
+        if self.pairs < 1:
+            raise ConfigError(f"at least one difference must be taken of each window, but pairs is {self.pairs}")
+        if self.step is not None and not self.step > 0:
+            raise ConfigError(f"the step of differences must be above 0, but is {self.step}")
+
 
 @dataclass(frozen=True)
 class Context:
