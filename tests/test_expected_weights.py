@@ -29,6 +29,7 @@ from bernprune.models.view import describe
 from bernprune.names import Kind
 from bernprune.policy.rounds import Telling
 from bernprune.repair import ExpectedWeights, Repairer, expected
+from bernprune.repair.closed import factor
 from bernprune.repair.expected import expected_fit
 from bernprune.run import loop, workload
 from bernprune.run.plans import read_plan
@@ -168,6 +169,17 @@ def test_what_is_not_finite_is_named() -> None:
     model.model.layers[2].mlp.up_proj.weight.data[0] = math.inf
     with pytest.raises(ModelError, match="activations of layer 2 are not finite"):
         ExpectedWeights(describe(model), WINDOWS_WT, rows_per_forward=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("kv_group", "the attention output projection"), ("channel", "the down projection")]
+)
+def test_what_cannot_be_solved_is_named(kind: Kind, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    view = describe(tiny_model("llama"), (kind,))
+    weights = ExpectedWeights(view, WINDOWS_WT, rows_per_forward=5)
+    monkeypatch.setattr(expected, "factor", lambda gram_EE: factor(torch.full_like(gram_EE, math.nan)))
+    with pytest.raises(ModelError, match=f"^{said} of layer 0 cannot be fitted: the Gram matrix of .* is singular"):
+        weights.fit(torch.full((view.space.size,), 0.5))
 
 
 # In a run

@@ -29,7 +29,7 @@ from bernprune.repair.weights import Weights, put
 logger = logging.getLogger(__name__)
 
 RIDGE = 0.01  # of the mean square of an input
-_LAST: tuple[tuple[Kind, str], ...] = (("kv_group", "attention output"), ("channel", "down"))  # projections out of them
+_OUT: dict[Kind, str] = {"kv_group": "attention output", "channel": "down"}  # projections out of units
 
 
 def expected_fit(weight_DE: torch.Tensor, gram_EE: torch.Tensor, probs_N: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -124,7 +124,7 @@ def _places(view: ModelView, windows_WT: torch.Tensor, rows_per_forward: int) ->
     for index, layer in enumerate(followed(view.layers, "weights for the policy", unit="layer")):
         found = [
             (f"the {name} projection of layer {index}", projection, units, Gram(projection))
-            for projection, (kind, name) in zip((layer.output, layer.down), _LAST, strict=True)
+            for projection, (kind, name) in zip((layer.output, layer.down), _OUT.items(), strict=True)
             if (units := view.space.span(kind, index)) is not None
         ]
         with _counted_by_stream(layer.layer, {projection: gram for _, projection, _, gram in found}):
