@@ -5,6 +5,10 @@ For every row (q, k, v, gate, up) or column (o, down) that belongs to a unit, ``
 sum of w g, ``element`` the sum of the absolute values, and ``second`` the sum of |w g - 1/2 w^2 F|, with F the mean
 over windows of their squared gradients; a unit has the total. Biases are left out, as released.
 
+The authors remove the same share of each layer but the first and last ones, which they spare; ``initial.allocation:
+uniform`` does so but for the sparing. As these are estimates of one loss, here all units compete by default, each by
+its estimate a parameter.
+
 Letters: O, I rows and columns of a weight, N units of a group, U units.
 """
 
