@@ -14,7 +14,11 @@ from torch.utils.checkpoint import checkpoint
 from bernprune.evaluation.latency import latency
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models import products
+from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.products import plain_products, quick_products
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import describe
+from bernprune.run.verification import save_and_verify
 
 RANDOM = torch.Generator().manual_seed(0)
 LEFT_RI, RIGHT_IO, BIAS_O = (torch.randn(*shape, generator=RANDOM) for shape in ((5, 33), (33, 7), (7,)))
@@ -73,6 +77,22 @@ def test_so_are_those_of_gradients(name: str, dtype: torch.dtype) -> None:
     assert all(one.dtype == dtype and one.equal(other) for one, other in zip(*found, strict=True))
     for grad, exact in zip(found[0], gradients(*(factor.float() for factor in short), again=False), strict=True):
         assert_close(grad, exact, CHAIN[dtype])
+
+
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_attention_keeps_what_it_goes_back_with_in_float32(dtype: torch.dtype) -> None:
+    """The logarithms of its sums; and its gradients are those of float32, rounded."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    short = [factor.to(dtype) for factor in (Q, K, V)]
+    long = [factor.float() for factor in short]
+    with quick_products(CPU, *FORMATS):
+        out, logs = forward(*short)
+        found = backward(out, *short, out, logs, 0.0, False)
+    assert logs.dtype == torch.float32 and logs.equal(forward(*long)[1])
+    exact = backward(out.float(), *long, out.float(), logs, 0.0, False)
+    assert all(one.equal(other.to(dtype)) for one, other in zip(found, exact, strict=True))
 
 
 @pytest.mark.usefixtures("without")
@@ -173,10 +193,21 @@ def test_a_model_has_the_loss_that_it_has_elsewhere(counted: list[torch.dtype]) 
 
 
 @pytest.mark.usefixtures("without")
-def test_a_run_is_quick_and_what_it_saves_is_verified_as_it_is(counted: list[torch.dtype], place: Place) -> None:
+def test_what_is_saved_is_verified_as_it_is(counted: list[torch.dtype], place: Place) -> None:
+    model = load_model(str(place.model), dtype="bfloat16")
+    space = describe(model).space
+    plan = space.plan(torch.ones(space.size, dtype=torch.bool))
+    sliced, tokenizer = slice_model(model, plan), load_tokenizer(str(place.model))
+    with quick_products(CPU, *FORMATS):
+        save_and_verify(sliced, tokenizer, place.folder / "saved", plan, random_tokens(2, 11))
+    assert counted == []
+
+
+@pytest.mark.usefixtures("without")
+def test_a_run_is_quick_and_so_is_the_rest(counted: list[torch.dtype], place: Place) -> None:
     """From the first score to the last evaluation, and so are other commands; the clean process knows nothing of it."""
     succeed(*place.prune("model.dtype=bfloat16", "repair.method=ridge", "repair.windows=16"))
-    assert read_json(place.out / "report.json")["verified"]["max_logit_difference"] == 0
+    assert counted and read_json(place.out / "report.json")["verified"]["max_logit_difference"] == 0
     own = ("--text", str(place.text), "--set", "data.window=16", "--set", "model.dtype=bfloat16")
     applied, recovered = place.folder / "applied", place.folder / "recovered"
     for command in (

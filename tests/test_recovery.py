@@ -261,6 +261,16 @@ def test_training_may_stop_and_go_on(stop: int, before_the_cut: bool, tmp_path: 
     assert before_the_cut == (records != run(pupil().training))
 
 
+def test_losses_are_in_order_in_training_that_goes_on(tmp_path: Path) -> None:
+    """Of ten steps and more, which files may hold in the order of their letters."""
+    first, losses = pupil().training, {step: 3.0 - step / 10 for step in range(12)}
+    first.held_out = dict(losses)
+    write_state(tmp_path / "state.safetensors", first.state_dict())
+    second = pupil().training
+    second.load_state_dict(read_state(tmp_path / "state.safetensors"))
+    assert list(second.held_out.items()) == list(losses.items())
+
+
 def test_recomputing_drops_nothing_out() -> None:
     """Of a model that would while it is trained."""
     losses = []

@@ -25,7 +25,6 @@ _PRODUCTS = {
     # what is made of these unless gradients are taken
     _ATEN.linear.default,
     _ATEN.matmul.default,
-    _ATEN.einsum.default,
     _ATEN.scaled_dot_product_attention.default,
 }
 
@@ -84,8 +83,7 @@ class _InFloat32(TorchDispatchMode):  # which holds in back-propagation and what
 
     def _format(self, args: Any) -> torch.dtype | None:
         """The number format of factors that are slow; None for others, and where a class of tensors has its own way."""
-        tensors = [value for arg in args for value in (arg if isinstance(arg, list) else [arg])]
-        tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
         if not tensors or any(type(value) not in (torch.Tensor, nn.Parameter) for value in tensors):
             return None
         first = tensors[0]
@@ -93,6 +91,4 @@ class _InFloat32(TorchDispatchMode):  # which holds in back-propagation and what
 
 
 def _longer(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_longer(each) for each in value]
     return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value

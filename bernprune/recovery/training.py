@@ -160,7 +160,8 @@ class Training:
         ours, theirs = self._adapters.state_dict(), state["adapters"]
         if {name: value.shape for name, value in ours.items()} != {n: value.shape for n, value in theirs.items()}:
             raise RunError("the checkpoint was written for other adapters")
-        self.steps, self.held_out = state["steps"], {int(step): loss for step, loss in state["held_out"].items()}
+        self.steps = state["steps"]
+        self.held_out = dict(sorted((int(step), loss) for step, loss in state["held_out"].items()))
         self._adapters.load_state_dict(theirs)
         self._best, self._stopped = state["best"], state.get("stopped")
         groups = self._optimizer.state_dict()["param_groups"]

@@ -243,7 +243,7 @@ def _report(source: Source, prepared: Prepared, seconds: float) -> dict[str, Any
         "ranks": prepared.ranks,
         "distill": settings.distill,
         "masks": settings.masks,
-        "held_out": {str(step): loss for step, loss in sorted(training.held_out.items())},
+        "held_out": {str(step): loss for step, loss in training.held_out.items()},
         "protocol": source.protocol.to_dict(),
         "machine": machine(find_device(source.config.model.device)),
     }
