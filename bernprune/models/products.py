@@ -19,7 +19,6 @@ _PRODUCTS = {
     _ATEN.mm.default,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
-    _ATEN.baddbmm.default,
     _ATTENTION.default,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward.default,
     # what is made of these unless gradients are taken
