@@ -92,15 +92,15 @@ def _rounded(cost: float) -> float:
     return 2.0 ** round(math.log2(cost)) if cost >= 1 else 1.0
 
 
-def timed(run: Callable[[int], object], most: int, enough: float) -> list[float]:
-    """Seconds of ``most`` runs, or of fewer that took ``enough`` together, after one that warms up; each is told its
-    number."""
+def timed(run: Callable[[int], object], most: int, enough: float, *, warmup: int = 1, least: int = 1) -> list[float]:
+    """Seconds of ``most`` runs, or of ``least`` or more that took ``enough`` together, after some that warm up; each
+    is told its number."""
     times = list[float]()
-    while len(times) <= most and sum(times[1:]) < enough:
+    while len(times) < warmup + most and (len(times) < warmup + least or sum(times[warmup:]) < enough):
         started = time.perf_counter()
         run(len(times))
         times.append(time.perf_counter() - started)
-    return times[1:]
+    return times[warmup:]
 
 
 @torch.inference_mode()

@@ -1,5 +1,8 @@
 """One family of errors for what a user can put right. Everything else is our own fault and keeps its traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BernpruneError(Exception):
     """Something the caller can mend; the message says what was wrong, what was given and what is allowed."""
@@ -31,3 +34,12 @@ class RunError(BernpruneError):
 
 class LossError(BernpruneError):
     """A loss that is not finite."""
+
+
+@contextmanager
+def naming(what: str, kind: type[BernpruneError]) -> Iterator[None]:
+    """Say in errors of a kind, for the length of the block, what they are about."""
+    try:
+        yield
+    except kind as error:
+        raise kind(f"{what}: {error}") from None

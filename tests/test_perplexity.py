@@ -1,7 +1,9 @@
 """Perplexity is the exponential of the mean loss of all predicted tokens, with a protocol that says which; latency."""
 
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
 from tolerances import EXACT, LOGITS, assert_close
 
+from bernprune import costs
 from bernprune.backends import load_backend
 from bernprune.data import fingerprint
 from bernprune.errors import BernpruneError, DataError, LossError, ModelError
@@ -215,9 +218,32 @@ def test_latency_states_what_was_timed() -> None:
     assert set(found.to_dict()) == {"median_ms", "low_ms", "high_ms", "rows", "window", "repeats", "machine"}
 
 
+def clocked(monkeypatch: pytest.MonkeyPatch, milliseconds: Sequence[float]) -> Any:
+    """A model of which passes take these times, by the clock that measures them."""
+    model, ends = tiny_model("llama", torch.float32), itertools.accumulate(milliseconds)
+    now = 0.0
+
+    def passed(*_: Any) -> None:
+        nonlocal now
+        now = next(ends) / 1e3
+
+    model.register_forward_hook(passed)
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: now))
+    return model
+
+
 def test_latency_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Medians and percentiles are those of the timed passes alone."""
-    times = iter([900.0, 800.0, *map(float, range(1, 12))])
-    monkeypatch.setattr("bernprune.evaluation.latency._one_pass", lambda *_: next(times))
-    found = latency(tiny_model("llama", torch.float32), random_tokens(1, 3), repeats=11, warmup=2)
+    model = clocked(monkeypatch, [900.0, 800.0, *map(float, range(1, 12))])
+    found = latency(model, random_tokens(1, 3), repeats=11, warmup=2)
     assert (found.low_ms, found.median_ms, found.high_ms) == (2.4, 6.0, 9.6)
+
+
+@pytest.mark.parametrize(("seconds", "repeats"), [(0.1, 9), (2.1, 9), (3.0, 7), (9.0, 3), (50.0, 2)])
+def test_a_model_that_takes_long_is_timed_less_often(
+    seconds: float, repeats: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until that took twenty seconds, and twice at least; it is said how often."""
+    model = clocked(monkeypatch, [1e3 * seconds] * 11)
+    found = latency(model, random_tokens(1, 3), repeats=9, warmup=2)
+    assert (found.repeats, found.median_ms) == (repeats, 1e3 * seconds)

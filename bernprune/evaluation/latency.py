@@ -2,15 +2,15 @@
 
 import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from bernprune.costs import timed
 from bernprune.models.products import plain_products
 
-_ENOUGH = 20e3  # milliseconds
+_ENOUGH = 20.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,14 @@ def latency(model: Any, tokens_RT: torch.Tensor, *, repeats: int = 20, warmup: i
     """
     device = model.device
     tokens_RT = tokens_RT.to(device)
-    times: list[float] = []
+
+    def run(_: int) -> None:
+        model(input_ids=tokens_RT, use_cache=False, logits_to_keep=1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     with plain_products():
-        while len(times) < warmup + repeats and (len(times) < warmup + 2 or sum(times) < _ENOUGH):
-            times.append(_one_pass(model, tokens_RT, device))
-    times = times[warmup:]
+        times = [1e3 * seconds for seconds in timed(run, repeats, _ENOUGH, warmup=warmup, least=2)]
     tenths = statistics.quantiles(times, n=10)
     return Latency(
         median_ms=round(statistics.median(times), 3),
@@ -59,13 +62,3 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _one_pass(model: Any, tokens_RT: torch.Tensor, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    model(input_ids=tokens_RT, use_cache=False, logits_to_keep=1)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - started)

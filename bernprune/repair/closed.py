@@ -6,8 +6,6 @@ and C are E[xx'] and E[tx'] about the means if there may be a bias, and about 0 
 Letters: A inputs of a projection, D its outputs, U units of A / U adjacent inputs each.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -110,15 +108,6 @@ def _solved(gram_AA: torch.Tensor, wanted_AD: torch.Tensor, ridge: float) -> tor
         return torch.zeros_like(wanted_AD)
     gram_AA.diagonal().add_(ridge * mean)
     return torch.cholesky_solve(wanted_AD, factor(gram_AA))
-
-
-@contextmanager
-def naming(projection: str) -> Iterator[None]:
-    """Say of which projection nothing can be solved within the block."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{projection} cannot be fitted: {error}") from None
 
 
 def factor(gram_AA: torch.Tensor) -> torch.Tensor:

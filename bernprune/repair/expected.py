@@ -16,14 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bernprune.errors import ModelError
+from bernprune.errors import ModelError, naming
 from bernprune.models.hooks import hooked
 from bernprune.models.statistics import Gram, weights_by_stream
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.names import Kind
 from bernprune.progress import followed
-from bernprune.repair.closed import factor, naming
+from bernprune.repair.closed import factor
 from bernprune.repair.weights import Weights, put
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ class ExpectedWeights:
         device = torch.device("cpu") if self._on_cpu else place.projection.weight.device
         try:
             gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
-            with naming(place.name):
+            with naming(f"{place.name} cannot be fitted", ModelError):
                 return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
         except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
             if self._on_cpu:

@@ -14,7 +14,7 @@ from bernprune.config import RunConfig
 from bernprune.costs import Costs, measure
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import DataError
+from bernprune.errors import DataError, naming
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
 from bernprune.losses import TokenLoss
 from bernprune.models.masking import choose_ops
@@ -160,10 +160,10 @@ def set_stage(config: RunConfig) -> Stage:
     tokenizer = open_tokenizer(config)
     # Text before weights: a typing error in its name must not cost the loading of a large model.
     stream, held_out, eval_name = read_texts(config, tokenizer, model_config.vocab_size)
-    with naming(config.data.text):
+    with naming(config.data.text, DataError):
         _windows(config, stream)
         _initial_windows(config, stream)
-    with naming(eval_name):
+    with naming(eval_name, DataError):
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=config.data.eval_tokens // config.data.window
         )
@@ -172,7 +172,7 @@ def set_stage(config: RunConfig) -> Stage:
     try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
     learned, kept_back = _keep_back(config, stream, workload, view.space)
-    with naming(config.data.text):
+    with naming(config.data.text, DataError):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     check_scoring(config, view, initial_WT)
     logger.info(
@@ -205,15 +205,6 @@ def try_budget(config: RunConfig, budget: Budget, limits: Limits) -> None:
         shares_by_kind(budget.space, budget.costs_U, 1 - budget.sparsity, 1 - config.initial.kv_sparsity)
     for sparsity in (budget.sparsity, *config.plans.sparsities):
         check_budget(config, make_budget(config, budget.space, sparsity), limits)
-
-
-@contextmanager
-def naming(source: str) -> Iterator[None]:
-    """Say which of the texts is meant."""
-    try:
-        yield
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
 
 
 def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor, str]:
