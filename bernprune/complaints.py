@@ -47,7 +47,12 @@ def _nearest(key: str, keys: list[str]) -> str:
     beside = {other.rpartition(".")[2]: other for other in keys if other.rpartition(".")[0] == section}
     if alike := difflib.get_close_matches(name, beside, n=1, cutoff=0.75):
         return beside[alike[0]]
+    words = {known: known.split("_") for known in beside}
+    if short := [known for known in words if name in (*words[known], "".join(word[:1] for word in words[known]))]:
+        return beside[short[0]]  # of which the name is a word, or the initials
     same_name = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
+    if section:  # a section is no answer to what should be in one
+        keys = [other for other in keys if not any(inner.startswith(f"{other}.") for inner in keys)]
     return (same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.0))[0]
 
 

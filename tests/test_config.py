@@ -251,12 +251,17 @@ MEANT = [
     ("policy.celing", "policy.ceiling"),
     ("model.window", "data.window"),
     ("plans.sparsity", "plans.sparsities"),
+    ("recover.lr", "recover.learning_rate"),
+    ("budget.kv", "budget.also_kv_cache"),
+    ("recovr", "recover"),
+    ("recover.qqq", "recover.rows"),
 ]
 
 
 @pytest.mark.parametrize(("given", "meant"), MEANT, ids=[given for given, _ in MEANT])
 def test_the_nearest_key_is_suggested(given: str, meant: str) -> None:
-    """A slip is answered with what was probably meant, a like one of its section, or the same of another, first."""
+    """A slip is answered with what was probably meant, a like one of its section, or the same of another, first.
+    A name in short is, too; what should be in a section is not answered by one."""
     with pytest.raises(ConfigError) as caught:
         make_config(parse_settings([f"{given}=1"]))
     assert str(caught.value) == f"setting {given!r} is unknown; did you mean {meant!r}?"
