@@ -1,6 +1,7 @@
 """What tests of whole runs start from: a tiny model with a text, a copy of it to work in, and a finished run."""
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from tiny_run import Place, finish, prepare, visit
 from bernprune.costs import Planner
 
 torch.set_num_threads(1)  # there is a worker for each core
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The house rules that a parser can check: who imports what, who prints, how long things are, and that tests test."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -23,16 +24,17 @@ all_code = pytest.mark.parametrize("name", MODULES | BENCHMARKS)
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def imported(name: str) -> set[str]:
+@functools.cache
+def imported(name: str) -> frozenset[str]:
     """Dotted names of all that a module imports, also within functions; of our own packages, down to the module."""
-    found = set()
+    found = set[str]()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name}, line {node.lineno}: write imports out from the top"
             found |= {_module_of(node.module or "", alias.name) for alias in node.names}
-    return found
+    return frozenset(found)
 
 
 def _module_of(package: str, member: str) -> str:
@@ -66,11 +68,12 @@ LIBRARIES = {
 }
 
 
-def types_only(name: str) -> set[str]:
+@functools.cache
+def types_only(name: str) -> frozenset[str]:
     """What is imported under ``if TYPE_CHECKING:``."""
     blocks = [node for node in ast.walk(TREES[name]) if isinstance(node, ast.If)]
     guarded = [block for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING"]
-    return {node.module or "" for block in guarded for node in block.body if isinstance(node, ast.ImportFrom)}
+    return frozenset(node.module or "" for block in guarded for node in block.body if isinstance(node, ast.ImportFrom))
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -26,6 +26,7 @@ from benchmarks.memory import Peak
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError
 from bernprune.evaluation.latency import machine
+from bernprune.models.products import quick_products
 from bernprune.objective import masked_objective
 from bernprune.policy.bernoulli import graded
 from bernprune.repair import Repairer
@@ -138,7 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for sparsity, seed, model in itertools.product(given.sparsity, given.seed, list(at_hand(given.model))):
             task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=SEQUENCES.get(model, 10_000))
             for plan in given.plan:
-                _fill(results, version, task, {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}, given)
+                place = {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}
+                with quick_products(task.view.device, task.view.model.dtype):
+                    _fill(results, version, task, place, given)
 
 
 def _fill(results: Path, version: str, task: Task, place: Row, given: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
+from bernprune.models.products import quick_products
 from bernprune.policy.bernoulli import graded
 from bernprune.run.initial import scope_of
 from bernprune.run.scoring import group_shares, scores_of
@@ -68,11 +69,11 @@ class Bench:
     def rows(self, name: str, sparsity: float, wanted: Sequence[tuple[str, str]]) -> Iterator[Row]:
         """A row for each of the wanted inputs and allocations."""
         task = self._task(SCORES[name], sparsity)
-        found = [self._selected(task, name, sparsity, inputs, allocation) for inputs, allocation in wanted]
         dense_U = torch.ones(task.space.size, dtype=torch.bool)
-        (dense, *losses), protocol = task.report(
-            torch.stack([dense_U, *(mask_U for mask_U, _ in found)]), held_out=True
-        )
+        with quick_products(task.view.device, task.view.model.dtype):
+            found = [self._selected(task, name, sparsity, inputs, allocation) for inputs, allocation in wanted]
+            masks_KU = torch.stack([dense_U, *(mask_U for mask_U, _ in found)])
+            (dense, *losses), protocol = task.report(masks_KU, held_out=True)
         for (inputs, allocation), (mask_U, (_, seconds, mib)), loss in zip(wanted, found, losses, strict=True):
             yield {
                 "model": self._model,

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.speed import models
 from bernprune.backends import keep_freed_memory
 from bernprune.models.loading import load_model
+from bernprune.models.products import quick_products
 from bernprune.models.shortening import shorten
 from bernprune.models.view import ModelView, describe
 from bernprune.objective import masked_objective
@@ -44,7 +45,7 @@ def measure(view: ModelView) -> tuple[list[float], torch.Tensor]:
     """Seconds of each step after one that warms up, and the losses of masks."""
     tokens_BT, masks_BKCU = models.text(view, 8, 128), models.masks(view, KEPT, (8, 8, 4))
     times: list[float] = []
-    with masked_objective(view) as objective:
+    with quick_products(view.device, view.model.dtype), masked_objective(view) as objective:
         for _ in range(1 + REPEATS):
             started = time.process_time()
             objective.token_shares(masks_BKCU, tokens_BT)
