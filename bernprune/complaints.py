@@ -28,7 +28,9 @@ def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
     told = (each.replace(" after validation", "") for each in (message, *same))
     messages = dict.fromkeys(each[0].lower() + each[1:] for each in told)
     guess = meant(str(given), re.findall("'(.*?)'", message)) if problem["type"] == "literal_error" else ""
-    return f"setting {key!r}: {' or '.join(messages)}, but got {given!r}{guess}"
+    said = isinstance(given, str) and repr(given) in message  # which of several names is wrong, for one
+    got = "" if said else f", but got {given!r}"
+    return f"setting {key!r}: {' or '.join(messages)}{got}{guess}"
 
 
 def _key(problem: Any, keys: list[str]) -> str:

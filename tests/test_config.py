@@ -267,6 +267,17 @@ def test_the_nearest_key_is_suggested(given: str, meant: str) -> None:
     assert str(caught.value) == f"setting {given!r} is unknown; did you mean {meant!r}?"
 
 
+@pytest.mark.parametrize(
+    ("given", "ending"),
+    [("initial.score=flapp", " as FILE.py:NAME"), ("initial.also=[flapp]", ", but got ['flapp']")],
+)
+def test_a_value_is_said_once(given: str, ending: str) -> None:
+    """Where the message names it already; of several, it says which."""
+    with pytest.raises(ConfigError, match=r"score 'flapp' is unknown; did you mean 'flap'\? known are ") as caught:
+        make_config(parse_settings([given]))
+    assert str(caught.value).endswith(ending)
+
+
 NUMBERS = [key for key, field in fields(RunConfig).items() if field.annotation in (int, float)]
 
 
