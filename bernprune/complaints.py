@@ -28,7 +28,7 @@ def sentence(error: ValidationError, settings: type[BaseModel]) -> str:
     told = (each.replace(" after validation", "") for each in (message, *same))
     messages = dict.fromkeys(each[0].lower() + each[1:] for each in told)
     guess = meant(str(given), re.findall("'(.*?)'", message)) if problem["type"] == "literal_error" else ""
-    said = isinstance(given, str) and repr(given) in message  # which of several names is wrong, for one
+    said = isinstance(given, str) and repr(given) in message  # as where a name is unknown
     got = "" if said else f", but got {given!r}"
     return f"setting {key!r}: {' or '.join(messages)}{got}{guess}"
 

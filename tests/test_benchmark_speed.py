@@ -107,8 +107,7 @@ def test_rows_are_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsy
     """One for each provider, checked against float64 before it was timed; what is wrong is not timed."""
     small = ["--model", "llama-25m", "--layers", "1", "--density", "0.5", "--tokens", "512", "--per", "batch"]
     rest = ["--dtype", "float32", "--seconds", "0", "--threads", "2", "--folder", str(tmp_path)]
-    arguments = ["run.py", *small, *rest]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", ["run.py", *small, *rest])
     freed: list[bool] = []
     monkeypatch.setattr(run, "keep_freed_memory", lambda: freed.append(True))
     monkeypatch.setattr(providers, "measure", lambda *_: Costs())

@@ -1,16 +1,23 @@
 """Products in 16 bits on a processor without instructions for them: quick, and no less exact."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmark_tasks import source_of
 from tiny_models import random_tokens, tiny_model
 from tiny_run import Place, read_json, succeed
 from tolerances import CHAIN, LOGITS, assert_close
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.learning import run as learning
+from benchmarks.learning.task import SOURCES
+from benchmarks.repair import run as repair
+from benchmarks.scores import run as scores
 from bernprune.evaluation.latency import latency
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models import products
@@ -19,6 +26,7 @@ from bernprune.models.products import plain_products, quick_products
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import describe
 from bernprune.run.verification import save_and_verify
+from bernprune.settings import merge
 
 RANDOM = torch.Generator().manual_seed(0)
 LEFT_RI, RIGHT_IO, BIAS_O = (torch.randn(*shape, generator=RANDOM) for shape in ((5, 33), (33, 7), (7,)))
@@ -203,6 +211,28 @@ def test_what_is_saved_is_verified_as_it_is(counted: list[torch.dtype], place: P
     with quick_products(CPU, *FORMATS):
         save_and_verify(sliced, tokenizer, place.folder / "saved", plan, random_tokens(2, 11))
     assert counted == []
+
+
+@pytest.mark.usefixtures("without")
+@pytest.mark.parametrize(
+    ("benchmark", "part"),
+    [
+        (learning, ["--method=wanda-sp", "--sequences=500"]),
+        (scores, ["--score=magnitude"]),
+        (repair, ["--plan=wanda-sp", "--repair=bias"]),
+    ],
+    ids=["learning", "scores", "repair"],
+)
+def test_benchmarks_that_run_masks_without_a_run_are_quick(
+    benchmark: ModuleType, part: list[str], counted: list[torch.dtype], place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(place)
+    short = replace(source, config=merge(source.config, {"model": {"dtype": "bfloat16"}}))
+    monkeypatch.setitem(SOURCES, "tiny", short)
+    for name, fewer in (("WINDOWS", 20), ("JUDGING", 6)):
+        monkeypatch.setattr(repair, name, fewer)
+    benchmark.main(["--model=tiny", "--sparsity=0.3", "--seed=0", *part, f"--folder={place.folder}"])
+    assert counted and (place.folder / "results.jsonl").read_text().count("\n") >= 1
 
 
 @pytest.mark.usefixtures("without")

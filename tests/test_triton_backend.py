@@ -313,7 +313,7 @@ def test_costs_are_measured_in_passes_that_a_run_may_have(
     costs.measure(view, ops, 5, rows)
     assert max(passes) == min(4, max(2, rows)) and min(passes) < max(passes)
     for kind in view.space.finest:
-        assert 0.2 < view.space.alive(listed[-1])[:, view.space.of_kind(kind)].float().mean() < 0.8
+        assert 0.35 < view.space.alive(listed[-1])[:, view.space.of_kind(kind)].float().mean() < 0.65
 
 
 @pytest.mark.parametrize(("seconds", "each"), [(1e9, 6), (1e-9, 2)])

@@ -40,7 +40,8 @@ def losses_of(model: str, sparsity: float, methods: Sequence[str], scratch: Path
     losses = defaultdict(list)
     for seed in SEEDS:
         task = Task(SOURCES[model], scratch, sparsity=sparsity, seed=seed, limit=SEQUENCES[model])
-        scores_U = task.scores("wanda-sp")
+        with task.as_in_a_run():
+            scores_U = task.scores("wanda-sp")
         for method in methods:
             mask_U = learned_mask(
                 HERE / "results.jsonl",
@@ -53,7 +54,9 @@ def losses_of(model: str, sparsity: float, methods: Sequence[str], scratch: Path
             )
             kept_KU = [reordered(task.space, mask_U.double(), scores_U, kinds) for kinds in PARTS.values()]
             masks_KU = torch.stack(kept_KU) > 0.5
-            for part, loss in zip(PARTS, task.report(masks_KU, held_out=False)[0], strict=True):
+            with task.as_in_a_run():
+                found, _ = task.report(masks_KU, held_out=False)
+            for part, loss in zip(PARTS, found, strict=True):
                 losses[method, part].append(loss)
     return losses
 

@@ -25,7 +25,6 @@ from benchmarks.learning.task import SOURCES, OverBudget, Settings, Task, at_han
 from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
-from bernprune.models.products import quick_products
 
 HERE = Path(__file__).parent
 SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.2, 0.3, 0.5]
@@ -102,7 +101,7 @@ class Bench:
         limit, seed = key["sequences"], key["seed"]
         task = Task(SOURCES[key["model"]], self._scratch, sparsity=key["sparsity"], seed=seed, limit=limit)
         started = time.monotonic()
-        with quick_products(task.view.device, task.view.model.dtype):
+        with task.as_in_a_run():
             mask_U = METHODS[key["method"]].run(task, key["settings"])
             seconds = time.monotonic() - started
             masks_KU = torch.stack([torch.ones_like(mask_U), task.uniform_mask(), mask_U])

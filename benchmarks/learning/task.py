@@ -10,6 +10,7 @@ Letters: K masks, U units, B windows, T tokens.
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from bernprune.errors import BernpruneError
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol
 from bernprune.losses import token_losses
 from bernprune.models.loading import load_config, load_tokenizer
+from bernprune.models.products import quick_products
 from bernprune.names import Scope
 from bernprune.objective import masked_objective
 from bernprune.policy.bernoulli import graded
@@ -143,6 +145,10 @@ class Task:
         # Of each kind in each layer, the indices of its units.
         self.groups = torch.arange(self.space.size).split([group.count for group in self.space.groups])
         self._read = 0
+
+    def as_in_a_run(self) -> AbstractContextManager[None]:
+        """For the length of the block, products are taken as a run would take them."""
+        return quick_products(self.view.device, self.view.model.dtype)
 
     # What a method may use, and pays for
 

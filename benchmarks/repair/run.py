@@ -26,7 +26,6 @@ from benchmarks.memory import Peak
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError
 from bernprune.evaluation.latency import machine
-from bernprune.models.products import quick_products
 from bernprune.objective import masked_objective
 from bernprune.policy.bernoulli import graded
 from bernprune.repair import Repairer
@@ -140,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = Task(SOURCES[model], Path(scratch), sparsity=sparsity, seed=seed, limit=SEQUENCES.get(model, 10_000))
             for plan in given.plan:
                 place = {"model": model, "plan": plan, "sparsity": sparsity, "seed": seed}
-                with quick_products(task.view.device, task.view.model.dtype):
+                with task.as_in_a_run():
                     _fill(results, version, task, place, given)
 
 

@@ -25,7 +25,6 @@ from bernprune.config import make_config
 from bernprune.errors import BernpruneError, ModelError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import perplexity
-from bernprune.models.products import quick_products
 from bernprune.policy.bernoulli import graded
 from bernprune.run.initial import scope_of
 from bernprune.run.scoring import group_shares, scores_of
@@ -70,7 +69,7 @@ class Bench:
         """A row for each of the wanted inputs and allocations."""
         task = self._task(SCORES[name], sparsity)
         dense_U = torch.ones(task.space.size, dtype=torch.bool)
-        with quick_products(task.view.device, task.view.model.dtype):
+        with task.as_in_a_run():
             found = [self._selected(task, name, sparsity, inputs, allocation) for inputs, allocation in wanted]
             masks_KU = torch.stack([dense_U, *(mask_U for mask_U, _ in found)])
             (dense, *losses), protocol = task.report(masks_KU, held_out=True)

@@ -19,6 +19,7 @@ from benchmarks.smollm2 import run
 from bernprune.config import make_config
 from bernprune.errors import BernpruneError
 from bernprune.evaluation.latency import machine
+from bernprune.models.products import quick_products
 from bernprune.objective import masked_objective
 from bernprune.repair import Repairer
 from bernprune.run.stage import Stage, set_stage
@@ -101,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     had = {row["windows"] for row in read_rows(results, KEY) if row["sequences"] == given.sequences}
     if missing := sorted({*given.windows} - had):
         stage = set_stage(make_config(run.settings({**runs[0], "sequences": 0})))
-        for row in rows(stage, given.sequences, plan_of(stage, runs[0]["layers"]), missing):
-            append_row(results, row)
+        with quick_products(stage.view.device, stage.view.model.dtype):
+            for row in rows(stage, given.sequences, plan_of(stage, runs[0]["layers"]), missing):
+                append_row(results, row)
     write_bytes(given.folder / "windows.md", table(read_rows(results, KEY)).encode())
 
 
