@@ -40,7 +40,7 @@ class PackedMasks:
     def of(cls, masks_MN: torch.Tensor) -> "PackedMasks":
         """From masks of any dtype, on their device; what is not zero is kept."""
         count, size = masks_MN.shape
-        bits = masks_MN.new_zeros(count, -(-size // BITS) * BITS, dtype=torch.uint8)
+        bits = masks_MN.new_zeros(count, max(1, -(-size // BITS)) * BITS, dtype=torch.uint8)
         bits[:, :size] = masks_MN.bool()
         packed = bits.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56)
         return cls(packed.to(torch.uint8).view(torch.int32), size)

@@ -11,7 +11,7 @@ import triton
 def precision(x: torch.Tensor) -> str:
     """Precision of products: float32 ones are not rounded to fewer bits, unless torch was told that they may be."""
     if x.dtype != torch.float32:
-        return "tf32"
+        return "ieee"  # it means nothing for those, but not every compiler takes another
     try:
         rounded = torch.get_float32_matmul_precision() != "highest"
     except RuntimeError:  # it was set for each kind of device by itself
@@ -24,6 +24,9 @@ def block_of(size: int, most: int) -> int:
     return max(16, min(most, triton.next_power_of_2(size)))
 
 
+_READING_SHARED = (9, 10, 11)  # generations of cards
+
+
 @dataclass(frozen=True)
 class Card:
     """What a launch must know of a GPU.
@@ -31,7 +34,7 @@ class Card:
     Attributes:
         shared: bytes of shared memory that a block of threads may have.
         idle_stages: of a loop's stages, how many have no buffer: one, but for products that read shared memory
-            themselves (Hopper).
+            themselves (Hopper, and Blackwell in data centres).
     """
 
     shared: int
@@ -51,7 +54,12 @@ def card_of(device: torch.device) -> Card:
         return Card(2**20)
     index = torch.cuda.current_device() if device.index is None else device.index
     shared = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
-    return Card(int(shared), int(torch.cuda.get_device_capability(device)[0] != 9))
+    return Card(int(shared), idle_stages(torch.cuda.get_device_capability(device)[0]))
+
+
+def idle_stages(generation: int) -> int:
+    """Those of a card by its compute capability."""
+    return int(generation not in _READING_SHARED)
 
 
 @dataclass(frozen=True)

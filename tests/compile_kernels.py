@@ -19,7 +19,8 @@ from triton.runtime import driver
 from bernprune.kernels import attention, draw, linear, losses, mlp, rotary, sums, tiles
 from bernprune.policy.masks import Design
 
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block of threads may have, by capability
+# Bytes that a block of threads may have, by capability.
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 CPU = torch.device("cpu")
 
 
@@ -42,12 +43,13 @@ class Absent:
 def compile_all(capability: int) -> None:
     """Call all operations, with every kernel's launch replaced."""
     driver.set_active(Absent(capability))
-    tiles.card_of = attention.card_of = lambda device: tiles.Card(SHARED[capability], int(capability != 90))
+    card = tiles.Card(SHARED[capability], tiles.idle_stages(capability // 10))
+    tiles.card_of = attention.card_of = lambda device: card
     launch = triton.JITFunction.run
 
     def compiled(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         found = launch(kernel, *args, grid=grid, warmup=True, **options)
-        matrix_units = any(name in found.asm["ptx"] for name in ("wgmma", "mma.sync"))
+        matrix_units = any(name in found.asm["ptx"] for name in ("tcgen05.mma", "wgmma", "mma.sync"))
         report = {
             "kernel": kernel.__name__,
             "shared": found.metadata.shared,

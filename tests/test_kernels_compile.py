@@ -18,7 +18,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90], ids=["A100", "RTX", "H100"])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100], ids=["A100", "RTX", "H100", "B200"])
 def test_every_kernel_compiles(capability: int) -> None:
     """In a process that does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

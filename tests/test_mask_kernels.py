@@ -47,6 +47,7 @@ def drawn(design: Design, device: torch.device, *, step: int = 7) -> tuple[torch
 def test_bits_and_lists_hold_masks(make: Callable, units: int, device: torch.device) -> None:
     """Of all units and of some, whatever lies beside them."""
     masks_MU = make(3, units).to(device)
+    assert (len(PackedMasks.of(masks_MU[:, :0])), PackedMasks.of(masks_MU[:, :0]).size) == (3, 0)
     bits = PackedMasks.of(masks_MU)
     assert (len(bits), bits.size) == (3, units)
     assert bits.unpack().equal(masks_MU)

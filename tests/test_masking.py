@@ -1,6 +1,7 @@
 """A row of a batch under its own mask computes what the model sliced by that mask computes, and no trace stays."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -375,10 +376,28 @@ def test_the_model_is_restored(family: str, leave: Any) -> None:
     assert trace(model, tokens) == before
 
 
+def test_what_is_gathered_meanwhile_changes_no_bit() -> None:
+    """A run that goes on has not done all that one did which was not interrupted: products must not depend on it, nor
+    the way that weights lie, by which large ones are rounded."""
+    view, tokens = describe(tiny_model("llama", torch.bfloat16)), random_tokens(3)
+    masks_KU, kept_1U = random_masks(view.space, 3), random_masks(view.space, 1, seed=1, keep=0.3)
+    weights = list(view.model.parameters())
+    before = [(weight.data_ptr(), weight.stride()) for weight in weights]
+    with masked(view, OPS) as live:
+        found = []
+        for _ in range(2):
+            live.set(masks_KU)
+            found.append(logits_of(view.model, tokens))
+            live.set(kept_1U, working_U=kept_1U[0])
+            found.append(logits_of(view.model, tokens))
+        assert before == [(weight.data_ptr(), weight.stride()) for weight in weights]
+    assert found[0].equal(found[2]) and found[1].equal(found[3]) and not found[0].equal(found[1])
+
+
 @pytest.mark.parametrize("outer", [False, True], ids=["alone", "within inference mode"])
 @pytest.mark.parametrize("lying", ["by rows", "by columns", "with gaps"])
 def test_weights_lie_as_they_did(outer: bool, lying: str) -> None:
-    """After what is kept was gathered; and the model can still be trained."""
+    """Also where kernels want columns together; and the model can still be trained."""
     view, tokens = describe(tiny_model("llama")), random_tokens(2)
     mask_1U = random_masks(view.space, 1)
     for layer in view.layers:
@@ -387,7 +406,7 @@ def test_weights_lie_as_they_did(outer: bool, lying: str) -> None:
             weight.data = {"by rows": weight.data, "by columns": weight.data.T.contiguous().T, "with gaps": gaps}[lying]
     weights = list(view.model.parameters())
     before = [(weight.stride(), weight.data.clone()) for weight in weights]
-    with torch.inference_mode(outer), masked(view, OPS) as live:
+    with torch.inference_mode(outer), masked(view, replace(OPS, packs=True)) as live:
         live.set(mask_1U, working_U=mask_1U[0])
         logits_of(view.model, tokens)
         assert view.layers[0].down.weight.stride(0) == 1
@@ -430,16 +449,13 @@ def test_an_inner_block_gives_back_the_outer() -> None:
 
 def test_a_weight_that_found_no_room_to_be_laid_anew_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Laying it back would ask for as much memory once more."""
-    view = describe(tiny_model("llama"))
-    mask_1U, laid = random_masks(view.space, 1), list[tuple[int, ...]]()
+    view, laid = describe(tiny_model("llama")), list[tuple[int, ...]]()
 
     def full(self: Branch, strides: tuple[int, ...]) -> None:
         laid.append(strides)
         raise torch.OutOfMemoryError("the memory is full")
 
     monkeypatch.setattr(Branch, "_lay", full)
-    with masked(view, OPS) as live:
-        live.set(mask_1U, working_U=mask_1U[0])
-        with pytest.raises(torch.OutOfMemoryError):
-            logits_of(view.model, random_tokens(2))
+    with pytest.raises(torch.OutOfMemoryError), masked(view, replace(OPS, packs=True)):
+        raise AssertionError("the block was entered")
     assert len(laid) == 1

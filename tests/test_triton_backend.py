@@ -86,6 +86,16 @@ def test_the_losses_are_those_of_plain_torch(
     assert_close(found[1], found[0], CHAIN[torch.float32])
 
 
+def test_a_mask_may_keep_nothing(ops: Any, device: torch.device) -> None:
+    """Where what it keeps is gathered there is not even a word of bits."""
+    view, tokens_BT = a_view("llama", GRANULARITIES["parts"], device), random_tokens(3, 32)
+    found = []
+    for each in (load_backend("torch", device), ops):
+        with masked_objective(view, each) as objective:
+            found.append(objective.losses(torch.zeros(1, view.space.size, dtype=torch.bool), tokens_BT))
+    assert_close(found[1], found[0], CHAIN[torch.float32])
+
+
 @all_ways
 def test_layers_that_multiply_by_themselves(way: str, ops: Any, device: torch.device) -> None:
     """Only what enters them is masked, by bits too; an activation without a kernel is theirs to compute."""

@@ -89,13 +89,18 @@ class Branch:
 
     def gather_last(self) -> torch.Tensor:
         """The columns of the last projection's weight that belong to the kept units."""
+        weight_DE = self._last.weight
         if self.kept_N is None:
-            return self._last.weight
-        self.lay_columns()
-        return self.gather(self._last.weight.T).T
+            return weight_DE
+        if weight_DE.stride(0) == 1:
+            return self.gather(weight_DE.T).T
+        return weight_DE.unflatten(1, (self.num_units, -1)).index_select(1, self.kept_N).flatten(1, 2)
 
     def lay_columns(self) -> None:
-        """Let a column of the last projection's weight lie together, so that some of them can be read fast."""
+        """Let a column of the last projection's weight lie together, so that those of some units can be read fast.
+
+        Not in the midst of work: products of a weight that lies otherwise are rounded otherwise.
+        """
         if self._last.weight.stride(0) != 1:
             strides = self._last.weight.stride()
             self._lay((1, self._last.out_features))

@@ -276,10 +276,9 @@ def masked(view: ModelView, ops: MaskedOps, *, layers: Sequence[int] | None = No
         for index in chosen:
             layer = view.layers[index]
             attention, ffn = Branch(layer.shape.kv_groups, layer.output), Branch(layer.shape.channels, layer.down)
-            for branch in (attention, ffn):
-                swapped.callback(branch.restore)
             branches[index] = {"kv_group": attention, "channel": ffn}
             if ops.packs and view.opaque is None:  # kernels read the columns of what a mask keeps
+                swapped.callback(ffn.restore)
                 ffn.lay_columns()
             swap(swapped, layer, family, attention, ffn, ops)
         if ops.attention_of_kept is not None:
