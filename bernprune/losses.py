@@ -7,6 +7,7 @@ Letters: R rows, T tokens, N tokens of all rows, D hidden size.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,6 +24,18 @@ from bernprune.names import ObjectiveName, check_name
 LOGIT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 LossFunction = Callable[..., torch.Tensor]  # of logits and next tokens, and maybe the dense model's logits
 _ROWS = 256  # a product has a multiple of these rows if it leaves no part of a GPU idle
+
+
+OF_A_TOKEN = 64.0  # what gradients of a token's loss are multiplied by on their way back; see ``power_of_two``
+
+
+def power_of_two(size: float) -> float:
+    """The least one that is larger than a size; one if that is zero or not finite.
+
+    Scaling by it is exact, but in numbers that are too small: float16 has none like gradients of a mean over many
+    tokens.
+    """
+    return 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
 
 
 def token_losses(

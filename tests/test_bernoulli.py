@@ -115,6 +115,20 @@ def test_starts_are_probabilities(space: UnitSpace, scope: Scope, map_name: MapN
         assert ((probs_U >= 0) & (probs_U <= 1)).all()
 
 
+def of_size_one(scores_N: torch.Tensor) -> torch.Tensor:
+    """Scores divided by the size of the largest."""
+    return scores_N / scores_N.abs().max()
+
+
+@pytest.mark.parametrize("map_name", MAPS)
+def test_scores_may_have_any_scale(map_name: MapName) -> None:
+    """Gradients of a mean loss of a large model are as small as the constant that keeps maps from dividing by zero."""
+    scores_U = random_numbers(FLAT.size, 0)
+    expected = initial_probs(FLAT, scores_U, keep=0.6, map_name=map_name)
+    for scale in (1e-12, 1e12):
+        assert_close(initial_probs(FLAT, scale * scores_U, keep=0.6, map_name=map_name), expected, EXACT)
+
+
 @pytest.mark.parametrize("map_name", ["sigmap", "norm"])
 def test_scope_decides_what_is_mapped_together(map_name: MapName) -> None:
     """A kind in a layer by itself, or a kind over all layers."""
@@ -123,10 +137,10 @@ def test_scope_decides_what_is_mapped_together(map_name: MapName) -> None:
     by_kind = initial_probs(FLAT, scores_U, keep=0.6, map_name=map_name, scope="global")
     for kind in FLAT.kinds:
         members = of_kind(FLAT, kind)
-        assert torch.equal(by_kind[members], mapped(scores_U[members], 0.6))
+        assert torch.equal(by_kind[members], mapped(of_size_one(scores_U[members]), 0.6))
         for layer in range(3):
             span = FLAT.span(kind, layer)
-            assert torch.equal(by_layer[span], mapped(scores_U[span], 0.6))
+            assert torch.equal(by_layer[span], mapped(of_size_one(scores_U[span]), 0.6))
     assert not torch.equal(by_layer, by_kind)
 
 
@@ -166,7 +180,7 @@ def test_one_unit_a_layer_is_mapped_over_all_layers() -> None:
     for space, kind in ((BLOCKS, "ffn"), (BLOCKS, "attention"), (multi_query, "kv_group")):
         scores_U, members = random_numbers(space.size, 3), of_kind(space, kind)
         probs_U = initial_probs(space, scores_U, keep=0.6, scope="layer")
-        assert torch.equal(probs_U[members], sigmap(scores_U[members], 0.6))
+        assert torch.equal(probs_U[members], sigmap(of_size_one(scores_U[members]), 0.6))
         assert probs_U[members].unique().numel() == int(members.sum())
 
 

@@ -152,6 +152,9 @@ def test_a_token_with_a_stream_a_thousand_times_as_large_decides_nothing() -> No
         assert found_RT.dtype == torch.float32 and found_RT[0, 3] < 1e-5
         stream_RTD[0, 3] /= 1000
     assert weights_by_stream(*(0 * streams)).isfinite().all()
+    streams[:, 0, 3] = 0
+    found_RT = weights_by_stream(*streams)
+    assert found_RT[0, 3] == 0 and found_RT[0, :3].equal(plain_RT[0, :3])
 
 
 def test_blocks_have_nothing_to_make_up_with() -> None:

@@ -23,7 +23,7 @@ from bernprune.models.families import family_of
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import describe
-from bernprune.recovery import SampledMasks, Training, whole_ranks
+from bernprune.recovery import SampledMasks, Training, training, whole_ranks
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.sections import RecoverConfig
 
@@ -221,6 +221,26 @@ def test_training_lowers_the_loss_on_held_out_text(recompute: bool) -> None:
     assert not model.training
     plain = run(pupil().training)
     assert_close([r["loss"] for r in records], [r["loss"] for r in plain], LOGITS[torch.float32])
+
+
+def test_float16_is_exact_enough_for_large_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients by a stream are the smaller, the larger it is, and float16 has none below some size."""
+    seen = []
+
+    def noted(parameters: list[torch.Tensor], largest: float) -> torch.Tensor:
+        seen.append(torch.cat([parameter.grad.flatten() for parameter in parameters if parameter.grad is not None]))
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    for dtype in (torch.float32, torch.float16):
+        model = tiny_model("llama", torch.float32)
+        model.get_input_embeddings().weight.data *= 1e4 / model.get_input_embeddings().weight.std()
+        model = model.to(dtype)
+        with monkeypatch.context() as patch:
+            if dtype == torch.float32:  # then they need not be larger than they are
+                patch.setattr(training, "power_of_two", lambda size: 1.0)
+            training_of(model, adapted(model, "llama")).step()
+    assert_close(seen[1], seen[0], LOGITS[torch.float16])
 
 
 def test_rows_at_once_change_nothing() -> None:

@@ -1,5 +1,6 @@
 """Metrics of gradients, by back-propagation and by forward passes, against plain autograd through the whole model."""
 
+import copy
 import itertools
 from typing import Any
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
-from tolerances import LOGITS, assert_close
+from tolerances import CHAIN, EXACT, LOGITS, assert_close
 
 from bernprune.backends import load_backend
-from bernprune.errors import ModelError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
@@ -165,6 +166,23 @@ def test_more_text_is_no_less_exact_in_16_bits(name: str) -> None:
     assert_close(often, once, FLOAT32)
 
 
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("large", ["stream", "gradient"])
+def test_float16_is_exact_enough(large: str, rows: int) -> None:
+    """Gradients by a stream are the smaller, the larger it is, and float16 has none below some size, nor above another,
+    which sums over tokens may reach."""
+    model = tiny_model("llama", torch.float32)
+    if large == "stream":
+        model.get_input_embeddings().weight.data *= 1e4 / model.get_input_embeddings().weight.std()
+    else:
+        model.get_output_embeddings().weight.data *= 30
+    expected, found = (
+        initial_scores(describe(each), WINDOWS_WT.repeat(8, 1), SCORES["taylor-vector"], rows_per_forward=rows)
+        for each in (model, copy.deepcopy(model).half())
+    )
+    assert_close(found, expected, CHAIN[torch.bfloat16])  # many products, there and back
+
+
 @pytest.mark.parametrize("step", [None, 2**-7])
 def test_gradients_of_gates_by_differences(step: float | None) -> None:
     """Unbiased, and as far from the true ones as their variance says."""
@@ -173,6 +191,15 @@ def test_gradients_of_gates_by_differences(step: float | None) -> None:
     errors = (grad_U - gate_gradients_by_autograd(view)) / variance_U.sqrt()
     assert 0.5 < errors.square().mean().sqrt() < 1.5
     assert errors.abs().max() < 4
+
+
+def test_gates_move_as_far_as_their_number_format_lets_them() -> None:
+    """By what they are rounded to; a step that is rounded away is refused."""
+    view = describe(tiny_model("llama", torch.bfloat16))
+    exact, rounded = (gate_gradients(context_of(view, step=step))[0] for step in (2**-6, 0.0141))
+    assert_close(rounded, exact, EXACT)  # 1.0141 and 0.9859 are rounded to 1 + 2**-6 and 1 - 2**-6 + 2**-9
+    with pytest.raises(ConfigError, match=r"initial\.step must change 1 in torch\.bfloat16, but is 0\.001"):
+        gate_gradients(context_of(view, step=0.001))
 
 
 def test_the_variance_falls_with_the_number_of_pairs() -> None:

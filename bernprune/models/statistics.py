@@ -48,11 +48,14 @@ def weights_by_stream(*streams_RTD: torch.Tensor) -> torch.Tensor:
 
     Every branch reads the stream through a norm, so errors count as shares of it. Language models give some tokens,
     such as the first, streams a thousand times as large as the others', and take that back in the end (massive
-    activations; Sun et al., 2024, arXiv 2402.17762): with plain squares, fits would go by those tokens alone.
+    activations; Sun et al., 2024, arXiv 2402.17762): with plain squares, fits would go by those tokens alone. A token
+    whose streams are all zero, as of padding, counts nothing: there is nothing to have a share of.
     """
     wide = torch.promote_types(streams_RTD[0].dtype, torch.float32)
     sizes_RT = torch.stack([stream_RTD.to(wide).square().mean(-1) for stream_RTD in streams_RTD]).sum(0)
-    return 1 / sizes_RT.clamp(min=torch.finfo(wide).tiny)
+    nothing_RT = sizes_RT == 0
+    weights_RT = 1 / sizes_RT.clamp(min=torch.finfo(wide).tiny).masked_fill(nothing_RT, 1)
+    return weights_RT.masked_fill(nothing_RT & ~nothing_RT.all(), 0)  # if all are, they count alike
 
 
 class Gram:

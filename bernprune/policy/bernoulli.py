@@ -70,7 +70,9 @@ def initial_probs(
     probs_U = torch.full((space.size,), ceiling, dtype=torch.float64)
     for kind, units_N in _mapped_sets(space, scope):
         share = _share(space, units_N, keep, shares_G)
-        probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_U[units_N].double(), share)
+        scores_N = scores_U[units_N].double()
+        scores_N = scores_N / scores_N.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # beside _EPSILON
+        probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_N, share)
     return probs_U
 
 

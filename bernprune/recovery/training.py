@@ -12,7 +12,7 @@ import torch
 
 from bernprune.data import TokenWindows
 from bernprune.errors import LossError, RunError
-from bernprune.losses import token_divergences, token_losses
+from bernprune.losses import OF_A_TOKEN, power_of_two, token_divergences, token_losses
 from bernprune.models.adapters import Adapters
 from bernprune.recovery.masks import SampledMasks
 from bernprune.sections import RecoverConfig
@@ -109,14 +109,17 @@ class Training:
         masks_BU = None
         if self._masks is not None:
             masks_BU = self._masks.draw(self.steps, self.steps / self.total, len(tokens_BT))
-        loss = 0.0
+        loss, scale = 0.0, power_of_two(OF_A_TOKEN * tokens_BT.numel())
         with self._training():
             for some in torch.arange(len(tokens_BT)).split(settings.rows):
                 if self._masks is not None and masks_BU is not None:
                     self._masks.set(masks_BU[some])
                 part = self._loss(tokens_BT[some]) * (len(some) / len(tokens_BT))
-                part.backward()
+                (part * scale).backward()
                 loss += part.item()
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad /= scale
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, _LARGEST_NORM).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise LossError(f"the loss of step {self.steps} is {loss}, its gradient's norm {norm}; {_ADVICE}")

@@ -9,11 +9,12 @@ Letters: R rows of one pass, W windows, T tokens, D hidden size.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from bernprune.errors import ModelError
-from bernprune.losses import token_losses
+from bernprune.losses import OF_A_TOKEN, power_of_two, token_losses
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.scores.base import not_finite
@@ -24,8 +25,9 @@ Dress = Callable[[int], AbstractContextManager[object]]  # what is done to a lay
 class BackwardStream:
     """Gradients of the mean loss over all predictions, on their way back through a model.
 
-    What goes back is the gradient of each pass's own mean, so that numbers of 16 bits do not grow small with the length
-    of the text; what is added up over passes is weighted by their shares.
+    What goes back is the gradient of each pass's own mean, between layers times a power of two by which its largest
+    number is near one: numbers of 16 bits are too coarse for those of a mean over many tokens, and float16 has none so
+    small. What is added up over passes is weighted by their shares.
 
     Args:
         windows_WT: int64.
@@ -63,21 +65,36 @@ class BackwardStream:
             with self._dress(index), torch.enable_grad():
                 told = self._stream.told(index, len(hidden_RTD))
                 output_RTD = self._view.layers[index].layer(hidden_RTD, **told)
-            output_RTD.backward(self._upstream[at].to(self._device))
-            assert hidden_RTD.grad is not None
-            self._upstream[at] = hidden_RTD.grad.cpu()
-            found.take(leaves, self._shares[at])
+            arriving = self._upstream[at]
+            output_RTD.backward(arriving.grad_RTD.to(self._device))
+            self._upstream[at] = _Scaled.of(hidden_RTD, arriving.scale)
+            found.take(leaves, self._shares[at], arriving.scale)
         return found
 
-    def _of_head(self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> torch.Tensor:
+    def _of_head(self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> "_Scaled":
         """The gradient of a pass's mean loss at what leaves the last layer."""
+        scale = power_of_two(OF_A_TOKEN * tokens_RT.numel())
         hidden_RTD = hidden_RTD.to(self._device).requires_grad_()
         with torch.enable_grad():
             last_RTD = getattr(self._view.decoder, self._view.family.final_norm)(hidden_RTD)
             losses = token_losses(self._view.model.get_output_embeddings(), last_RTD, tokens_RT.to(self._device))
-            losses.mean().backward()
+            (losses.mean() * scale).backward()
+        return _Scaled.of(hidden_RTD, scale)
+
+
+class _Scaled(NamedTuple):
+    """A gradient times a power of two."""
+
+    grad_RTD: torch.Tensor
+    scale: float
+
+    @classmethod
+    def of(cls, hidden_RTD: torch.Tensor, scale: float) -> "_Scaled":
+        """The one that has arrived at some activations, where it is given so large; on the CPU."""
         assert hidden_RTD.grad is not None
-        return hidden_RTD.grad.cpu()
+        grad_RTD = hidden_RTD.grad.cpu()
+        by = 1 / power_of_two(grad_RTD.abs().max().item())
+        return cls(grad_RTD * by, scale * by)
 
 
 @dataclass(frozen=True)
@@ -95,14 +112,14 @@ class Gradients:
 
         return cls(zeros(), zeros() if squares else None)
 
-    def take(self, leaves: Sequence[torch.Tensor], share: float) -> None:
-        """Add the leaves' own gradients, which they have no longer."""
+    def take(self, leaves: Sequence[torch.Tensor], share: float, scale: float) -> None:
+        """Add the leaves' own gradients, which they have no longer; they are given times ``scale``."""
         for at, leaf in enumerate(leaves):
             assert leaf.grad is not None
             grad = leaf.grad.to(self.grads[at].dtype)
-            self.grads[at].add_(grad, alpha=share)
+            self.grads[at].add_(grad, alpha=share / scale)
             if self.squares is not None:
-                self.squares[at].addcmul_(grad, grad, value=share)
+                self.squares[at].addcmul_(grad, grad, value=share / scale**2)
             leaf.grad = None
 
 

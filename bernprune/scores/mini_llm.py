@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bernprune.errors import ConfigError
 from bernprune.losses import token_losses
 from bernprune.models.forwards import forwarding
 from bernprune.models.statistics import POINTS, RunningMoments
@@ -37,18 +38,25 @@ def gate_gradients(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the loss by a gate on each unit, and the variance of each estimate, float64 ``[U]`` both.
 
     Every window has directions z of its own, of plus and minus one a gate; the estimate is the mean over them of
-    z (L(1 + step z) - L(1 - step z)) / (2 step).
+    z (L(1 + step z) - L(1 - step z)) / (2 step), where gates are what the model's number format makes of them.
+
+    Raises:
+        ConfigError: a step that the number format does not tell from none.
     """
-    step, size = context.options.step or GATE_STEP, context.view.space.size
+    step, dtype, size = context.options.step or GATE_STEP, context.view.model.dtype, context.view.space.size
+    above, below = torch.tensor([1 + step, 1 - step], dtype=torch.float64).to(dtype).tolist()
+    if above == below:
+        raise ConfigError(f"initial.step must change 1 in {dtype}, but is {step:g}; {torch.finfo(dtype).eps:g} does")
     sum_U, squares, count = torch.zeros(size, dtype=torch.float64), 0.0, 0
     with masked_objective(context.view, context.ops, rows_per_forward=context.rows_per_forward) as objective:
         for pair in range(context.options.pairs):
             for batch, tokens_BT in enumerate(context.windows_WT.split(context.rows_per_forward)):
                 source = generator(context.seed, "mini-llm", pair, batch)
                 signs_BU = torch.randint(0, 2, (len(tokens_BT), size), generator=source).float() * 2 - 1
-                gates_B2CU = torch.stack([1 + step * signs_BU, 1 - step * signs_BU], dim=1)[:, :, None]
+                ways_B2U = torch.stack([signs_BU, -signs_BU], dim=1)
+                gates_B2CU = torch.where(ways_B2U > 0, above, below)[:, :, None]
                 above_B, below_B = objective.token_shares(gates_B2CU, tokens_BT).sum(-1).T
-                slope_B = (above_B - below_B) / (2 * step)
+                slope_B = (above_B - below_B) / (above - below)
                 sum_U += slope_B @ signs_BU.double()
                 squares, count = squares + slope_B.square().sum().item(), count + len(tokens_BT)
     mean_U = sum_U / count
