@@ -155,7 +155,7 @@ def _in_all(report: dict[str, Any]) -> list[str]:
 
 def _known(found: dict[str, Any]) -> list[str]:
     """What the search knew of itself after its last round; nothing where that was too short to tell."""
-    if "agreement" not in found:
+    if not {"agreement", "signal_to_noise"} <= found.keys():
         return []
     agreed, told = (
         ", ".join(f"{kind} {value:.2f}" for kind, value in found[name].items())

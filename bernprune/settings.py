@@ -102,7 +102,7 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
         if only and not _among(key, only):
             raise ConfigError(f"--set {setting!r} is not possible here; what can be set is {', '.join(only)}")
         try:
-            value = _load(text)
+            value = text if text.isspace() else _load(text)  # for YAML it is nothing, but rows may be joined by it
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting!r}: the value is not YAML: {' '.join(str(error).split())}") from None
         nested = merge(nested, _as_section(key, value))

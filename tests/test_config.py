@@ -240,6 +240,13 @@ def test_a_setting_is_read_as_yaml(setting: str, key: str, value: Any) -> None:
     assert value_at(make_config(parse_settings([setting])), key) == value
 
 
+def test_white_space_is_not_nothing() -> None:
+    """A shell gives rows to be joined by blank lines as they are; an empty value is null, as in YAML."""
+    assert parse_settings(["data.eval_join=\n\n", "data.eval_text="]) == {
+        "data": {"eval_join": "\n\n", "eval_text": None}
+    }
+
+
 MEANT = [
     ("budget.sparsty", "budget.sparsity"),
     ("sparsity", "budget.sparsity"),

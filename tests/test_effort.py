@@ -90,8 +90,9 @@ def test_repairs_that_are_counted_are_those_that_are_done(
         ("search.sequences=0", "repair.method=auto", "repair.windows=12"),
         (*METHODS["reinforce"], "search.baseline=matched", "search.sequences=100"),
         ("search.objective=kl", "search.sequences=200"),
+        ("initial.windows=9999", "repair.method=ridge", "repair.windows=12"),
     ],
-    ids=["none", "ridge", "finalists", "choice", "metric", "no-search", "reference", "kl"],
+    ids=["none", "ridge", "finalists", "choice", "metric", "no-search", "reference", "kl", "short-text"],
 )
 @pytest.mark.usefixtures("one_by_one")
 def test_all_that_is_run_forward_is_reported(
@@ -99,7 +100,8 @@ def test_all_that_is_run_forward_is_reported(
 ) -> None:
     """By the windows that pass through decoder layers, apart from those that are timed or verified."""
     seen, aside = [0], [False]
-    monkeypatch.setattr(workload, "FITTING_WINDOWS", 3)  # or finalists would be repaired on as much as what is kept
+    # Or finalists would be repaired on as much as what is kept; for a short text, on more than there is.
+    monkeypatch.setattr(workload, "FITTING_WINDOWS", 9999 if "initial.windows=9999" in given else 3)
 
     def count(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if isinstance(module, LlamaDecoderLayer) and "forward" not in vars(module) and not aside[0]:
@@ -209,7 +211,9 @@ def test_finalists_that_cannot_be_repaired_are_judged_as_they_are() -> None:
     search = {"sequences": 5, "finals": {"sequences": 2}}
     config, finalists = make_config(TEXT), {"learned": 1.0, "initial": 2.0}
     for given, judged in ((repair, 1), (repair | {"finalists": finalists}, 3)):
-        found = effort.windows_run(config, space().architecture, search=search, repair=given, evaluated=0)
+        found = effort.windows_run(
+            config, space().architecture, scored=1, fitted=0, search=search, repair=given, evaluated=0
+        )
         assert found["repair"] == judged * 7
 
 

@@ -308,6 +308,27 @@ def test_overwrite_replaces_a_finished_run(place: Place, finished: Path) -> None
     assert steps_of(place.out) == list(range(STEPS)) and (place.out / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("where", "overwritten", "offered"),
+    [("take_start", False, True), ("take_start", True, False), ("run_search", True, True)],
+    ids=["same", "before", "begun"],
+)
+@pytest.mark.parametrize(
+    "how", [KeyboardInterrupt(), RunError("it cannot"), OSError(errno.ENOSPC, "it is full")], ids=repr
+)
+def test_no_run_is_offered_that_was_to_be_replaced(
+    where: str, overwritten: bool, offered: bool, how: BaseException, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where --overwrite comes not so far, the earlier run lies there as it was, but another was asked for."""
+    command = place.prune()
+    monkeypatch.setattr(pipeline, "run_search", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert run(*command).code == 130
+    monkeypatch.setattr(pipeline, where, lambda *_, **__: (_ for _ in ()).throw(how))
+    done = run(*command, *(["--overwrite", "--seed", "7"] if overwritten else []))
+    assert ("bernprune resume" in done.err) == offered
+    assert read_yaml(place.out / "config.yaml")["seed"] == (7 if overwritten and offered else 0)
+
+
 def test_what_costs_memory_or_time_may_change(place: Place, finished: Path) -> None:
     """The same command with other such settings continues an unfinished run, and they are what is stored."""
     with pytest.MonkeyPatch.context() as patch:
@@ -383,10 +404,10 @@ def test_what_decides_the_result_may_not_change(setting: str, tmp_path: Path) ->
     """An unfinished run is not continued under another setting, which is named."""
     folder = RunFolder(tmp_path)
     folder.write_config(make_config({}))
-    assert folder.check(make_config({}), overwrite=False)
+    assert folder.check(make_config({}))
     name = setting.split("=")[0]
     with pytest.raises(RunError, match=rf"of another configuration \({name} is .* there and .* here\)"):
-        folder.check(make_config(parse_settings([setting])), overwrite=False)
+        folder.check(make_config(parse_settings([setting])))
 
 
 def test_a_repair_is_changed_by_resume(tmp_path: Path) -> None:
@@ -396,7 +417,7 @@ def test_a_repair_is_changed_by_resume(tmp_path: Path) -> None:
     with pytest.raises(
         RunError, match=r"search\.refit.*; bernprune resume .* --set to change its repair, give another"
     ):
-        folder.check(make_config({"repair": {"method": "none"}}), overwrite=False)
+        folder.check(make_config({"repair": {"method": "none"}}))
 
 
 def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:

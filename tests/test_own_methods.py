@@ -123,6 +123,35 @@ class Vague(Signs):
         return {"where": scores_U}
 
 
+class Called(Signs):
+    """Calls what it knows as the built-in searches do."""
+
+    knows = {}
+
+    def diagnose(self, scores_U):
+        return self.knows
+
+
+class Agrees(Called):
+    knows = {"agreement": 0.5}
+
+
+class Doubts(Called):
+    knows = {"signal_to_noise": {"channel": None}}
+
+
+class Regrets(Called):
+    knows = {"regret": None}
+
+
+class Gapes(Called):
+    knows = {"gap": "wide"}
+
+
+class Half(Called):
+    knows = {"agreement": {"channel": 1}, "regret": 0}
+
+
 class Endless(Signs):
     def diagnose(self, scores_U):
         return {"where": float("inf")}
@@ -346,6 +375,12 @@ def test_a_plain_search_is_told_what_is_configured(own: Path, place: Place) -> N
     assert succeed(*place.prune(*PLAIN, *more, f"search.method={own}:Bounded")).err == ""
 
 
+def test_what_is_known_in_part_is_kept_and_not_shown(own: Path, place: Place) -> None:
+    told = succeed(*place.prune(*PLAIN, f"search.method={own}:Half")).out
+    assert read_json(place.out / "report.json")["diagnostics"]["agreement"] == {"channel": 1}
+    assert "in the last round two halves" not in told
+
+
 def test_a_run_goes_on_with_other_code_but_says_so(own: Path, place: Place) -> None:
     own.with_suffix(".stop").touch()
     assert run(*place.prune(f"search.method={own}:Signs", *PLAIN, "search.checkpoint_steps=1")).code == 2
@@ -491,6 +526,10 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Mute", "Mute must give a dictionary in diagnose, but gave None"),
         ("search.method={}:Vague", "Vague must give plain data in diagnose, but Object of type Tensor is not JSON"),
         ("search.method={}:Endless", "Endless must give plain data in diagnose, but Out of range float values"),
+        ("search.method={}:Agrees", "Agrees must give agreement in diagnose for each kind, but gave 0.5"),
+        ("search.method={}:Doubts", "Doubts must give signal_to_noise in diagnose for each kind, but gave {'channel'"),
+        ("search.method={}:Regrets", "Regrets must give a number as regret in diagnose, but gave None"),
+        ("search.method={}:Gapes", "Gapes must give a number as gap in diagnose, but gave 'wide'"),
         ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
         ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
         ("search.method={}:Leaves", "Leaves failed in line"),

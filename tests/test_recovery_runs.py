@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bernprune
 from bernprune.data import TokenWindows
 from bernprune.errors import ConfigError
+from bernprune.models.adapters import Adapters
 from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
 from bernprune.run import recovering, recovery_setup, verification
@@ -242,12 +243,25 @@ def test_what_the_run_kept_is_beaten_or_saved(
     assert ("nothing was recovered" in done.err) == same == (report["loss"]["after"] == report["loss"]["before"])
 
 
-def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its path is that of the moment, wherever the run was; none of it is left out, and the last tenth of the run's own
-    is what it is judged by."""
-    monkeypatch.setattr(verification, "verify_saved", verify_here)
-    succeed(*place.prune("search.sequences=0"))
-    other, lengths = tiny_text(place.folder / "other.txt", 900, seed=4), []
+def test_what_merging_loses_was_not_recovered(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What adapters add to weights of 16 bits may be too little for any: the merged model is what must be better."""
+    merge = Adapters.merge
+
+    def lossy(adapters: Adapters) -> Any:
+        for parameter in adapters.parameters.values():
+            parameter.data.zero_()
+        return merge(adapters)
+
+    monkeypatch.setattr(Adapters, "merge", lossy)
+    done = succeed(*recover(place, finished))
+    report = read_json(place.folder / "recovered" / "report.json")
+    assert report["best_step"] > 0 and report["merged"] == pytest.approx(report["held_out"]["0"], rel=1e-5)
+    assert report["kept"] == "pruned" and "no state was better than what the run kept" in done.out
+
+
+def lengths_trained_on(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of each text that is trained on from now on."""
+    lengths: list[int] = []
 
     class Watched(TokenWindows):
         def __init__(self, stream_N: torch.Tensor, **given: Any) -> None:
@@ -255,12 +269,34 @@ def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPa
             super().__init__(stream_N, **given)
 
     monkeypatch.setattr(recovery_setup, "TokenWindows", Watched)
+    return lengths
+
+
+def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its path is that of the moment, wherever the run was; none of it is left out, and the last tenth of the run's own
+    is what it is judged by."""
+    monkeypatch.setattr(verification, "verify_saved", verify_here)
+    succeed(*place.prune("search.sequences=0"))
+    other, lengths = tiny_text(place.folder / "other.txt", 900, seed=4), lengths_trained_on(monkeypatch)
     succeed(*recover(place, place.out), "--text", "other.txt")
     assert str(other) in (place.folder / "recovered" / "recover.yaml").read_text()
     tokens = AutoTokenizer.from_pretrained(place.model)(other.read_text())["input_ids"]
     assert abs(lengths[-1] + 8 * 16 - len(tokens)) <= 1  # but for windows that are held out, and a token that opens it
     protocols = [read_json(folder / "report.json")["protocol"] for folder in (place.out, place.folder / "recovered")]
     assert protocols[0] == protocols[1] and protocols[0]["text"].endswith("last tenth")
+
+
+def test_the_run_s_text_is_known_by_another_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last tenth, which a recovery is judged by, is not trained on."""
+    monkeypatch.setattr(verification, "verify_saved", verify_here)
+    succeed(*place.prune("search.sequences=0"))
+    (place.folder / "link.txt").symlink_to(place.text)
+    lengths = lengths_trained_on(monkeypatch)
+    for given in ([], ["--text", "link.txt"]):
+        succeed(*recover(place, place.out), *given, "--overwrite")
+        report = read_json(place.folder / "recovered" / "report.json")
+        assert report["protocol"]["text"].endswith("last tenth")
+    assert lengths[0] == lengths[1]
 
 
 def test_a_failure_in_saving_leaves_no_model(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -280,8 +280,9 @@ def test_a_plan_is_applied_with_repair(place: Place) -> None:
             for name in ("new", "bare")
         )
     assert (found - without).abs().max() > 1e-6
-    refused = run(*arguments, str(place.folder / "other"), "--text", str(place.text))
-    assert "--text is the text of a repair" in in_one_sentence(refused)
+    for given in (["--text", str(place.text)], ["--set", "data.window=16"]):
+        refused = run(*arguments, str(place.folder / "other"), *given)
+        assert "the text (--text, data) is that of a repair" in in_one_sentence(refused)
     assert not (place.folder / "other").exists()
 
 

@@ -410,6 +410,18 @@ def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
     assert f"{place.text} is both learned from and evaluated on" in done.err
 
 
+def test_the_embedded_text_has_parts_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    """Named as evaluation text or not, it is the held-out one, from which nothing is learned."""
+    tokenizer = load_tokenizer("embedded")
+    few = {"eval_tokens": 256, "max_characters": 999}
+    found, expected = (
+        stage_module.read_texts(make_config({"data": few | given}), tokenizer, len(tokenizer))
+        for given in ({"eval_text": "embedded"}, {})
+    )
+    assert found[0].equal(expected[0]) and found[1].equal(expected[1])
+    assert found[2] == expected[2] == "embedded, held out" and not caplog.records
+
+
 @pytest.mark.parametrize("limit", ["search.sequences=null", "search.sequences=20000"])
 def test_a_search_stops_in_time(limit: str, place: Place) -> None:
     """search.seconds ends the search with the step at work, whether or not sequences are limited too."""

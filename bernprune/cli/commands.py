@@ -19,10 +19,10 @@ from bernprune.names import RepairName
 from bernprune.report import applied, evaluated, exported, recovered, selected, table
 from bernprune.run import applying, pipeline, recovering
 from bernprune.run.exporting import export_gguf
-from bernprune.run.folder import FREE_SETTINGS
+from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
 from bernprune.run.plans import read_plan, select_plan
-from bernprune.run.recovering import RECOVERY_SETTINGS
+from bernprune.run.recovering import RECOVERY_SETTINGS, RecoveryFolder
 from bernprune.run.score_tables import metrics_table, scores_table
 from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES
@@ -144,7 +144,7 @@ def prune(
     checked = make_config(absolute(merge(given, parse_settings(settings or []))))
     name = Path(checked.model.path).name
     folder = out or Path(DEFAULT_OUT, f"{name}-{checked.budget.sparsity:g}")
-    AtWork.out = folder
+    AtWork.folder = RunFolder(folder, overwrite=overwrite)
     quiet_libraries()
     report = pipeline.prune(checked, folder, overwrite=overwrite)
     show(f"{table(report)}\n\nresult       {folder / 'model'}")
@@ -168,7 +168,7 @@ def resume(
 ) -> None:
     """Continue a run that was killed or interrupted."""
     changes = parse_settings(settings or [], only=FREE_SETTINGS)
-    AtWork.out = out
+    AtWork.folder = RunFolder(out)
     quiet_libraries()
     report = pipeline.resume(out, changes=changes, finish=finish)
     show(f"{table(report)}\n\nresult       {out / 'model'}")
@@ -194,8 +194,8 @@ def apply(
     """Slice any copy of a model by a plan, save and verify; repaired before that if asked."""
     flags = without_none({"model": {"path": model}, "repair": {"method": repair}, "data": {"text": text}})
     checked = make_config(merge(flags, parse_settings(settings or [], only=["model", "data", "repair"])))
-    if "text" in checked.data.model_fields_set and checked.repair.method == "none":
-        raise ConfigError("--text is the text of a repair, but --repair is 'none'")
+    if checked.data.model_fields_set and checked.repair.method == "none":
+        raise ConfigError("the text (--text, data) is that of a repair, but --repair is 'none'")
     quiet_libraries()
     done = applying.apply_plan(checked, read_plan(plan), out)
     show(f"{applied(done)}\nresult       {out}")
@@ -218,7 +218,7 @@ def recover(
 ) -> None:
     """A little training of what a run kept, by low-rank adapters that are merged; the same command goes on."""
     changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
-    AtWork.recovering = out
+    AtWork.folder = RecoveryFolder(out, overwrite=overwrite)
     quiet_libraries()
     report = recovering.recover(run, out, changes=changes, overwrite=overwrite, finish=finish)
     show(f"{recovered(report)}\n\nresult       {out / 'model'}")

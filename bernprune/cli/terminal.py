@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import traceback
-from pathlib import Path
 from types import FrameType
 
 import torch
@@ -23,14 +22,13 @@ INTERRUPTED, READER_GONE = 130, 141  # as shells count SIGINT and SIGPIPE
 class AtWork:
     """The folder at work, for the message after Ctrl-C: of a run, or of a recovery."""
 
-    out: Path | None = None
-    recovering: Path | None = None
+    folder: RunFolder | None = None
 
 
 def run_app(app: typer.Typer, arguments: list[str]) -> int:
     """Run a command. Exit codes: 0 done, 2 a mistake that the user can mend, 130 interrupted, 141 nobody reads on."""
     debug = "--debug" in arguments
-    AtWork.out = AtWork.recovering = None
+    AtWork.folder = None
     _set_up_logging(debug)
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it is ignored, as after nohup
@@ -89,14 +87,13 @@ def _drop_stuck_output() -> None:
 
 
 def _how_to_resume(*, or_finish: bool = False) -> str:
-    out, recovery = AtWork.out, AtWork.recovering
-    if recovery is not None and RecoveryFolder(recovery).unfinished:
-        return f"; the same command, without --overwrite, goes on{', and with --finish ends early' * or_finish}"
-    run = None if out is None else RunFolder(out)
-    if run is None or not run.unfinished:
+    folder = AtWork.folder
+    if folder is None or not folder.unfinished:
         return ""
-    finishing = ", or finish early by adding --finish," * (or_finish and not run.plan.exists())
-    return f"; continue{finishing} with: bernprune resume {shlex.quote(str(run.path))}"
+    if isinstance(folder, RecoveryFolder):
+        return f"; the same command, without --overwrite, goes on{', and with --finish ends early' * or_finish}"
+    finishing = ", or finish early by adding --finish," * (or_finish and not folder.plan.exists())
+    return f"; continue{finishing} with: bernprune resume {shlex.quote(str(folder.path))}"
 
 
 def _set_up_logging(debug: bool) -> None:

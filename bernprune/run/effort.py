@@ -109,6 +109,8 @@ def windows_run(
     config: RunConfig,
     architecture: Architecture,
     *,
+    scored: int,
+    fitted: int,
     search: Mapping[str, Any],
     repair: Mapping[str, Any],
     evaluated: int,
@@ -119,12 +121,14 @@ def windows_run(
     as whole ones.
 
     Args:
+        scored: windows that the initial metrics were taken on.
+        fitted: windows that weights for the policy were fitted on.
         search, repair: as the report has them.
         evaluated: windows that perplexities are taken of.
     """
     counted = {
-        "metric": scoring_sequences(config, len(architecture.layers)),
-        "weights for the policy": fitting_windows(architecture, config.data.window) * config.fits_to_policy,
+        "metric": scoring_sequences(config, len(architecture.layers), scored),
+        "weights for the policy": fitted,
         "search": search["sequences"] - search["finals"]["sequences"],
         "choice": search["finals"]["sequences"],
     }

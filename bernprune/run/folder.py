@@ -65,6 +65,9 @@ FREE_SETTINGS = (
 class RunFolder:
     """A path with the names of what lies in it.
 
+    Args:
+        overwrite: what lies in it now is to be replaced; it is not, until a new run starts.
+
     Attributes:
         FREE: settings that may change on the way.
         WORK: what is done in it, in a word.
@@ -73,13 +76,14 @@ class RunFolder:
     CONFIG, WORK, OTHER = CONFIG, "run", "give another --out"
     FREE: tuple[str, ...] = FREE_SETTINGS
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
+        self.path, self.overwrite = path, overwrite
         self.config, self.metrics, self.plan = path / self.CONFIG, path / METRICS, path / PLAN
         self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
         self.learned, self.finals, self.plans = path / LEARNED, path / FINALS, path / PLANS
         self.versions, self.costs = path / VERSIONS, path / COSTS
+        self._to_replace = self._config_written() if overwrite else None
 
     @property
     def finished(self) -> bool:
@@ -87,12 +91,18 @@ class RunFolder:
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is a run to continue."""
-        return self.config.is_file() and not self.finished
+        """Whether there is a run to continue; one that is to be replaced is none."""
+        return self.config.is_file() and not self.finished and self._config_written() != self._to_replace
 
-    def look(self, config: RunConfig, *, overwrite: bool) -> None:
+    def _config_written(self) -> int | None:
+        """When, in nanoseconds; None if there is none."""
+        with contextlib.suppress(OSError):
+            return self.config.stat().st_mtime_ns
+        return None
+
+    def look(self, config: RunConfig) -> None:
         """As ``check``, before the work of loading. Raises ``RunError`` also if another process works in the folder."""
-        self.check(config, overwrite=overwrite)
+        self.check(config)
         try:
             with open(self.path / LOCK, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -104,7 +114,7 @@ class RunFolder:
     def _taken(self) -> RunError:
         return RunError(f"another process is working in {self.path}")
 
-    def check(self, config: RunConfig, *, overwrite: bool) -> bool:
+    def check(self, config: RunConfig) -> bool:
         """Whether a run of this config may use the folder; True if it continues an unfinished one.
 
         Raises:
@@ -115,7 +125,7 @@ class RunFolder:
             return False
         self._check_is_run()
         self._check_apart(config)
-        if overwrite:
+        if self.overwrite:
             return False
         if self.finished:
             raise RunError(f"{self.path} holds a finished {self.WORK}; {self.OTHER}, or --overwrite to replace it")

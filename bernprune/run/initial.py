@@ -148,11 +148,16 @@ def start_probs(
     )
 
 
-def scoring_sequences(config: RunConfig, num_layers: int) -> int:
-    """What the initial metrics cost, in windows of the search run forward; it is not part of its budget."""
+def scoring_sequences(config: RunConfig, num_layers: int, windows: int | None = None) -> int:
+    """What the initial metrics cost, in windows of the search run forward; it is not part of its budget.
+
+    Args:
+        windows: on which they are taken, if that is not as many as they are meant to be.
+    """
     initial, window = config.initial, config.data.window
     passes = sum(metric.forwards(num_layers, options_of(config)) for metric in metrics_of(config))
     allocation = allocation_of(config)
     passes += allocation == "block-influence"
     passes += (allocation == "search") * evolution_of(config).tried / SEARCH_EVERY
-    return math.ceil(initial.windows * passes * (initial.window or window) / window)
+    windows = initial.windows if windows is None else windows
+    return math.ceil(windows * passes * (initial.window or window) / window)

@@ -202,7 +202,7 @@ class _Loop:
                 f"search {self.stage.config.search.method} must give a dictionary in diagnose, but gave {found!r:.100}"
             )
         if self.stage.config.search.method not in METHODS:
-            _check_plain(self.stage.config.search.method, found)
+            _check_known(self.stage.config.search.method, found)
         if self.stage.workload.probe_sequences:
             loss = objective.losses(self._selected()[None], tokens_BT).item()
             self.work.sequences += self.stage.workload.probe_sequences
@@ -284,12 +284,19 @@ class _Loop:
         self.saved_at = time.monotonic()
 
 
-def _check_plain(method: str, found: dict[str, Any]) -> None:
-    """Raises ``ConfigError`` if what a search of one's own knows cannot stand in the metrics."""
+def _check_known(method: str, found: dict[str, Any]) -> None:
+    """Raises ``ConfigError`` if what a search of one's own knows cannot stand in the metrics, or bears a name of what
+    ours know and is of another form."""
     try:
         json.dumps(found, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"search {method} must give plain data in diagnose, but {error}") from None
+    for name, value in found.items():
+        by_kind = isinstance(value, dict) and all(isinstance(number, int | float) for number in value.values())
+        if name in ("signal_to_noise", "agreement") and not by_kind:
+            raise ConfigError(f"search {method} must give {name} in diagnose for each kind, but gave {value!r:.100}")
+        if name in ("regret", "gap") and not isinstance(value, int | float):
+            raise ConfigError(f"search {method} must give a number as {name} in diagnose, but gave {value!r:.100}")
 
 
 def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> tuple[Work, torch.Tensor | None]:

@@ -65,19 +65,19 @@ def prune(
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
     with bars(progress):
-        return _prune(config, RunFolder(Path(out)), overwrite=overwrite)
+        return _prune(config, RunFolder(Path(out), overwrite=overwrite))
 
 
-def _prune(config: RunConfig, folder: RunFolder, *, overwrite: bool = False, finish: bool = False) -> dict[str, Any]:
-    folder.look(config, overwrite=overwrite)
+def _prune(config: RunConfig, folder: RunFolder, *, finish: bool = False) -> dict[str, Any]:
+    folder.look(config)
     with unchanging():
-        return _in_folder(set_stage(config), folder, overwrite=overwrite, finish=finish)
+        return _in_folder(set_stage(config), folder, finish=finish)
 
 
-def _in_folder(stage: Stage, folder: RunFolder, *, overwrite: bool, finish: bool) -> dict[str, Any]:
+def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, Any]:
     config, formats = stage.config, (stage.view.model.dtype, stage.full_dtype)
     with folder.locked(), quick_products(stage.view.device, *formats):
-        continued = folder.check(config, overwrite=overwrite)  # another process may have been here meanwhile
+        continued = folder.check(config)  # another process may have been here meanwhile
         try:
             with blaming(places_of_ones_own(config)):  # before the disk is blamed
                 return _run(stage, folder, continued=continued, finish=finish)

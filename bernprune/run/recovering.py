@@ -77,27 +77,27 @@ def recover(
         BernpruneError: anything that the caller can mend; before the training starts, nothing is left behind.
     """
     check_only(changes or {}, RECOVERY_SETTINGS)
-    finished, folder = _finished_run(run), RecoveryFolder(Path(out))
+    finished, folder = _finished_run(run), RecoveryFolder(Path(out), overwrite=overwrite)
     of_run = finished.read_config()
     # The search is over, and what divided its windows need not divide others.
     given = merge(merge(of_run.to_dict(), {"search": {"chunk": None}}), absolute(dict(changes or {})))
     config = make_config(given)
     check_adaptable()
-    folder.look(config, overwrite=overwrite)
-    if finish and (overwrite or not folder.unfinished):
+    folder.look(config)
+    if finish and not folder.unfinished:
         raise RunError(f"there is no interrupted recovery in {out} to finish")
     source = open_source(finished, config, of_run)
     with folder.locked(), bars(progress), quick_products(find_device(config.model.device), source.dtype):
-        continued = folder.check(config, overwrite=overwrite)
+        continued = folder.check(config)
         try:
             return _recover(source, folder, continued=continued, finish=finish)
         except LossError as error:
             anew = "; begin anew with --overwrite" if folder.unfinished else ""
             raise LossError(f"{error}{anew}") from error
         except torch.OutOfMemoryError as error:
+            way = "the same command, without --overwrite, goes on with less: " if folder.unfinished else ""
             raise RunError(
-                "the GPU's memory is full; the same command, without --overwrite, goes on with less: --set "
-                "recover.rows=1 or recover.recompute=true"
+                f"the GPU's memory is full; {way}--set recover.rows=1 or recover.recompute=true needs less"
             ) from error
         except (OSError, SafetensorError) as error:
             raise RunError(f"{out} cannot be written: {reason(error)}") from error
@@ -122,10 +122,12 @@ def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish:
         write_json(folder.plan, source.plan.to_dict())
         seconds = _train(prepared, source, folder, state, finish=finish)
         report = _report(source, prepared, seconds)
-    before, model = prepared.before, prepared.training.finish()
+    before, model = prepared.before, prepared.training.finish()  # merged: rounded, in 16 bits
     del prepared  # a teacher and the optimizer's state, for which there may be no room beside the other process
     if source.config.recover.masks == "policy":
         model = slice_model(model, source.plan)
+    report["merged"] = mean_loss(model, source.held_out_WT)
+    report["kept"] = "recovered" if report["merged"] < before.held_out else "pruned"
     if report["kept"] == "pruned":
         model = None  # before the other is loaded
         model = kept_model(source)
@@ -237,7 +239,6 @@ def _report(source: Source, prepared: Prepared, seconds: float) -> dict[str, Any
         "tokens": training.tokens,
         "steps": training.steps,
         "best_step": training.best_step,
-        "kept": "recovered" if training.held_out[training.best_step] < prepared.before.held_out else "pruned",
         "ended": training.ended,
         "seconds": round(seconds, 2),
         "ranks": prepared.ranks,

@@ -27,6 +27,7 @@ from bernprune.run.plans import read_plan
 from bernprune.run.stage import evaluation_text, learning_text, read_texts
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
+from bernprune.text import same_source
 from bernprune.units import KeepPlan
 
 _INFLUENCE_WINDOWS = 32
@@ -53,7 +54,8 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
     model_config, window = load_config(str(folder.model)), config.data.window
     check_window(model_config, window)
     tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
-    if config.data.eval_text is None and config.data.text != of_run.data.text:  # the run's, so that figures compare
+    same_text = same_source(config.data.text, of_run.data.text)
+    if config.data.eval_text is None and not same_text:  # the run's, so that figures compare
         own = evaluation_text(of_run, tokenizer, vocabulary)
         held_out_N, eval_name = own or read_texts(of_run, tokenizer, vocabulary)[1:]
         stream_N = learning_text(config, tokenizer, vocabulary)

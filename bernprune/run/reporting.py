@@ -14,6 +14,7 @@ from bernprune.run.finals import Finals
 from bernprune.run.folder import RunFolder
 from bernprune.run.origin import versions
 from bernprune.run.plans import Learned, plans_table, removed_share, write_plan
+from bernprune.run.repairs import policy_windows
 from bernprune.run.stage import Stage
 from bernprune.run.workload import Work
 from bernprune.settings import merge
@@ -113,6 +114,8 @@ def windows_of_run(stage: Stage, report: dict[str, Any], *, again: bool) -> dict
     return windows_run(
         stage.config,
         stage.view.architecture,
+        scored=len(stage.initial_windows_WT),
+        fitted=len(policy_windows(stage)) if stage.config.fits_to_policy else 0,
         search=report["search"],
         repair=report["repair"],
         evaluated=evaluations * len(stage.eval_windows_WT),

@@ -37,7 +37,7 @@ from bernprune.run.workload import (
     make_limits,
     plan_work,
 )
-from bernprune.text import load_documents
+from bernprune.text import load_documents, same_source
 from bernprune.units import UnitSpace
 
 logger = logging.getLogger(__name__)
@@ -220,13 +220,12 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
 def evaluation_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, str] | None:
     """The stream to evaluate on and its name; None where that is a part of ``data.text``."""
     data = config.data
+    source = data.eval_text or (EMBEDDED if data.text == EMBEDDED else None)
+    if source is None:
+        return None
     characters = CHARACTERS_PER_TOKEN * data.eval_tokens
-    if data.eval_text is not None:
-        held_out = _tokens(tokenizer, vocab_size, data.eval_text, "held-out", characters, joined_by=data.eval_join)
-        return held_out, data.eval_text
-    if data.text == EMBEDDED:
-        return _tokens(tokenizer, vocab_size, EMBEDDED, "held-out", characters), "embedded, held out"
-    return None
+    held_out = _tokens(tokenizer, vocab_size, source, "held-out", characters, joined_by=data.eval_join)
+    return held_out, "embedded, held out" if source == EMBEDDED else source
 
 
 def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.Tensor:
@@ -238,7 +237,7 @@ def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.T
             "data.text (--text) names another",
             config.model.path,
         )
-    if data.eval_text == data.text:
+    if data.eval_text not in (None, EMBEDDED) and same_source(data.eval_text, data.text):
         logger.warning("%s is both learned from and evaluated on: its perplexities flatter what was learned", data.text)
     return _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
 
