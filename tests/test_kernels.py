@@ -224,17 +224,17 @@ def test_a_bias_with_gaps_is_refused(device: torch.device) -> None:
 
 @pytest.mark.parametrize(("told", "expected"), [("ieee", "ieee"), ("tf32", "tf32")])
 def test_precision_follows_either_way_of_setting_it(told: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was set by its newer name cannot be asked for by the older one."""
+    """What was set by its newer name cannot be asked for by the older one; it is of numbers of 32 bits alone."""
     numbers = torch.ones(2)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "highest" if told == "ieee" else "high")
-    assert (tiles.precision(numbers), tiles.precision(numbers.half())) == (expected, "tf32")
+    assert (tiles.precision(numbers), tiles.precision(numbers.half())) == (expected, "ieee")
 
     def refuse() -> str:
         raise RuntimeError("set by its newer name")
 
     monkeypatch.setattr(torch, "get_float32_matmul_precision", refuse)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=told))
-    assert (tiles.precision(numbers), tiles.precision(numbers.half())) == (expected, "tf32")
+    assert (tiles.precision(numbers), tiles.precision(numbers.half())) == (expected, "ieee")
 
 
 def test_angles_that_do_not_fit_heads_are_refused(device: torch.device) -> None:

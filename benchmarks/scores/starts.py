@@ -25,7 +25,7 @@ from bernprune.errors import BernpruneError, ModelError
 from bernprune.run.pipeline import prune
 from bernprune.scores import SCORES
 from bernprune.scores.base import BLOCKS
-from bernprune.settings import merge
+from bernprune.settings import merge, without_none
 from bernprune.storage import write_bytes
 
 HERE = Path(__file__).parent
@@ -33,13 +33,16 @@ KEY = ("model", "score", "sparsity", "sequences", "seed")
 SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.3, 0.5, 0.2]
 SEQUENCES = [0, 2_048, 8_192]  # none is the metric alone; the last is the default for models of this size
 STARTS = [name for name, metric in SCORES.items() if not set(metric.kinds) <= set(BLOCKS)]
+STARTS += ["wanda-sp/search"]  # by another allocation than its own: the best metric alone, where nothing is repaired
 
 
 def run(scratch: Path, key: Row) -> Row:
     """A run as it ships, but for its start: losses on held-out text before and after its repair."""
     source = SOURCES[key["model"]]
     given = run_settings(source, scratch, sparsity=key["sparsity"], seed=key["seed"], held_out=True)
-    given = merge(given, {"initial": {"score": key["score"]}, "search": {"sequences": key["sequences"]}})
+    score, _, allocation = key["score"].partition("/")
+    initial = without_none({"score": score, "allocation": allocation or None})
+    given = merge(given, {"initial": initial, "search": {"sequences": key["sequences"]}})
     with TemporaryDirectory(dir=scratch) as folder:
         report = prune(make_config(given), Path(folder) / "run", progress=False)
     return {
