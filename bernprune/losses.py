@@ -26,15 +26,20 @@ LossFunction = Callable[..., torch.Tensor]  # of logits and next tokens, and may
 _ROWS = 256  # a product has a multiple of these rows if it leaves no part of a GPU idle
 
 
-OF_A_TOKEN = 64.0  # what gradients of a token's loss are multiplied by on their way back; see ``power_of_two``
+_OF_A_TOKEN = 64.0  # what gradients of one token's loss are multiplied by on their way back
+
+
+def scale_of_mean(tokens_RT: torch.Tensor) -> float:
+    """What to multiply a mean loss of these tokens by before gradients go back, and to divide them by afterwards.
+
+    Float16 has no numbers so small as gradients of a mean over many tokens. It is a power of two, so that in other
+    formats nothing changes.
+    """
+    return power_of_two(_OF_A_TOKEN * tokens_RT.numel())
 
 
 def power_of_two(size: float) -> float:
-    """The least one that is larger than a size; one if that is zero or not finite.
-
-    Scaling by it is exact, but in numbers that are too small: float16 has none like gradients of a mean over many
-    tokens.
-    """
+    """The least one that is larger than a size; one if that is zero or not finite."""
     return 2.0 ** math.frexp(size)[1] if 0 < size < math.inf else 1.0
 
 

@@ -240,6 +240,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "text-not-utf8": (lambda p: p.prune(text=p.file("latin.txt", b"caf\xe9 " * 99)), ("latin.txt", "UTF-8")),
     "text-without-field": (lambda p: p.prune(text=p.file("t.jsonl", '{"body": "x"}')), ("t.jsonl", "line 1", "text")),
     "eval-text-missing": (lambda p: [*p.prune(), "--eval-text", "none.txt"], ("none.txt", "does not exist")),
+    "eval-text-blank": (lambda p: [*p.prune(), "--eval-text", ""], ("text source is blank",)),
     "eval-text-too-short": (lambda p: [*p.prune(), "--eval-text", str(p.file("e.txt", "a b"))], ("e.txt", "too short")),
     "eval-join-without-text": (lambda p: p.prune("data.eval_join=x"), ("data.eval_join", "data.eval_text")),
     # budgets

@@ -238,7 +238,7 @@ def test_float16_is_exact_enough_for_large_streams(monkeypatch: pytest.MonkeyPat
         model = model.to(dtype)
         with monkeypatch.context() as patch:
             if dtype == torch.float32:  # then they need not be larger than they are
-                patch.setattr(training, "power_of_two", lambda size: 1.0)
+                patch.setattr(training, "scale_of_mean", lambda tokens: 1.0)
             training_of(model, adapted(model, "llama")).step()
     assert_close(seen[1], seen[0], LOGITS[torch.float16])
 

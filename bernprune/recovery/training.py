@@ -12,7 +12,7 @@ import torch
 
 from bernprune.data import TokenWindows
 from bernprune.errors import LossError, RunError
-from bernprune.losses import OF_A_TOKEN, power_of_two, token_divergences, token_losses
+from bernprune.losses import scale_of_mean, token_divergences, token_losses
 from bernprune.models.adapters import Adapters
 from bernprune.recovery.masks import SampledMasks
 from bernprune.sections import RecoverConfig
@@ -109,7 +109,7 @@ class Training:
         masks_BU = None
         if self._masks is not None:
             masks_BU = self._masks.draw(self.steps, self.steps / self.total, len(tokens_BT))
-        loss, scale = 0.0, power_of_two(OF_A_TOKEN * tokens_BT.numel())
+        loss, scale = 0.0, scale_of_mean(tokens_BT)
         with self._training():
             for some in torch.arange(len(tokens_BT)).split(settings.rows):
                 if self._masks is not None and masks_BU is not None:

@@ -95,9 +95,9 @@ def recover(
             anew = "; begin anew with --overwrite" if folder.unfinished else ""
             raise LossError(f"{error}{anew}") from error
         except torch.OutOfMemoryError as error:
-            way = "the same command, without --overwrite, goes on with less: " if folder.unfinished else ""
+            way = "the same command, without --overwrite, goes on with less" if folder.unfinished else "less is needed"
             raise RunError(
-                f"the GPU's memory is full; {way}--set recover.rows=1 or recover.recompute=true needs less"
+                f"the GPU's memory is full; {way} by --set recover.rows=1 or recover.recompute=true"
             ) from error
         except (OSError, SafetensorError) as error:
             raise RunError(f"{out} cannot be written: {reason(error)}") from error

@@ -198,19 +198,21 @@ class Workshop:
         }
 
 
-def policy_windows(stage: Stage) -> torch.Tensor:
-    """Windows on which weights are fitted to a policy, ``[W, T]``."""
-    count = fitting_windows(stage.view.architecture, stage.train.window)
-    return stage.train.windows(0, min(count, stage.train.num_windows))
+def policy_windows(stage: Stage) -> int:
+    """Windows on which weights are fitted to a policy, the first ones; 0 where none are."""
+    if not stage.config.fits_to_policy:
+        return 0
+    return min(fitting_windows(stage.view.architecture, stage.train.window), stage.train.num_windows)
 
 
 @contextmanager
 def expected_weights(stage: Stage) -> Iterator[ExpectedWeights | None]:
     """For the length of the block, weights of the live model that can be fitted to a policy; None if none are to be."""
-    if not stage.config.fits_to_policy:
+    count = policy_windows(stage)
+    if not count:
         yield None
         return
-    weights = ExpectedWeights(stage.view, policy_windows(stage), rows_per_forward=stage.rows)
+    weights = ExpectedWeights(stage.view, stage.train.windows(0, count), rows_per_forward=stage.rows)
     try:
         yield weights
     finally:

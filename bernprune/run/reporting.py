@@ -115,7 +115,7 @@ def windows_of_run(stage: Stage, report: dict[str, Any], *, again: bool) -> dict
         stage.config,
         stage.view.architecture,
         scored=len(stage.initial_windows_WT),
-        fitted=len(policy_windows(stage)) if stage.config.fits_to_policy else 0,
+        fitted=policy_windows(stage),
         search=report["search"],
         repair=report["repair"],
         evaluated=evaluations * len(stage.eval_windows_WT),

@@ -220,7 +220,7 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
 def evaluation_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torch.Tensor, str] | None:
     """The stream to evaluate on and its name; None where that is a part of ``data.text``."""
     data = config.data
-    source = data.eval_text or (EMBEDDED if data.text == EMBEDDED else None)
+    source = EMBEDDED if data.eval_text is None and data.text == EMBEDDED else data.eval_text
     if source is None:
         return None
     characters = CHARACTERS_PER_TOKEN * data.eval_tokens

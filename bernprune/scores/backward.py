@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from bernprune.errors import ModelError
-from bernprune.losses import OF_A_TOKEN, power_of_two, token_losses
+from bernprune.losses import power_of_two, scale_of_mean, token_losses
 from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView
 from bernprune.scores.base import not_finite
@@ -73,7 +73,7 @@ class BackwardStream:
 
     def _of_head(self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor) -> "_Scaled":
         """The gradient of a pass's mean loss at what leaves the last layer."""
-        scale = power_of_two(OF_A_TOKEN * tokens_RT.numel())
+        scale = scale_of_mean(tokens_RT)
         hidden_RTD = hidden_RTD.to(self._device).requires_grad_()
         with torch.enable_grad():
             last_RTD = getattr(self._view.decoder, self._view.family.final_norm)(hidden_RTD)
