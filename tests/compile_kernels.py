@@ -21,6 +21,7 @@ from bernprune.policy.masks import Design
 
 # Bytes that a block of threads may have, by capability.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SERVERS = 90  # the capability for which every variant is compiled: it takes a third of a minute
 CPU = torch.device("cpu")
 
 
@@ -34,14 +35,14 @@ class Absent:
         return self._target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._target.arch  # what is compiled for another is not taken for this one's
 
     def get_current_stream(self, device: int) -> int:
         return 0
 
 
 def compile_all(capability: int) -> None:
-    """Call all operations, with every kernel's launch replaced."""
+    """Call operations with all kernels, with every launch replaced."""
     driver.set_active(Absent(capability))
     card = tiles.Card(SHARED[capability], tiles.idle_stages(capability // 10))
     tiles.card_of = attention.card_of = lambda device: card
@@ -51,6 +52,7 @@ def compile_all(capability: int) -> None:
         found = launch(kernel, *args, grid=grid, warmup=True, **options)
         matrix_units = any(name in found.asm["ptx"] for name in ("tcgen05.mma", "wgmma", "mma.sync"))
         report = {
+            "capability": capability,
             "kernel": kernel.__name__,
             "shared": found.metadata.shared,
             "matrix_units": matrix_units,
@@ -61,14 +63,14 @@ def compile_all(capability: int) -> None:
 
     triton.JITFunction.run = compiled
     try:
-        for operation in operations():
-            operation()
+        for call in operations(capability == SERVERS):
+            call()
     finally:
         triton.JITFunction.run = launch
 
 
-def operations() -> list[Callable[[], Any]]:
-    """Calls with all kernels, in bfloat16, and wide enough for full tiles."""
+def operations(variants: bool) -> list[Callable[[], Any]]:
+    """Calls with all kernels, in bfloat16, and wide enough for full tiles; or with all that a kernel may be told."""
     masks_MN = MASKS["random"](2, 128)
     bits, kept = packed(masks_MN, CPU), listed(masks_MN, CPU)
     probs_U = torch.full((FLAT.size,), 0.5, dtype=torch.float64)
@@ -79,23 +81,21 @@ def operations() -> list[Callable[[], Any]]:
 
     small, narrow, wide = zeros(2, 8, FLAT.size), zeros(4, 128, 128), zeros(4, 128, 128 * 128)
     weight, heads, larger = zeros(256, 128), zeros(4, 128, 128, 128), zeros(4, 128, 128, 256)
-    return [
+
+    def of_units(width: int) -> torch.Tensor:
+        x, outputs = zeros(4, 128, 128 * width), zeros(256, 128 * width)
+        return linear.masked_linear(x, bits, outputs, unit_width=width)
+
+    calls = [
         lambda: draw.draw(draws),
         lambda: draw.list_kept(bits),
-        lambda: linear.masked_linear(narrow, bits, weight),
-        *(
-            lambda width=width: linear.masked_linear(
-                zeros(4, 128, 128 * width), bits, zeros(256, 128 * width), unit_width=width
-            )
-            for width in (3, 80, 128)
-        ),
-        lambda: linear.masked_linear(small, draws, zeros(256, FLAT.size)),
-        lambda: linear.linear_from_kept(narrow, kept, weight, compact=True),
+        lambda: of_units(128),
         lambda: linear.linear_from_kept(wide, kept, zeros(256, 128 * 128), unit_width=128),
         lambda: linear.linear_to_kept(narrow, bits, zeros(128 * 128, 128), unit_width=128),
-        *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("silu", "gelu", "gelu_tanh")),
+        lambda: mlp.masked_activation(small, small, draws, "silu"),
         lambda: mlp.hidden_of_kept(narrow, kept, weight[:128], weight[128:], activation="silu"),
-        *(lambda x=x: attention.attention_of_kept(x, x, x, bits) for x in (heads, heads.float(), larger)),
+        lambda: attention.attention_of_kept(heads, heads, heads, bits),
+        lambda: attention.attention_of_kept(larger, larger, larger, bits),
         lambda: linear.cut(narrow, bits),
         lambda: rotary.rotary(heads, heads[:1, 0], heads[:1, 1]),
         lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),
@@ -104,6 +104,15 @@ def operations() -> list[Callable[[], Any]]:
         lambda: sums.kept_sums(probs_U, draws),
         lambda: sums.activity_sums(small[:1], torch.zeros(1, 2, 8), draws),
     ]
+    if variants:
+        calls += [
+            *(lambda width=width: of_units(width) for width in (1, 3, 80)),
+            lambda: linear.masked_linear(small, draws, zeros(256, FLAT.size)),
+            lambda: linear.linear_from_kept(narrow, kept, weight, compact=True),
+            *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("gelu", "gelu_tanh")),
+            lambda: attention.attention_of_kept(heads.float(), heads.float(), heads.float(), bits),
+        ]
+    return calls
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tiny_run import (
     PROBE,
     STEPS,
     Place,
+    hurry,
     in_one_sentence,
     prune_arguments,
     read_json,
@@ -31,7 +32,7 @@ from tiny_run import (
     verify_here,
 )
 
-from bernprune import storage
+from bernprune import picture, storage
 from bernprune.config import make_config
 from bernprune.errors import ModelError, RunError
 from bernprune.models import saving
@@ -127,7 +128,7 @@ def undisturbed(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A run of the disks' setting with nothing in its way."""
     out = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "verify_saved", verify_here)
+        hurry(patch)
         succeed(*prune_arguments(prepared.model, prepared.text, out, *WORKING))
     return out
 
@@ -580,6 +581,7 @@ def test_a_start_that_loses_beyond_measure_is_no_reason_to_fail(
         return found_K * math.nan if next(names, None) in lost else found_K
 
     monkeypatch.setattr(MaskedObjective, "losses", losses)
+    monkeypatch.setattr(pipeline, "draw", picture.draw)
     done = succeed(*place.prune("search.method=reinforce", "initial.map=sigmap", "initial.allocation=global"))
     assert done.err.count("on the evaluation text is nan") == len(lost)
     report = read_json(place.out / "report.json")

@@ -19,6 +19,7 @@ from tiny_run import (
     PASSES_OF,
     PROBE,
     STEPS,
+    Outcome,
     Place,
     ended,
     finish,
@@ -96,31 +97,39 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten(
     same_run(place.out, uninterrupted(method))
 
 
-@pytest.mark.parametrize(
-    ("number", "method"),
-    [
-        (signal.SIGINT, "posterior-chunk"),
-        (signal.SIGINT, "reinforce"),
-        (signal.SIGTERM, "posterior-chunk"),
-        (signal.SIGHUP, "posterior-chunk"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else value.name,
-)
-def test_an_interrupted_search_says_how_to_go_on(
-    number: signal.Signals, method: str, place: Place, uninterrupted: Callable[[str], Path]
-) -> None:
+def test_an_interrupted_search_says_how_to_go_on(place: Place, uninterrupted: Callable[[str], Path]) -> None:
     """A checkpoint at the step at work, exit code 130, and a command that finishes the same run."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
-    process = spawn([*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)], place.folder)
+    process = spawn([*place.prune(*SLOW_RUNS["posterior-chunk"]), "--eval-text", str(held_out)], place.folder)
     metrics = place.out / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     done = ended(process)
-    assert done.code == 130 and done.err == interrupted(place.out)
     steps = len(steps_of(place.out))
-    assert 2 <= steps < 20 and (place.out / "checkpoints" / f"step-{steps:08d}.safetensors").is_file()
+    assert 2 <= steps < 20
+    goes_on(place, done, steps, uninterrupted("posterior-chunk"))
+
+
+def goes_on(place: Place, done: Outcome, steps: int, uninterrupted: Path) -> None:
+    """As it says, from a checkpoint of that many steps."""
+    assert done.code == 130 and done.err == interrupted(place.out)
+    assert (place.out / "checkpoints" / f"step-{steps:08d}.safetensors").is_file()
     succeed(*done.err.strip().partition("bernprune ")[2].split())
-    same_run(place.out, uninterrupted(method))
+    same_run(place.out, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("number", "method"),
+    [(signal.SIGTERM, "posterior-chunk"), (signal.SIGHUP, "posterior-chunk"), (signal.SIGINT, "reinforce")],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+def test_so_does_one_that_is_told_otherwise(
+    number: signal.Signals, method: str, place: Place, uninterrupted: Callable[[str], Path]
+) -> None:
+    """In this process."""
+    held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
+    done = stopped_in_step(7, [*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)], number)
+    goes_on(place, done, 8, uninterrupted(method))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text, verify_here
+from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bernprune
@@ -275,7 +275,6 @@ def lengths_trained_on(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its path is that of the moment, wherever the run was; none of it is left out, and the last tenth of the run's own
     is what it is judged by."""
-    monkeypatch.setattr(verification, "verify_saved", verify_here)
     succeed(*place.prune("search.sequences=0"))
     other, lengths = tiny_text(place.folder / "other.txt", 900, seed=4), lengths_trained_on(monkeypatch)
     succeed(*recover(place, place.out), "--text", "other.txt")
@@ -288,7 +287,6 @@ def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPa
 
 def test_the_run_s_text_is_known_by_another_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its last tenth, which a recovery is judged by, is not trained on."""
-    monkeypatch.setattr(verification, "verify_saved", verify_here)
     succeed(*place.prune("search.sequences=0"))
     (place.folder / "link.txt").symlink_to(place.text)
     lengths = lengths_trained_on(monkeypatch)

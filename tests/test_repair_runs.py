@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import WINDOW, Place, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text, verify_here
+from tiny_run import WINDOW, Place, hurry, in_one_sentence, read_json, run, same_run, settings, succeed, tiny_text
 from transformers import AutoModelForCausalLM
 
 from bernprune.backends import load_backend
@@ -20,7 +20,7 @@ from bernprune.objective import masked_objective
 from bernprune.repair import repairing
 from bernprune.repair.fitting import Fitter
 from bernprune.report import table
-from bernprune.run import pipeline, verification, workload
+from bernprune.run import pipeline, workload
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model, open_tokenizer
 from bernprune.run.plans import Learned
@@ -47,7 +47,7 @@ def end(prepared: Place, folder: Path, *more: str) -> Path:
     """As ``finish``, whatever is said of a repair that makes things worse, as it may with so little text."""
     held_out = tiny_text(folder / "held-out.txt", 400, seed=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "verify_saved", verify_here)
+        hurry(patch)
         succeed(*prepared.prune(*more, out=folder / "out"), "--eval-text", str(held_out))
     return folder / "out"
 

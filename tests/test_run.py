@@ -597,6 +597,7 @@ def test_an_ordinary_command(place: Place) -> None:
     assert (done.code, done.err) == (0, "")
     report = read_json(place.folder / "out" / "model-0.3" / "report.json")
     assert report["verified"]["max_logit_difference"] == 0
+    assert (place.folder / "out" / "model-0.3" / "report.png").read_bytes().startswith(b"\x89PNG")
     lines = [line.split() for line in done.out.splitlines()]
     shown = {line[0]: line for line in lines if line}
     last = "learned" if report["search"]["kept"] in ("learned", "widths") else "kept"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, read_json, succeed
+from tiny_run import Place, hurry, read_json, succeed
 from tqdm import tqdm
 
 import bernprune
@@ -124,8 +124,9 @@ def test_what_counts_on_a_repair_is_not_left_to_be_misread(place: Place) -> None
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_runs_and_recoveries_show_bars_if_they_are_told_to(
-    shown: bool, finished: Path, tmp_path: Path, drawn: list[Any]
+    shown: bool, finished: Path, tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hurry(monkeypatch)
     bernprune.prune(RunFolder(finished).read_config(), tmp_path / "again", progress=shown)
     few = {"tokens": 256, "batch": 4, "held_out": 4, "rank": 2, "ranks": "uniform"}
     bernprune.recover(finished, tmp_path / "recovered", changes={"recover": few}, progress=shown)

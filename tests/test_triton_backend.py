@@ -49,11 +49,11 @@ GRANULARITIES: dict[str, tuple[Kind, ...]] = {
     "nested": ("kv_group", "channel", "ffn"),
 }
 CALLS: dict[str, Callable[[MaskedObjective, torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "shared": lambda objective, masks_KU, tokens_BT: objective.window_losses(masks_KU, tokens_BT),
+    "shared": lambda objective, masks_KU, tokens_BT: objective.window_losses(masks_KU, tokens_BT[:2]),
     "single": lambda objective, masks_KU, tokens_BT: objective.window_losses(masks_KU[:1], tokens_BT),
     "sequences": lambda objective, masks_KU, tokens_BT: objective.token_losses(masks_KU.view(3, 2, 1, -1), tokens_BT),
     "chunks": lambda objective, masks_KU, tokens_BT: objective.token_losses(masks_KU.view(3, 1, 2, -1), tokens_BT),
-    "gates": lambda objective, masks_KU, tokens_BT: objective.losses(0.7 * masks_KU.float(), tokens_BT),
+    "gates": lambda objective, masks_KU, tokens_BT: objective.losses(0.7 * masks_KU.float(), tokens_BT[:2]),
     "activities": lambda objective, masks_KU, tokens_BT: activities(objective, masks_KU[0], tokens_BT),
 }
 
@@ -68,18 +68,24 @@ def a_view(family: str, granularity: tuple[Kind, ...], device: torch.device, *, 
     return describe(model.float().to(device), granularity)
 
 
-@pytest.mark.parametrize("listing", [0.0, NEVER], ids=["listed", "dense"])
 @pytest.mark.parametrize(
-    ("family", "way"), [*(("llama", way) for way in CALLS), *((family, "sequences") for family in list(FAMILIES)[1:])]
+    ("family", "way", "listing"),
+    [
+        *(("llama", way, NEVER) for way in CALLS),
+        *(("llama", way, 0.0) for way in ("shared", "single", "sequences")),  # of whole rows alone
+        *((family, "sequences", 0.0) for family in list(FAMILIES)[1:]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "dense" if value else "listed",
 )
 def test_the_losses_are_those_of_plain_torch(
     monkeypatch: pytest.MonkeyPatch, family: str, way: str, listing: float, ops: Any, device: torch.device
 ) -> None:
     """For all ways in which masks can lie over text, by lists of what they keep and by bits."""
     monkeypatch.setattr(costs, "_LISTED_TOKENS", 1)
-    view, tokens_BT = a_view(family, GRANULARITIES["parts"], device, layers=4), random_tokens(3, 8)
-    masks_KU = neighbours(view.space)[:6]
-    found = []
+    sharing = way in ("shared", "gates")
+    view = a_view(family, GRANULARITIES["parts"], device, layers=4 if sharing else 2)
+    masks_KU = neighbours(view.space)[:6] if sharing else random_masks(view.space, 6)
+    found, tokens_BT = [], random_tokens(3, 8)
     for each in (load_backend("torch", device), ops):
         with masked_objective(view, each, rows_per_forward=5, costs=Costs(listing=listing)) as objective:
             found.append(CALLS[way](objective, masks_KU, tokens_BT))
@@ -252,7 +258,7 @@ def test_norms_are_known_by_what_they_compute(norm: nn.Module, known: bool) -> N
 
 def test_divergences_and_nested_units(ops: Any, device: torch.device) -> None:
     """The losses of the other objective, of units that lie in one another."""
-    view, tokens_BT = a_view("qwen3", GRANULARITIES["nested"], device, layers=4), random_tokens(2, 8)
+    view, tokens_BT = a_view("qwen3", GRANULARITIES["nested"], device, layers=4), random_tokens(1, 8)
     masks_KU = neighbours(view.space)
     found = []
     for each in (load_backend("torch", device), ops):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bernprune import cli
-from bernprune.run import loop, verification
+from bernprune.run import loop, pipeline, verification
 from bernprune.run.checkpoint import read_state
 
 REPOSITORY = Path(__file__).parent.parent
@@ -177,6 +177,12 @@ def ended(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Verify saved models in this process, and draw nothing: either takes longer than all else of a tiny run."""
+    patch.setattr(verification, "verify_saved", verify_here)
+    patch.setattr(pipeline, "draw", lambda *_: b"")
+
+
 @torch.no_grad()
 def verify_here(folder: Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, device: str = "cpu") -> float:
     """What ``verify_saved`` measures, without the seconds that a clean process takes to start."""
@@ -184,13 +190,13 @@ def verify_here(folder: Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, 
     return float((loaded(input_ids=tokens_BT).logits - logits).abs().max())
 
 
-def stopped_in_step(step: int, command: Sequence[str]) -> Outcome:
-    """A command of which the search is interrupted in this step, as by Ctrl-C."""
+def stopped_in_step(step: int, command: Sequence[str], number: signal.Signals = signal.SIGINT) -> Outcome:
+    """A command of which the search is interrupted in this step, as by Ctrl-C or another signal."""
     original = loop._Loop.step
 
     def interrupting(self: loop._Loop, *given: Any) -> Any:
         if self.work.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return original(self, *given)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -274,12 +280,12 @@ def prepare(folder: Path) -> Place:
 
 
 def visit(prepared: Place, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A copy of a place, where relative paths and temporary files go too, and saved models are verified quickly."""
+    """A copy of a place, where relative paths and temporary files go too, and runs end quickly."""
     shutil.copytree(prepared.folder, folder)
     (folder / "temporary").mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setattr("tempfile.tempdir", str(folder / "temporary"))
-    monkeypatch.setattr(verification, "verify_saved", verify_here)
+    hurry(monkeypatch)
     return Place(folder)
 
 
@@ -297,7 +303,7 @@ def finish(prepared: Place, folder: Path, *more: str) -> Path:
     """An undisturbed run with a held-out text of its own; returns its folder."""
     held_out = tiny_text(folder / "held-out.txt", 400, seed=9)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "verify_saved", verify_here)
+        hurry(patch)
         arguments = prepared.prune(*more, out=folder / "out")
         assert succeed(*arguments, "--eval-text", str(held_out)).err == ""
     return folder / "out"

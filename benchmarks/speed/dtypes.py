@@ -27,6 +27,7 @@ from bernprune.objective import masked_objective
 
 NAMES, DTYPES = ["embedded", *models.SMALL], ["float32", "bfloat16", "int8"]
 REPEATS, COMPARED = 5, 64
+WINDOWS, WINDOW, MASKS, CHUNKS = 8, 128, 8, 4  # of a step
 KEPT = 0.7
 
 
@@ -43,7 +44,7 @@ def build(name: str, dtype: str) -> ModelView:
 
 def measure(view: ModelView) -> tuple[list[float], torch.Tensor]:
     """Seconds of each step after one that warms up, and the losses of masks."""
-    tokens_BT, masks_BKCU = models.text(view, 8, 128), models.masks(view, KEPT, (8, 8, 4))
+    tokens_BT, masks_BKCU = models.text(view, WINDOWS, WINDOW), models.masks(view, KEPT, (WINDOWS, MASKS, CHUNKS))
     times: list[float] = []
     with quick_products(view.device, view.model.dtype), masked_objective(view) as objective:
         for _ in range(1 + REPEATS):
@@ -66,7 +67,7 @@ def main() -> None:
         for dtype in [DTYPES[0], *given.dtype]:
             times, losses_K = measure(build(model, dtype))
             exact_K = losses_K if exact_K is None else exact_K
-            speed, differences_K = 8 * 8 * 128 / statistics.median(times), losses_K - exact_K
+            speed, differences_K = WINDOWS * MASKS * WINDOW / statistics.median(times), losses_K - exact_K
             correlation = torch.corrcoef(torch.stack([losses_K, exact_K]))[0, 1].item()
             print(
                 f"{model:<14}{dtype:<10}{speed:>9,.0f} tokens a second ({min(times):.2f} to {max(times):.2f} s), "
