@@ -129,7 +129,9 @@ class InitialConfig(Section):
     members: tuple[ScoreName | str, ...] = ()
     """rank-average, fused: the metrics that are fused; by default wanda-sp, flap, goa-moment and cfsp."""
     map: MapName = "const"
-    """How scores become keep probabilities."""
+    """How scores become keep probabilities: two levels (initial.sharpness) for the best and the others ('const'), the
+    sigmoid of standardised scores ('sigmap'), scores scaled to a range of one ('norm'), the latter for channels and the
+    former for the rest ('hybrid'), or the same everywhere ('uniform')."""
     allocation: Allocation | None = None
     """How many units each layer keeps at first: of each kind the same share ('uniform'), the best of each kind in all
     layers ('global') or of all units ('pooled'), more where a layer changes more of what passes through it
@@ -182,8 +184,8 @@ class PolicyConfig(Section):
 class SearchConfig(Section):
     sequences: Annotated[int, Field(ge=0)] | Literal["auto"] | None = None
     """Windows run forward to learn and to choose, reference passes included, but not those of the initial metric, of
-    weights that are fitted, and of repairs; by default by the model's size. 0: the metric alone. 'auto': until
-    search.regret is reached, or eight times the default is spent."""
+    weights that are fitted, and of repairs; by default two a unit, from 8,192 to 240,000. 0: the metric alone. 'auto':
+    until search.regret is reached, or eight times the default is spent, 240,000 at most."""
     regret: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """posterior: stop once knowing all units exactly would gain less, in nats per token; by default 0.1 for 'auto'."""
     seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None

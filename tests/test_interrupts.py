@@ -46,7 +46,7 @@ from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import set_stage
 from bernprune.settings import merge, parse_settings, read_yaml
 
-# 20 steps of a twentieth of a second, so that a signal meets a search at work; a checkpoint in the middle of a round, or a
+# 20 steps of a twentieth of a second, so that a signal meets a search at work; a checkpoint within a round, or a
 # baseline with a memory; and what was learned is what is kept.
 SLOW = (
     "search.masks=8",

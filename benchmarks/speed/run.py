@@ -1,6 +1,6 @@
 """Time the evaluation of masks by several providers side by side, and add rows to ``results.jsonl``.
 
-python benchmarks/speed/run.py                                     # what README.md shows of a processor
+python benchmarks/speed/run.py                                     # of a processor, and more than README.md shows
 python benchmarks/speed/run.py --model llama2-7b --device cuda     # of a GPU
 """
 

@@ -60,8 +60,8 @@ class MaskSearch(ABC):
 
     To make one of your own, write ``tell``, and what it keeps from step to step into ``state_dict`` and
     ``load_state_dict``; a run takes it by the place where it stands, ``search.method: path/to/file.py:MySearch``. How
-    much advantages that leave one out tell of a unit, ``contrasts_U``, depends on how masks hang together, which by
-    default is antithetically.
+    much advantages that leave one out tell of a unit, ``contrasts_U``, depends on how masks hang together, which in a
+    run is antithetically by default.
 
     Args:
         probs_U: where to start, float64 ``[U]``.
