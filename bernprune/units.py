@@ -174,6 +174,7 @@ class UnitSpace:
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``from_dict`` takes."""
         return {"architecture": self.architecture.to_dict(), "groups": [asdict(group) for group in self.groups]}
 
     @classmethod
@@ -343,6 +344,7 @@ class KeepPlan:
     FORMAT = 1
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in ``plan.json``, that ``from_dict`` takes."""
         layers = [
             {
                 "kv_groups": list(layer.kv_groups),

@@ -109,7 +109,7 @@ def prune(
     sparsity: Annotated[
         str | None,
         typer.Option(
-            help=f"Share of the prunable block parameters to remove; by default {DEFAULTS.budget.sparsity:g}."
+            help=f"Share of block parameters (see budget.measure) to remove; by default {DEFAULTS.budget.sparsity:g}."
         ),
     ] = None,
     granularity: Granularity = None,
@@ -176,7 +176,7 @@ def resume(
 
 @app.command()
 def apply(
-    plan: Annotated[Path, typer.Argument(help="plan.json of a run.")],
+    plan: Annotated[Path, typer.Argument(help="plan.json of a run, or a file in its plans/.")],
     model: Annotated[str, typer.Argument(help="Local folder, Hugging Face name, or 'embedded'.")],
     out: Annotated[Path, typer.Argument(help="New folder for the pruned model.")],
     repair: Annotated[
@@ -239,7 +239,7 @@ def select(
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(help="Folder of a finished run, or of a pruned model.")],
+    model: Annotated[str, typer.Argument(help="Folder of a finished run or recovery, or of a pruned model.")],
     out: Annotated[Path, typer.Argument(help="GGUF file to write.")],
     dtype: Annotated[str, typer.Option(help=f"Number format of matrices: {', '.join(GGUF_DTYPES)}.")] = "auto",
     vocabulary: Annotated[

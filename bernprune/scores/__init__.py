@@ -121,7 +121,7 @@ def initial_scores(
 
     Args:
         windows_WT: calibration text, int64.
-        score: one of ``SCORES``, or a function of one's own, see above.
+        score: one of ``SCORES``, or a function of columns, see ``bernprune.scores``.
         ops: what runs masks, for metrics that try some; by default those of backend ``auto``.
         options: what else it is told, such as whether each layer sees what pruned ones before it hand on.
         notes: takes the figures that a metric leaves along with its scores.
