@@ -21,7 +21,7 @@ from bernprune.policy.masks import Design
 
 # Bytes that a block of threads may have, by capability.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-SERVERS = 90  # the capability for which every variant is compiled: it takes a third of a minute
+IN_FULL = 90  # the capability for which every variant is compiled: it takes a third of a minute
 CPU = torch.device("cpu")
 
 
@@ -63,7 +63,7 @@ def compile_all(capability: int) -> None:
 
     triton.JITFunction.run = compiled
     try:
-        for call in operations(capability == SERVERS):
+        for call in operations(capability == IN_FULL):
             call()
     finally:
         triton.JITFunction.run = launch

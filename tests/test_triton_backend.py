@@ -73,7 +73,7 @@ def a_view(family: str, granularity: tuple[Kind, ...], device: torch.device, *, 
     [
         *(("llama", way, NEVER) for way in CALLS),
         *(("llama", way, 0.0) for way in ("shared", "single", "sequences")),  # of whole rows alone
-        *((family, "sequences", 0.0) for family in list(FAMILIES)[1:]),
+        *((family, "sequences", listing) for family in list(FAMILIES)[1:] for listing in (NEVER, 0.0)),
     ],
     ids=lambda value: value if isinstance(value, str) else "dense" if value else "listed",
 )
