@@ -123,6 +123,7 @@ def test_mistakes_on_the_command_line(place: Place) -> None:
         ("scores", "--score=flap"): "without a model lists the metrics, and takes no options",
         ("scores", str(place.model), "--out=scores.bin"): "must end in .safetensors, but is 'scores.bin'",
         ("scores", str(place.model), "--score=flop"): "did you mean 'flap'?",
+        ("scores", str(place.model), "--set=initial.also=flap,magnitude"): "initial.also is ['flap', 'magnitude']",
         ("scores", str(place.model), "--score=no.safetensors"): "score file no.safetensors does not exist",
         ("scores", str(place.model), f"--score={place.folder / 'a.safetensors'}"): "a.safetensors is a folder",
         ("scores", str(place.model), "--set=initial.influence=mse"): "initial.influence has no meaning",

@@ -231,4 +231,4 @@ if __name__ == "__main__":
     try:
         main()
     except BernpruneError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")

@@ -68,4 +68,4 @@ if __name__ == "__main__":
     try:
         show(Path(__file__).parent)
     except BernpruneError as error:
-        sys.exit(str(error))
+        sys.exit(f"error: {error}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.errors import RunError
+from bernprune.errors import ConfigError, RunError
 from bernprune.models.products import quick_products
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
 from bernprune.policy.bernoulli import graded, reordered
@@ -165,9 +165,12 @@ def score_model(config: RunConfig, out: str | Path | None = None) -> dict[str, A
         For each layer and kind how many units there are and their median and largest score, and what the metric noted.
 
     Raises:
+        ConfigError: the config names more than one metric.
         RunError: ``out`` cannot be written, or is something else than scores; before the work.
     """
     out = None if out is None else Path(out)
+    if config.initial.also:
+        raise ConfigError(f"units are scored by initial.score alone, but initial.also is {list(config.initial.also)}")
     if out is not None:
         check_writable(out.parent)
         if out.exists() and not holds_scores(out):
