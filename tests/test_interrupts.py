@@ -87,17 +87,8 @@ def kill(place: Place, command: list[str]) -> None:
 
 def leave_as_if_killed(place: Place, command: list[str]) -> None:
     """The run's folder as it is in step 12, without the seconds that a process takes to start."""
-    original, kept = loop._Loop.step, place.folder / "kept"
-
-    def copying(self: loop._Loop, *given: Any) -> Any:
-        if self.work.step == 12:
-            shutil.copytree(place.out, kept)
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Loop, "step", copying)
-        assert run(*command).code == 130
+    kept = place.folder / "kept"
+    assert stopped_in_step(12, command, before=lambda: shutil.copytree(place.out, kept)).code == 130
     shutil.rmtree(place.out)
     kept.rename(place.out)
 
@@ -148,7 +139,7 @@ def goes_on(place: Place, done: Outcome, steps: int, uninterrupted: Path) -> Non
     [(signal.SIGTERM, "posterior-chunk"), (signal.SIGHUP, "posterior-chunk"), (signal.SIGINT, "reinforce")],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
-def test_so_does_one_that_is_told_otherwise(
+def test_other_signals_interrupt_a_search_alike(
     number: signal.Signals, method: str, place: Place, uninterrupted: Callable[[str], Path]
 ) -> None:
     """In this process."""

@@ -223,8 +223,6 @@ def test_what_computes_something_else_is_left_alone(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_are_those_of_plain_torch(name: str, ops: Any, device: torch.device) -> None:
     """Of all metrics, whether they look at activations, try masks or take gradients."""
-    if device.type == "cpu" and name in ("fused", "block-perplexity"):
-        pytest.skip("it takes so many passes that interpreting them takes a minute")
     blocks: tuple[Kind, ...] = ("attention", "ffn")
     view = a_view("llama", blocks if name.startswith("block") else GRANULARITIES["parts"], device)
     windows_WT = random_tokens(8, 8)

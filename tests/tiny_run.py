@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,12 +190,19 @@ def verify_here(folder: Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, 
     return float((loaded(input_ids=tokens_BT).logits - logits).abs().max())
 
 
-def stopped_in_step(step: int, command: Sequence[str], number: signal.Signals = signal.SIGINT) -> Outcome:
-    """A command of which the search is interrupted in this step, as by Ctrl-C or another signal."""
+def stopped_in_step(
+    step: int,
+    command: Sequence[str],
+    number: signal.Signals = signal.SIGINT,
+    *,
+    before: Callable[[], object] = lambda: None,
+) -> Outcome:
+    """A command of which the search is interrupted in this step, as by Ctrl-C or another signal, after ``before``."""
     original = loop._Loop.step
 
     def interrupting(self: loop._Loop, *given: Any) -> Any:
         if self.work.step == step:
+            before()
             os.kill(os.getpid(), number)
         return original(self, *given)
 
