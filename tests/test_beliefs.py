@@ -130,7 +130,7 @@ def test_the_best_coefficients_without_negative_slopes(size: int) -> None:
         def cost(b_F: torch.Tensor, A_FF: torch.Tensor = information_FF, r_F: torch.Tensor = response_F) -> float:
             return (b_F @ A_FF @ b_F / 2 - r_F @ b_F).item()
 
-        found_F = rising(information_FF, response_F)
+        found_F = torch.from_numpy(rising(information_FF.numpy(), response_F.numpy()))
         assert (found_F[1:] >= 0).all()
         best = math.inf
         for slopes in itertools.product([False, True], repeat=size - 1):

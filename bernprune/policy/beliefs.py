@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from bernprune.errors import RunError
@@ -21,7 +22,8 @@ from bernprune.policy.bernoulli import ranks
 from bernprune.units import UnitSpace
 
 _RIDGE = 1e-6  # of a line's information, so that few units, or equal ones, do not make it singular
-_ITERATIONS = 100  # towards what the lines of a family have in common
+_ITERATIONS = 100  # at most, towards what the lines of a family have in common
+_SETTLED = 1e-9  # part of itself by which no variance still moves when it is found
 _FREEDOM = 4.0  # degrees of freedom of what lines are drawn from: a few differ much more than the others do
 _LEAST_VARIANCE = 1e-9  # of a coefficient among lines, in parts of its noise: they may be all but equal, not quite
 _CLEAR = 2.0  # standard errors by which a group must differ from its family for that to be believed at all
@@ -108,35 +110,39 @@ class Line:
             towards_FF = covariance_FF / prior.variance_F  # how much of the common mean is in this line
             covariance_FF = covariance_FF + towards_FF @ prior.covariance_FF @ towards_FF.T
         variance_N = ((self.features_NF @ covariance_FF) * self.features_NF).sum(1)
-        return self.features_NF @ rising(information_FF, response_F), variance_N
+        coefficients_F = torch.from_numpy(rising(information_FF.numpy(), response_F.numpy()))
+        return self.features_NF @ coefficients_F, variance_N
 
 
-def rising(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:
+def rising(information_FF: np.ndarray, response_F: np.ndarray) -> np.ndarray:
     """The coefficients b, of which none but the first may be negative, that minimise b'Ab / 2 - r'b.
 
     The active set method of Lawson and Hanson (1974, ch. 23), with the first coefficient always free.
     """
-    size = len(response_F)
-    found_F, free_F = torch.zeros_like(response_F), torch.arange(size) == 0
-    for _ in range(3 * size):  # by which it has ended, but for rounding
+    sloped_F = np.arange(len(response_F)) > 0
+    found_F = np.linalg.solve(information_FF, response_F)
+    if (found_F[sloped_F] > 0).all():
+        return found_F  # as it mostly is
+    found_F, free_F = np.zeros_like(response_F), ~sloped_F
+    for _ in range(3 * len(response_F)):  # by which it has ended, but for rounding
         trial_F = _solve(information_FF, response_F, free_F)
-        while (wrong_F := free_F & (trial_F <= 0) & (torch.arange(size) > 0)).any():
-            steps_F = (found_F / (found_F - trial_F).clamp(min=_TINY))[wrong_F]
+        while (wrong_F := free_F & (trial_F <= 0) & sloped_F).any():
+            steps_F = found_F[wrong_F] / np.maximum((found_F - trial_F)[wrong_F], _TINY)
             found_F = found_F + steps_F.min() * (trial_F - found_F)
-            leaving = wrong_F.nonzero().flatten()[steps_F.argmin()]
+            leaving = np.flatnonzero(wrong_F)[steps_F.argmin()]
             found_F[leaving], free_F[leaving] = 0.0, False
             trial_F = _solve(information_FF, response_F, free_F)
         found_F = trial_F
-        gains_F = (response_F - information_FF @ found_F).masked_fill(free_F, 0.0)
-        if gains_F.max() <= 1e-12 * response_F.abs().max():
+        gains_F = np.where(free_F, 0.0, response_F - information_FF @ found_F)
+        if gains_F.max() <= 1e-12 * np.abs(response_F).max():
             break
         free_F[gains_F.argmax()] = True
     return found_F
 
 
-def _solve(information_FF: torch.Tensor, response_F: torch.Tensor, free_F: torch.Tensor) -> torch.Tensor:
-    found_F = torch.zeros_like(response_F)
-    found_F[free_F] = torch.linalg.solve(information_FF[free_F][:, free_F], response_F[free_F])
+def _solve(information_FF: np.ndarray, response_F: np.ndarray, free_F: np.ndarray) -> np.ndarray:
+    found_F = np.zeros_like(response_F)
+    found_F[free_F] = np.linalg.solve(information_FF[free_F][:, free_F], response_F[free_F])
     return found_F
 
 
@@ -146,29 +152,37 @@ def priors(lines: Sequence[Line]) -> list[Prior | None]:
     Coefficients have Student's distribution, a normal one whose variance is drawn for each line (Lange, Little and
     Taylor, 1989): else a layer whose units are worth ten times as much as others' would make it seem that lines have
     nothing in common, and of those of which little is seen each would go by its noise. What all share of the variances
-    is found by the iteration of Harville (1977, section 5.2), which leaves those that are zero.
+    is found by the iteration of Harville (1977, section 5.2), which leaves those that are zero. The matrices are few
+    and tiny, and numpy's calls cost a fraction of torch's.
     """
     if len(lines) == 1:
         return [None]
-    information_GFF = torch.stack([line.guarded_FF for line in lines])
-    response_GF = torch.stack([line.response_F for line in lines])
-    noise_F = 1 / information_GFF.diagonal(dim1=1, dim2=2).mean(0)
-    variance_F, variance_GF = noise_F, noise_F.expand_as(response_GF)
+    information_GFF = np.stack([line.guarded_FF.numpy() for line in lines])
+    response_GF = np.stack([line.response_F.numpy() for line in lines])
+    noise_F = 1 / _diagonals(information_GFF).mean(0)
+    variance_F, variance_GF = noise_F, np.broadcast_to(noise_F, response_GF.shape)
     for _ in range(_ITERATIONS):
-        left_GFF = torch.linalg.inv(information_GFF + torch.diag_embed(1 / variance_GF))  # doubt, the mean given
+        given_GFF = information_GFF + np.eye(len(noise_F)) / variance_GF[:, None]
+        left_GFF = np.linalg.inv(given_GFF)  # doubt, the mean given
         own_GFF = left_GFF @ information_GFF  # share of each line's own observations in it
         means_GFF = left_GFF / variance_GF[:, None]  # and of the mean: the rest, without the rounding of a difference
         total_FF = (information_GFF @ means_GFF).sum(0)
-        covariance_FF = torch.linalg.inv(total_FF)
-        mean_F = rising(total_FF, (means_GFF.mT @ response_GF[..., None])[..., 0].sum(0))
-        apart_GF = (left_GFF @ (response_GF - information_GFF @ mean_F)[..., None])[..., 0]
-        doubt_GF = (left_GFF + own_GFF @ covariance_FF @ own_GFF.mT).diagonal(dim1=1, dim2=2)
+        covariance_FF = np.linalg.inv(total_FF)
+        mean_F = rising(total_FF, np.einsum("gfe,gf->e", means_GFF, response_GF))
+        apart_GF = np.einsum("gef,gf->ge", left_GFF, response_GF - information_GFF @ mean_F)
+        doubt_GF = _diagonals(left_GFF + own_GFF @ covariance_FF @ own_GFF.swapaxes(1, 2))
         known_F = (1 - doubt_GF / variance_GF).sum(0)
-        squares_F = (apart_GF.square() * variance_F / variance_GF).sum(0)
-        variance_F = torch.maximum(squares_F / known_F.clamp(min=_TINY), _LEAST_VARIANCE * noise_F)
-        expected_GF = apart_GF.square() + doubt_GF
-        variance_GF = (_FREEDOM * variance_F + expected_GF) / (_FREEDOM + 1)
-    return [Prior(mean_F, covariance_FF, own_F) for own_F in variance_GF]
+        squares_F = (apart_GF**2 * variance_F / variance_GF).sum(0)
+        variance_F = np.maximum(squares_F / np.maximum(known_F, _TINY), _LEAST_VARIANCE * noise_F)
+        before_GF, variance_GF = variance_GF, (_FREEDOM * variance_F + apart_GF**2 + doubt_GF) / (_FREEDOM + 1)
+        if (np.abs(variance_GF - before_GF) <= _SETTLED * variance_GF).all():
+            break
+    common = torch.from_numpy(mean_F), torch.from_numpy(covariance_FF)
+    return [Prior(*common, own_F) for own_F in torch.from_numpy(variance_GF)]
+
+
+def _diagonals(many_GFF: np.ndarray) -> np.ndarray:
+    return np.diagonal(many_GFF, axis1=1, axis2=2)
 
 
 def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from benchmarks.learning.rivals.ours import run_preset
@@ -68,9 +69,9 @@ def _no_priors(lines: Sequence[Line]) -> list[None]:
     return [None] * len(lines)
 
 
-def _free(information_FF: torch.Tensor, response_F: torch.Tensor) -> torch.Tensor:
+def _free(information_FF: np.ndarray, response_F: np.ndarray) -> np.ndarray:
     """Lines may fall with the score."""
-    return torch.linalg.solve(information_FF, response_F)
+    return np.linalg.solve(information_FF, response_F)
 
 
 class _Sure(PosteriorSearch):
