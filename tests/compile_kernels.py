@@ -1,4 +1,6 @@
-"""Run by itself: compiles every kernel for GPUs that need not be there, and prints what it found as JSON lines.
+"""Run by itself: compiles kernels for GPUs that need not be there, and prints what it found as JSON lines.
+
+    python tests/compile_kernels.py 90 80 89 90    # every kernel for capability 90; for the others those that multiply
 
 The interpreter is lenient where the compiler is not. All is as for a launch, but for the launch.
 """
@@ -6,7 +8,7 @@ The interpreter is lenient where the compiler is not. All is as for a launch, bu
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import triton
@@ -21,7 +23,6 @@ from bernprune.policy.masks import Design
 
 # Bytes that a block of threads may have, by capability.
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-IN_FULL = 90  # the capability for which every variant is compiled: it takes a third of a minute
 CPU = torch.device("cpu")
 
 
@@ -41,8 +42,8 @@ class Absent:
         return 0
 
 
-def compile_all(capability: int) -> None:
-    """Call operations with all kernels, with every launch replaced."""
+def compile_all(capability: int, in_full: bool) -> None:
+    """Call operations with kernels, with every launch replaced."""
     driver.set_active(Absent(capability))
     card = tiles.Card(SHARED[capability], tiles.idle_stages(capability // 10))
     tiles.card_of = attention.card_of = lambda device: card
@@ -63,14 +64,14 @@ def compile_all(capability: int) -> None:
 
     triton.JITFunction.run = compiled
     try:
-        for call in operations(capability == IN_FULL):
+        for call in operations(in_full):
             call()
     finally:
         triton.JITFunction.run = launch
 
 
-def operations(variants: bool) -> list[Callable[[], Any]]:
-    """Calls with all kernels, in bfloat16, and wide enough for full tiles; or with all that a kernel may be told."""
+def operations(in_full: bool) -> list[Callable[[], Any]]:
+    """Calls with kernels that multiply, in bfloat16, and wide enough for full tiles; or with all, and all variants."""
     masks_MN = MASKS["random"](2, 128)
     bits, kept = packed(masks_MN, CPU), listed(masks_MN, CPU)
     probs_U = torch.full((FLAT.size,), 0.5, dtype=torch.float64)
@@ -87,34 +88,34 @@ def operations(variants: bool) -> list[Callable[[], Any]]:
         return linear.masked_linear(x, bits, outputs, unit_width=width)
 
     calls = [
-        lambda: draw.draw(draws),
-        lambda: draw.list_kept(bits),
         lambda: of_units(128),
         lambda: linear.linear_from_kept(wide, kept, zeros(256, 128 * 128), unit_width=128),
         lambda: linear.linear_to_kept(narrow, bits, zeros(128 * 128, 128), unit_width=128),
-        lambda: mlp.masked_activation(small, small, draws, "silu"),
         lambda: mlp.hidden_of_kept(narrow, kept, weight[:128], weight[128:], activation="silu"),
         lambda: attention.attention_of_kept(heads, heads, heads, bits),
         lambda: attention.attention_of_kept(larger, larger, larger, bits),
-        lambda: linear.cut(narrow, bits),
-        lambda: rotary.rotary(heads, heads[:1, 0], heads[:1, 1]),
-        lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),
-        lambda: losses.divergence(zeros(2, 32000), zeros(2, 32000)),
-        lambda: sums.score_sums(torch.zeros(1, 2), draws, probs_U),
-        lambda: sums.kept_sums(probs_U, draws),
-        lambda: sums.activity_sums(small[:1], torch.zeros(1, 2, 8), draws),
     ]
-    if variants:
+    if in_full:
         calls += [
+            lambda: draw.draw(draws),
+            lambda: draw.list_kept(bits),
+            lambda: linear.cut(narrow, bits),
+            lambda: rotary.rotary(heads, heads[:1, 0], heads[:1, 1]),
+            lambda: losses.cross_entropy(zeros(2, 32000), torch.zeros(2, dtype=torch.int64)),
+            lambda: losses.divergence(zeros(2, 32000), zeros(2, 32000)),
+            lambda: sums.score_sums(torch.zeros(1, 2), draws, probs_U),
+            lambda: sums.kept_sums(probs_U, draws),
+            lambda: sums.activity_sums(small[:1], torch.zeros(1, 2, 8), draws),
             *(lambda width=width: of_units(width) for width in (1, 3, 80)),
             lambda: linear.masked_linear(small, draws, zeros(256, FLAT.size)),
             lambda: linear.linear_from_kept(narrow, kept, weight, compact=True),
-            *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in ("gelu", "gelu_tanh")),
+            *(lambda name=name: mlp.masked_activation(small, small, draws, name) for name in get_args(mlp.Activation)),
             lambda: attention.attention_of_kept(heads.float(), heads.float(), heads.float(), bits),
         ]
     return calls
 
 
 if __name__ == "__main__":
-    for given in sys.argv[1:]:
-        compile_all(int(given))
+    every, *capabilities = map(int, sys.argv[1:])
+    for capability in capabilities:
+        compile_all(capability, capability == every)

@@ -1,4 +1,7 @@
-"""Kernels compile for GPUs that need not be there: with room for their tiles, and products on matrix units."""
+"""Kernels compile for GPUs that need not be there: with room for their tiles, and products on matrix units.
+
+Those that multiply; the others, which are the same for all, for one of them.
+"""
 
 import json
 import os
@@ -20,6 +23,7 @@ OTHERS = {
 
 
 CAPABILITIES = {"A100": 80, "RTX": 89, "H100": 90, "B200": 100}
+IN_FULL = CAPABILITIES["H100"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def compiled() -> list[dict[str, Any]]:
     """What was found of each kernel for each card, in a process that does not interpret them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
-    command = [sys.executable, str(TESTS / "compile_kernels.py"), *map(str, CAPABILITIES.values())]
+    command = [sys.executable, str(TESTS / "compile_kernels.py"), str(IN_FULL), *map(str, CAPABILITIES.values())]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -36,7 +40,7 @@ def compiled() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("capability", CAPABILITIES.values(), ids=CAPABILITIES)
 def test_every_kernel_compiles(capability: int, compiled: list[dict[str, Any]]) -> None:
     found = [report for report in compiled if report["capability"] == capability]
-    assert {report["kernel"] for report in found} == PRODUCTS | OTHERS
+    assert {report["kernel"] for report in found} == (PRODUCTS | OTHERS if capability == IN_FULL else PRODUCTS)
     assert {report["kernel"] for report in found if report["matrix_units"]} == PRODUCTS
     assert all(report["shared"] <= report["room"] for report in found), found
     ahead = {report["kernel"]: report["stages"] for report in found if report["kernel"] in PRODUCTS}
