@@ -154,12 +154,14 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
 
 
 def test_a_recovery_is_ended_where_it_stands(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By ``--finish``: the best state of an interrupted one, judged where it stands."""
-    out, command = place.folder / "recovered", [*recover(place, finished, "recover.evaluate_steps=3"), "--finish"]
+    """By ``--finish``: the best state of an interrupted one, judged where it stands, which takes no teacher."""
+    given = ("recover.evaluate_steps=3", "recover.distill=0.5")
+    out, command = place.folder / "recovered", [*recover(place, finished, *given), "--finish"]
     assert "no interrupted recovery in" in in_one_sentence(run(*command)) and not out.exists()
-    interrupted(place, finished, "recover.evaluate_steps=3")
+    interrupted(place, finished, *given)
     assert "no interrupted recovery in" in in_one_sentence(run(*command, "--overwrite"))
     monkeypatch.setattr(Training, "step", None)
+    monkeypatch.setattr(recovery_setup, "_dense", None)
     done = succeed(*command)
     report = read_json(out / "report.json")
     assert "it was told to finish" in done.out and report["steps"] == 5

@@ -113,7 +113,7 @@ def _finished_run(run: str | Path) -> RunFolder:
 
 def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
     state = _stored(source, folder) if continued else None
-    with set_up(source, None if state is None else state["ranks"]) as prepared:
+    with set_up(source, None if state is None else state["ranks"], teach=not finish) as prepared:
         if continued:  # what can fail on its input has not
             folder.check_inputs({"weights": prepared.weights})
             folder.go_on(source.config)

@@ -107,21 +107,26 @@ class Prepared:
 
 
 @contextmanager
-def set_up(source: Source, ranks: list[int] | None) -> Iterator[Prepared]:
-    """What is trained, for the length of the block. Ranks are computed if they are not known."""
+def set_up(source: Source, ranks: list[int] | None, *, teach: bool) -> Iterator[Prepared]:
+    """What is trained, for the length of the block. Ranks are computed if they are not known.
+
+    Args:
+        teach: hold the dense model to distil from, if that is asked for; no step can be taken without it.
+    """
+    teach = teach and source.config.recover.distill > 0
     if source.config.recover.masks == "policy":
-        with _before_the_cut(source, ranks) as prepared:
+        with _before_the_cut(source, ranks, teach=teach) as prepared:
             yield prepared
     else:
-        yield _after_the_cut(source, ranks)
+        yield _after_the_cut(source, ranks, teach=teach)
 
 
-def _after_the_cut(source: Source, ranks: list[int] | None) -> Prepared:
+def _after_the_cut(source: Source, ranks: list[int] | None, *, teach: bool) -> Prepared:
     """The run's model; the dense one is held beside it only to teach."""
     settings, dense, teacher = source.config.recover, None, None
-    if settings.distill > 0 or (ranks is None and settings.ranks == "influence"):
+    if teach or (ranks is None and settings.ranks == "influence"):
         dense = _dense(source)
-        teacher = dense.model if settings.distill > 0 else None
+        teacher = dense.model if teach else None
     ranks = ranks or _ranks(source, dense, whole=False)
     dense = None  # before the other is loaded
     trained = kept_model(source)
@@ -132,12 +137,12 @@ def _after_the_cut(source: Source, ranks: list[int] | None) -> Prepared:
 
 
 @contextmanager
-def _before_the_cut(source: Source, ranks: list[int] | None) -> Iterator[Prepared]:
+def _before_the_cut(source: Source, ranks: list[int] | None, *, teach: bool) -> Iterator[Prepared]:
     """The dense model under masks of the policy; the run's is let go before that is loaded."""
     settings, before = source.config.recover, Before.of(kept_model(source), source)
     dense = _dense(source)
     ranks = ranks or _ranks(source, dense, whole=True)
-    teacher = _dense(source).model if settings.distill > 0 else None
+    teacher = _dense(source).model if teach else None
     weights = weights_fingerprint(dense.model)
     adapters = _adapters(source, dense.model, ranks)
     with masked(adapted_view(dense), TORCH) as live:
