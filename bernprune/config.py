@@ -298,9 +298,9 @@ class RunConfig(Section):
         window = self.data.window
         return self.search.chunk or max((size for size in USUAL_CHUNKS if window % size == 0), default=window)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, every field explicit; ``make_config`` reads it back to an equal config."""
-        return self.model_dump(mode="json")
+    def to_dict(self, *, given_only: bool = False) -> dict[str, Any]:
+        """Plain data, every field explicit or only those given; ``make_config`` reads it back to an equal config."""
+        return self.model_dump(mode="json", exclude_unset=given_only)
 
 
 def _in_general(value: Any) -> Any:
@@ -321,3 +321,17 @@ def make_config(given: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(merge(PRESETS[preset], given))
     except ValidationError as error:
         raise ConfigError(sentence(error, RunConfig)) from None
+
+
+def changed_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """A config with some settings changed; a repair that changes takes with it what means nothing for the new one.
+
+    Raises:
+        ConfigError: as ``make_config``.
+    """
+    before, repair = config.to_dict(), changes.get("repair")
+    if isinstance(repair, Mapping) and "method" in repair:
+        for setting, (other, methods) in _MEANT_FOR.items():
+            if other == "repair.method" and repair["method"] not in methods:
+                del before["repair"][setting.removeprefix("repair.")]
+    return make_config(merge(before, changes))

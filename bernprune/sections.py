@@ -80,7 +80,8 @@ class DataConfig(Section):
     """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not learned from;
     for 'embedded' its own held-out part."""
     eval_join: str | None = None
-    """Join the rows of the held-out text by this string, e.g. a blank line for WikiText-2; otherwise each is a text."""
+    """Join the rows of the held-out text by this string, for WikiText-2 by "\\n\\n" (the quotes are YAML's, also after
+    --set); otherwise each is a text."""
     window: Annotated[int, Field(ge=2)] = 128
     """Tokens in a window, in search and evaluation."""
     max_characters: Count = 64_000_000

@@ -425,6 +425,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "out-under-a-file": (lambda p: p.prune(out=p.text / "out"), ("text.txt", "not a writable folder")),
     "out-under-proc": (lambda p: p.prune(out=Path("/proc/bernprune")), ("/proc", "cannot be written")),
     "out-is-a-file": (lambda p: p.prune(out=p.text), ("text.txt", "is a file", "folder")),
+    "out-name-not-utf8": (lambda p: p.prune(out=p.folder / "b\udcff"), ("b\\udcff'", "not UTF-8")),
     "out-name-too-long": (lambda p: p.prune(out=p.folder / ("x" * 300)), ("cannot be written", "too long")),
     "out-holds-something-else": (lambda p: p.prune(out=_something_else(p)), ("not empty", "no bernprune run")),
     "out-something-else-overwritten": (

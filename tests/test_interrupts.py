@@ -18,6 +18,7 @@ from tiny_run import (
     METHODS,
     PASSES_OF,
     PROBE,
+    SETTINGS,
     STEPS,
     Outcome,
     Place,
@@ -33,12 +34,13 @@ from tiny_run import (
     steps_of,
     stopped_in_step,
     succeed,
+    tiny_folder,
     tiny_text,
 )
 
 import bernprune
-from bernprune.config import make_config
-from bernprune.errors import RunError
+from bernprune.config import changed_config, make_config
+from bernprune.errors import ConfigError, RunError
 from bernprune.run import finals, loop, pipeline, verification
 from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
@@ -288,6 +290,40 @@ def test_the_advice_survives_a_space(place: Place) -> None:
         patch.setattr(verification, "verify_saved", _interrupt)
         done = run(*place.prune(out=Path("my run")))
     assert done.err == "interrupted; continue with: bernprune resume 'my run'\n"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "verify_saved", lambda *_, **__: os.stat("not there"))
+        done = run(*place.prune(out=Path("my  run")))
+    assert in_one_sentence(done).endswith("continue with: bernprune resume 'my  run'")
+
+
+def test_a_run_that_python_began_goes_on_from_elsewhere(
+    place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its paths were relative."""
+    monkeypatch.chdir(place.folder)
+    given = {
+        "model": {"path": "model"},
+        "data": {"text": "text.txt", "eval_text": os.path.relpath(finished.parent / "held-out.txt")},
+    }
+    config = make_config(merge(given, parse_settings(SETTINGS)))
+    with monkeypatch.context() as patch:
+        patch.setattr(verification, "verify_saved", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            bernprune.prune(config, "out")
+    monkeypatch.chdir(place.folder.parent)
+    assert bernprune.resume(place.folder / "out")["layers"] == read_json(finished / "report.json")["layers"]
+
+
+def test_a_run_that_was_killed_as_it_began_knows_what_with(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are told apart from the next time on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "write_json", _interrupt)
+        run(*place.prune())
+    assert (place.out / "config.yaml").is_file() and not (place.out / "versions.json").exists()
+    stopped_in_step(2, ["resume", str(place.out)])
+    shutil.rmtree(place.model)
+    tiny_folder(place.model, seed=5)
+    assert "the model's weights are not those" in in_one_sentence(run("resume", str(place.out)))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -443,6 +479,11 @@ def test_a_repair_is_changed_by_resume(tmp_path: Path) -> None:
         RunError, match=r"search\.refit.*; bernprune resume .* --set to change its repair, give another"
     ):
         folder.check(make_config({"repair": {"method": "none"}}))
+    before = make_config({"repair": {"windows": 99, "judge_finalists": True, "ridges": [0.1]}})
+    assert changed_config(before, {"repair": {"method": "none"}}).repair.windows is None
+    assert changed_config(before, {"repair": {"method": "bias"}}).repair.windows == 99
+    with pytest.raises(ConfigError, match=r"repair\.windows has no meaning for repair\.method 'none'"):
+        changed_config(before, {"repair": {"method": "none", "windows": 9}})
 
 
 def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
@@ -454,11 +495,12 @@ def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
         patch.setattr(bernprune, "__version__", "9.9")
         again = run(*place.prune())
         assert f"the run began with bernprune {began['bernprune']} and not 9.9: it may not" in again.err
-        (place.out / "versions.json").unlink()  # as of a run of an older version
+        (place.out / "versions.json").unlink()  # as of a run that was killed as it began
         assert "the run began" not in run(*place.prune()).err
     done = succeed("resume", str(place.out))
+    assert "the run began with bernprune 9.9 and not" in done.err
     libraries, inputs = {"bernprune", "torch", "transformers", "python"}, {"weights", "text", "evaluation"}
-    assert done.err == "" and began.keys() == libraries | inputs
+    assert began.keys() == libraries | inputs
     assert read_json(place.out / "report.json")["versions"].items() < began.items()
 
 

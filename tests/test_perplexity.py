@@ -16,7 +16,8 @@ from tolerances import EXACT, LOGITS, assert_close
 from bernprune import costs
 from bernprune.backends import load_backend
 from bernprune.data import fingerprint
-from bernprune.errors import BernpruneError, DataError, LossError, ModelError
+from bernprune.embedded import EMBEDDED
+from bernprune.errors import BernpruneError, ConfigError, DataError, LossError, ModelError
 from bernprune.evaluation import perplexity as module
 from bernprune.evaluation.latency import latency, machine
 from bernprune.evaluation.perplexity import Protocol, check_window, evaluate, mean_loss
@@ -185,6 +186,11 @@ def test_what_cannot_be_evaluated_is_refused(
     config = ModelConfig(**{"path": str(STORIES_MODEL), "device": "cpu"} | settings)
     with pytest.raises(error, match=message):
         evaluate(config, str(text), window=window)
+
+
+def test_a_window_of_one_token_predicts_nothing() -> None:
+    with pytest.raises(ConfigError, match="2 tokens or more"):
+        evaluate(EMBEDDED, EMBEDDED, window=1)
 
 
 @needs_stories

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_text
+from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_folder, tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bernprune
+from bernprune.config import changed_config
 from bernprune.data import TokenWindows
 from bernprune.errors import ConfigError
 from bernprune.models.adapters import Adapters
@@ -23,6 +24,7 @@ from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
 from bernprune.run import recovering, recovery_setup, verification
 from bernprune.run.checkpoint import read_state, write_state
+from bernprune.run.folder import RunFolder
 from bernprune.run.recovery_setup import Before
 from bernprune.storage import write_json
 
@@ -133,6 +135,26 @@ def test_a_recovery_goes_on_with_what_it_began_with_alone(place: Place, finished
     assert "the recovery began with torch 1.0" in done.err
     assert "rows: 1\n" in (out / "recover.yaml").read_text()
     assert (out / "plan.json").read_bytes() == (folder / "plan.json").read_bytes()
+
+
+def test_a_recovery_may_move(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To where the dense model and the texts lie elsewhere, which is said where they are missed; not to others."""
+    folder = shutil.copytree(finished, place.folder / "finished")
+    config = RunFolder(folder).read_config()
+    gone = {"model": {"path": "/gone/model"}, "data": {"text": "/gone/text.txt", "eval_text": "/gone/held-out.txt"}}
+    RunFolder(folder).write_config(changed_config(config, gone))
+    moved = [f"data.text={place.text}"]
+    said = in_one_sentence(run(*recover(place, folder, *moved)))
+    assert '"/gone/held-out.txt" does not exist; --set data.eval_text names where' in said
+    moved.append(f"data.eval_text={finished.parent / 'held-out.txt'}")
+    said = in_one_sentence(run(*recover(place, folder, *moved)))
+    assert "model folder /gone/model does not exist; --set model.path names the dense model" in said
+    interrupted(place, folder, *moved, f"model.path={place.model}", "recover.distill=0.5")
+    other = tiny_folder(place.folder / "other", seed=5)
+    given = [*moved, "recover.distill=0.5", f"model.path={other}"]
+    assert "the dense model's weights are not those" in in_one_sentence(run(*recover(place, folder, *given)))
+    given[-1] = f"model.path={shutil.copytree(place.model, place.folder / 'again')}"
+    succeed(*recover(place, folder, *given))
 
 
 def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,8 +360,8 @@ def test_what_it_was_evaluated_on_stays(place: Place) -> None:
 def test_only_what_may_differ_from_the_run_may_be_given(place: Place, finished: Path) -> None:
     with pytest.raises(ConfigError, match=r"setting 'granularity' is not possible here; what can be set is recover"):
         bernprune.recover(finished, place.folder / "recovered", changes={"granularity": "ffn"})
-    with pytest.raises(ConfigError, match=r"setting 'model.path' is not possible"):
-        bernprune.recover(finished, place.folder / "recovered", changes={"model": {"dtype": "auto", "path": "x"}})
+    with pytest.raises(ConfigError, match=r"setting 'model.revision' is not possible"):
+        bernprune.recover(finished, place.folder / "recovered", changes={"model": {"path": "x", "revision": "y"}})
 
 
 def _unfinished(place: Place, folder: Path) -> list[str]:

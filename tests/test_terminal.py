@@ -1,6 +1,7 @@
 """What is seen of a command while it works, and how it begins."""
 
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from tiny_models import random_tokens, tiny_model
 from tiny_run import Place, hurry, read_json, succeed
 from tqdm import tqdm
 
 import bernprune
 from bernprune import progress
+from bernprune.cli.terminal import run_app, show
 from bernprune.models.view import describe
 from bernprune.progress import bar, bars, followed
 from bernprune.repair import ExpectedWeights, Repairer
@@ -44,6 +47,20 @@ def test_ctrl_c_while_libraries_are_imported(tmp_path: Path) -> None:
     assert start(tmp_path / "b", INTERRUPT, ignoring).stdout == "runs\n"  # as after nohup
     told = "import signal, atexit; atexit.register(lambda: print(signal.getsignal(signal.SIGINT).__name__))"
     assert start(tmp_path / "c", told).stdout == "runs\ndefault_int_handler\n"
+
+
+def test_what_a_terminal_cannot_show_is_spelt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a path, which was told of in vain otherwise."""
+    app, written = typer.Typer(), io.BytesIO()
+
+    @app.command()
+    def say(word: str) -> None:
+        show(word)
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert run_app(app, ["r\xfcn"]) == 0
+    assert written.getvalue() == b"r\\xfcn\n"
 
 
 @pytest.mark.parametrize("given", [None, "active"])

@@ -155,7 +155,8 @@ def test_tied_parameters_count_once() -> None:
 def layer_flops(model: Any) -> list[tuple[float, float]]:
     """FLOPs per token of each layer's attention and FFN, as torch counts them in a pass over one window.
 
-    Eager attention computes the scores of all pairs of tokens, half of which causality throws away.
+    Eager attention computes the scores of all pairs of tokens, of which causality throws away half, and a window that
+    slides all that lie further back.
     """
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(1, WINDOW, dtype=torch.int64), use_cache=False)
@@ -165,8 +166,11 @@ def layer_flops(model: Any) -> list[tuple[float, float]]:
             {str(operation): flops for operation, flops in counter.get_flop_counts()[name].items()}
             for name in (f"{type(model).__name__}.model.layers.{index}.{block}" for block in ("self_attn", "mlp"))
         )
-        scores_and_values = attention.pop("aten.bmm")
-        counted.append(((sum(attention.values()) + scores_and_values / 2) / WINDOW, sum(ffn.values()) / WINDOW))
+        types, slides = getattr(model.config, "layer_types", None), getattr(model.config, "sliding_window", None)
+        window = slides if slides and (types is None or types[index] == "sliding_attention") else WINDOW
+        share = sum(min(token + 0.5, window) for token in range(WINDOW)) / WINDOW**2  # of a token itself, half
+        scores_and_values = attention.pop("aten.bmm") * share
+        counted.append(((sum(attention.values()) + scores_and_values) / WINDOW, sum(ffn.values()) / WINDOW))
     return counted
 
 

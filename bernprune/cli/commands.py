@@ -266,7 +266,10 @@ def evaluate(
     ] = DEFAULTS.data.eval_tokens,
     join: Annotated[
         str | None,
-        typer.Option(help="Join the text's rows by this string, as data.eval_join does; otherwise each is a text."),
+        typer.Option(
+            help="Join the text's rows by this string, as data.eval_join does, in a shell $'\\n\\n' for blank lines; "
+            "otherwise each is a text."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     settings: SetOfModel = None,

@@ -1,7 +1,9 @@
 """What a command says, and how it ends: printing, logging, errors in one sentence, Ctrl-C."""
 
+import io
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -30,6 +32,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
     debug = "--debug" in arguments
     AtWork.folder = None
     _set_up_logging(debug)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a path may hold what it cannot encode
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it is ignored, as after nohup
         signal.signal(signal.SIGHUP, _interrupt)
@@ -60,7 +64,8 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
 def _fail(message: str, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    one_line = re.sub(r"\s*\n\s*", " ", message.strip())  # other spaces may be those of a path
+    print(f"error: {one_line}", file=sys.stderr)
     return 2
 
 

@@ -136,6 +136,8 @@ def evaluate(
     options: dict[str, Any] = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     config, tokenizer = load_config(model.path, **options), load_tokenizer(model.path, **options)
     check_window(config, window)
+    if window < 2:
+        raise ConfigError(f"a window needs 2 tokens or more, of which the last is predicted, but was given {window}")
     if max_tokens is not None and max_tokens < window:
         raise ConfigError(f"at least a window of {window} tokens must be evaluated, but {max_tokens} were asked for")
     characters = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens

@@ -82,7 +82,8 @@ def describe(
 
     Args:
         granularity: which levels may be removed.
-        sequence_length: tokens at which attention FLOPs are counted; every token attends to half of them on average.
+        sequence_length: tokens at which attention FLOPs are counted; a token attends to half of them on average, to
+            fewer in layers that attend to a window.
 
     Raises:
         ModelError: a family that is not known, modules that do not fit the configuration, or several devices.
@@ -103,7 +104,9 @@ def describe(
     groups = [
         group
         for index, layer in enumerate(layers)
-        for group in _groups(index, layer, family, architecture, set(granularity), sequence_length)
+        for group in _groups(
+            index, layer, family, architecture, set(granularity), _attended(model.config, index, sequence_length)
+        )
     ]
     if not groups:
         raise ConfigError(f"granularity {list(granularity)} finds no unit: the first layer's attention always stays")
@@ -128,10 +131,10 @@ class _Cost:
 
 
 def _groups(
-    index: int, layer: LayerView, family: Family, architecture: Architecture, kinds: set[Kind], sequence_length: int
+    index: int, layer: LayerView, family: Family, architecture: Architecture, kinds: set[Kind], attended: float
 ) -> Iterator[UnitGroup]:
     """The unit groups of one layer, coarse before fine; a level that is off leaves what it owns to a coarser one."""
-    head, channel = _kv_group_cost(layer, architecture, sequence_length), _channel_cost(layer, family)
+    head, channel = _kv_group_cost(layer, architecture, attended), _channel_cost(layer, family)
     attention_rest = _Cost(count_parameters(layer.attention, getattr(layer.layer, family.attention_norm)), 0.0)
     attention_rest.parameters -= head.parameters * layer.shape.kv_groups
     ffn_rest = _Cost(count_parameters(layer.ffn, getattr(layer.layer, family.ffn_norm)), 0.0)
@@ -169,7 +172,16 @@ def count_parameters(*modules: nn.Module) -> int:
     return sum(counts.values())
 
 
-def _kv_group_cost(layer: LayerView, architecture: Architecture, sequence_length: int) -> _Cost:
+def _attended(config: Any, index: int, sequence_length: int) -> float:
+    """Tokens that one attends to in this layer, on average over so many."""
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    if window is None or (types is not None and types[index] != "sliding_attention"):
+        return sequence_length / 2
+    seen = min(window, sequence_length)
+    return float(seen * (1 - seen / (2 * sequence_length)))
+
+
+def _kv_group_cost(layer: LayerView, architecture: Architecture, attended: float) -> _Cost:
     """One key/value head with its query heads: rows of q, k, v with their biases, columns of o."""
     queries, width, hidden = (
         layer.shape.queries_per_group,
@@ -180,7 +192,7 @@ def _kv_group_cost(layer: LayerView, architecture: Architecture, sequence_length
     projections = [module for module in layer.attention.children() if isinstance(module, nn.Linear)]
     biases = [module for module in projections if module is not layer.output and module.bias is not None]
     rows = sum(module.out_features for module in biases) // layer.shape.kv_groups
-    scores_and_values = 2 * 2 * queries * width * sequence_length / 2
+    scores_and_values = 2 * 2 * queries * width * attended
     return _Cost(weights + rows, 2.0 * weights + scores_and_values)
 
 

@@ -25,8 +25,9 @@ class Limits:
     """What every selection must honour.
 
     Attributes:
-        min_kv_groups, min_channels: kept in each layer, unless a coarser unit removes the whole block. The first
-            layer keeps a kv group in any case: caches take their length from it.
+        min_kv_groups, min_channels: kept in each layer, unless a coarser unit removes the whole block, or is kept with
+            nothing in it because the budget ends there. The first layer keeps a kv group in any case: caches take
+            their length from it.
         channel_multiple: the kept channels of each layer are a multiple of it.
     """
 

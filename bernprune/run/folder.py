@@ -224,9 +224,11 @@ class RunFolder:
                     f"{now}); give it back to go on, or start over with --overwrite"
                 )
 
-    def go_on(self, config: RunConfig) -> None:
+    def go_on(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
         """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``."""
         self.write_config(config)
+        if not self.versions.is_file():  # it was killed as it began, and begins now
+            write_json(self.versions, versions_of(config) | dict(inputs))
         if changed := changed_versions(self._began_with(), versions_of(config)):
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
 
@@ -267,7 +269,11 @@ class RunFolder:
 
 
 def check_writable(path: Path) -> None:
-    """Raises ``RunError`` where no folder of this path can be."""
+    """Raises ``RunError`` where no folder of this path can be, or the file formats of a result cannot name it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RunError(f"output {str(path)!r} cannot be written: its name is not UTF-8") from None
     try:
         if path.exists() and not path.is_dir():
             raise RunError(f"output {path} is a file, but a folder is needed")

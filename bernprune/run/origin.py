@@ -12,6 +12,7 @@ from bernprune.run.methods import places_of_ones_own
 # Fingerprints beside the versions, and what to say where one has changed.
 INPUTS = {
     "weights": "the model's weights are not those",
+    "dense": "the dense model's weights are not those",
     "text": "the training text is not the one",
     "evaluation": "the evaluation text is not the one",
 }

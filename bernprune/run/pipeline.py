@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from safetensors import SafetensorError
 
-from bernprune.config import RunConfig, make_config
+from bernprune.config import RunConfig, changed_config, make_config
 from bernprune.costs import NEVER, Costs
 from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.perplexity import mean_loss
@@ -59,11 +59,13 @@ def prune(
 ) -> dict[str, Any]:
     """Prune a model as configured, in the run folder ``out``, and return the report.
 
-    An unfinished run of the same configuration is continued. With ``progress`` bars are shown; None: on a terminal.
+    An unfinished run of the same configuration is continued, wherever that is given: local paths are made absolute.
+    With ``progress`` bars are shown; None: on a terminal.
 
     Raises:
         BernpruneError: anything that the caller can mend; before the run starts, nothing is left behind.
     """
+    config = make_config(absolute(config.to_dict(given_only=True)))
     with bars(progress):
         return _prune(config, RunFolder(Path(out), overwrite=overwrite))
 
@@ -126,9 +128,10 @@ def resume(
     if folder.finished:
         raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
     config = folder.read_config()
-    changed = make_config(merge(config.to_dict(), absolute(dict(changes)))) if changes else config
+    if changes:
+        config = changed_config(config, absolute(dict(changes)))
     with bars(progress):
-        return _prune(changed, folder, finish=finish)
+        return _prune(config, folder, finish=finish)
 
 
 def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
@@ -137,7 +140,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     check_room(stage, folder)
     known = _known_stage(stage, folder) if continued else None
     inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
-    if known is not None or not continued:  # else it is not known in which number format the run began
+    new = not continued or not folder.versions.is_file()  # or it was killed as it began
+    if known is not None or new:  # else it is not known in which number format the run began
         weights_sha256 = fingerprint((known or stage).view.model)
         inputs = {"weights": weights_sha256} | inputs  # first, as another model may have other tokens
     if continued:
@@ -150,7 +154,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     metric = ByMetric.of(stage, start, search.probs_U)
     with expected_weights(stage) as weights:  # before the start, as it may fail on its input
         if continued:
-            folder.go_on(stage.config)
+            folder.go_on(stage.config, inputs)
         else:
             folder.start(stage.config, inputs)
         if known is None:

@@ -45,14 +45,22 @@ logger = logging.getLogger(__name__)
 
 _STATE = {"seconds", "text_sha256", "ranks", "training"}  # of a checkpoint
 
-RECOVERY_SETTINGS = ("recover", "data", "model.device", "model.dtype", "initial.influence", "seed")
+RECOVERY_SETTINGS = ("recover", "data", "model.path", "model.device", "model.dtype", "initial.influence", "seed")
 
 
 class RecoveryFolder(RunFolder):
     """The folder of a recovery."""
 
     CONFIG, WORK, OTHER = RECOVERY_CONFIG, "recovery", "give another folder"
-    FREE = ("recover.rows", "recover.recompute", "recover.checkpoint_seconds")
+    FREE = (
+        "model.path",
+        "model.device",
+        "data.text",
+        "data.eval_text",
+        "recover.rows",
+        "recover.recompute",
+        "recover.checkpoint_seconds",
+    )
 
 
 def recover(
@@ -114,11 +122,12 @@ def _finished_run(run: str | Path) -> RunFolder:
 def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
     state = _stored(source, folder) if continued else None
     with set_up(source, None if state is None else state["ranks"], teach=not finish) as prepared:
+        inputs = {"evaluation": source.protocol.text_sha256, **prepared.weights}
         if continued:  # what can fail on its input has not
-            folder.check_inputs({"weights": prepared.weights})
-            folder.go_on(source.config)
+            folder.check_inputs(inputs)
+            folder.go_on(source.config, inputs)
         else:
-            folder.start(source.config, {"weights": prepared.weights})
+            folder.start(source.config, inputs)
         write_json(folder.plan, source.plan.to_dict())
         seconds = _train(prepared, source, folder, state, finish=finish)
         report = _report(source, prepared, seconds)

@@ -10,7 +10,7 @@ import torch
 from bernprune.backends import TORCH, find_device
 from bernprune.config import RunConfig
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint
-from bernprune.errors import DataError, RunError, naming
+from bernprune.errors import DataError, ModelError, RunError, naming
 from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss
 from bernprune.models.adapters import Adapters, adapted_view
 from bernprune.models.families import family_of
@@ -54,13 +54,7 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
     model_config, window = load_config(str(folder.model)), config.data.window
     check_window(model_config, window)
     tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
-    same_text = same_source(config.data.text, of_run.data.text)
-    if config.data.eval_text is None and not same_text:  # the run's, so that figures compare
-        own = evaluation_text(of_run, tokenizer, vocabulary)
-        held_out_N, eval_name = own or read_texts(of_run, tokenizer, vocabulary)[1:]
-        stream_N = learning_text(config, tokenizer, vocabulary)
-    else:
-        stream_N, held_out_N, eval_name = read_texts(config, tokenizer, vocabulary)
+    stream_N, held_out_N, eval_name = _texts(config, of_run, tokenizer, vocabulary)
     cut = len(stream_N) - config.recover.held_out * window
     if cut < config.recover.batch * window:
         raise DataError(
@@ -83,6 +77,24 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
     )
 
 
+def _texts(
+    config: RunConfig, of_run: RunConfig, tokenizer: Any, vocabulary: int
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """As ``read_texts``, but what is evaluated on is the run's unless another is given, so that figures compare."""
+    own = config.data.eval_text is not None or same_source(config.data.text, of_run.data.text)
+    try:
+        found = evaluation_text(config if own else of_run, tokenizer, vocabulary)
+        if found is None and not own:
+            found = read_texts(of_run, tokenizer, vocabulary)[1:]
+    except DataError as error:
+        raise DataError(
+            f"{error}; --set data.eval_text names where the run's evaluation text lies now, or another"
+        ) from None
+    if found is None:
+        return read_texts(config, tokenizer, vocabulary)
+    return learning_text(config, tokenizer, vocabulary), *found
+
+
 class Before(NamedTuple):
     """What the run kept: its loss on the evaluation text and on that which chooses a state, and its parameters."""
 
@@ -98,10 +110,10 @@ class Before(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepared:
-    """A training, the fingerprint of the weights that it begins with, ranks of layers, and what the run kept."""
+    """A training, fingerprints of the weights that it reads, by name, ranks of layers, and what the run kept."""
 
     training: Training
-    weights: str
+    weights: dict[str, str]
     ranks: list[int]
     before: Before
 
@@ -123,14 +135,15 @@ def set_up(source: Source, ranks: list[int] | None, *, teach: bool) -> Iterator[
 
 def _after_the_cut(source: Source, ranks: list[int] | None, *, teach: bool) -> Prepared:
     """The run's model; the dense one is held beside it only to teach."""
-    settings, dense, teacher = source.config.recover, None, None
+    settings, dense, teacher, weights = source.config.recover, None, None, dict[str, str]()
     if teach or (ranks is None and settings.ranks == "influence"):
         dense = _dense(source)
         teacher = dense.model if teach else None
+        weights["dense"] = weights_fingerprint(dense.model)
     ranks = ranks or _ranks(source, dense, whole=False)
     dense = None  # before the other is loaded
     trained = kept_model(source)
-    before, weights = Before.of(trained, source), weights_fingerprint(trained)
+    before, weights["weights"] = Before.of(trained, source), weights_fingerprint(trained)
     adapters = _adapters(source, trained, ranks)
     training = Training(trained, adapters, source.train, source.held_out_WT, settings, teacher=teacher)
     return Prepared(training, weights, ranks, before)
@@ -143,7 +156,7 @@ def _before_the_cut(source: Source, ranks: list[int] | None, *, teach: bool) -> 
     dense = _dense(source)
     ranks = ranks or _ranks(source, dense, whole=True)
     teacher = _dense(source).model if teach else None
-    weights = weights_fingerprint(dense.model)
+    weights = {"dense": weights_fingerprint(dense.model)}
     adapters = _adapters(source, dense.model, ranks)
     with masked(adapted_view(dense), TORCH) as live:
         masks = SampledMasks(live, _policy(source), dense.space.mask(source.plan), seed=source.config.seed)
@@ -165,7 +178,12 @@ def kept_model(source: Source) -> Any:
 
 
 def _dense(source: Source) -> ModelView:
-    return describe(open_model(source.config, find_device(source.config.model.device)), source.config.granularity)
+    try:
+        model = open_model(source.config, find_device(source.config.model.device))
+    except ModelError as error:
+        said = str(error).rstrip(".")
+        raise ModelError(f"{said}; --set model.path names the dense model that the run began with") from None
+    return describe(model, source.config.granularity)
 
 
 def _ranks(source: Source, view: ModelView | None, *, whole: bool) -> list[int]:
