@@ -14,12 +14,13 @@ from bernprune.units import UnitGroup, UnitSpace
 
 @dataclass(frozen=True)
 class Selected:
-    """One group after a selection: its units, what was kept of them, and whether what they lie in was."""
+    """One group after a selection: its units, what was kept of them, and of what they lie in."""
 
     group: UnitGroup
     units: range
     kept: list[int]
     has_parent: bool
+    parent_is_block: bool
     parent_kept: bool
 
 
@@ -30,7 +31,8 @@ def selected(space: UnitSpace, mask_U: torch.Tensor) -> Iterator[Selected]:
         start += group.count
         parent = int(space.parents_U[units[0]])
         kept = [unit for unit in units if mask_U[unit]]
-        yield Selected(group, units, kept, parent >= 0, parent < 0 or bool(mask_U[parent]))
+        in_block = parent >= 0 and not of_kind(space, "layer")[parent]
+        yield Selected(group, units, kept, parent >= 0, bool(in_block), parent < 0 or bool(mask_U[parent]))
 
 
 def minimum_of(group: UnitGroup, limits: Limits) -> int:
@@ -61,23 +63,35 @@ def check(mask_U: torch.Tensor, budget: Budget, limits: Limits) -> None:
     assert mask_U.dtype == torch.bool
     assert mask_U.shape == (space.size,)
     assert alive_by_hand(space, mask_U.tolist()) == mask_U.tolist()  # nothing is kept in a block that is cut
-    for members_U, limit in pool_limits(budget):
-        left = limit - costs_U[members_U & mask_U].sum().item()
-        assert left >= -1e-12 * limit
-        for group in selected(space, mask_U):
-            if members_U[group.units[0]]:
-                check_group(group, limits, left, costs_U[group.units[0]].item())
+    pools = list(pool_limits(budget))
+    left_P = [limit - costs_U[members_U & mask_U].sum().item() for members_U, limit in pools]
+    assert all(left >= -1e-12 * limit for left, (_, limit) in zip(left_P, pools, strict=True))
+    for group in selected(space, mask_U):
+        check_group(group, limits)
+        if more := further(space, group, limits):
+            costs_P = [costs_U[more][members_U[more]].sum().item() for members_U, _ in pools]
+            assert any(cost > left * (1 - 1e-12) for cost, left in zip(costs_P, left_P, strict=True) if cost)
 
 
-def check_group(found: Selected, limits: Limits, left: float, cost: float) -> None:
-    """The limits are kept, and no further part of the group would have fitted into what is left of its pool."""
-    minimum, step = minimum_of(found.group, limits), step_of(found.group, limits)
-    kept, count = len(found.kept), found.group.count
-    assert kept % step == 0
-    assert kept >= minimum or (found.has_parent and kept == 0)
-    part = minimum if minimum and not kept else step
-    if found.parent_kept and kept + part <= count:
-        assert part * cost > left * (1 - 1e-12)
+def check_group(found: Selected, limits: Limits) -> None:
+    """The limits are kept. A block, but no layer, may be kept with nothing in it."""
+    kept, minimum = len(found.kept), minimum_of(found.group, limits)
+    assert kept % step_of(found.group, limits) == 0
+    assert kept >= minimum or (kept == 0 and (not found.parent_kept or found.parent_is_block))
+
+
+def further(space: UnitSpace, found: Selected, limits: Limits) -> list[int]:
+    """What else might have been kept of a group: a part of it, a layer with the minimums in it; none if nothing can."""
+    part = minimum_of(found.group, limits) or step_of(found.group, limits)
+    part = step_of(found.group, limits) if found.kept else part
+    more = [unit for unit in found.units if unit not in found.kept][:part]
+    if not found.parent_kept or len(more) < part:
+        return []
+    if found.group.kind == "layer":
+        for inner in selected(space, torch.zeros(space.size, dtype=torch.bool)):
+            if space.parents_U[inner.units[0]] == more[0]:
+                more += inner.units[: minimum_of(inner.group, limits)]
+    return more
 
 
 def wanted_by_hand(space: UnitSpace, probs_U: torch.Tensor) -> list[float]:

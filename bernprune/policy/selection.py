@@ -1,9 +1,10 @@
 """From priorities to what is kept: exact, deterministic, never over the budget, short of it only by what fits no more.
 
-Units are taken in order of their priority until the budget is full; one that no longer fits is passed over for a
-smaller one behind it. A unit counts as wanted only as much as the least wanted thing it lies in, which is the order in
-which lowering one threshold over all levels would let units in. Where that would break a cap of the budget on another
-cost, units are moved back by a price on what they have of it, and what no longer fits under it is passed over, too.
+Units are taken in order of their priority until the budget is full; one that no longer fits, a layer with the minimums
+of what lies in it, is passed over for a smaller one behind it. A unit counts as wanted only as much as the least wanted
+thing it lies in, which is the order in which lowering one threshold over all levels would let units in. Where that
+would break a cap of the budget on another cost, units are moved back by a price on what they have of it, and what no
+longer fits under it is passed over, too.
 """
 
 import math
@@ -17,7 +18,7 @@ from bernprune.errors import BudgetError
 from bernprune.names import Kind
 from bernprune.policy.budget import Budget, Cap
 from bernprune.policy.prices import at_best_prices
-from bernprune.units import KINDS
+from bernprune.units import KINDS, UnitSpace
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Limits:
 
     Attributes:
         min_kv_groups, min_channels: kept in each layer, unless a coarser unit removes the whole block, or is kept with
-            nothing in it because the budget ends there. The first layer keeps a kv group in any case: caches take
-            their length from it.
+            nothing in the block because the budget ends there. The first layer keeps a kv group in any case: caches
+            take their length from it.
         channel_multiple: the kept channels of each layer are a multiple of it.
     """
 
@@ -42,6 +43,7 @@ class _Parts:
 
     Attributes:
         ranked_U: all units, those of a group together and the most wanted first.
+        together: for the part of a layer, it and those that it is not kept without.
         first_P, size_P: where in ``ranked_U`` a part begins, and how many units it has.
         cost_P: cost of all its units.
         group_P, pool_P, parent_P: what its units belong to; parent -1 where they lie in nothing.
@@ -49,6 +51,7 @@ class _Parts:
     """
 
     ranked_U: np.ndarray
+    together: dict[int, list[int]]
     first_P: np.ndarray
     size_P: np.ndarray
     cost_P: np.ndarray
@@ -105,23 +108,32 @@ def select(
 def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) -> torch.Tensor:
     """Part after part, what fits; where it is ``nested``, up to the first that does not."""
     left, least = [pool.most for pool in budget.pools], parts.cost_P.min(initial=math.inf)
-    kept, closed, ranked = bytearray(budget.space.size), set[int](), parts.ranked_U.tolist()
+    kept, closed, taken, ranked = bytearray(budget.space.size), set[int](), set[int](), parts.ranked_U.tolist()
     capped_M = np.array([cap.most for cap in caps])
     best_P = parts.ranked_U[parts.first_P]
     capped_PM = np.array([cap.costs_U.numpy()[best_P] * parts.size_P for cap in caps]).T.reshape(len(best_P), len(caps))
     columns = (parts.first_P, parts.size_P, parts.cost_P, parts.group_P, parts.pool_P, parts.parent_P, parts.forced_P)
-    rows = zip(*(column.tolist() for column in columns), capped_PM, strict=True)
-    for first, count, cost, group, pool, parent, forced, cost_M in rows:
-        if group in closed or (parent >= 0 and not kept[parent]):
+    firsts, counts, costs, groups, pools, parents, forced = (column.tolist() for column in columns)
+    for part, (cost, group, pool, parent) in enumerate(zip(costs, groups, pools, parents, strict=True)):
+        if group in closed or part in taken or (parent >= 0 and not kept[parent]):
             continue
+        together, cost_M, fits = parts.together.get(part), capped_PM[part], cost <= left[pool]
+        if together is not None:
+            cost_M = capped_PM[together].sum(0)
+            fits = all(
+                sum(costs[each] for each in together if pools[each] == one) <= left[one]
+                for one in {pools[each] for each in together}
+            )
         within = not caps or bool((cost_M <= capped_M).all())
-        if cost <= left[pool] and within:
-            left[pool] -= cost
+        if fits and within:
             capped_M -= cost_M
-            for unit in ranked[first : first + count]:
-                kept[unit] = 1
+            taken.update(together or ())
+            for each in together or (part,):
+                left[pools[each]] -= costs[each]
+                for unit in ranked[firsts[each] : firsts[each] + counts[each]]:
+                    kept[unit] = 1
             continue
-        if forced:
+        if forced[part]:
             raise _impossible(parts, budget, pool) if within else _over_a_cap(caps, capped_PM[parts.forced_P].sum(0))
         closed.add(group)  # what follows in the group costs as much, or stands on the minimum just refused
         if nested and within:
@@ -204,7 +216,23 @@ def _parts(
     depth_P = np.array([KINDS.index(group.kind) if space.nested else 0 for group in space.groups])[group_P]
     order_P = np.lexsort((best_P, -second_U[best_P], -own_U[best_P], depth_P, -turn_P, later_P, ~forced_P))
     columns = (first_P, size_P, cost_P, group_P, pool_P, parent_P, forced_P)
-    return _Parts(ranked_U, *(column[order_P] for column in columns))
+    together = _layers_with_minimums(space, best_P, required_P, later_P, order_P)
+    return _Parts(ranked_U, together, *(column[order_P] for column in columns))
+
+
+def _layers_with_minimums(
+    space: UnitSpace, best_P: np.ndarray, asked_P: np.ndarray, later_P: np.ndarray, order_P: np.ndarray
+) -> dict[int, list[int]]:
+    """Turns of a layer's part and of those in it that the limits ask for, unless a core has kept it without them."""
+    layer_U, parents_U, turn_P = space.of_kind("layer").numpy(), space.parents_U.numpy(), order_P.argsort()
+    part_of = {int(best_P[part]): part for part in np.flatnonzero(layer_U[best_P])}
+    together: dict[int, list[int]] = {}
+    for part in np.flatnonzero(asked_P):
+        layer = part_of.get(int(parents_U[best_P[part]]))
+        if layer is not None and later_P[part] == later_P[layer]:
+            turn = int(turn_P[layer])
+            together.setdefault(turn, [turn]).append(int(turn_P[part]))
+    return together
 
 
 def _sums(values_U: np.ndarray, first_P: np.ndarray, size_P: np.ndarray) -> np.ndarray:
