@@ -49,14 +49,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from bernprune.config import make_config
 from bernprune.data import fingerprint, tokenize
 from bernprune.models.loading import load_tokenizer
-from bernprune.models.view import describe
+from bernprune.models.slicing import slice_model
+from bernprune.models.view import count_parameters, describe
 from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
 from bernprune.run import effort, finals, loop
 from bernprune.run import stage as stage_module
 from bernprune.run.checkpoint import read_state
-from bernprune.run.plans import Learned
+from bernprune.run.plans import Learned, read_plan
 from bernprune.run.searches import make_search
 from bernprune.run.stage import set_stage
 from bernprune.settings import merge, parse_settings, read_yaml
@@ -494,8 +495,14 @@ def test_all_levels_at_once(place: Place) -> None:
     """All five granularities: half of the model goes, it loads, generates, and is worth what the report says."""
     everything = "granularity=layer,attention,kv_group,ffn,channel"
     held_out = str(tiny_text(place.folder / "held-out.txt", seed=1))
-    report = report_of(place, everything, flags=("--sparsity", "0.5", "--eval-text", held_out))
+    others = f"plans.sparsities={[0.3, 0.35, 0.4, 0.45, 0.55, 0.6, 0.65]}"
+    report = report_of(place, everything, others, flags=("--sparsity", "0.5", "--eval-text", held_out))
     assert 0.5 <= report["sparsity"]["achieved"] < 0.6
+    for plan in report["plans"]:  # where blocks are kept with nothing in them, too
+        dense = AutoModelForCausalLM.from_pretrained(place.model)
+        left = count_parameters(slice_model(dense, read_plan(place.out / "plans" / plan["plan"])))
+        removed = (report["parameters"]["dense"] - left) / report["parameters"]["prunable"]
+        assert plan["removed"] == pytest.approx(removed, abs=1e-9)
     folder = str(place.out / "model")
     same = ["--text", held_out, "--window", str(WINDOW), "--tokens", "320", "--json"]
     result = json.loads(succeed("evaluate", folder, *same).out)

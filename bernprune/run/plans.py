@@ -117,7 +117,7 @@ def select_plan(out: str | Path, sparsity: float | str, *, nested: bool = False)
         raise RunError(f"{folder.learned} says what another run has learned: it does not fit {folder.plan}")
     mask_U = learned.select(config, share, nested=nested)
     plan = learned.space.plan(mask_U)
-    path = write_plan(folder, share, plan, nested=nested)
+    path, mask_U = write_plan(folder, share, plan, nested=nested), learned.space.mask(plan)
     kept = {
         "removed": removed_share(learned.space, mask_U),
         "measure": config.budget.measure,

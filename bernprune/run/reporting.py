@@ -43,6 +43,7 @@ def search_figures(stage: Stage, dense_loss: float, work: Work, finals: Finals) 
 def facts(full: Stage, mask_U: torch.Tensor) -> dict[str, Any]:
     """What was pruned, with what, and how much of it."""
     config, budget, model, space = full.config, full.budget, full.view.model, full.view.space
+    mask_U = space.mask(space.plan(mask_U))  # of a block with nothing in it, all goes
     prunable = int(space.costs_U("parameters").sum().item())
     costs = {name: space.costs_U(name).sum().item() for name in get_args(CapName)}
     return {
@@ -92,10 +93,11 @@ def write_plans(stage: Stage, folder: RunFolder, learned: Learned) -> list[dict[
     nested = config.plans.nested
     for sparsity in sorted(config.plans.sparsities):
         mask_U = learned.select(config, sparsity, nested=nested)
-        path = write_plan(folder, sparsity, learned.space.plan(mask_U), nested=nested)
+        plan = learned.space.plan(mask_U)
+        path = write_plan(folder, sparsity, plan, nested=nested)
         loss = mask_loss(stage, mask_U, f"at sparsity {sparsity:g}")
         figure = None if loss is None else perplexity(loss)
-        removed = removed_share(learned.space, mask_U)
+        removed = removed_share(learned.space, learned.space.mask(plan))
         found.append({"sparsity": sparsity, "removed": removed, "loss": loss, "perplexity": figure, "plan": path.name})
     if found:
         write_bytes(folder.plans / "table.md", plans_table(found, stage.protocol).encode())
