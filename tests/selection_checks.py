@@ -82,8 +82,8 @@ def check_group(found: Selected, limits: Limits) -> None:
 
 def further(space: UnitSpace, found: Selected, limits: Limits) -> list[int]:
     """What else might have been kept of a group: a part of it, a layer with the minimums in it; none if nothing can."""
-    part = minimum_of(found.group, limits) or step_of(found.group, limits)
-    part = step_of(found.group, limits) if found.kept else part
+    minimum, step = minimum_of(found.group, limits), step_of(found.group, limits)
+    part = minimum if minimum and not found.kept else step
     more = [unit for unit in found.units if unit not in found.kept][:part]
     if not found.parent_kept or len(more) < part:
         return []

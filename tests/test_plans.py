@@ -33,11 +33,10 @@ LIMITS: dict[str, dict[str, int]] = {
     "usual": {},
     "tight": {"min_channels": 3, "channel_multiple": 2},
 }
-HOLLOW = make_space(
-    ("layer", "kv_group", "channel"), [(2, 5), (3, 7), (2, 4)]
-)  # a layer may not stay without its channels
+# A layer may stay neither without its kv groups nor without its channels.
+WHOLE_LAYERS = make_space(("layer", "kv_group", "channel"), [(2, 5), (3, 7), (2, 4)])
 LEARNED = {
-    "hollow": (HOLLOW, "joint"),
+    "whole_layers": (WHOLE_LAYERS, "joint"),
     **{name: (space, "joint") for name, space in SPACES.items()},
     "separate": (FLAT, "separate"),
 }

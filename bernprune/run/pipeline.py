@@ -140,8 +140,8 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     check_room(stage, folder)
     known = _known_stage(stage, folder) if continued else None
     inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
-    new = not continued or not folder.versions.is_file()  # or it was killed as it began
-    if known is not None or new:  # else it is not known in which number format the run began
+    begins = not continued or not folder.versions.is_file()  # or it was killed as it began
+    if known is not None or begins:  # else it is not known in which number format the run began
         weights_sha256 = fingerprint((known or stage).view.model)
         inputs = {"weights": weights_sha256} | inputs  # first, as another model may have other tokens
     if continued:

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from bernprune.backends import find_device
-from bernprune.config import make_config
+from bernprune.config import changed_config
 from bernprune.errors import LossError, RunError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
@@ -88,8 +88,7 @@ def recover(
     finished, folder = _finished_run(run), RecoveryFolder(Path(out), overwrite=overwrite)
     of_run = finished.read_config()
     # The search is over, and what divided its windows need not divide others.
-    given = merge(merge(of_run.to_dict(), {"search": {"chunk": None}}), absolute(dict(changes or {})))
-    config = make_config(given)
+    config = changed_config(of_run, merge({"search": {"chunk": None}}, absolute(dict(changes or {}))))
     check_adaptable()
     folder.look(config)
     if finish and not folder.unfinished:
