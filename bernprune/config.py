@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from bernprune.complaints import sentence
 from bernprune.errors import ConfigError
-from bernprune.names import OWN, BackendName, Kind, PresetName, RepairName, place_of, unknown
+from bernprune.names import CUSTOM, BackendName, Kind, PresetName, RepairName, place_of, unknown
 from bernprune.presets import PRESETS
 from bernprune.sections import (
     BudgetConfig,
@@ -38,18 +38,18 @@ USUAL_CHUNKS = range(8, 33)  # shorter ones cost more masks than they tell
 METHOD_SETTINGS: dict[str, tuple[str, ...]] = {
     "posterior": ("regret", "rounds", "forgetting", "swing", "by_activity", "look_windows"),
     "reinforce": ("learning_rate", "baseline", "reference", "baseline_window", "scaling", "epsilon", "pull"),
-    OWN: ("rounds", "learning_rate"),  # unless it is a kind of one of those
+    CUSTOM: ("rounds", "learning_rate"),  # unless it is a kind of one of those
 }
 COMPARING = ("leave-one-out", "published")  # baselines that take the masks of a step from each other
 # Other settings that mean nothing unless another one has one of these values.
 _MEANT_FOR: dict[str, tuple[str, tuple[str, ...]]] = {
-    "initial.also": ("search.method", ("posterior", OWN)),
+    "initial.also": ("search.method", ("posterior", CUSTOM)),
     "initial.sharpness": ("initial.map", ("const",)),
     "search.discount": ("search.masks_per", ("chunk",)),
     "search.swing": ("search.sampling", ("independent", "antithetic")),
     "search.by_activity": ("search.masks_per", ("sequence", "chunk")),
-    "search.reference": ("search.baseline", ("matched", OWN)),
-    "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published", OWN)),
+    "search.reference": ("search.baseline", ("matched", CUSTOM)),
+    "search.baseline_window": ("search.baseline", ("moving-average", "matched", "published", CUSTOM)),
     "search.epsilon": ("search.scaling", ("sqrt-fisher",)),
     "repair.windows": ("repair.method", REPAIRS),
     "repair.target": ("repair.method", REFITTING),
@@ -168,10 +168,10 @@ class RunConfig(Section):
         }
         for setting, (other, values) in [*of_method.items(), *_MEANT_FOR.items()]:
             of_search = other == "search.method" or setting == "search.reference"
-            own = of_search and place_of(self.search.method)  # whose class says what it knows
-            if self._asks(setting) and not own and _in_general(self._value(other)) not in values:
+            custom = of_search and place_of(self.search.method) is not None  # whose class says what it knows
+            if self._is_active(setting) and not custom and _in_general(self._value(other)) not in values:
                 raise ValueError(
-                    f"{setting}{self._by_preset(setting)} has no meaning for {other} {self._value(other)!r}"
+                    f"{setting}{self._preset_clause(setting)} has no meaning for {other} {self._value(other)!r}"
                 )
         channels, flops = "channel" in self.granularity, "flops" in {self.budget.measure, *self.budget.also}
         for setting, meant, why in (
@@ -180,7 +180,7 @@ class RunConfig(Section):
             ("budget.channel_multiple", channels, "without channel in the granularity"),
             ("search.swing", channels, "without channel in the granularity"),
         ):
-            if self._asks(setting) and not meant:
+            if self._is_active(setting) and not meant:
                 raise ValueError(f"{setting} has no meaning {why}")
         for name in ("search.final_windows", "search.look_windows"):
             if self.changed(name) and not self.search.selection and (self.search.refit or self.search.selection == 0):
@@ -196,12 +196,12 @@ class RunConfig(Section):
         section, name = setting.split(".")
         return bool(self._value(setting) != type(getattr(self, section)).model_fields[name].default)
 
-    def _asks(self, setting: str) -> bool:
-        """Whether a setting asks for something, and that not by default."""
+    def _is_active(self, setting: str) -> bool:
+        """Whether a setting is neither what it is by default, nor off."""
         return self.changed(setting) and bool(self._value(setting))
 
-    def _by_preset(self, setting: str) -> str:
-        """That the preset has given a setting its value, as part of a sentence; empty if it has not."""
+    def _preset_clause(self, setting: str) -> str:
+        """``, which preset X sets,`` if the preset has given a setting its value, otherwise nothing."""
         section, name = setting.split(".")
         values = PRESETS[self.preset].get(section, {})
         return f", which preset {self.preset!r} sets," if values.get(name) == self._value(setting) else ""
@@ -236,7 +236,7 @@ class RunConfig(Section):
 
     def _check_sampling(self) -> None:
         search = self.search
-        paired = search.baseline == "leave-one-out" or place_of(search.baseline)  # one's own may be one
+        paired = search.baseline == "leave-one-out" or place_of(search.baseline)  # a custom one may be one
         if search.sampling == "antithetic" and search.method == "reinforce" and not paired:
             raise ValueError(
                 f"search.sampling 'antithetic' needs search.baseline 'leave-one-out', not {search.baseline!r}; with "
@@ -265,6 +265,8 @@ class RunConfig(Section):
         """Why weights cannot be fitted to the policy, whatever follows; None if they can."""
         if self.search.objective == "kl":
             return f"search.objective {self.search.objective!r}, whose reference is the model as it is"
+        if self.search.reference == "dense":
+            return "search.reference 'dense', which is the model as it is"
         if self.search.dtype == "int8":
             return "search.dtype 'int8'"
         if not {"kv_group", "channel"} & set(self.granularity):
@@ -304,8 +306,8 @@ class RunConfig(Section):
 
 
 def _in_general(value: Any) -> Any:
-    """``OWN`` for the place of something of one's own."""
-    return OWN if isinstance(value, str) and place_of(value) else value
+    """``CUSTOM`` for the place of something custom."""
+    return CUSTOM if isinstance(value, str) and place_of(value) else value
 
 
 def make_config(given: Mapping[str, Any]) -> RunConfig:

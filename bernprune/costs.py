@@ -111,7 +111,7 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
     has ``rows`` at most, or two.
     """
     space, device = view.space, view.device
-    least, most = _MEASURED_ROWS[device.type]
+    least, most = _MEASURED_ROWS["cuda" if device.type == "cuda" else "cpu"]
     most = max(2, min(most, rows))
     few, many = min(least, most // 2) * window, most * window
     tokens_RT = torch.arange(many, device=device).view(-1, window) % view.model.config.vocab_size

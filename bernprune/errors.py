@@ -37,8 +37,8 @@ class LossError(BernpruneError):
 
 
 @contextmanager
-def naming(what: str, kind: type[BernpruneError]) -> Iterator[None]:
-    """Say in errors of a kind, for the length of the block, what they are about."""
+def prefixed(what: str, kind: type[BernpruneError]) -> Iterator[None]:
+    """Begin the messages of errors of a kind that the block raises with ``what: ``."""
     try:
         yield
     except kind as error:

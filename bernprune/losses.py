@@ -110,16 +110,16 @@ LOSSES: dict[str, TokenLoss] = {
 
 
 def token_loss(given: ObjectiveName | LossFunction | TokenLoss) -> TokenLoss:
-    """By name, or that of a function of one's own. Raises ``ConfigError`` for neither."""
+    """By name, or that of a custom function. Raises ``ConfigError`` for neither."""
     if isinstance(given, TokenLoss):
         return given
     if callable(given):
-        return loss_of_ones_own(given, str(getattr(given, "__name__", type(given).__name__)))
+        return custom_loss(given, str(getattr(given, "__name__", type(given).__name__)))
     check_name("objective", given, ObjectiveName)
     return LOSSES[given]
 
 
-def loss_of_ones_own(function: LossFunction, name: str, run: LossFunction | None = None) -> TokenLoss:
+def custom_loss(function: LossFunction, name: str, run: LossFunction | None = None) -> TokenLoss:
     """What a function gives, at all tokens whose next one is in the window.
 
     Args:
@@ -178,5 +178,5 @@ def _in_parts(losses: Callable[..., torch.Tensor], size: int, *values: torch.Ten
 
 
 def _tokens_at_once(head: nn.Linear) -> int:
-    size = max(1, LOGIT_BYTES[head.weight.device.type] // (4 * head.weight.shape[0]))
+    size = max(1, LOGIT_BYTES["cuda" if head.weight.is_cuda else "cpu"] // (4 * head.weight.shape[0]))
     return size // _ROWS * _ROWS or size

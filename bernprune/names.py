@@ -52,10 +52,11 @@ BackendName = Literal["auto", "torch", "triton"]
 SearchDtype = Literal["auto", "same", "bfloat16", "int8"]
 ShortDtype = Literal["bfloat16", "int8"]
 RepairName = Literal["none", "bias", "ridge", "two-step", "scale", "admm", "auto"]
+AUTO_REPAIRS: tuple[RepairName, ...] = ("ridge", "two-step")  # of which "auto" takes the better
 TargetName = Literal["own", "dense", "residual"]
 PresetName = Literal["default", "reinforce", "paper"]
 
-OWN = "FILE.py:NAME"  # how what is of one's own is named in a configuration
+CUSTOM = "FILE.py:NAME"  # how custom code is named in a configuration
 
 
 def check_name(what: str, name: str, names: Any) -> None:

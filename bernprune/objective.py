@@ -53,7 +53,8 @@ class MaskedObjective:
         before_pass: Callable[[int], object] | None = None,
         costs: Costs | None = None,
     ) -> None:
-        self._view, self._live, self._loss, self._rows = view, live, loss, rows_per_forward
+        self._view, self._live, self._loss = view, live, loss
+        self.rows = rows_per_forward  # halved whenever a GPU is full
         costs = costs or Costs()
         if view.opaque is not None:
             costs = replace(costs, copying=NEVER)
@@ -82,7 +83,7 @@ class MaskedObjective:
             return losses_RP.mean(1).view(len(masks), -1)
         alive_KU, tokens_BT = self._view.space.alive(masks.bool()), tokens_BT.to(self.device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._loss.needs_dense else None
-        together = self._planner.together(alive_KU, *tokens_BT.shape, rows=self._rows)
+        together = self._planner.together(alive_KU, *tokens_BT.shape, rows=self.rows)
         parts = alive_KU.split(len(alive_KU) if together else 1)
         return torch.cat([self._losses_of_windows(part_KU, tokens_BT, dense_BTD) for part_KU in parts]).cpu()
 
@@ -135,7 +136,7 @@ class MaskedObjective:
             return torch.empty(0)
 
         self._live.set(mask_U[None])
-        self._in_passes(run, len(tokens_BT), lambda: self._rows)
+        self._in_passes(run, len(tokens_BT), lambda: self.rows)
 
     def _check(self, masks: MaskRows, tokens_BT: torch.Tensor, wanted: str, fits: bool) -> None:
         size = self._view.space.size
@@ -164,7 +165,7 @@ class MaskedObjective:
             hidden_RTD = self._hidden(tokens_RT)
             return self._losses(hidden_RTD, tokens_RT, None if dense_BTD is None else dense_BTD[window_R[rows]])
 
-        return self._in_passes(run, len(mask_R), lambda: self._rows).double().cpu()
+        return self._in_passes(run, len(mask_R), lambda: self.rows).double().cpu()
 
     def _kept_shares(self, masks: MaskRows) -> torch.Tensor | None:
         """For each unit the share of masks under which it is alive (the expected share, for masks not made yet),
@@ -204,10 +205,12 @@ class MaskedObjective:
                 return losses.view(repeats, -1)[branching.class_K].T
 
             count = len(branching.class_K)
-            losses_BK = self._in_passes(run, len(tokens_BT), lambda: max(1, self._rows // count), divisible=count > 1)
+            losses_BK = self._in_passes(
+                run, len(tokens_BT), lambda: max(1, self.rows // count), caller_can_split=count > 1
+            )
             return losses_BK.T
 
-        return self._in_passes(run_masks, len(alive_KU), lambda: self._rows)
+        return self._in_passes(run_masks, len(alive_KU), lambda: self.rows)
 
     def _hidden_branching(self, alive_KU: torch.Tensor, branching: Branching, tokens_BT: torch.Tensor) -> torch.Tensor:
         """The last hidden states of each class of masks on each window, ``[classes * B, T, D]``."""
@@ -228,13 +231,12 @@ class MaskedObjective:
         total: int,
         most: Callable[[], int],
         *,
-        divisible: bool = False,
+        caller_can_split: bool = False,
     ) -> torch.Tensor:
         """Results of ``run`` on one slice of ``total`` after the other, as large as ``most`` and the memory allow.
 
         Args:
-            divisible: whether what is too large as a slice of one can be divided by the caller, whom the error is left
-                to.
+            caller_can_split: if a slice of one is too large, raise, as the caller can split the work further.
         """
         parts, start = list[torch.Tensor](), 0
         while start < total:
@@ -243,7 +245,7 @@ class MaskedObjective:
                 parts.append(run(chosen))
                 start = chosen.stop
             except torch.OutOfMemoryError as error:
-                if divisible and chosen.stop - start == 1:
+                if caller_can_split and chosen.stop - start == 1:
                     raise
                 refusal = str(error).splitlines()[0]
             if refusal:  # by now the error has let go of what the pass held
@@ -253,10 +255,10 @@ class MaskedObjective:
     def _need_less(self, refusal: str) -> None:
         """Take half as many rows in a pass from now on. Raises ``BackendError`` if it is one already."""
         torch.cuda.empty_cache()
-        if self._rows == 1:
+        if self.rows == 1:
             raise BackendError(f"not one row fits in the GPU's memory: {refusal}")
-        self._rows = max(1, self._rows // 2)
-        logger.warning("the GPU's memory is full: going on with %d rows in a forward pass", self._rows)
+        self.rows = max(1, self.rows // 2)
+        logger.warning("the GPU's memory is full: going on with %d rows in a forward pass", self.rows)
 
     def _losses(
         self, hidden_RTD: torch.Tensor, tokens_RT: torch.Tensor, dense_RTD: torch.Tensor | None
@@ -267,7 +269,7 @@ class MaskedObjective:
     @torch.inference_mode()
     def _dense_hidden(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         self._live.set(torch.ones(1, self._view.space.size, dtype=torch.bool))
-        return self._in_passes(lambda windows: self._hidden(tokens_BT[windows]), len(tokens_BT), lambda: self._rows)
+        return self._in_passes(lambda windows: self._hidden(tokens_BT[windows]), len(tokens_BT), lambda: self.rows)
 
     def _hidden(self, tokens_RT: torch.Tensor, sequences: int | None = None) -> torch.Tensor:
         if self._before_pass is not None:
@@ -289,7 +291,7 @@ def masked_objective(
 
     Args:
         ops: by default those of backend ``auto``. For the others see ``MaskedObjective``.
-        kind: ``cross-entropy``, ``kl`` to the dense model's predictions, or a function; see ``loss_of_ones_own``.
+        kind: ``cross-entropy``, ``kl`` to the dense model's predictions, or a function; see ``custom_loss``.
 
     Raises:
         ConfigError: an unknown kind, or a function of something else.

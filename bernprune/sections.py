@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from bernprune.embedded import EMBEDDED
 from bernprune.names import (
-    OWN,
+    CUSTOM,
     Allocation,
     BaselineName,
     CapName,
@@ -75,7 +75,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     text: str = EMBEDDED
-    """Calibration text: .txt, .jsonl (field 'text'), .xz of either, dataset folder, Hugging Face dataset name."""
+    """Calibration text: .txt, .md, .jsonl (field 'text'), .xz of one, dataset folder, Hugging Face dataset name."""
     eval_text: str | None = None
     """Held-out text for perplexity; by default the last tenth of the calibration text, which is then not learned from;
     for 'embedded' its own held-out part."""
@@ -130,9 +130,9 @@ class InitialConfig(Section):
     members: tuple[ScoreName | str, ...] = ()
     """rank-average, fused: the metrics that are fused; by default wanda-sp, flap, goa-moment and cfsp."""
     map: MapName = "const"
-    """How scores become keep probabilities: two levels (initial.sharpness) for the best and the others ('const'), the
-    sigmoid of standardised scores ('sigmap'), scores scaled to a range of one ('norm'), the latter for channels and the
-    former for the rest ('hybrid'), or the same everywhere ('uniform')."""
+    """How scores become keep probabilities. 'const': two levels (initial.sharpness), for the best and the others;
+    'sigmap': the sigmoid of standardised scores; 'norm': scores scaled to a range of one; 'hybrid': 'norm' for channels
+    and 'sigmap' for the rest; 'uniform': the same everywhere."""
     allocation: Allocation | None = None
     """How many units each layer keeps at first: of each kind the same share ('uniform'), the best of each kind in all
     layers ('global') or of all units ('pooled'), more where a layer changes more of what passes through it
@@ -168,7 +168,7 @@ class InitialConfig(Section):
             if name not in known and not name.endswith(".safetensors") and place_of(name) is None:
                 raise ValueError(
                     f"score {name!r} is unknown{meant(name, known) or ';'} known are {', '.join(known)}, paths of "
-                    ".safetensors files, and metrics of one's own as FILE.py:NAME"
+                    ".safetensors files, and custom metrics as FILE.py:NAME"
                 )
         return value
 
@@ -193,7 +193,7 @@ class SearchConfig(Section):
     """Stop after this much search time; a run limited so is not repeatable to the bit."""
     method: MethodName | str = "posterior"
     """'posterior': estimate what each unit is worth, in rounds; 'reinforce': follow the gradient (published); or
-    FILE.py:NAME, a MaskSearch of one's own in a Python file, which is executed."""
+    FILE.py:NAME, a custom MaskSearch in a Python file, which is executed."""
     masks: Count = 8
     """Masks that compete on the same text, in a step."""
     windows: Count = 8
@@ -205,9 +205,10 @@ class SearchConfig(Section):
     chunk: Count | None = None
     """Tokens of a chunk; by default the largest divisor of data.window from 8 to 32, or else the whole window."""
     discount: Annotated[float, Field(ge=0, le=1)] = 0.4
-    """How much a chunk's mask answers for the loss of each chunk behind it; 1 is unbiased, and noisy."""
+    """Share of the next chunk's loss that a chunk's mask answers for, its square of the one after that, and so on; 1 is
+    unbiased, and noisy."""
     rounds: Count | None = None
-    """posterior, and a method of one's own: rounds, each of which renews the policy; by default one for every 128
+    """posterior, and custom methods: rounds, each of which renews the policy; by default one for every 128
     windows of text."""
     forgetting: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """posterior: share of what was known of whole layers that a round forgets."""
@@ -216,11 +217,11 @@ class SearchConfig(Section):
     by_activity: bool = True
     """posterior: learn of channels where they are active, in one more pass over the text; not for masks of a batch."""
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.1
-    """reinforce, and a method of one's own: first step size; falls to zero along a cosine."""
+    """reinforce, and custom methods: first step size; falls to zero along a cosine."""
     baseline: BaselineName | str = "leave-one-out"
-    """reinforce: what is subtracted from the losses; or FILE.py:NAME, a baseline of one's own."""
+    """reinforce: what is subtracted from the losses; or FILE.py:NAME, a custom baseline."""
     reference: ReferenceName = "initial"
-    """reinforce, and a method of one's own that needs a reference: what 'matched', or a baseline of one's own, compares
+    """reinforce, and custom methods that need a reference: what 'matched', or a custom baseline, compares
     with: 'initial' or 'current' selection, 'dense' model, 'mean-field' gates."""
     baseline_window: Count = 5
     """reinforce: memory of a running baseline, in steps."""
@@ -232,15 +233,17 @@ class SearchConfig(Section):
     """reinforce: weight of the policy's divergence from its start, in nats summed over units."""
     selection: Annotated[float, Field(ge=0, le=0.9)] | None = None
     """Share of the sequences (or seconds) for choosing what is kept, on text not learned from; 0: no choice. By default
-    what six looks take, at most three tenths; for reinforce a tenth; with search.refit nothing, as repair chooses."""
+    what six looks take, at most three tenths; a tenth for other methods than posterior; nothing with search.refit, as
+    repair chooses."""
     final_windows: Annotated[int, Field(ge=2)] = 128
     """Windows on which the last two of a race of selections are compared."""
     look_windows: Annotated[int, Field(ge=2)] = 8
     """posterior: windows on which single changes to the selection are tried."""
     refit: bool | None = None
-    """Run masks on weights that are fitted to the policy whenever it has changed: what survivors can make up for after
-    a repair then costs nothing while the search learns, either. By default, where a repair follows that refits weights
-    (repair.method auto, ridge, two-step or admm); not for search.objective kl, search.dtype int8, or blocks alone."""
+    """Run masks on weights that are refitted whenever the policy has changed, so that the search, too, leaves out of
+    account what a repair will make up for. By default, where a repair follows that refits weights (repair.method auto,
+    ridge, two-step or admm); not for search.objective kl, search.reference dense, search.dtype int8, or blocks
+    alone."""
     dtype: SearchDtype = "auto"
     """Number format of the weights that are searched on: the 'same', 'bfloat16', or 'int8' (weights alone, by torchao);
     'auto': bfloat16 on processors with units for it, for models in float32 with ten million prunable parameters or
@@ -265,7 +268,7 @@ class SearchConfig(Section):
         names = {"method": MethodName, "baseline": BaselineName, "objective": ObjectiveName}[str(info.field_name)]
         if value not in get_args(names) and place_of(value) is None:
             known = ", ".join(map(repr, get_args(names)))
-            raise PydanticCustomError("literal_error", f"Input should be {known} or {OWN}")
+            raise PydanticCustomError("literal_error", f"Input should be {known} or {CUSTOM}")
         return value
 
 
@@ -276,7 +279,7 @@ class RepairConfig(Section):
     refits those before them; 'auto' takes the best of ridge and two-step by loss on text not fitted on, or none."""
     windows: Annotated[int, Field(ge=2)] | None = None
     """Calibration windows of the repair; by default 128, or as many as hold 24 tokens to fit on for each input of the
-    widest projection. One in four chooses the ridge. As many others judge, 256 at most, where there are so many."""
+    widest projection. One in four chooses the ridge. As many others judge, 256 at most, if the text has them."""
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's, in which errors count as shares of that stream."""

@@ -22,11 +22,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
+_MERGE = "tag:yaml.org,2002:merge"  # of the key <<, which the safe loader replaces by what it stands for
+
+
 class _Loader(yaml.SafeLoader):
     """As the safe one, but of a key that is given twice none is silently lost."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
         twice = _repeated(keys)
         if twice is not None:
             raise yaml.YAMLError(f"{twice!r} is given twice")
@@ -133,8 +136,10 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
     """Local paths made absolute, so that a run can be resumed from another folder."""
 
     def path(value: Any) -> Any:
-        local = isinstance(value, str) and value != EMBEDDED and os.path.exists(value)
-        return os.path.abspath(value) if local else value
+        if not isinstance(value, str) or value == EMBEDDED:
+            return value
+        expanded = os.path.expanduser(value)
+        return os.path.abspath(expanded) if os.path.exists(expanded) else value
 
     def place(value: Any) -> Any:
         if found := place_of(str(value)):
@@ -142,10 +147,10 @@ def absolute(data: dict[str, Any]) -> dict[str, Any]:
         return path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
 
     def source(value: Any) -> Any:
-        if not isinstance(value, str) or os.path.exists(value):
+        if not isinstance(value, str) or path(value) != value:
             return path(value)
         folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
-        return os.path.abspath(folder) + colon + rest if os.path.isdir(folder) else value
+        return path(folder) + colon + rest if os.path.isdir(os.path.expanduser(folder)) else value
 
     model, text, initial, search = (data.get(name) for name in ("model", "data", "initial", "search"))
     if isinstance(model, dict) and "path" in model:

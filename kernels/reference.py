@@ -35,7 +35,11 @@ def masked_linear(
 
 
 def masked_units(x_RTE: torch.Tensor, masks_RU: torch.Tensor | None, *, unit_width: int = 1) -> torch.Tensor:
-    """What masks leave of units, row by row: ``x * mask``, ``[R, T, E]``; arguments and errors as ``masked_linear``."""
+    """What masks leave of units, row by row: ``x * mask``, ``[R, T, E]``.
+
+    So ``x`` must be finite, also where it is masked, as it need not be for kernels. Arguments and errors as
+    ``masked_linear``.
+    """
     if masks_RU is None:
         return x_RTE
     rows, width = x_RTE.shape[0], x_RTE.shape[-1]

@@ -391,6 +391,11 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: ["prune", str(p.file("c.yaml", "search: {masks: 4}\nsearch.masks: 8"))],
         ("c.yaml", "'search.masks' is given twice"),
     ),
+    "config-merged-twice": (
+        lambda p: ["prune", str(p.file("c.yaml", "search: {<<: {masks: 4}, seed: 4, seed: 5}"))],
+        ("c.yaml", "'seed' is given twice"),
+    ),
+    "home-of-nobody": (lambda p: p.prune("data.text=~nosuchuser/x.txt"), ("~nosuchuser/x.txt", "does not exist")),
     "config-key-unknown": (lambda p: ["prune", str(p.file("c.yaml", "modle: {}"))], ("'modle'", "'model'")),
     # windows, devices, backends
     "window-beyond-positions": (

@@ -640,6 +640,36 @@ def test_what_is_advised_is_less_than_there_was_room_for(place: Place, monkeypat
     assert "--set search.rows_per_forward=2 " in in_one_sentence(run(*place.prune()))
 
 
+def test_what_a_full_gpu_has_no_room_for_is_tried_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Rows that were too many stay fewer for all that a run evaluates, and it is said once."""
+    passes, hidden = [], MaskedObjective._hidden
+
+    def full(self: MaskedObjective, tokens_RT: torch.Tensor, *given: Any) -> torch.Tensor:
+        passes.append(len(tokens_RT))
+        if len(tokens_RT) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, tokens_RT, *given)
+
+    monkeypatch.setattr(MaskedObjective, "_hidden", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    given = {
+        "model": {"path": str(place.model)},
+        "data": {"text": str(place.text), "window": 16},
+        "search": {"rows_per_forward": 8},
+    }
+    made = stage.set_stage(make_config(given))
+    mask_U = torch.ones(made.view.space.size, dtype=torch.bool)
+    for _ in range(2):
+        with made.objective() as objective:
+            objective.losses(mask_U[None], made.initial_windows_WT[:8])
+    assert [rows for rows in passes if rows > 4] == [8] and made.rows == 4
+    assert [record.message for record in caplog.records if "is full" in record.message] == [
+        "the GPU's memory is full: going on with 4 rows in a forward pass"
+    ]
+
+
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")],

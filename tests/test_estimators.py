@@ -18,7 +18,7 @@ from bernprune.config import make_config
 from bernprune.errors import ConfigError
 from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, Baseline, make_baseline
-from bernprune.policy.estimators import divergence, reinforce
+from bernprune.policy.estimators import kl_gradient, reinforce
 from bernprune.policy.search import MaskSearch, rewards_to_go
 from bernprune.run.searches import make_search
 from bernprune.run.workload import make_budget
@@ -236,9 +236,9 @@ def test_the_pull_is_the_gradient_of_the_divergence(scaling: Scaling, epsilon: f
     start_U, probs_U = torch.tensor([0.3, 0.5, 0.9, 0.95], dtype=torch.float64), PROBS_U.clone().requires_grad_()
     chances, start_chances = mask_probability(probs_U), mask_probability(start_U)
     (expected,) = torch.autograd.grad((chances * (chances / start_chances).log()).sum(), probs_U)
-    found = divergence(PROBS_U, start_U, scaling=scaling, epsilon=epsilon)
+    found = kl_gradient(PROBS_U, start_U, scaling=scaling, epsilon=epsilon)
     assert_close(found, SCALINGS[scaling](PROBS_U) * expected, EXACT if epsilon == 0 else 1e-5)
-    assert divergence(start_U, start_U, scaling=scaling, epsilon=epsilon).tolist() == [0.0] * 4
+    assert kl_gradient(start_U, start_U, scaling=scaling, epsilon=epsilon).tolist() == [0.0] * 4
 
 
 # The published step

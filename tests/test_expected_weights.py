@@ -27,7 +27,7 @@ from bernprune.models.slicing import slice_model
 from bernprune.models.statistics import weights_by_stream
 from bernprune.models.view import describe
 from bernprune.names import Kind
-from bernprune.policy.rounds import Telling
+from bernprune.policy.rounds import Informativeness
 from bernprune.repair import ExpectedWeights, Repairer, expected
 from bernprune.repair.closed import factor
 from bernprune.repair.expected import expected_fit
@@ -273,7 +273,9 @@ def test_weights_are_fitted_to_a_policy_that_was_drawn_in(
         fit(self, probs_U)
 
     monkeypatch.setattr(loop._Loop, "fit", noted)
-    monkeypatch.setattr(Telling, "too_soft", property(lambda self: self._contrast > self._first_contrast - 1e-9))
+    monkeypatch.setattr(
+        Informativeness, "too_soft", property(lambda self: self._contrast > self._first_contrast - 1e-9)
+    )
     finish(prepared, tmp_path, *FOUR_ROUNDS, "search.refit=true")
     assert len(fitted) > 5 and any(step % 2 for step, softness in fitted if softness < 1), "none was drawn in"
 

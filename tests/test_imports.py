@@ -90,7 +90,7 @@ LIMITS = {  # of our own modules, what those of a room may import
     "bernprune.names": ("bernprune.errors",),
     "bernprune.errors": (),
     "bernprune.seeding": (),
-    "bernprune.own": ("bernprune.names", "bernprune.errors"),
+    "bernprune.custom": ("bernprune.names", "bernprune.errors"),
     "bernprune.units": ("bernprune.names", "bernprune.errors"),
     "bernprune.presets": (),
     "bernprune.progress": (),
@@ -125,7 +125,7 @@ LIMITS = {  # of our own modules, what those of a room may import
         "bernprune.models",
         "bernprune.losses",
         "bernprune.objective",  # of metrics that try masks or gates
-        "bernprune.own",
+        "bernprune.custom",
         "bernprune.scores",
         "bernprune.storage",
     ),

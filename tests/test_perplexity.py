@@ -242,7 +242,12 @@ def test_latency_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None
     """Medians and percentiles are those of the timed passes alone."""
     model = clocked(monkeypatch, [900.0, 800.0, *map(float, range(1, 12))])
     found = latency(model, random_tokens(1, 3), repeats=11, warmup=2)
-    assert (found.low_ms, found.median_ms, found.high_ms) == (2.4, 6.0, 9.6)
+    assert (found.low_ms, found.median_ms, found.high_ms) == (3.0, 6.0, 9.0)
+
+
+def test_percentiles_of_few_passes_lie_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = latency(clocked(monkeypatch, [5.0, 10.0, 40.0]), random_tokens(1, 3), repeats=2, warmup=1)
+    assert (found.low_ms, found.median_ms, found.high_ms) == (16.0, 25.0, 34.0)
 
 
 @pytest.mark.parametrize(("seconds", "repeats"), [(0.1, 9), (2.1, 9), (3.0, 7), (9.0, 3), (50.0, 2)])

@@ -19,7 +19,7 @@ from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch, PosteriorStats, expected_order
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.rounds import Telling
+from bernprune.policy.rounds import Informativeness
 from bernprune.policy.selection import select
 from bernprune.units import MaskRows, UnitSpace
 
@@ -432,8 +432,8 @@ def test_a_policy_that_was_drawn_in_grows_soft_again() -> None:
 
 def test_a_policy_is_not_drawn_in_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its masks tell, it keeps a little softness, and rounds go on."""
-    monkeypatch.setattr(Telling, "too_soft", property(lambda self: self._first_contrast < 1))
-    monkeypatch.setattr(Telling, "ample", False)
+    monkeypatch.setattr(Informativeness, "too_soft", property(lambda self: self._first_contrast < 1))
+    monkeypatch.setattr(Informativeness, "ample", False)
     search = soft_search()
     told = run(search, range(40), curved)
     assert told[-1].softness == 1 / 64 and told[-1].rounds > 4 and search.probs_U.isfinite().all()
@@ -445,7 +445,7 @@ def test_a_policy_that_tells_as_much_is_seldom_drawn_in() -> None:
     too_soft = {1.0: 0, 4.0: 0}
     contrasts = [torch.tensor([0.1]), torch.tensor([0.2])]  # of the first policy, and of one that is softer
     for times, trial in itertools.product(too_soft, range(200)):
-        telling = Telling()
+        telling = Informativeness()
         levels_PW = normal_numbers(2, 128, seed=trial).exp()
         for policy, contrast_U in enumerate(contrasts):
             for at in range(0, 128, 8):

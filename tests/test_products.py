@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def without(monkeypatch: pytest.MonkeyPatch) -> None:
     """This processor has no instructions for 16 bits."""
-    monkeypatch.setattr(products, "_told", lambda name: False)
+    monkeypatch.setattr(products, "_processor_has", lambda name: False)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_nothing_changes_where_it_need_not(
 ) -> None:
     """Where there are instructions, where models are in other formats, and where they are not on the processor; then
     nothing is looked at, either, which would take time."""
-    monkeypatch.setattr(products, "_told", lambda name: any(each in name for each in told))
+    monkeypatch.setattr(products, "_processor_has", lambda name: any(each in name for each in told))
     if not expected:
         monkeypatch.setattr(products, "_InFloat32", None)
     with quick_products(torch.device(device), *dtypes):

@@ -20,7 +20,7 @@ from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
-from bernprune.policy.race import Heat, agreeing, challengers, heat_sequences, race, stages
+from bernprune.policy.race import Heat, challengers, consistent_with_mask, heat_sequences, race, stages
 from bernprune.policy.reinforce import ReinforceSearch
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
@@ -266,7 +266,7 @@ def test_what_agrees_with_a_mask_selects_it(space: UnitSpace) -> None:
     budget = Budget(space, 0.4)
     for seed in range(20):
         mask_U = select(random_numbers(space.size, seed + 100), budget, limits=Limits())
-        agreeing_U = agreeing(random_numbers(space.size, seed), mask_U, budget)
+        agreeing_U = consistent_with_mask(random_numbers(space.size, seed), mask_U, budget)
         assert torch.equal(select(agreeing_U, budget, limits=Limits(), tie_break_U=mask_U.double()), mask_U)
 
 

@@ -50,6 +50,18 @@ def recover(place: Place, folder: Path, *more: str, out: str = "recovered") -> l
     return ["recover", str(folder), str(place.folder / out), *settings(*SMALL, *more)]
 
 
+def test_code_of_the_search_is_not_needed_again(place: Place) -> None:
+    """It may be gone when what it found is recovered, and when an interrupted recovery goes on."""
+    mine = place.file("mine.py", "def mine(p):\n    return p.inputs.second_moment_E\n")
+    succeed(*place.prune(f"initial.score={mine}:mine", "search.sequences=0"))
+    mine.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recovering, "_report", None)
+        with pytest.raises(TypeError):
+            run(*recover(place, place.out))
+    assert succeed(*recover(place, place.out)).err == ""
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", ["parts", "layers"])
 def test_what_a_run_kept_is_recovered(

@@ -16,7 +16,7 @@ from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
 from bernprune.scores import SCORES, Context, Options, initial_scores
-from bernprune.scores.fusion import MEMBERS, ranks, without_worst
+from bernprune.scores.fusion import MEMBERS, group_ranks, without_worst
 from bernprune.scores.hywia import fused
 from bernprune.scores.mini_llm import _slopes, gate_gradients
 
@@ -311,7 +311,7 @@ def test_learned_weights_lose_least() -> None:
     view, notes = describe(tiny_model("llama", seed=3)), dict[str, float]()
     fused_U = initial_scores(view, WINDOWS_WT, SCORES["fused"], notes=notes)
     assert sum(notes.values()) == pytest.approx(1) and min(notes.values()) >= 0
-    others = [ranks(view.space, initial_scores(view, WINDOWS_WT, metric)) for metric in MEMBERS]
+    others = [group_ranks(view.space, initial_scores(view, WINDOWS_WT, metric)) for metric in MEMBERS]
     masks = torch.stack([without_worst(view.space, each, 0.3) for each in (fused_U, *others, sum(others))])
     with masked_objective(view) as objective:
         losses = objective.losses(masks, WINDOWS_WT[::4])

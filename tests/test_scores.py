@@ -131,7 +131,7 @@ def test_blocks_and_layers_sum_their_columns(name: str, granularity: tuple[Kind,
     assert_close(found, expected_scores(view, name), FLOAT32_WEIGHTS)
 
 
-def test_a_function_of_ones_own_is_a_score() -> None:
+def test_a_function_of_custom_is_a_score() -> None:
     """It sees each projection once, with its kind, layer and seed; its columns become units."""
     view, seen = describe(tiny_model("llama"), KINDS), []
 

@@ -19,7 +19,7 @@ from bernprune.names import BaselineName, Scaling
 from bernprune.policy.baselines import BASELINES, make_baseline
 from bernprune.policy.bernoulli import entropy
 from bernprune.policy.budget import Budget
-from bernprune.policy.estimators import divergence, reinforce
+from bernprune.policy.estimators import kl_gradient, reinforce
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
@@ -257,7 +257,7 @@ def test_a_pull_is_part_of_the_step(scaling: Scaling) -> None:
     start_U, masks_BKCU = search.probs_U, search.ask(0)
     search.probs_U = before = search.budget.project(random_numbers(NESTED.size, 4), floor=0.01, ceiling=0.99)
     search.tell(masks_BKCU, torch.full(masks_BKCU.shape[:3], 2.5), learning_rate=0.02)
-    moved_U = before - 0.02 * 0.3 * divergence(before, start_U, **settings) / search.budget.metric_U
+    moved_U = before - 0.02 * 0.3 * kl_gradient(before, start_U, **settings) / search.budget.metric_U
     assert_close(search.probs_U, search.budget.project(moved_U, floor=0.01, ceiling=0.99), EXACT)
     assert (search.probs_U - before).abs().max() > 1e-4
 

@@ -26,7 +26,7 @@ from bernprune.policy.contrast import contrast
 from bernprune.policy.masks import Design, Masks, amplitude, orders, some_rows
 from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.reinforce import ReinforceSearch
-from bernprune.policy.rounds import Telling
+from bernprune.policy.rounds import Informativeness
 from bernprune.policy.search import MaskSearch, Reading
 from bernprune.policy.sums import MaskSums
 from bernprune.run.searches import make_search as make_run_search
@@ -316,7 +316,7 @@ def test_what_was_seen_of_a_policy_that_is_drawn_in_is_forgotten(monkeypatch: py
     assert search.diagnose(search.probs_U).keys() > {"regret", "agreement"}
     before, policy_U = search.state_dict(), search.probs_U
     assert before["count"] and before["swung"]["count"] and before["active"]["sums"]["count"]
-    monkeypatch.setattr(Telling, "too_soft", True)
+    monkeypatch.setattr(Informativeness, "too_soft", True)
     read(search, range(4, 5))
     after = search.state_dict()
     assert search.drew_in and not search.probs_U.equal(policy_U)

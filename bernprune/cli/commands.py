@@ -68,9 +68,7 @@ Set = Annotated[
 ]
 Debug = Annotated[
     bool,
-    typer.Option(
-        "--debug", help="Say what is done, also where there is no terminal, and show the traceback of errors."
-    ),
+    typer.Option("--debug", help="Say what is done even without a terminal, and show the traceback of errors."),
 ]  # seen to by run_app
 SetOfModel = Annotated[
     list[str] | None,
@@ -96,8 +94,8 @@ def prune(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Calibration text: a .txt or .jsonl file, a dataset folder, or a Hugging Face dataset as "
-            "name:config:split; by default the embedded text."
+            help="Calibration text: a .txt, .md or .jsonl file, an .xz of one, a dataset folder, or a Hugging Face "
+            "dataset as name:config:split; by default the embedded text."
         ),
     ] = None,
     eval_text: Annotated[
@@ -161,7 +159,7 @@ def resume(
         bool,
         typer.Option(
             "--finish",
-            help="End the search where it stands or, if it is over, the final choice, and go on with what comes after.",
+            help="End the search after one more step or, if it is over, the final choice, and go on from there.",
         ),
     ] = False,
     debug: Debug = False,
@@ -216,7 +214,7 @@ def recover(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """A little training of what a run kept, by low-rank adapters that are merged; the same command goes on."""
+    """Train what a run kept a little, by low-rank adapters that are merged; the same command goes on."""
     changes = merge(without_none({"data": {"text": text}}), parse_settings(settings or [], only=RECOVERY_SETTINGS))
     AtWork.folder = RecoveryFolder(out, overwrite=overwrite)
     quiet_libraries()

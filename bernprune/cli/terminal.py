@@ -96,8 +96,9 @@ def _how_to_resume(*, or_finish: bool = False) -> str:
     if folder is None or not folder.unfinished:
         return ""
     if isinstance(folder, RecoveryFolder):
-        return f"; the same command, without --overwrite, goes on{', and with --finish ends early' * or_finish}"
-    finishing = ", or finish early by adding --finish," * (or_finish and not folder.plan.exists())
+        finishing = ", and with --finish ends early" if or_finish else ""
+        return f"; the same command, without --overwrite, goes on{finishing}"
+    finishing = ", or finish early by adding --finish," if or_finish and not folder.plan.exists() else ""
     return f"; continue{finishing} with: bernprune resume {shlex.quote(str(folder.path))}"
 
 

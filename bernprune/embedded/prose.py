@@ -6,9 +6,12 @@ whatever the versions installed and whichever files were read.
 """
 
 import ast
+import contextlib
 import functools
+import gc
 import hashlib
 import importlib.util
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -38,7 +41,8 @@ def documents(split: Split, *, one_file_in: int = 1) -> list[str]:
 @functools.lru_cache(maxsize=1)
 def _collected(one_file_in: int) -> list[tuple[bytes, str]]:
     """All documents with their digests, in the order of those; kept, because both splits are wanted in turn."""
-    found = {_digest(text): text for text in _texts(one_file_in) if len(text) >= MIN_CHARACTERS}
+    with _no_cycles():  # half the time
+        found = {_digest(text): text for text in _texts(one_file_in) if len(text) >= MIN_CHARACTERS}
     return sorted(found.items())
 
 
@@ -51,10 +55,8 @@ def _texts(one_file_in: int) -> Iterator[str]:
     if topics is not None and topics.origin is not None:
         yield from _string_constants(Path(topics.origin))
     for root in _roots():
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            chosen = _digest(f"{root.name}/{relative.as_posix()}")[1] % one_file_in == 0
-            if chosen and _SKIPPED_FOLDERS.isdisjoint(relative.parts):
+        for path in _sources(root):
+            if _digest(f"{root.name}/{path.relative_to(root).as_posix()}")[1] % one_file_in == 0:
                 yield from _docstrings(path)
 
 
@@ -64,6 +66,24 @@ def _roots() -> Iterator[Path]:
         spec = importlib.util.find_spec(package)
         if spec is not None and spec.submodule_search_locations:
             yield Path(spec.submodule_search_locations[0])
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - _SKIPPED_FOLDERS  # where the walk goes on
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
+
+
+@contextlib.contextmanager
+def _no_cycles() -> Iterator[None]:
+    """No search for cycles of garbage: syntax trees have none, and their many nodes would call for it all the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _parse(path: Path) -> ast.Module | None:

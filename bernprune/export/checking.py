@@ -20,11 +20,11 @@ import sys
 import llama_cpp
 import numpy as np
 
-path, exchange, text, told = sys.argv[1:]
+path, exchange, text, verbose = sys.argv[1:]
 tokens = json.load(open(exchange + "/tokens.json"))
 cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
 size = {"n_ctx": len(tokens), "n_batch": len(tokens)}
-model = llama_cpp.Llama(path, **size, **cache, logits_all=True, verbose=bool(told))
+model = llama_cpp.Llama(path, **size, **cache, logits_all=True, verbose=bool(verbose))
 model.eval(tokens)
 np.save(exchange + "/logits.npy", model.scores[: len(tokens)])
 json.dump(model.tokenize(text.encode()), open(exchange + "/read.json", "w"))
@@ -50,8 +50,8 @@ def check_gguf(path: Path, model: Any, tokenizer: Any, tokens_T: torch.Tensor) -
         ours_TV = model(input_ids=tokens_T[None].to(model.device)).logits[0].float().cpu().numpy()
     with tempfile.TemporaryDirectory(prefix="bernprune-gguf-") as exchange:
         Path(exchange, "tokens.json").write_text(json.dumps(tokens_T.tolist()))
-        if _run(path, exchange, told=False).returncode:
-            done = _run(path, exchange, told=True)  # which costs another failure, and says why
+        if _run(path, exchange, verbose=False).returncode:
+            done = _run(path, exchange, verbose=True)  # which costs another failure, and says why
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or ["it gives no reason"]
             raise RunError(f"llama.cpp cannot run what was made of the model: {lines[0].strip()}")
         theirs_TV = np.load(Path(exchange, "logits.npy"))
@@ -71,6 +71,6 @@ def check_gguf(path: Path, model: Any, tokenizer: Any, tokens_T: torch.Tensor) -
     }
 
 
-def _run(path: Path, exchange: str, *, told: bool) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-c", _RUN, str(path.resolve()), exchange, TEXT, "told" * told]
+def _run(path: Path, exchange: str, *, verbose: bool) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", _RUN, str(path.resolve()), exchange, TEXT, "verbose" if verbose else ""]
     return subprocess.run(command, cwd=exchange, capture_output=True, text=True, check=False)

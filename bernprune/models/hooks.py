@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import nn
 
-Told = Callable[[nn.Module, tuple[Any, ...], Any], None]  # a module, what it takes in, and what it gives
+Hook = Callable[[nn.Module, tuple[Any, ...], Any], None]  # a module, what it takes in, and what it gives
 
 
 @contextmanager
-def hooked(*hooks: tuple[nn.Module, Told]) -> Iterator[None]:
+def hooked(*hooks: tuple[nn.Module, Hook]) -> Iterator[None]:
     """Tell each function of every pass through its module, for the length of the block; passes are not changed."""
     with ExitStack() as stack:
-        for module, told in hooks:
-            stack.callback(module.register_forward_hook(told).remove)
+        for module, hook in hooks:
+            stack.callback(module.register_forward_hook(hook).remove)
         yield

@@ -41,7 +41,7 @@ def quick_products(device: torch.device, *dtypes: torch.dtype) -> Iterator[None]
         device: where models are run in the block.
         dtypes: their number formats.
     """
-    slow = {dtype for dtype in dtypes if dtype in _KNOWN_BY and not _told(_KNOWN_BY[dtype])}
+    slow = {dtype for dtype in dtypes if dtype in _KNOWN_BY and not _processor_has(_KNOWN_BY[dtype])}
     if slow and device.type == "cpu":
         with _InFloat32(slow):
             yield
@@ -59,7 +59,7 @@ def plain_products() -> Iterator[None]:
         _plain.reset(before)
 
 
-def _told(name: str) -> bool:
+def _processor_has(name: str) -> bool:
     """What torch's library of products says of the processor; no, where torch is built without it."""
     tell = getattr(torch.ops.mkldnn, name, None)
     return tell is not None and bool(tell())

@@ -86,7 +86,7 @@ def write_pruned(model: PreTrainedModel, tokenizer: Any, folder: Path, *, plan: 
 def verify_saved(folder: str | Path, tokens_BT: torch.Tensor, logits: torch.Tensor, *, device: str = "cpu") -> float:
     """Load ``folder`` as a user without bernprune would, and return the largest absolute difference of its logits.
 
-    A clean interpreter (isolated, off-line, with its own cache of remote code) loads the folder in the dtype of
+    A clean interpreter (off-line, with its own cache of remote code) loads the folder in the dtype of
     ``logits`` on ``device`` and runs ``tokens_BT`` (int64 ``[B, T]``). The result is compared in float32 with
     ``logits`` ``[B, T, V]``, those of the model in memory on the same tokens. Infinity if a logit is not finite on
     one side.

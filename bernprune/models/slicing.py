@@ -23,7 +23,7 @@ from bernprune.models.architecture import architecture_of, first_opaque, part, p
 from bernprune.models.families import Family, family_of
 from bernprune.models.modeling_bernprune import PRUNED, auto_map, share_config
 from bernprune.models.shortening import release
-from bernprune.units import KeepPlan, LayerPlan, LayerShape
+from bernprune.units import Architecture, KeepPlan, LayerPlan, LayerShape
 
 FORMAT = 1
 # Which dimension of a projection's weight holds the units; an output-side one (0) has them in its bias too.
@@ -163,6 +163,13 @@ def _layer_types(dense: list[str], plan: KeepPlan) -> list[str]:
     return types
 
 
+def check_architecture(plan: KeepPlan, architecture: Architecture) -> None:
+    """Raises ``ModelError`` unless the plan was made for a model like this."""
+    difference = plan.architecture.difference(architecture)
+    if difference is not None:
+        raise ModelError(f"the plan was made for another model: {difference} (the plan's against the model's)")
+
+
 def check_plan(model: PreTrainedModel, plan: KeepPlan) -> None:
     """Raises ``ModelError`` unless the model can be sliced by the plan."""
     architecture, opaque = architecture_of(model), first_opaque(model)
@@ -171,9 +178,7 @@ def check_plan(model: PreTrainedModel, plan: KeepPlan) -> None:
             f"{opaque}, of which rows and columns cannot be taken; a model that was searched quantised or adapted is "
             "pruned by applying its plan to the original (bernprune apply)"
         )
-    difference = plan.architecture.difference(architecture)
-    if difference is not None:
-        raise ModelError(f"the plan was made for another model: {difference} (the plan's against the model's)")
+    check_architecture(plan, architecture)
     kept = [layer for layer in plan.layers if not layer.is_empty]
     if not kept:
         raise ModelError("the plan keeps no layer at all")

@@ -31,7 +31,7 @@ class LayerStream:
     def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
         self._view, self.index = view, 0
         self._device = view.device
-        self._calls: dict[int, list[dict[str, Any]]] = {}  # what each layer is told besides hidden states, by rows
+        self._calls: dict[int, list[dict[str, Any]]] = {}  # what layers take besides hidden states, by rows
         self.hidden_RTD = [self._embed(tokens_RT) for tokens_RT in windows_WT.split(rows_per_forward)]
 
     @property
@@ -56,19 +56,19 @@ class LayerStream:
 
     @torch.no_grad()
     def _through(self, hidden_RTD: torch.Tensor) -> torch.Tensor:
-        return self.layer.layer(hidden_RTD.to(self._device), **self.told(self.index, len(hidden_RTD)))
+        return self.layer.layer(hidden_RTD.to(self._device), **self.layer_arguments(self.index, len(hidden_RTD)))
 
-    def told(self, layer: int, rows: int) -> dict[str, Any]:
+    def layer_arguments(self, layer: int, rows: int) -> dict[str, Any]:
         """What a layer is given besides the hidden states of so many rows: positions and masks."""
         return self._calls[rows][layer]
 
     @torch.no_grad()
     def _embed(self, tokens_RT: torch.Tensor) -> torch.Tensor:
-        """What the first layer takes in. Windows have no padding, so equally many rows are told the same."""
+        """What the first layer takes in. Windows have no padding, so equally many rows take the same arguments."""
         calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
-        with _passed_over(self._view, lambda hidden_RTD, told: calls.append((hidden_RTD, told))):
+        with _passed_over(self._view, lambda hidden_RTD, arguments: calls.append((hidden_RTD, arguments))):
             self._view.decoder(input_ids=tokens_RT.to(self._device), use_cache=False)
-        self._calls.setdefault(len(tokens_RT), [told for _, told in calls])
+        self._calls.setdefault(len(tokens_RT), [arguments for _, arguments in calls])
         return calls[0][0].cpu()
 
 
@@ -84,8 +84,8 @@ def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
 def _passed_over(view: ModelView, note: Callable[[torch.Tensor, dict[str, Any]], None]) -> Iterator[None]:
     """Let every layer hand on what it is given, once that is noted."""
 
-    def hand_on(hidden_RTD: torch.Tensor, **told: Any) -> torch.Tensor:
-        note(hidden_RTD, told)
+    def hand_on(hidden_RTD: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        note(hidden_RTD, arguments)
         return hidden_RTD
 
     with ExitStack() as passed:

@@ -18,7 +18,7 @@ from bernprune.names import BaselineName, check_name
 class Baseline(Protocol):
     """Losses of one step to advantages; state is what the next steps need to know.
 
-    A class of one's own is made with the memory that is asked for, in steps, and the number of masks, as those below
+    A custom class is made with the memory that is asked for, in steps, and the number of masks, as those below
     are, and has its first two attributes itself, not its instances alone.
 
     ``min_masks``: fewest masks that a step may ask for; of those some may be dropped, but not all.
@@ -165,6 +165,8 @@ def make_baseline(name: BaselineName, *, window: int, num_masks: int) -> Baselin
 
 
 def check_masks(name: str, baseline: Baseline, num_masks: int) -> None:
-    """Raises ``ConfigError`` if a baseline needs more masks a step than there are."""
+    """Raises ``ConfigError`` if a baseline needs more masks a step than there are, or does not say how many."""
+    if not isinstance(baseline.min_masks, int):
+        raise ConfigError(f"baseline {name!r} must have an integer min_masks, but has {baseline.min_masks!r:.100}")
     if num_masks < baseline.min_masks:
         raise ConfigError(f"baseline {name!r} needs at least {baseline.min_masks} masks a step, but got {num_masks}")

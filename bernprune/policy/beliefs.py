@@ -149,11 +149,13 @@ def _solve(information_FF: np.ndarray, response_F: np.ndarray, free_F: np.ndarra
 def priors(lines: Sequence[Line]) -> list[Prior | None]:
     """What each line is drawn from, by the observations of all; None for a line alone.
 
-    Coefficients have Student's distribution, a normal one whose variance is drawn for each line (Lange, Little and
-    Taylor, 1989): else a layer whose units are worth ten times as much as others' would make it seem that lines have
-    nothing in common, and of those of which little is seen each would go by its noise. What all share of the variances
-    is found by the iteration of Harville (1977, section 5.2), which leaves those that are zero. The matrices are few
-    and tiny, and numpy's calls cost a fraction of torch's.
+    The coefficients b of line g are drawn from N(mean, diag(variance of g)), and what is observed of it says
+    ``information b = response``, with noise of covariance ``information``. Coefficients have Student's distribution, a
+    normal one whose variance is drawn for each line (Lange, Little and Taylor, 1989): else a layer whose units are
+    worth ten times as much as others' would make it seem that lines have nothing in common, and of those of which
+    little is seen each would go by its noise. What all share of the variances is found by the iteration of Harville
+    (1977, section 5.2), which leaves those that are zero. The matrices are few and tiny, and numpy's calls cost a
+    fraction of torch's.
     """
     if len(lines) == 1:
         return [None]
@@ -162,15 +164,18 @@ def priors(lines: Sequence[Line]) -> list[Prior | None]:
     noise_F = 1 / _diagonals(information_GFF).mean(0)
     variance_F, variance_GF = noise_F, np.broadcast_to(noise_F, response_GF.shape)
     for _ in range(_ITERATIONS):
+        # What is known of each line, its variances given.
         given_GFF = information_GFF + np.eye(len(noise_F)) / variance_GF[:, None]
         left_GFF = np.linalg.inv(given_GFF)  # doubt, the mean given
         own_GFF = left_GFF @ information_GFF  # share of each line's own observations in it
         means_GFF = left_GFF / variance_GF[:, None]  # and of the mean: the rest, without the rounding of a difference
+        # The mean of all lines, by generalised least squares.
         total_FF = (information_GFF @ means_GFF).sum(0)
         covariance_FF = np.linalg.inv(total_FF)
         mean_F = rising(total_FF, np.einsum("gfe,gf->e", means_GFF, response_GF))
         apart_GF = np.einsum("gef,gf->ge", left_GFF, response_GF - information_GFF @ mean_F)
         doubt_GF = _diagonals(left_GFF + own_GFF @ covariance_FF @ own_GFF.swapaxes(1, 2))
+        # The variances that all lines share, and from them those of each.
         known_F = (1 - doubt_GF / variance_GF).sum(0)
         squares_F = (apart_GF**2 * variance_F / variance_GF).sum(0)
         variance_F = np.maximum(squares_F / np.maximum(known_F, _TINY), _LEAST_VARIANCE * noise_F)

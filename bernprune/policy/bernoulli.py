@@ -96,9 +96,9 @@ def graded(
     have 1. Raises ``ConfigError`` for an unknown scope.
 
     Args:
-        shares_G: what each group keeps when ``keep`` is kept of all; when all is, it keeps all, and between, shares are
-            powers of one another. If given, x / (1 + x) stands for a rank, where x is -log(1 - p) times log(keep) over
-            log(share).
+        shares_G: what each group keeps when ``keep`` is kept of all. When k is, it keeps
+            ``share ** (log(k) / log(keep))``. A unit of rank p then enters at a k that falls with
+            x = -log(1 - p) log(keep) / log(share), and has the priority x / (1 + x).
     """
     priorities_U = torch.ones(space.size, dtype=torch.float64)
     for _, units_N in _mapped_sets(space, scope):
@@ -116,7 +116,7 @@ def graded(
 def reordered(
     space: UnitSpace, priorities_U: torch.Tensor, scores_U: torch.Tensor, kinds: Sequence[Kind] = ("channel",)
 ) -> torch.Tensor:
-    """Priorities by which every layer keeps as many units of ``kinds`` as by these, but the best by scores, ``[U]``."""
+    """The same priorities, ``[U]``, dealt anew within each layer by scores: widths stay, members change."""
     reordered_U = priorities_U.clone()
     for units_N in itertools.chain.from_iterable(space.by_layer(kind) for kind in kinds):
         order_N = scores_U[units_N].argsort(descending=True, stable=True)

@@ -257,7 +257,8 @@ class Budget:
 
         Args:
             policy: takes what units are charged, ``[U]``, to a policy on the budget.
-            number: the cap whose price is found here; those of later caps are found at each price that is tried.
+            number: the cap whose price is found here. Those of later caps are found anew at each price that is tried,
+                so that the cost is exponential in the number of caps, of which there are two at most.
         """
         if number == len(self.caps):
             return policy(torch.zeros_like(self.costs_U))
@@ -271,21 +272,22 @@ class Budget:
             return (torch.dot(cap.costs_U, probs_U).item() - cap.limit) / cap.total
 
         free_U = at(0.0)
-        above = below = excess(free_U)
-        if above <= _CAP_RESOLUTION:
-            return free_U
         low, high = 0.0, _FIRST_PRICE
+        at_low = at_high = excess(free_U)
+        if at_low <= _CAP_RESOLUTION:
+            return free_U
         for _ in range(_MOST_STEPS):
-            if (below := excess(at(high))) <= 0:
+            at_high = excess(at(high))
+            if at_high <= 0:
                 break
-            low, above, high = high, below, 4 * high
-        if below > _CAP_RESOLUTION:
+            low, at_low, high = high, at_high, 4 * high
+        if at_high > _CAP_RESOLUTION:
             raise BudgetError(
                 f"removing {self.sparsity:g} of the prunable {self.measure}, the policy's floor and ceiling leave at "
-                f"least {1 - cap.share + below:.3g} of {cap.name}, but only {1 - cap.share:.3g} may stay; remove more "
-                f"of {self.measure}, or less of {cap.name}"
+                f"least {1 - cap.share + at_high:.3g} of {cap.name}, but only {1 - cap.share:.3g} may stay; remove "
+                f"more of {self.measure}, or less of {cap.name}"
             )
-        price = _falling_root(lambda price: excess(at(price)), low, high, above, below, resolution=_CAP_RESOLUTION)
+        price = _falling_root(lambda price: excess(at(price)), low, high, at_low, at_high, resolution=_CAP_RESOLUTION)
         return at(price)
 
     def _pool_cost(self, probs_U: torch.Tensor, pool: Pool) -> float:

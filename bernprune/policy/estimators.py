@@ -47,7 +47,7 @@ def reinforce(
     return deviations_U / (variance_U if scaling == "raw" else variance_U.sqrt())
 
 
-def divergence(
+def kl_gradient(
     probs_U: torch.Tensor, start_U: torch.Tensor, *, scaling: Scaling = "raw", epsilon: float = 0.0
 ) -> torch.Tensor:
     """Gradient of KL(policy || start), summed over units: logit(s) - logit(s0), ``[U]``, scaled as in ``reinforce``.

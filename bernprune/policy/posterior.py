@@ -12,11 +12,11 @@ units as are expected to be worth their price, the best ones (``expected_order``
 
 Where masks swing (``bernprune.policy.masks``), what the channels of a layer are worth together is observed by itself.
 
-Where little is known of many units that policy is soft, and in a deep model masks of it may leave nothing that works.
-If they tell less than half of what those of the first policy did (``bernprune.policy.rounds``), it is *drawn in*: half
-as much of the doubt is left to chance, the rest decides how many units of each group are kept, as it does in what is
-selected. What was seen of it is forgotten, unless a round ends there. After a round that told twice as much as the
-first one it is twice as much.
+Where little is known of many units that policy is soft, and in a deep model its masks may leave nothing that works.
+When they tell less than half as much as those of the first policy (``bernprune.policy.rounds``), the policy is *drawn
+in*: ``softness`` is halved. Only a share ``softness`` of each deviation sigma is left to chance; what is left of sigma
+decides how many units of a group are kept, as it does in the final selection. Estimates under the old policy are
+forgotten, unless a round ends there. After a round that told twice as much as the first, ``softness`` doubles again.
 
 Letters: B windows of text, K masks a window, C chunks of a window, U units, G groups (units of one kind in one layer),
 N units of a group, S scores.
@@ -37,7 +37,7 @@ from bernprune.policy.beliefs import Beliefs, GroupMean
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, expected_regret, signal_to_noise
 from bernprune.policy.masks import CPU, Design, Masks
-from bernprune.policy.rounds import RoundSums, Telling, copied, round_ends
+from bernprune.policy.rounds import Informativeness, RoundSums, copied, round_ends
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
 from bernprune.policy.sums import MaskSums
 from bernprune.units import MaskRows, UnitSpace
@@ -138,7 +138,7 @@ class PosteriorSearch(MaskSearch):
         self._active = ActiveTokens(budget.space)
         self.needs_reading = by_activity and can_read(design, budget.space.kinds)
         self._last_round: dict[str, Any] = {}
-        self._telling, self.softness = Telling(), 1.0
+        self._informativeness, self.softness = Informativeness(), 1.0
 
     @property
     def worth_U(self) -> torch.Tensor:
@@ -186,9 +186,9 @@ class PosteriorSearch(MaskSearch):
         levels_BKCG = self._levels(masks_BKCU)
         seen = self.estimate(masks_BKCU, losses_BKC, levels_BKCG)
         if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
-            self._telling.add(losses_BKC, self.contrasts_U)
+            self._informativeness.add(losses_BKC, self.contrasts_U)
             self._sums.add(seen.effects_BU)
-            if seen.swung_BG is not None:
+            if seen.swung_BG is not None and masks_BKCU.shape[1] == self.design.masks:  # else levels have a sum
                 self._swung.add(seen.swung_BG)
             if reading is not None:
                 amplitude_U = self._amplitude_on(seen.sums.device)
@@ -196,7 +196,7 @@ class PosteriorSearch(MaskSearch):
                     seen.sums, reading, seen.predicted_BKC, levels_BKCG=levels_BKCG, amplitude_U=amplitude_U
                 )
         self.steps += 1
-        self.drew_in = self.softness > _LEAST_SOFTNESS and self._telling.too_soft
+        self.drew_in = self.softness > _LEAST_SOFTNESS and self._informativeness.too_soft
         if self.drew_in:
             self.softness /= 2
         if round_ends(self.steps - 1, self.round_steps) and self._sums.count >= _LEAST_ESTIMATES:
@@ -287,7 +287,7 @@ class PosteriorSearch(MaskSearch):
             decided_U = (1 - self.softness**2) ** 0.5 * self.deviation_U
             worth_U = costs_U * expected_order(self.budget.space, worth_U / costs_U, decided_U / costs_U)
         self.probs_U = self.budget.at_price(worth_U, chance_U, costs_U, **self._bounds)
-        self._telling.renew(first=not self.rounds)
+        self._informativeness.renew(first=not self.rounds)
 
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
@@ -303,7 +303,7 @@ class PosteriorSearch(MaskSearch):
         )
         self.beliefs.learn(observed_U, noise_U, [] if seen else means)
         costs_U = self.budget.marginal_cost(self.probs_U)
-        if self._telling.ample:
+        if self._informativeness.ample:
             self.softness = min(1.0, 2 * self.softness)
         self._follow(costs_U)
         self._end_round(self.rounds + 1)
@@ -346,7 +346,7 @@ class PosteriorSearch(MaskSearch):
             "priorities_U": self._priorities_U,
             "active": self._active.state_dict(),
             "last_round": self._last_round,
-            "telling": self._telling.state_dict(),
+            "telling": self._informativeness.state_dict(),
             "softness": self.softness,
             "beliefs": self.beliefs.state_dict(),
         }
@@ -362,7 +362,7 @@ class PosteriorSearch(MaskSearch):
         self._swung = RoundSums(**copied(state["swung"]))
         self._priorities_U = state["priorities_U"].clone()
         self._last_round = state["last_round"]
-        self._telling.load_state_dict(state["telling"])
+        self._informativeness.load_state_dict(state["telling"])
         self.softness = state["softness"]
 
 

@@ -85,7 +85,7 @@ def challengers(
     in one layer, is taken to be better or worse than believed; a whole group goes or comes back. The budget that this
     frees or takes is settled by the next best units of the whole model.
     """
-    budget, base_U = search.budget, agreeing(search.priorities_U, mask_U, search.budget)
+    budget, base_U = search.budget, consistent_with_mask(search.priorities_U, mask_U, search.budget)
     # Few units at a time, whatever the model's size, or what they change cannot be told from noise.
     moves = [_redecide(8), _lean, _redecide(32), _lean, _redecide(128), _lean, _turn]
     found: list[torch.Tensor] = []
@@ -97,8 +97,8 @@ def challengers(
     return torch.stack(found) if found else mask_U.new_empty(0, len(mask_U))
 
 
-def agreeing(priorities_U: torch.Tensor, mask_U: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """Priorities by which nothing kept comes behind what is not: those that did are moved to the border, ``[U]``."""
+def consistent_with_mask(priorities_U: torch.Tensor, mask_U: torch.Tensor, budget: Budget) -> torch.Tensor:
+    """Priorities clamped where the budget is full, so that all that is kept comes before all that is not; ``[U]``."""
     order = priorities_U.argsort(descending=True)
     last = int((budget.costs_U[order].cumsum(0) <= budget.most).sum()) - 1
     level = priorities_U[order[max(last, 0)]].item()  # at which the budget is full

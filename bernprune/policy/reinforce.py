@@ -10,7 +10,7 @@ from bernprune.names import Projection, Scaling, check_name
 from bernprune.policy.baselines import Baseline, LeaveOneOut
 from bernprune.policy.budget import Budget
 from bernprune.policy.diagnostics import correlation_by_kind, signal_to_noise
-from bernprune.policy.estimators import divergence, reinforce
+from bernprune.policy.estimators import kl_gradient, reinforce
 from bernprune.policy.masks import Design
 from bernprune.policy.rounds import RoundSums, copied
 from bernprune.policy.search import MaskSearch, Reading, StepStats, rewards_to_go
@@ -130,7 +130,7 @@ class ReinforceSearch(MaskSearch):
 
     def _pulled_U(self, learning_rate: float) -> torch.Tensor:
         """The step of the pull alone; it ends at the start and not beyond, so that a strong pull cannot overshoot."""
-        gradient_U = divergence(self.probs_U, self._start_U, scaling=self.scaling, epsilon=self.epsilon)
+        gradient_U = kl_gradient(self.probs_U, self._start_U, scaling=self.scaling, epsilon=self.epsilon)
         step_U, gap_U = learning_rate * self.pull * gradient_U / self._metric_U, self.probs_U - self._start_U
         return torch.where(step_U.abs() < gap_U.abs(), step_U, gap_U)
 

@@ -56,17 +56,18 @@ class RoundSums:
         return spread_U / (self.count - 1)
 
 
-class Telling:
-    """How well masks of a policy tell of a unit: with a variance of Var[L] / contrast, L the losses on one text.
+class Informativeness:
+    """How much masks of a policy tell of a unit: the noise of an estimate, Var[L] / contrast, L the losses on one text.
 
-    A soft policy, of which units are as likely to be kept as not, has more contrast; but where most of what is sampled
-    no longer works, losses differ by what has no bearing on single units, and it tells less. The first policy, which is
-    sharp, is what others are compared with.
+    Less noise tells more. A soft policy, of which units are as likely to be kept as not, has more contrast; but where
+    most of what is sampled no longer works, losses differ by what has no bearing on single units, and it tells less.
+    Others are compared with the first policy, which is sharp.
     """
 
     def __init__(self) -> None:
         self._noise_W, self._added = torch.zeros(0, dtype=torch.float64), 0
-        self._first_noise, self._first_contrast, self._contrast = 0.0, 1.0, 0.0  # none has a contrast as large as that
+        self._first_noise, self._contrast = 0.0, 0.0
+        self._first_contrast = 1.0  # until it is known: as none is so large, no policy counts as softer
 
     def add(self, losses_BKC: torch.Tensor, contrast_U: torch.Tensor) -> None:
         """Add the windows of a step under the policy at hand."""

@@ -232,8 +232,10 @@ class MaskSearch(ABC):
 
 
 def _alike(state: Any, other: Any) -> bool:
-    """Whether dictionaries, and those within them, have the same keys; ``last_round``, and what is not there yet in the
-    second, need not."""
+    """Whether nested dictionaries have the same keys.
+
+    ``last_round`` is not looked into, nor what is None or empty in ``other``: the search has not got there yet.
+    """
     if other is None or other == {}:
         return True
     if not isinstance(state, dict) or not isinstance(other, dict):

@@ -41,9 +41,12 @@ class Limits:
 class _Parts:
     """Units of one group that are kept or cut together, P such parts in the order of their turns.
 
+    A group of 7 channels with a minimum of 2 and multiples of 2 has three parts, of its best two, the next two and the
+    two after those; the seventh can never be kept.
+
     Attributes:
         ranked_U: all units, those of a group together and the most wanted first.
-        together: for the part of a layer, it and those that it is not kept without.
+        together: by the turn of a layer's part, those of it and of the minimums that it is not kept without.
         first_P, size_P: where in ``ranked_U`` a part begins, and how many units it has.
         cost_P: cost of all its units.
         group_P, pool_P, parent_P: what its units belong to; parent -1 where they lie in nothing.
@@ -107,26 +110,29 @@ def select(
 
 def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) -> torch.Tensor:
     """Part after part, what fits; where it is ``nested``, up to the first that does not."""
-    left, least = [pool.most for pool in budget.pools], parts.cost_P.min(initial=math.inf)
-    kept, closed, taken, ranked = bytearray(budget.space.size), set[int](), set[int](), parts.ranked_U.tolist()
-    capped_M = np.array([cap.most for cap in caps])
-    best_P = parts.ranked_U[parts.first_P]
-    capped_PM = np.array([cap.costs_U.numpy()[best_P] * parts.size_P for cap in caps]).T.reshape(len(best_P), len(caps))
     columns = (parts.first_P, parts.size_P, parts.cost_P, parts.group_P, parts.pool_P, parts.parent_P, parts.forced_P)
     firsts, counts, costs, groups, pools, parents, forced = (column.tolist() for column in columns)
-    for part, (cost, group, pool, parent) in enumerate(zip(costs, groups, pools, parents, strict=True)):
+    ranked = parts.ranked_U.tolist()
+    capped_PM = _costs_of_caps(parts, caps)
+    left_M = np.array([cap.most for cap in caps])
+    left = [pool.most for pool in budget.pools]
+    least = min(costs, default=math.inf)
+    kept = bytearray(budget.space.size)
+    closed = set[int]()  # groups of which a part did not fit
+    taken = set[int]()  # parts that came with their layer
+    for part, (group, pool, parent) in enumerate(zip(groups, pools, parents, strict=True)):
         if group in closed or part in taken or (parent >= 0 and not kept[parent]):
             continue
-        together, cost_M, fits = parts.together.get(part), capped_PM[part], cost <= left[pool]
-        if together is not None:
+        together = parts.together.get(part)
+        if together is None:
+            cost_M = capped_PM[part]
+            fits = costs[part] <= left[pool]
+        else:
             cost_M = capped_PM[together].sum(0)
-            fits = all(
-                sum(costs[each] for each in together if pools[each] == one) <= left[one]
-                for one in {pools[each] for each in together}
-            )
-        within = not caps or bool((cost_M <= capped_M).all())
+            fits = _fit_together([(pools[each], costs[each]) for each in together], left)
+        within = not caps or bool((cost_M <= left_M).all())
         if fits and within:
-            capped_M -= cost_M
+            left_M -= cost_M
             taken.update(together or ())
             for each in together or (part,):
                 left[pools[each]] -= costs[each]
@@ -141,6 +147,21 @@ def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) 
         if max(left) < least:
             break
     return torch.tensor(list(kept), dtype=torch.bool)
+
+
+def _costs_of_caps(parts: _Parts, caps: Sequence[Cap]) -> np.ndarray:
+    """What each part has of what each cap counts, ``[P, M]``."""
+    best_P = parts.ranked_U[parts.first_P]
+    costs = [cap.costs_U.numpy()[best_P] * parts.size_P for cap in caps]
+    return np.array(costs).T.reshape(len(best_P), len(caps))
+
+
+def _fit_together(costs: Sequence[tuple[int, float]], left: Sequence[float]) -> bool:
+    """Whether parts fit at once, each given by its pool and its cost, in what is left of each pool."""
+    needed = dict.fromkeys((pool for pool, _ in costs), 0.0)
+    for pool, cost in costs:
+        needed[pool] += cost
+    return all(cost <= left[pool] for pool, cost in needed.items())
 
 
 def _impossible(parts: _Parts, budget: Budget, index: int) -> BudgetError:

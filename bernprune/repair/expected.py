@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bernprune.errors import ModelError, naming
+from bernprune.errors import ModelError, prefixed
 from bernprune.models.hooks import hooked
 from bernprune.models.statistics import Gram, weights_by_stream
 from bernprune.models.streaming import LayerStream
@@ -103,7 +103,7 @@ class ExpectedWeights:
         device = torch.device("cpu") if self._on_cpu else place.projection.weight.device
         try:
             gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
-            with naming(f"{place.name} cannot be fitted", ModelError):
+            with prefixed(f"{place.name} cannot be fitted", ModelError):
                 return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
         except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
             if self._on_cpu:

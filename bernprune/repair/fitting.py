@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from bernprune.errors import ModelError, naming
+from bernprune.errors import ModelError, prefixed
 from bernprune.names import RepairName, TargetName
 from bernprune.repair.closed import Linear, compensated, reconstructed, reformed, rescaled
 from bernprune.repair.moments import Moments
@@ -71,7 +71,7 @@ class Fitter:
         if biased:
             forms.append(("bias", None, _compensating(kept_A)))
         forms += self._forms(kept_A, place.units, biased)
-        with naming(f"{place.name} cannot be fitted", ModelError):
+        with prefixed(f"{place.name} cannot be fitted", ModelError):
             choice, chosen = _choose(forms, dense, fit, check, alone=self.method != "scale")
         weight_DE = torch.zeros_like(projection.weight, dtype=torch.float64)
         weight_DE[:, inputs_A.to(weight_DE.device)] = chosen.weight_DA
@@ -90,7 +90,7 @@ class Fitter:
         fit, check = (pair.first(place, weight_DA, bias_D) for pair in (self.fit, self.check))
         dense = Linear(weight_DA.double(), None if bias_D is None else bias_D.double())
         forms: list[tuple[str, float | None, Form]] = [("none", None, lambda _, dense: dense), *self._ridges(biased)]
-        with naming(f"what enters the {place.branch} of layer {place.layer} cannot be fitted", ModelError):
+        with prefixed(f"what enters the {place.branch} of layer {place.layer} cannot be fitted", ModelError):
             choice, chosen = _choose(forms, dense, fit, check)
         start = 0
         for projection, kept in rows:

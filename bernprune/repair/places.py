@@ -11,7 +11,7 @@ from torch import nn
 
 from bernprune.errors import ModelError
 from bernprune.models.linear import is_plain, kind_of
-from bernprune.models.slicing import adjacent_rows
+from bernprune.models.slicing import adjacent_rows, check_architecture
 from bernprune.models.view import ModelView
 from bernprune.units import KeepPlan
 
@@ -74,9 +74,7 @@ def places(view: ModelView, plan: KeepPlan, layer: int) -> tuple[Place, Place]:
 
 def check_places(view: ModelView, plan: KeepPlan) -> None:
     """Raises ``ModelError`` for a plan of another architecture, or a projection whose weights are quantised."""
-    difference = plan.architecture.difference(view.architecture)
-    if difference is not None:
-        raise ModelError(f"the plan was made for another model: {difference} (the plan's against the model's)")
+    check_architecture(plan, view.architecture)
     for layer in range(len(view.layers)):
         for place in places(view, plan, layer):
             for projection in (place.last, *(first for first, _ in place.first)):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from bernprune.config import RunConfig
-from bernprune.names import RepairName
+from bernprune.names import AUTO_REPAIRS, RepairName
 from bernprune.repair.closed import ADMM_STEPS
 from bernprune.repair.fitting import DECIDING
 from bernprune.run.initial import allocation_of, scoring_sequences
@@ -54,11 +54,12 @@ def repairs_of(config: RunConfig, architecture: Architecture) -> list[tuple[Repa
     method = config.repair.method
     if method == "none":
         return []
-    tried: list[RepairName] = ["ridge", "two-step"] if method == "auto" else [method]
-    finalists = _FINALISTS + (allocation_of(config) != "uniform" or config.initial.kv_sparsity is not None)
+    tried = list(AUTO_REPAIRS) if method == "auto" else [method]
+    uniform = allocation_of(config) == "uniform" and config.initial.kv_sparsity is None
+    finalists = _FINALISTS if uniform else _FINALISTS + 1
     count = repair_windows(config, architecture)
     quick = finalist_windows(architecture, config.data.window, count)
-    judged = [(tried[0], _repair(config, architecture, tried[0], quick))] * (finalists * config.judges_finalists)
+    judged = [(tried[0], _repair(config, architecture, tried[0], quick))] * finalists if config.judges_finalists else []
     return judged + [(name, _repair(config, architecture, name, count)) for name in tried]
 
 

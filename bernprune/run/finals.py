@@ -19,7 +19,7 @@ from bernprune.errors import RunError
 from bernprune.objective import MaskedObjective
 from bernprune.policy.bernoulli import reordered
 from bernprune.policy.looks import STEPS, changed_masks, changes, look_sequences, look_windows, moves
-from bernprune.policy.race import CHALLENGERS, Heat, agreeing, challengers, heat_sequences, race
+from bernprune.policy.race import CHALLENGERS, Heat, challengers, consistent_with_mask, heat_sequences, race
 from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import select
 from bernprune.progress import bar
@@ -28,7 +28,7 @@ from bernprune.run.folder import RunFolder
 from bernprune.run.methods import loss_of
 from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import Stage
-from bernprune.run.workload import TOLD, Work
+from bernprune.run.workload import ASKED_TO_FINISH, Work
 from bernprune.seeding import generator
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def run_finals(
                 settle()
         while not finals.ended and not stopping.is_set():
             if finish:
-                finals.ended = TOLD
+                finals.ended = ASKED_TO_FINISH
             elif search.priced:
                 finals.ended = _by_looks(stage, search, text, graded_U, budget)
             else:
@@ -152,7 +152,7 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", graded_U: torch.T
         by_search_U = search.priorities_U
         if finals.kept != "learned":
             by_search_U = reordered(stage.view.space, by_search_U, graded_U)
-        priorities_U = agreeing(by_search_U, mask_U, search.budget)
+        priorities_U = consistent_with_mask(by_search_U, mask_U, search.budget)
     changed = changes(mask_U, priorities_U, search.budget)
     if not changed:
         return "changes: none was left to try"

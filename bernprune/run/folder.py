@@ -153,7 +153,7 @@ class RunFolder:
         for name, given in read.items():
             if given is None:
                 continue
-            path = Path(given).expanduser().resolve()
+            path = Path(os.path.expanduser(given)).resolve()
             if any(path.is_relative_to(each.resolve()) for each in ours):
                 raise RunError(
                     f"{name} {given} lies in {self.path}, where the {self.WORK} would replace it; {self.OTHER}"
@@ -208,11 +208,16 @@ class RunFolder:
         Args:
             inputs: fingerprints of what it begins with: ``weights``, ``text``, ``evaluation``.
         """
+        versions = self._versions(config) | dict(inputs)  # which reads files: before anything is changed
         _remove(self.report)  # first, so that what is left is not taken for a finished run
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
-        write_json(self.versions, versions_of(config) | dict(inputs))
+        write_json(self.versions, versions)
+
+    def _versions(self, config: RunConfig) -> dict[str, str]:
+        """What it begins with, beside its inputs."""
+        return versions_of(config)
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Raises ``RunError`` if the run began with other fingerprints than these, as far as they are known."""
@@ -226,10 +231,11 @@ class RunFolder:
 
     def go_on(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
         """Take up a run that was begun, maybe with other settings and libraries. Raises ``OSError``."""
+        now = self._versions(config)
         self.write_config(config)
         if not self.versions.is_file():  # it was killed as it began, and begins now
-            write_json(self.versions, versions_of(config) | dict(inputs))
-        if changed := changed_versions(self._began_with(), versions_of(config)):
+            write_json(self.versions, now | dict(inputs))
+        if changed := changed_versions(self._began_with(), now):
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
 
     def _began_with(self) -> dict[str, str]:
@@ -248,6 +254,16 @@ class RunFolder:
         """Remove the model, and what a process that was killed while writing it left. Raises ``OSError``."""
         for path in self._models():
             _remove(path)
+
+    @contextlib.contextmanager
+    def delivering(self) -> Iterator[None]:
+        """For the block that writes model and report: if it fails, neither is left, as neither is verified."""
+        try:
+            yield
+        except BaseException:
+            self.report.unlink(missing_ok=True)
+            self.remove_model()
+            raise
 
     def model_bytes(self) -> int:
         """What that would free."""

@@ -8,6 +8,7 @@ import torch
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
 from bernprune.costs import timed
+from bernprune.custom import blaming, unchanging
 from bernprune.evaluation.perplexity import check_window
 from bernprune.losses import LOGIT_BYTES
 from bernprune.models.masking import choose_ops
@@ -15,7 +16,6 @@ from bernprune.models.products import quick_products
 from bernprune.models.shortening import stored_bytes
 from bernprune.models.view import ModelView
 from bernprune.objective import masked_objective
-from bernprune.own import blaming, unchanging
 from bernprune.run.effort import (
     Effort,
     kept_bytes,
@@ -27,7 +27,7 @@ from bernprune.run.effort import (
 )
 from bernprune.run.initial import scoring_sequences
 from bernprune.run.loop import evaluate_step
-from bernprune.run.methods import check_methods, loss_of, places_of_ones_own, reads_activity
+from bernprune.run.methods import check_methods, custom_places, loss_of, reads_activity
 from bernprune.run.opening import Opened, check_family, open_view
 from bernprune.run.searches import make_search
 from bernprune.run.stage import row_bytes, rows_per_forward, try_budget
@@ -48,7 +48,7 @@ def forecast(config: RunConfig) -> str:
 
     The time comes from a few steps on random tokens, here and now; from one, where steps take long.
     """
-    with unchanging(), blaming(places_of_ones_own(config)):
+    with unchanging(), blaming(custom_places(config)):
         return _forecast(config)
 
 
@@ -103,8 +103,12 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     sequences = default_sequences(view.space.size) if planned is None else planned
     with quick_products(device, view.model.dtype):
         seconds_each = _time_sequences(view, config)
-    again = ("unrepaired",) * (config.repair.method != "none") + ("dense",) * (opened.dtype != "same")
-    evaluations = len(("dense", "uniform", "initial", "pruned", *again, *config.plans.sparsities))
+    evaluated = ["dense", "uniform", "initial", "pruned", *config.plans.sparsities]
+    if config.repair.method != "none":
+        evaluated.append("unrepaired")
+    if opened.dtype != "same":
+        evaluated.append("dense, as it is searched on")
+    evaluations = len(evaluated)
     others = scoring_sequences(config, len(view.layers)) + evaluations * (data.eval_tokens // data.window)
     weights, full = stored_bytes(view.model), view.num_parameters * opened.full.itemsize
     searching = weights + _activations(view, config) + int(2.5 * LOGIT_BYTES[device.type])

@@ -157,7 +157,9 @@ def scoring_sequences(config: RunConfig, num_layers: int, windows: int | None = 
     initial, window = config.initial, config.data.window
     passes = sum(metric.forwards(num_layers, options_of(config)) for metric in metrics_of(config))
     allocation = allocation_of(config)
-    passes += allocation == "block-influence"
-    passes += (allocation == "search") * evolution_of(config).tried / SEARCH_EVERY
+    if allocation == "block-influence":
+        passes += 1
+    elif allocation == "search":
+        passes += evolution_of(config).tried / SEARCH_EVERY
     windows = initial.windows if windows is None else windows
     return math.ceil(windows * passes * (initial.window or window) / window)

@@ -178,7 +178,9 @@ class _Loop:
         self.work.seconds += time.monotonic() - started
         started, workload = time.monotonic(), self.stage.workload
         over = workload.progress(self.work) >= 1
-        ends = workload.round_ends(step) or (over and (self.search.conclude() or self.work.told))
+        ends = workload.round_ends(step)
+        if over and not ends:  # conclude ends a round early
+            ends = self.search.conclude() or self.work.asked_to_finish
         ended = self._probe(objective, tokens_BT, stats) if ends else {}
         if workload.fits(step) or self.search.drew_in:
             self.fit(self.search.probs_U)
@@ -211,7 +213,7 @@ class _Loop:
         return {"round": found}
 
     def _selected(self) -> torch.Tensor:
-        """What would be kept if the search ended now; ours change it with the rounds, others may with every step."""
+        """What would be kept if the search ended now; cached, as built-in searches change it with rounds."""
         priorities_U = self.search.priorities_U
         if self.selected is None or not torch.equal(priorities_U, self.selected[0]):
             self.selected = priorities_U.clone(), current_selection(self.search, self.graded_U, self.stage.limits)
@@ -285,8 +287,8 @@ class _Loop:
 
 
 def _check_known(method: str, found: dict[str, Any]) -> None:
-    """Raises ``ConfigError`` if what a search of one's own knows cannot stand in the metrics, or bears a name of what
-    ours know and is of another form."""
+    """Raises ``ConfigError`` if a custom search's diagnostics are not JSON, or one has the name of a built-in one and
+    another type."""
     try:
         json.dumps(found, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -1,17 +1,17 @@
 """What a configuration names to learn by: the search, how its masks lie, its baseline, and what a mask loses.
 
-Each but the second may be one's own, in a Python file (``bernprune.own``).
+Each but the second may be custom, in a Python file (``bernprune.custom``).
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from bernprune.config import METHOD_SETTINGS, RunConfig, make_config
+from bernprune.custom import blamed, defined_at
 from bernprune.errors import ConfigError
-from bernprune.losses import LOSSES, TokenLoss, loss_of_ones_own
-from bernprune.names import OWN, place_of
-from bernprune.own import blamed, defined_at
+from bernprune.losses import LOSSES, TokenLoss, custom_loss
+from bernprune.names import CUSTOM, place_of
 from bernprune.policy.baselines import BASELINES, Baseline, LeaveOneOut, check_masks
 from bernprune.policy.masks import Design
 from bernprune.policy.posterior import PosteriorSearch, can_read
@@ -27,7 +27,7 @@ _OF_BASELINE = ("needs_reference", "min_masks", "advantages", "state_dict", "loa
 
 
 def check_methods(config: RunConfig) -> None:
-    """Raises ``ConfigError`` if something of one's own is not what it must be, or has no use for a setting."""
+    """Raises ``ConfigError`` if something custom is not what it must be, or has no use for a setting."""
     if config.search.method not in METHODS:
         _check_search(config)
     if method_of(config) == "reinforce":
@@ -40,32 +40,36 @@ def check_methods(config: RunConfig) -> None:
 
 
 def _check_search(config: RunConfig) -> None:
-    """A search of one's own: whether a run can call it, and settings as they are checked for what it is a kind of."""
+    """A custom search: whether a run can call it, and settings as they are checked for what it is a kind of."""
     name, found, kind = config.search.method, search_class(config), method_of(config)
-    step = {"learning_rate": 0.1, "reference_BC": None, "reading": None}
-    begins: list[tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = [
-        ("tell", found.tell, (None, None, None), step)
-    ]
-    if kind == OWN:
+    step = ("learning_rate", "reference_BC", "reading")
+    calls: list[tuple[str, Callable[..., Any], int, Iterable[str]]] = [("tell", found.tell, 3, step)]
+    if kind == CUSTOM:
         _check_settings(config)
-        begins.append(("begin", found.begin, (None, None), dict.fromkeys(("seed", "design", *GIVEN))))
+        if not inspect.ismethod(found.begin):
+            raise ConfigError(f"search {name} must have a classmethod for its begin, but has {found.begin!r:.100}")
+        calls.append(("begin", found.begin, 2, ("seed", "design", *GIVEN)))
         if found.begin.__func__ is MaskSearch.begin.__func__:  # type: ignore[attr-defined]
-            begins.append(("__init__", found.__init__, (None, None, None), {"seed": 0, "design": None}))
+            calls.append(("__init__", found.__init__, 3, ("seed", "design")))
     else:
         try:
             make_config(merge(config.to_dict(), {"search": {"method": kind}}))
         except ConfigError as error:
             raise ConfigError(f"search {name} is a {METHODS[kind].__name__}, and {error}") from None
-    for part, function, given, named in begins:
+        ours = inspect.signature(_OURS[kind]).parameters.values()
+        keywords = [parameter.name for parameter in ours if parameter.kind is parameter.KEYWORD_ONLY]
+        calls.append(("__init__", found, len(ours) - len(keywords), keywords))
+    like = MaskSearch if kind == CUSTOM else _OURS[kind]
+    for part, function, count, named in calls:
         try:
-            inspect.signature(function).bind(*given, **named)
+            inspect.signature(function).bind(*[None] * count, **dict.fromkeys(named))
         except TypeError as error:
-            raise ConfigError(f"search {name} must take in {part} what MaskSearch does, but {error}") from None
+            raise ConfigError(f"search {name} must take in {part} what {like.__name__} does, but {error}") from None
 
 
 def _check_settings(config: RunConfig) -> None:
-    """Raises ``ConfigError`` for a setting that only methods know of which one's own is none."""
-    search, meant = config.search, METHOD_SETTINGS[OWN]
+    """Raises ``ConfigError`` for a setting that does not apply to a custom search."""
+    search, meant = config.search, METHOD_SETTINGS[CUSTOM]
     if search_class(config).needs_reference:
         meant = (*meant, "reference")
     for known in METHOD_SETTINGS.values():
@@ -82,9 +86,9 @@ def _check_settings(config: RunConfig) -> None:
 
 
 def method_of(config: RunConfig) -> str:
-    """``posterior`` or ``reinforce``, if the search is one or a kind of one; otherwise ``OWN``."""
+    """``posterior`` or ``reinforce``, if the search is one or a kind of one; otherwise ``CUSTOM``."""
     found = search_class(config)
-    return next((name for name, ours in _OURS.items() if issubclass(found, ours)), OWN)
+    return next((name for name, ours in _OURS.items() if issubclass(found, ours)), CUSTOM)
 
 
 def search_class(config: RunConfig) -> type[MaskSearch]:
@@ -124,11 +128,11 @@ def loss_of(search: SearchConfig) -> TokenLoss:
     if name in LOSSES:
         return LOSSES[name]
     function = _own("objective", name, "a function", _is_function)
-    return loss_of_ones_own(function, name, blamed("objective", name, function))
+    return custom_loss(function, name, blamed("objective", name, function))
 
 
-def places_of_ones_own(config: RunConfig) -> list[tuple[str, str]]:
-    """What a run takes from Python files of one's own: a word for each, and its place."""
+def custom_places(config: RunConfig) -> list[tuple[str, str]]:
+    """What a run takes from custom Python files: a word for each, and its place."""
     initial, search = config.initial, config.search
     named = [("score", name) for name in (initial.score, *initial.also, *initial.members)]
     named += [("search", search.method), ("baseline", search.baseline), ("objective", search.objective)]

@@ -1,4 +1,4 @@
-"""What a run begins with: versions of libraries, contents of files of one's own, fingerprints of what it reads."""
+"""What a run begins with: versions of libraries, contents of custom files, fingerprints of what it reads."""
 
 import platform
 from collections.abc import Mapping
@@ -6,8 +6,8 @@ from importlib.metadata import version
 
 import bernprune
 from bernprune.config import RunConfig
-from bernprune.own import digest_of
-from bernprune.run.methods import places_of_ones_own
+from bernprune.custom import digest_of
+from bernprune.run.methods import custom_places
 
 # Fingerprints beside the versions, and what to say where one has changed.
 INPUTS = {
@@ -25,8 +25,8 @@ def versions() -> dict[str, str]:
 
 
 def versions_of(config: RunConfig) -> dict[str, str]:
-    """Those, and the contents of Python files of one's own that a run takes from."""
-    files = {place.rpartition(":")[0]: what for what, place in places_of_ones_own(config)}
+    """Those, and the contents of custom Python files that a run takes from."""
+    files = {place.rpartition(":")[0]: what for what, place in custom_places(config)}
     return versions() | {file: digest_of(what, file) for file, what in sorted(files.items())}
 
 

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 
 from bernprune.config import RunConfig, changed_config, make_config
 from bernprune.costs import NEVER, Costs
+from bernprune.custom import blaming, unchanging
 from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.products import quick_products
 from bernprune.models.view import fingerprint
 from bernprune.names import SearchDtype
-from bernprune.own import blaming, unchanging
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import reordered
 from bernprune.policy.search import MaskSearch
@@ -30,7 +30,7 @@ from bernprune.run.finishing import check_room, make_pruned, timed_initial
 from bernprune.run.folder import RunFolder, open_run
 from bernprune.run.initial import score_names
 from bernprune.run.loop import current_selection, run_search
-from bernprune.run.methods import places_of_ones_own
+from bernprune.run.methods import custom_places
 from bernprune.run.plans import Learned
 from bernprune.run.repairs import Workshop, expected_weights
 from bernprune.run.reporting import (
@@ -73,7 +73,9 @@ def prune(
 def _prune(config: RunConfig, folder: RunFolder, *, finish: bool = False) -> dict[str, Any]:
     folder.look(config)
     with unchanging():
-        return _in_folder(set_stage(config), folder, finish=finish)
+        with blaming(custom_places(config)):
+            stage = set_stage(config)
+        return _in_folder(stage, folder, finish=finish)
 
 
 def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
     with folder.locked(), quick_products(stage.view.device, *formats):
         continued = folder.check(config)  # another process may have been here meanwhile
         try:
-            with blaming(places_of_ones_own(config)):  # before the disk is blamed
+            with blaming(custom_places(config)):  # before the disk is blamed
                 return _run(stage, folder, continued=continued, finish=finish)
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
@@ -118,7 +120,7 @@ def resume(
     """Continue the unfinished run in ``out``, with ``changes`` to settings of ``FREE_SETTINGS``, as nested plain data.
 
     Args:
-        finish: end the search where it stands or, if it is over, the final choice, and go on with what comes after.
+        finish: end the search after one more step or, if it is over, the final choice, and go on with what comes after.
 
     Raises:
         RunError: there is none, or another setting was changed.
@@ -139,11 +141,7 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
     Workshop.of_stage(stage)  # whether there is text enough
     check_room(stage, folder)
     known = _known_stage(stage, folder) if continued else None
-    inputs = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
-    begins = not continued or not folder.versions.is_file()  # or it was killed as it began
-    if known is not None or begins:  # else it is not known in which number format the run began
-        weights_sha256 = fingerprint((known or stage).view.model)
-        inputs = {"weights": weights_sha256} | inputs  # first, as another model may have other tokens
+    inputs = _fingerprints(stage, known, begun=continued and folder.versions.is_file())
     if continued:
         folder.check_inputs(inputs)
     stage = known or replace(stage, costs=stage.measured_costs())
@@ -169,6 +167,17 @@ def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> d
             stage, folder, search, finalists, metric.graded_U, work, finish=finish and not finished_here
         )
     return _deliver(stage, folder, _Searched(search, metric, start.notes, work, finalists, finals, dense_loss))
+
+
+def _fingerprints(stage: Stage, known: Stage | None, *, begun: bool) -> dict[str, str]:
+    """Of what a run reads, ``known`` in the number format that it searches in.
+
+    Where one was begun of which that is not known, weights are left out: they may have been in another format.
+    """
+    texts = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
+    if known is None and begun:
+        return texts
+    return {"weights": fingerprint((known or stage).view.model)} | texts  # first: another model may have other tokens
 
 
 @dataclass
@@ -225,14 +234,10 @@ def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, 
         "plans": write_plans(full, folder, learned),
     }
     device = full.view.device  # of a model that is used up below
-    try:
+    with folder.delivering():
         report = merge(report, make_pruned(full, folder, finals.mask_U, workshop))
         report = with_ratios(report | {"windows_run": windows_of_run(full, report, again=full is not stage)})
         write_json(folder.report, report)
-    except BaseException:
-        folder.report.unlink(missing_ok=True)  # the run is not finished,
-        folder.remove_model()  # and nobody must take this for a verified model; the plan is kept
-        raise
     return _with_extras(full, folder, report, metric.masks["initial"], device)
 
 

@@ -107,7 +107,8 @@ def select_plan(out: str | Path, sparsity: float | str, *, nested: bool = False)
     """Write the plan of another sparsity into the run folder ``out``; returns its path, and what it keeps.
 
     Raises:
-        RunError: no run, one that is not done with learning, or what another run has learned.
+        RunError: no run, one that is not done with learning, or what another run has learned; or the plan cannot be
+            written.
         ModelError: the plan of the run is damaged.
         BudgetError: no share between 0 and 1; or see ``Learned.select``.
     """
@@ -117,7 +118,11 @@ def select_plan(out: str | Path, sparsity: float | str, *, nested: bool = False)
         raise RunError(f"{folder.learned} says what another run has learned: it does not fit {folder.plan}")
     mask_U = learned.select(config, share, nested=nested)
     plan = learned.space.plan(mask_U)
-    path, mask_U = write_plan(folder, share, plan, nested=nested), learned.space.mask(plan)
+    try:
+        path = write_plan(folder, share, plan, nested=nested)
+    except OSError as error:
+        raise RunError(f"{folder.plans} cannot be written: {error}") from error
+    mask_U = learned.space.mask(plan)
     kept = {
         "removed": removed_share(learned.space, mask_U),
         "measure": config.budget.measure,

@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from bernprune.backends import find_device
-from bernprune.config import changed_config
+from bernprune.config import RunConfig, changed_config
 from bernprune.errors import LossError, RunError
 from bernprune.evaluation.latency import machine
 from bernprune.evaluation.perplexity import mean_loss, perplexity
@@ -61,6 +61,10 @@ class RecoveryFolder(RunFolder):
         "recover.recompute",
         "recover.checkpoint_seconds",
     )
+
+    def _versions(self, config: RunConfig) -> dict[str, str]:
+        """Of libraries alone: files that the search took something from are not read again."""
+        return versions()
 
 
 def recover(
@@ -147,15 +151,11 @@ def _recover(source: Source, folder: RecoveryFolder, *, continued: bool, finish:
     report["loss"] = {"before": before.loss, "after": after}
     report["perplexity"] = {name: perplexity(loss) for name, loss in report["loss"].items()}
     folder.remove_model()
-    try:
+    with folder.delivering():
         report |= {"parameters": count_parameters(model), "parameters_before": before.parameters}
         report["versions"] = versions()
         report["verified"] = save_and_verify(model, source.tokenizer, folder.model, source.plan, source.eval_windows_WT)
         write_json(folder.report, report)
-    except BaseException:
-        folder.report.unlink(missing_ok=True)
-        folder.remove_model()
-        raise
     return report
 
 

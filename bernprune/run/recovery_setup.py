@@ -10,7 +10,7 @@ import torch
 from bernprune.backends import TORCH, find_device
 from bernprune.config import RunConfig
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint
-from bernprune.errors import DataError, ModelError, RunError, naming
+from bernprune.errors import DataError, ModelError, RunError, prefixed
 from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss
 from bernprune.models.adapters import Adapters, adapted_view
 from bernprune.models.families import family_of
@@ -61,7 +61,7 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
             f"{config.data.text}: recovery needs at least recover.batch + recover.held_out = {config.recover.batch} + "
             f"{config.recover.held_out} windows of {window} tokens, but there are {len(stream_N) // window}"
         )
-    with naming(eval_name, DataError):
+    with prefixed(eval_name, DataError):
         eval_WT = evaluation_windows(held_out_N, window, max_windows=config.data.eval_tokens // window)
     return Source(
         config,

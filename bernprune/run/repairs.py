@@ -22,7 +22,7 @@ from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.masking import choose_ops
 from bernprune.models.view import ModelView, describe
-from bernprune.names import RepairName
+from bernprune.names import AUTO_REPAIRS, RepairName
 from bernprune.objective import masked_objective
 from bernprune.repair import ExpectedWeights, Repair, Repairer
 from bernprune.repair.needs import check_biases, check_tokens
@@ -39,7 +39,6 @@ from bernprune.units import KeepPlan
 logger = logging.getLogger(__name__)
 
 _LEAST_FITTING = 2  # one to fit on and one to check
-_AUTO: tuple[RepairName, ...] = ("ridge", "two-step")
 _LESS: tuple[RepairName, ...] = ("scale",)  # where the text is too short for either
 
 
@@ -172,12 +171,12 @@ class Workshop:
 
     def _possible(self, plan: KeepPlan) -> tuple[RepairName, ...]:
         """Those of the methods that ``auto`` tries for which there is text enough; if none, ``scale``."""
-        return tuple(method for method in _AUTO if method not in self._impossible(plan)) or _LESS
+        return tuple(method for method in AUTO_REPAIRS if method not in self._impossible(plan)) or _LESS
 
     def _impossible(self, plan: KeepPlan) -> dict[RepairName, DataError]:
         """Those for which there is not text enough, and why."""
         errors: dict[RepairName, DataError] = {}
-        for method in _AUTO:
+        for method in AUTO_REPAIRS:
             try:
                 check_tokens(plan.architecture, self.repairer.windows_WT.shape, method, plan.layers)
             except DataError as error:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from bernprune.config import RunConfig
+from bernprune.custom import blaming, unchanging
 from bernprune.errors import ConfigError, RunError
 from bernprune.models.products import quick_products
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
@@ -24,7 +26,9 @@ from bernprune.run.initial import (
     score_names,
     start_probs,
 )
+from bernprune.run.methods import custom_places
 from bernprune.run.stage import Stage, set_stage
+from bernprune.run.verification import reason
 from bernprune.scores import holds_scores, initial_scores, metric_named, write_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
@@ -175,15 +179,21 @@ def score_model(config: RunConfig, out: str | Path | None = None) -> dict[str, A
         check_writable(out.parent)
         if out.exists() and not holds_scores(out):
             raise RunError(f"output {out} exists and holds no scores; give a file that does not exist")
-    stage, notes, name = set_stage(config), dict[str, float](), config.initial.score
-    started = time.monotonic()
-    with quick_products(stage.view.device, stage.view.model.dtype):
-        scores_U = scores_of(stage, name, notes)
+    notes, name = dict[str, float](), config.initial.score
+    with unchanging(), blaming(custom_places(config)):
+        stage = set_stage(config)
+        started = time.monotonic()
+        with quick_products(stage.view.device, stage.view.model.dtype):
+            scores_U = scores_of(stage, name, notes)
     seconds, space = time.monotonic() - started, stage.view.space
     if out is not None:
         facts = {"score": name, "text": config.data.text, "seed": str(config.seed)}
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_scores(out, space, scores_U, facts | facts_of(metric_named(name), stage.view, config.model.path))
+        facts |= facts_of(metric_named(name), stage.view, config.model.path)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_scores(out, space, scores_U, facts)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{out} cannot be written: {reason(error)}") from error
     groups = [
         {
             "layer": group.layer,

@@ -1,4 +1,4 @@
-"""The search of a run, made as configured: one of ours, or of one's own."""
+"""The search of a run, made as configured: one of ours, or a custom one."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ def make_search(
         kernels: that sum over masks; None: plain torch.
 
     Raises:
-        ConfigError: a search of one's own that is not what its class said.
+        ConfigError: a custom search that is not what its class said.
     """
     search, policy, found = config.search, config.policy, search_class(config)
     round_steps = plan_work(config, budget.space).round_steps
@@ -66,7 +66,7 @@ def make_search(
 
 
 def _check_made(config: RunConfig, search: MaskSearch) -> None:
-    """Raises ``ConfigError`` if a search of one's own is not what its class said, by which sequences were planned, or
+    """Raises ``ConfigError`` if a custom search is not what its class said, by which sequences were planned, or
     cannot be saved."""
     name = config.search.method
     if not isinstance(search, MaskSearch):

@@ -14,7 +14,7 @@ from bernprune.config import RunConfig
 from bernprune.costs import Costs, measure
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import DataError, naming
+from bernprune.errors import DataError, prefixed
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
 from bernprune.losses import TokenLoss
 from bernprune.models.masking import choose_ops
@@ -44,13 +44,13 @@ logger = logging.getLogger(__name__)
 
 # With one source for both, the last tenth of its tokens is for evaluation alone.
 _HELD_OUT_TENTHS = 1
-_KEPT_BACK = 10  # of so many windows to learn from, one at most is for the final choice
+_KEPT_BACK = 10  # one in so many windows to learn from, at most, is kept back for the final choice
 _ROWS = 64  # in one pass on a processor: with more, it is no faster
 _ACTIVATION_BYTES, _MOST_ROWS_LOG2 = 1.5 * 2**30, 8  # on a GPU, however much memory it has
 _LEAST_KEPT_BACK = 32  # windows; a choice on fewer would be worse than one on text that was learned from
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """A model with its units, a budget, and text.
 
@@ -75,7 +75,7 @@ class Stage:
     eval_windows_WT: torch.Tensor
     protocol: Protocol
     text_sha256: str
-    rows: int  # in one forward pass, at most
+    rows: int  # in one forward pass, at most; fewer once a GPU was full
     full_dtype: torch.dtype
     costs: Costs = field(default_factory=Costs)
     dtype: SearchDtype = "same"
@@ -116,7 +116,10 @@ class Stage:
             before_pass=before_pass,
             costs=self.costs,
         ) as objective:
-            yield objective
+            try:
+                yield objective
+            finally:
+                self.rows = objective.rows
 
     def measured_costs(self) -> Costs:
         """What forward passes cost here, unless the model is so small that it does not matter."""
@@ -160,10 +163,10 @@ def set_stage(config: RunConfig) -> Stage:
     tokenizer = open_tokenizer(config)
     # Text before weights: a typing error in its name must not cost the loading of a large model.
     stream, held_out, eval_name = read_texts(config, tokenizer, model_config.vocab_size)
-    with naming(config.data.text, DataError):
+    with prefixed(config.data.text, DataError):
         _windows(config, stream)
         _initial_windows(config, stream)
-    with naming(eval_name, DataError):
+    with prefixed(eval_name, DataError):
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=config.data.eval_tokens // config.data.window
         )
@@ -172,7 +175,7 @@ def set_stage(config: RunConfig) -> Stage:
     try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
     learned, kept_back = _keep_back(config, stream, workload, view.space)
-    with naming(config.data.text, DataError):
+    with prefixed(config.data.text, DataError):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     check_scoring(config, view, initial_WT)
     logger.info(

@@ -27,15 +27,15 @@ from bernprune.units import Architecture, UnitSpace
 MOST_SEQUENCES, LEAST_SEQUENCES, SEQUENCES_PER_UNIT = 240_000, 8_192, 2
 AUTO_TIMES, AUTO_REGRET = 8, 0.1
 FITS = 32  # of weights to the policy, at most: one takes as long on a large model as thousands of sequences
-# Tokens that weights are fitted on for each input, by default (benchmarks/repair tells what fewer cost), and of
-# finalists that are repaired to be judged.
-FITTING_TOKENS, FINALIST_TOKENS, FITTING_WINDOWS = 24, 6, 128  # windows, at least
+FITTING_TOKENS = 24  # for each input of the widest projection that is fitted (benchmarks/smollm2: what fewer cost)
+FINALIST_TOKENS = 6  # the same, of finalists that are repaired to be judged
+FITTING_WINDOWS = 128  # at least, whatever that makes
 LEAST_JUDGING, MOST_JUDGING = 2, 256  # windows that judge repairs; two for a standard error
 ROUND_WINDOWS = 128  # fewer say too little of a whole layer, and the policy would follow noise
 # Share of the sequences for the final choice: what LOOKS looks and the race before them take, MOST_CHOOSING at most.
 LOOKS, MOST_CHOOSING, CHOOSING = 6, 0.3, 0.1  # CHOOSING where nothing is looked at
 
-TOLD = "asked: the run was told to finish"
+ASKED_TO_FINISH = "asked: the run was told to finish"
 
 
 @dataclass
@@ -49,19 +49,26 @@ class Work:
     last: int | None = None  # steps after which the user wants it to end
 
     @property
-    def told(self) -> bool:
+    def asked_to_finish(self) -> bool:
         """Whether it ends here because the user wants it to."""
         return self.last is not None and self.step >= self.last
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A search's budget: ``steps`` steps of ``step_sequences`` windows each, or as many as fit in ``seconds``, grouped
-    into rounds of ``round_steps``.
+    """A search's budget.
 
-    At the end of a round, what would be selected now is probed on ``probe_sequences`` more. ``choosing`` is what
-    may be run to choose among finalists, as a share of what the search took, and ``looks`` whether that goes by single
-    changes, for which ``looking`` sequences are enough (0: not known); ``sequences`` is the limit of all.
+    Attributes:
+        steps: of the search, at most; None: as many as fit in ``seconds``.
+        sequences: limit of the search and the final choice together.
+        step_sequences: windows run forward in a step.
+        probe_sequences: in the probe of what would be selected now, at the end of each round.
+        round_steps: steps of a round, maybe with a fraction.
+        choosing: what may be run to choose among finalists, as a share of what the search took.
+        looks: whether that choice goes by single changes.
+        looking: sequences that are enough for them; 0: not known.
+        regret: the search ends where it expects less, in nats; None: never.
+        fit_rounds: rounds after which weights are fitted to the policy anew.
     """
 
     steps: int | None
@@ -79,7 +86,7 @@ class Workload:
 
     def progress(self, work: Work) -> float:
         """Share of the work that is done; 1 or more when it is over."""
-        if self.steps == 0 or work.settled or work.told:
+        if self.steps == 0 or work.settled or work.asked_to_finish:
             return 1.0
         by_steps = work.step / self.steps if self.steps is not None else 0.0
         by_time = work.seconds / self.seconds if self.seconds is not None else 0.0
@@ -91,8 +98,8 @@ class Workload:
             return f"settled: knowing every unit exactly was expected to gain less than {self.regret:g} nats"
         if self.steps is not None and work.step >= self.steps:
             return "sequences: those that are left are too few for a step"
-        if work.told:
-            return TOLD
+        if work.asked_to_finish:
+            return ASKED_TO_FINISH
         return "seconds: all the time that it was given was spent"
 
     def round_ends(self, step: int) -> bool:

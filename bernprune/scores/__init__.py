@@ -11,6 +11,7 @@ To add one, write a function and give it a ``Metric`` that says what it is, wher
 ``SCORES`` and the name in ``bernprune.names.ScoreName``.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from bernprune.scores.base import Context, Metric, Options, run_metric
 from bernprune.scores.block_influence import BLOCK_INFLUENCE
 from bernprune.scores.block_perplexity import BLOCK_PERPLEXITY
 from bernprune.scores.cfsp import CFSP, CFSP_RELEASED
+from bernprune.scores.custom import as_metric, metric_at
 from bernprune.scores.files import SUFFIX, holds_scores, metric_of_file, read_scores, write_scores
 from bernprune.scores.flap import FLAP, FLAP_IFV, FLAP_WIFN
 from bernprune.scores.fusion import FUSED, RANK_AVERAGE
@@ -32,7 +34,6 @@ from bernprune.scores.ifso import IFSO
 from bernprune.scores.ifso_repaired import IFSO_HALFWAY, IFSO_REPAIRED
 from bernprune.scores.magnitude import MAGNITUDE
 from bernprune.scores.mini_llm import MINI_LLM, MINI_LLM_WEIGHTS
-from bernprune.scores.own import of_ones_own, own_metric
 from bernprune.scores.random_score import RANDOM
 from bernprune.scores.stream import LayerPass, Projection, Score, Scores, by_column, by_layer
 from bernprune.scores.taylor import TAYLOR_ELEMENT, TAYLOR_SECOND, TAYLOR_VECTOR
@@ -87,7 +88,7 @@ __all__ = [
 
 
 def metric_named(name: str) -> Metric:
-    """One of ``SCORES``, one of one's own as ``path/to/file.py:name``, or that which a file of scores is.
+    """One of ``SCORES``, a custom one as ``path/to/file.py:name``, or that which a file of scores is.
 
     Raises:
         ConfigError: a name that is unknown, a place at which there is no metric, or no such file.
@@ -95,8 +96,8 @@ def metric_named(name: str) -> Metric:
     if name in SCORES:
         return SCORES[name]
     if place := place_of(name):
-        return own_metric(*place)
-    path = Path(name)
+        return metric_at(*place)
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return metric_of_file(path)
     if path.is_dir():
@@ -135,7 +136,7 @@ def initial_scores(
         raise ConfigError(f"a score must be a function, or such as SCORES['wanda-sp'], but is {score!r}")
     view.check_windows(windows_WT)
     return run_metric(
-        of_ones_own(score),
+        as_metric(score),
         view,
         windows_WT,
         seed=seed,

@@ -63,8 +63,8 @@ class BackwardStream:
         for at, hidden_RTD in enumerate(inputs):
             hidden_RTD = hidden_RTD.to(self._device).requires_grad_()
             with self._dress(index), torch.enable_grad():
-                told = self._stream.told(index, len(hidden_RTD))
-                output_RTD = self._view.layers[index].layer(hidden_RTD, **told)
+                arguments = self._stream.layer_arguments(index, len(hidden_RTD))
+                output_RTD = self._view.layers[index].layer(hidden_RTD, **arguments)
             arriving = self._upstream[at]
             output_RTD.backward(arriving.grad_RTD.to(self._device))
             self._upstream[at] = _Scaled.of(hidden_RTD, arriving.scale)

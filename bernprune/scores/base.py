@@ -4,8 +4,10 @@ Letters: U units, W windows, T tokens.
 """
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -161,9 +163,21 @@ def run_metric(
     context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
     scores_U = checked_scores(metric, context)
     for name, value in context.notes.items():
-        logger.info("score %s: %s %.4g", metric.name, name, value)
+        context.notes[name] = _checked_note(metric, name, value)
+        logger.info("score %s: %s %.4g", metric.name, name, context.notes[name])
     power = metric.cost_power if options.cost_power is None else options.cost_power
     return scores_U / view.space.within_U**power if power else scores_U
+
+
+def _checked_note(metric: Metric, name: str, value: Any) -> float:
+    """A note as a plain number, as reports are written long after the metric has run. Raises ``ConfigError``."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"score {metric.name!r} must note finite numbers, but notes as {name!r} {value!r:.100}")
+    return number
 
 
 def checked_scores(metric: Metric, context: Context) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Scores in a file: of a metric that took long, or of one's own making.
+"""Scores in a file: of a metric that took long, or of your own making.
 
 A safetensors file with one tensor ``scores``, ``[U]`` in the order of the model's unit space, and in its metadata the
 ``fingerprint`` of that space, without which nobody could tell whose they are. Where it also says of which ``weights``

@@ -30,7 +30,7 @@ def members_of(options: Options) -> tuple[Metric, ...]:
     return options.members or MEMBERS
 
 
-def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
+def group_ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
     """Rank of each unit among those of its group, from above 0 to below 1, float64 ``[U]``."""
     ranks_U = torch.zeros_like(scores_U, dtype=torch.float64)
     for group, units in zip(space.groups, space.spans, strict=True):
@@ -41,7 +41,7 @@ def ranks(space: UnitSpace, scores_U: torch.Tensor) -> torch.Tensor:
 def ranks_of_members(context: Context) -> torch.Tensor:
     """Ranks by each metric, ``[M, U]``."""
     members = members_of(context.options)
-    return torch.stack([ranks(context.view.space, checked_scores(metric, context)) for metric in members])
+    return torch.stack([group_ranks(context.view.space, checked_scores(metric, context)) for metric in members])
 
 
 def _rank_average(context: Context) -> torch.Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import random_tokens, tiny_model
-from tiny_run import Place, read_json, run, succeed
+from tiny_run import Place, in_one_sentence, read_json, run, succeed
 
 from bernprune.config import make_config
 from bernprune.errors import ConfigError, ModelError
@@ -15,7 +15,7 @@ from bernprune.models.view import describe
 from bernprune.run.checkpoint import read_state
 from bernprune.run.initial import check_scores, check_scoring, scoring_sequences
 from bernprune.scores import SCORES, Options, initial_scores, metric_named
-from bernprune.scores.fusion import ranks
+from bernprune.scores.fusion import group_ranks
 from bernprune.settings import absolute
 
 WINDOWS = "--set=data.window=16"
@@ -35,7 +35,28 @@ def like_magnitude(projection: Projection) -> torch.Tensor:
 
 
 pooled = Metric("pooled", "squares", "ours", by_column(like_magnitude), allocation="pooled")
+
 """
+NOTING = (
+    OWN
+    + """
+
+def noted(value):
+    def run(context):
+        context.notes["sure"] = value
+        return pooled.run(context)
+
+    return Metric("noted", "squares", "ours", run)
+
+
+def fails(view, windows_WT):
+    return view.nothing
+
+
+tensor, text, endless = noted(torch.tensor(2.5)), noted("very"), noted(float("inf"))
+needy = Metric("needy", "squares", "ours", pooled.run, needs=fails)
+"""
+)
 
 
 @pytest.fixture
@@ -59,6 +80,25 @@ def test_a_function_in_a_file_starts_a_run(own: Path, place: Place, monkeypatch:
     assert own.with_suffix(".executed").read_text() == "once "
     told = succeed("scores", str(place.model), "--text", str(place.text), "--score", f"{own}:pooled", WINDOWS).out
     assert f"units by {own}:pooled in" in told
+
+
+def test_what_a_metric_notes_is_a_number(own: Path, place: Place) -> None:
+    """Or it could not stand in the report, which is written when all work is done."""
+    own.write_text(NOTING)
+    succeed(*place.prune(f"initial.score={own}:tensor", "search.sequences=0"))
+    assert read_json(place.out / "report.json")["scores"] == {f"{own}:tensor": {"sure": 2.5}}
+    for name, said in {"text": "'very'", "endless": "inf"}.items():
+        done = in_one_sentence(run(*place.prune(f"initial.score={own}:{name}", out=place.folder / name)))
+        assert f"must note finite numbers, but notes as 'sure' {said}" in done
+        assert not (place.folder / name).exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "scores"])
+def test_what_goes_wrong_before_a_metric_runs_is_told_too(command: str, own: Path, place: Place) -> None:
+    own.write_text(NOTING)
+    given = {"prune": place.prune(), "scores": ["scores", str(place.model), "--text", str(place.text), WINDOWS]}
+    done = run(*given[command], "--score", f"{own}:needy")
+    assert done.code == 2 and f"error: score {own}:needy failed in line" in done.err and "AttributeError" in done.err
 
 
 @pytest.mark.parametrize("values", ["(s > s.median()).double()", "0 * s"], ids=["two", "one"])
@@ -168,6 +208,17 @@ def test_a_metric_cannot_change_the_model(tmp_path: Path) -> None:
     assert all(weight.equal(before[name]) for name, weight in view.model.state_dict().items())
 
 
+def test_a_home_is_found(own: Path, monkeypatch: pytest.MonkeyPatch, place: Place) -> None:
+    """Of code and of files of scores, as of models and texts, by a run and from Python."""
+    monkeypatch.setenv("HOME", str(own.parent))
+    assert absolute({"initial": {"score": "~/my_scores.py:pooled"}})["initial"]["score"] == f"{own}:pooled"
+    assert metric_named("~/my_scores.py:pooled").source == "ours"
+    model, out = str(place.model), str(own.parent / "scores.safetensors")
+    succeed("scores", model, "--text", str(place.text), WINDOWS, "--out", out)
+    assert absolute({"initial": {"score": "~/scores.safetensors"}})["initial"]["score"] == out
+    assert metric_named("~/scores.safetensors").name == metric_named(out).name
+
+
 def test_places_are_made_absolute(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every setting that names scores."""
     monkeypatch.chdir(own.parent)
@@ -184,7 +235,7 @@ def test_a_fusion_is_of_its_members(own: Path) -> None:
     view, windows_WT = describe(tiny_model("llama", seed=4)), random_tokens(4, 9)
     members = tuple(metric_named(name) for name in ("wanda-sp", f"{own}:pooled", "taylor-element"))
     fused_U = initial_scores(view, windows_WT, SCORES["rank-average"], options=Options(members=members))
-    alone = [ranks(view.space, initial_scores(view, windows_WT, metric)) for metric in members]
+    alone = [group_ranks(view.space, initial_scores(view, windows_WT, metric)) for metric in members]
     torch.testing.assert_close(fused_U, torch.stack(alone).mean(0), rtol=1e-12, atol=0)
     names = ["wanda-sp", f"{own}:pooled", "taylor-element"]
     config = make_config({"initial": {"score": "rank-average", "members": names, "windows": 8}})

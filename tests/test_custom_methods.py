@@ -190,6 +190,16 @@ class Unseeded(Signs):
         super().__init__(budget, probs_U, seed=0, design=design)
 
 
+class Unbegun(Signs):
+    def begin(self, budget, probs_U, **given):
+        return self
+
+
+class Unrounded(PosteriorSearch):
+    def __init__(self, budget, probs_U, scores_US, *, seed, design):
+        super().__init__(budget, probs_U, scores_US, seed=seed, design=design, round_steps=2)
+
+
 class Leaves(Nothing):
     def tell(self, *given, **others):
         raise SystemExit(0)
@@ -244,6 +254,10 @@ class Plain(Parts):
 
 class Many(LeaveOneOut):
     min_masks = 99
+
+
+class Uncounted(LeaveOneOut):
+    min_masks = "two"
 
 
 class Broken(LeaveOneOut):
@@ -314,7 +328,7 @@ def test_what_is_like_ours_runs_like_it(like: tuple[str, ...], mine: tuple[str, 
 
 
 @pytest.mark.parametrize("name", ["Signs", "Compared"])
-def test_a_search_of_ones_own_learns(name: str, own: Path, place: Place) -> None:
+def test_a_search_of_custom_learns(name: str, own: Path, place: Place) -> None:
     """In a run as it ships, with weights fitted to its policy and finalists judged after a repair."""
     given = ("repair.method=ridge", "search.sequences=200", "initial.score=random", "repair.windows=16")
     succeed(*place.prune(f"search.method={own}:{name}", *given))
@@ -326,7 +340,7 @@ def test_a_search_of_ones_own_learns(name: str, own: Path, place: Place) -> None
 
 
 @pytest.mark.parametrize("name", ["Signs", "Reads"])
-def test_a_run_that_fails_in_ones_own_code_goes_on(name: str, own: Path, place: Place) -> None:
+def test_a_run_that_fails_in_custom_code_goes_on(name: str, own: Path, place: Place) -> None:
     """The fault is told with its line, what was done is kept, and the end is that of a run that never failed."""
     given = [f"search.method={own}:{name}", *(SHORT if name == "Reads" else PLAIN), "search.checkpoint_steps=1"]
     own.with_suffix(".stop").touch()
@@ -390,7 +404,7 @@ def test_a_run_goes_on_with_other_code_but_says_so(own: Path, place: Place) -> N
     assert f"the run began with {own} " in told and "may not go on to the bit" in told
 
 
-def test_a_run_is_forecast_with_ones_own_code(own: Path, place: Place) -> None:
+def test_a_run_is_forecast_with_custom_code(own: Path, place: Place) -> None:
     given = settings("data.window=16", f"search.method={own}:Signs", f"search.objective={own}:divergence")
     told = succeed("units", str(place.model), *given, "--set", "search.refit=false").out
     assert "s of search for" in told
@@ -401,7 +415,7 @@ def test_a_run_is_forecast_with_ones_own_code(own: Path, place: Place) -> None:
 
 def test_the_example_of_the_readme_runs(place: Place) -> None:
     """As it stands there, and by the command that stands there, but for what makes it short."""
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "bernprune" / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n# (mine\.py)\n(.*?)```", text, re.DOTALL)
     place.file(*example)
     (command,) = re.findall(r"bernprune prune (--out out/mine .*)\n", text)
@@ -457,7 +471,7 @@ def test_what_would_come_back_as_something_else_is_not_saved(state: dict[str, ob
 # Losses
 
 
-def test_a_loss_of_ones_own_may_ask_the_dense_model(own: Path) -> None:
+def test_a_loss_of_custom_may_ask_the_dense_model(own: Path) -> None:
     """It is what it says, at each token whose next one is in the window; logits come in parts."""
     scope: dict[str, Callable[..., torch.Tensor]] = {}
     exec(OWN.replace("__file__", "'mine.py'"), scope)  # type: ignore[arg-type]
@@ -532,6 +546,9 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Gapes", "Gapes must give a number as gap in diagnose, but gave 'wide'"),
         ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
         ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
+        ("search.method={}:Unbegun", "Unbegun must have a classmethod for its begin, but has <function"),
+        ("search.method={}:Unrounded", "Unrounded must take in __init__ what PosteriorSearch does, but got an unexp"),
+        ("search.baseline={}:Uncounted", "Uncounted' must have an integer min_masks, but has 'two'"),
         ("search.method={}:Leaves", "Leaves failed in line"),
         ("search.method={}:Opens", "FileNotFoundError"),
         (
@@ -561,7 +578,7 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.objective=cross-entropie", "did you mean 'cross-entropy'?"),
     ],
 )
-def test_what_is_wrong_with_ones_own_is_told(given: str, said: str, own: Path, place: Place) -> None:
+def test_what_is_wrong_with_custom_is_told(given: str, said: str, own: Path, place: Place) -> None:
     """In one sentence."""
     more = METHODS["reinforce"] if "baseline" in given else PLAIN
     told = in_one_sentence(run(*place.prune(*more, *given.format(own).split())))
@@ -582,7 +599,7 @@ def test_settings_of_other_methods_are_refused(search: dict[str, object], said: 
     assert said in str(caught.value)
 
 
-def test_settings_that_ones_own_may_use(own: Path) -> None:
+def test_settings_that_custom_may_use(own: Path) -> None:
     """Rounds and step sizes of a search; text, reference and memory of a baseline."""
     assert make_config({"search": {"method": f"{own}:Signs", "rounds": 3, "learning_rate": 0.3}}).search.rounds == 3
     given = {"method": "reinforce", "baseline": f"{own}:Others", "reference": "current", "baseline_window": 7}
@@ -599,6 +616,15 @@ def test_dense_weights_are_needed_to_compare_with(own: Path, place: Place) -> No
     given = (f"search.objective={own}:divergence", "repair.method=ridge")
     assert "give search.refit=false" in in_one_sentence(run(*place.prune(*given)))
     succeed(*place.prune(*given, "search.refit=false", "repair.windows=16", "search.sequences=200"))
+
+
+def test_the_dense_reference_is_the_model_as_it_is() -> None:
+    """So weights do not follow the policy, unless that is asked for, which is refused."""
+    given = {"method": "reinforce", "baseline": "matched", "sampling": "independent"}
+    assert make_config({"search": given}).search.refit is True
+    assert make_config({"search": {**given, "reference": "dense"}}).search.refit is False
+    with pytest.raises(ConfigError, match=r"search\.refit has no meaning for search\.reference 'dense'"):
+        make_config({"search": {**given, "reference": "dense", "refit": True}})
 
 
 def test_what_a_class_says_is_planned_with(own: Path) -> None:

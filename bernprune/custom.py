@@ -1,7 +1,8 @@
-"""Code of one's own in a run, by the place where it stands: ``path/to/file.py:name``."""
+"""Custom code in a run, by the place where it stands: ``path/to/file.py:name``."""
 
 import functools
 import hashlib
+import os
 import sys
 import threading
 import traceback
@@ -16,7 +17,7 @@ import torch
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.names import meant
 
-_MODULE = "bernprune_code_of_ones_own_"  # before the name of a file, which may be that of another module
+_MODULE = "bernprune_custom_"  # before the name of a file, which may be that of another module
 
 
 def defined_at(what: str, file: str, name: str, suits: Callable[[Any], bool]) -> Any:
@@ -29,7 +30,7 @@ def defined_at(what: str, file: str, name: str, suits: Callable[[Any], bool]) ->
     Raises:
         ConfigError: no such file or name in it, or a file that cannot be executed.
     """
-    path = Path(file).resolve()
+    path = _path_of(file)
     defined = _executed(what, path).defined
     if name not in defined:
         others = [other for other, value in defined.items() if suits(value) and _is_ours(other, value, path)]
@@ -57,7 +58,7 @@ _unchanging = threading.local()
 
 @contextmanager
 def unchanging() -> Iterator[None]:
-    """For the length of the block, files count as they are executed in it first, whatever becomes of them."""
+    """Each file is executed once at most within the block: changes on the disk meanwhile are ignored."""
     before, _unchanging.files = getattr(_unchanging, "files", None), dict[Path, _Executed]()
     try:
         yield
@@ -67,7 +68,11 @@ def unchanging() -> Iterator[None]:
 
 def digest_of(what: str, file: str) -> str:
     """Of what is executed of a file. Raises ``ConfigError`` as ``defined_at`` does."""
-    return _executed(what, Path(file).resolve()).digest
+    return _executed(what, _path_of(file)).digest
+
+
+def _path_of(file: str) -> Path:
+    return Path(os.path.expanduser(file)).resolve()
 
 
 def _executed(what: str, path: Path) -> _Executed:
@@ -104,7 +109,7 @@ def _execute(what: str, path: Path) -> _Executed:
 
 
 def blamed(what: str, place: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of one's own, of which all that goes wrong is told as a fault of the setting that named it."""
+    """A custom function, whose errors are reported as faults of the setting that named it."""
 
     @functools.wraps(run)
     def call(*given: Any) -> Any:
@@ -133,7 +138,7 @@ def blaming(places: Sequence[tuple[str, str]]) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         for what, place in places:
-            file = Path(place.rpartition(":")[0]).resolve()
+            file = _path_of(place.rpartition(":")[0])
             own = [frame for frame in frames if Path(frame.filename).parent == file.parent]  # or what lies beside it
             if own:
                 raise _fault(what, place, own[-1], error) from error
@@ -142,6 +147,6 @@ def blaming(places: Sequence[tuple[str, str]]) -> Iterator[None]:
 
 def _fault(what: str, place: str, frame: traceback.FrameSummary | None, error: BaseException) -> ConfigError:
     at = "" if frame is None else f" in line {frame.lineno}"
-    if frame is not None and frame.filename != str(Path(place.rpartition(":")[0]).resolve()):
+    if frame is not None and frame.filename != str(_path_of(place.rpartition(":")[0])):
         at += f" of {frame.filename}"
     return ConfigError(f"{what} {place} failed{at}: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Metrics of one's own, by the place where they stand: ``path/to/file.py:name``."""
+"""Custom metrics, by the place where they stand: ``path/to/file.py:name``."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
+from bernprune.custom import blamed, defined_at
 from bernprune.errors import ConfigError
-from bernprune.own import blamed, defined_at
 from bernprune.scores.base import Context, Metric
 from bernprune.scores.stream import Projection, by_column
 
 
-def own_metric(file: str, name: str) -> Metric:
+def metric_at(file: str, name: str) -> Metric:
     """The ``Metric``, or the function of columns, of that name in a Python file, which is executed.
 
     Raises:
@@ -23,15 +23,15 @@ def own_metric(file: str, name: str) -> Metric:
         return replace(found, name=place, run=_guarded(place, found.run))
     if not callable(found) or isinstance(found, type):
         raise ConfigError(f"score {place} must be a function or a Metric, but is {found!r}")
-    return of_ones_own(_guarded(place, found), place)
+    return as_metric(_guarded(place, found), place)
 
 
-def of_ones_own(score: Metric | Callable[[Projection], torch.Tensor], name: str | None = None) -> Metric:
+def as_metric(score: Metric | Callable[[Projection], torch.Tensor], name: str | None = None) -> Metric:
     """A metric as it is, or the one that a function of columns makes."""
     if isinstance(score, Metric):
         return score
     name = name or str(getattr(score, "__name__", type(score).__name__))
-    return Metric(name, "a function of one's own", "", by_column(_of_columns(name, score)), layerwise=True)
+    return Metric(name, "a custom function", "", by_column(_of_columns(name, score)), layerwise=True)
 
 
 def _of_columns(name: str, score: Callable[[Projection], torch.Tensor]) -> Callable[[Projection], torch.Tensor]:
