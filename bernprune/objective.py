@@ -151,7 +151,9 @@ class MaskedObjective:
     ) -> torch.Tensor:
         """Losses of each row's P predictions, float64 ``[R, P]``; its mask and window are given by their indices."""
         possible_U = _possible(masks)
-        masks, tokens_BT, window_R = masks.to(self.device), tokens_BT.to(self.device), window_R.to(self.device)
+        masks = masks.to(self.device)
+        tokens_BT = tokens_BT.to(self.device)
+        window_R = window_R.to(self.device)
         dense_BTD = self._dense_hidden(tokens_BT) if self._loss.needs_dense else None
 
         bits, chunks = self._bits(masks, mask_R), masks.shape[1] if len(masks.shape) == 3 else 1

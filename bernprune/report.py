@@ -48,7 +48,9 @@ def _plans(report: dict[str, Any]) -> list[str]:
 
 def _choice(report: dict[str, Any]) -> list[str]:
     search, lines = report["search"], list[str]()
-    finals, judged, beaten = search["finals"], "on text not learned from", "not clearly better"
+    finals = search["finals"]
+    judged = "on text not learned from"
+    beaten = "not clearly better"
     if "finalists" in report["repair"]:
         judged, beaten = "after a repair of each", "not better"
     if finals["sequences"]:
@@ -108,7 +110,9 @@ def repaired(repair: dict[str, Any]) -> list[str]:
     if repair["method"] == "none":
         return []
     judged = f"on {repair['judging_windows']:,} windows that it was not fitted on"
-    losses, chosen, lines = repair["losses"], repair["chosen"], list[str]()
+    losses = repair["losses"]
+    chosen = repair["chosen"]
+    lines = list[str]()
     if "finalists" in repair:
         tried = ", ".join(f"{name} {shown(loss, 4)}" for name, loss in repair["finalists"].items())
         lines.append(f"finalists    {tried}: loss after a repair of each, {judged}")

@@ -35,7 +35,9 @@ class Branching:
     @classmethod
     def of(cls, space: UnitSpace, alive_KU: torch.Tensor) -> "Branching":
         """Where masks part, given by what they leave alive, bool on the CPU."""
-        class_K, masks_of_layers, parents_of_layers = torch.zeros(len(alive_KU), dtype=torch.int64), [], []
+        class_K = torch.zeros(len(alive_KU), dtype=torch.int64)
+        masks_of_layers = []
+        parents_of_layers = []
         for span in space.layer_spans:
             kept_KN = alive_KU[:, span]
             keys = [

@@ -69,7 +69,9 @@ class ModelView:
                 "calibration windows must be int64 [W, T] of a token or more, but are "
                 f"{str(windows_WT.dtype).removeprefix('torch.')} {list(windows_WT.shape)}"
             )
-        least, most, known = int(windows_WT.min()), int(windows_WT.max()), self.model.config.vocab_size
+        least = int(windows_WT.min())
+        most = int(windows_WT.max())
+        known = self.model.config.vocab_size
         if least < 0 or most >= known:
             odd = least if least < 0 else most
             raise ConfigError(f"calibration windows have the token id {odd}, but the model knows 0 to {known - 1}")

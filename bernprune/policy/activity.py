@@ -210,7 +210,9 @@ class ActiveTokens:
         at, contrast_N = self._channels_U, contrast_U[self._channels_U]
         # What was taken out of the losses was spread over all tokens alike, and is seen as far as a channel is even.
         back_N = sums.evenness_N * worth_U[at]
-        active_U, variance_U, shape_U = observed_U.clone(), torch.zeros_like(noise_U), torch.ones_like(noise_U)
+        active_U = observed_U.clone()
+        variance_U = torch.zeros_like(noise_U)
+        shape_U = torch.ones_like(noise_U)
         active_U[at], variance_U[at] = back_N - sums.effects(contrast_N), sums.variance(contrast_N)
         shape_U[at] = sums.evenness_N / contrast_N  # to which a layer's variances are taken to be in proportion
         for layer, members_N in enumerate(self._layers):

@@ -302,7 +302,9 @@ class Beliefs:
         for line, information_FF, response_F, spread in zip(
             lines, state["information_LFF"], state["response_LF"], state["spread_L"].tolist(), strict=True
         ):
-            line.information_FF, line.response_F, line.spread = information_FF.clone(), response_F.clone(), spread
+            line.information_FF = information_FF.clone()
+            line.response_F = response_F.clone()
+            line.spread = spread
 
 
 def _families(space: UnitSpace) -> list[list[torch.Tensor]]:

@@ -199,7 +199,9 @@ class Masks:
         return self._of_rows("levels", rows_N, self._drawn_levels)
 
     def _drawn_levels(self, rows_N: torch.Tensor) -> torch.Tensor:
-        masks, chunks, groups = self.design.masks, self.design.chunks, len(self.budget.space.groups)
+        masks = self.design.masks
+        chunks = self.design.chunks
+        groups = len(self.budget.space.groups)
         first = len(self.probs_U) + -len(self.probs_U) % ORDERS
         texts_N = rows_N // (masks * chunks) * (masks * chunks) + rows_N % chunks
         texts_D, which_N = texts_N.unique(return_inverse=True)

@@ -182,7 +182,9 @@ class PosteriorSearch(MaskSearch):
     ) -> StepStats:
         """As every search's, but without a step size: how far the policy moves follows from what is known."""
         self._check_told(masks_BKCU, losses_BKC)
-        losses_BKC, before_U, unread = losses_BKC.double().cpu(), self.probs_U, 0
+        losses_BKC = losses_BKC.double().cpu()
+        before_U = self.probs_U
+        unread = 0
         levels_BKCG = self._levels(masks_BKCU)
         seen = self.estimate(masks_BKCU, losses_BKC, levels_BKCG)
         if masks_BKCU.shape[1] > 1:  # a mask without others says nothing
@@ -258,7 +260,9 @@ class PosteriorSearch(MaskSearch):
         What was predicted of the losses is put back.
         """
         sums, self._swung = self._swung, RoundSums.empty(len(self.budget.space.groups))
-        masks, space, found = self.design.masks, self.budget.space, []
+        masks = self.design.masks
+        space = self.budget.space
+        found = []
         if not sums.count or not sums.variance_U()[space.of_groups("channel")].all():
             return []  # the losses did not differ
         strength = 2 * (masks // 2) / (masks - 1)
@@ -292,7 +296,9 @@ class PosteriorSearch(MaskSearch):
     def _conclude_round(self) -> None:
         """From what was observed to what is believed, and from that to the next policy."""
         self._sums.to(CPU)
-        observed_U, noise_U, halves = -self._sums.mean_U(), self._noise_U(), self._sums.halves()
+        observed_U = -self._sums.mean_U()
+        noise_U = self._noise_U()
+        halves = self._sums.halves()
         self._sums, means = RoundSums.empty(len(observed_U)), self._group_means()
         if not noise_U.any():
             self._active.forget_round()

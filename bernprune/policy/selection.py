@@ -245,7 +245,9 @@ def _layers_with_minimums(
     space: UnitSpace, best_P: np.ndarray, asked_P: np.ndarray, later_P: np.ndarray, order_P: np.ndarray
 ) -> dict[int, list[int]]:
     """Turns of a layer's part and of those in it that the limits ask for, unless a core has kept it without them."""
-    layer_U, parents_U, turn_P = space.of_kind("layer").numpy(), space.parents_U.numpy(), order_P.argsort()
+    layer_U = space.of_kind("layer").numpy()
+    parents_U = space.parents_U.numpy()
+    turn_P = order_P.argsort()
     part_of = {int(best_P[part]): part for part in np.flatnonzero(layer_U[best_P])}
     together: dict[int, list[int]] = {}
     for part in np.flatnonzero(asked_P):

@@ -19,7 +19,10 @@ class SampledMasks:
     """
 
     def __init__(self, live: LiveMasks, probs_U: torch.Tensor, plan_U: torch.Tensor, *, seed: int) -> None:
-        self._live, self._probs_U, self._plan_U, self._seed = live, probs_U.double().cpu(), plan_U.cpu(), seed
+        self._live = live
+        self._probs_U = probs_U.double().cpu()
+        self._plan_U = plan_U.cpu()
+        self._seed = seed
 
     def draw(self, step: int, progress: float, rows: int) -> torch.Tensor:
         """Masks of a step, bool ``[R, U]``, when a share ``progress`` of the training is done."""

@@ -22,7 +22,9 @@ class Moments:
 
         self.count = 0.0
         self._x_A, self._t_D = zeros(inputs), zeros(outputs)
-        self._xx_AA, self._tx_DA, self._tt_D = zeros(inputs, inputs), zeros(outputs, inputs), zeros(outputs)
+        self._xx_AA = zeros(inputs, inputs)
+        self._tx_DA = zeros(outputs, inputs)
+        self._tt_D = zeros(outputs)
 
     @torch.inference_mode()
     def add(self, x_NA: torch.Tensor, t_ND: torch.Tensor, weights_N: torch.Tensor | None = None) -> None:

@@ -42,7 +42,9 @@ class Place:
 
 def places(view: ModelView, plan: KeepPlan, layer: int) -> tuple[Place, Place]:
     """Attention and FFN of a layer, in the order in which they add to the residual stream."""
-    parts, family, kept = view.layers[layer], view.family, plan.layers[layer]
+    parts = view.layers[layer]
+    family = view.family
+    kept = plan.layers[layer]
     queries = adjacent_rows(kept.kv_groups, parts.output.in_features // parts.shape.kv_groups)
     keys, channels = (
         adjacent_rows(kept.kv_groups, view.architecture.head_dim),

@@ -95,7 +95,9 @@ class Repairer:
 
         Returns the repair, and the mean loss of each method that could be tried, nats per token, ``none`` among them.
         """
-        losses_W, best, repaired = judge(), None, Weights()
+        losses_W = judge()
+        best = None
+        repaired = Weights()
         found = {"none": losses_W.mean().item()}
         for method in methods:
             try:

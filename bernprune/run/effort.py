@@ -85,7 +85,9 @@ def _passes(method: str) -> int:
 
 def _fit(method: RepairName, inputs: int, outputs: int, tokens: int, ridges: int) -> Effort:
     """Effort of moments, of all ridges on what decides (a factor and three products each), and of the best on all."""
-    deciding, steps, square = outputs if method == "scale" else min(outputs, DECIDING), 1, inputs**2
+    deciding = outputs if method == "scale" else min(outputs, DECIDING)
+    steps = 1
+    square = inputs**2
     if method in ("bias", "admm"):
         ridges, steps = int(method == "admm"), ADMM_STEPS
     choosing = ridges * square * (_FACTOR * inputs + (2 * steps + 4) * deciding)

@@ -47,7 +47,9 @@ def metrics_of(config: RunConfig) -> list[Metric]:
 
 def check_scores(config: RunConfig) -> None:
     """Raises ``ConfigError`` if a metric cannot score what may be removed, or a file of scores is not there."""
-    initial, options, metrics = config.initial, options_of(config), metrics_of(config)
+    initial = config.initial
+    options = options_of(config)
+    metrics = metrics_of(config)
     for metric in (*metrics, *options.members):
         metric.check(finest(config.granularity), options)
     told = [name for metric in (*metrics, *options.members) for name in metric.reads]

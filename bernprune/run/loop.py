@@ -150,7 +150,9 @@ class _Loop:
 
     def step(self, objective: MaskedObjective, metrics: TextIO) -> StepStats:
         """Ask, evaluate, tell; the work done is counted here and nowhere else."""
-        started, step, settings = time.monotonic(), self.work.step, self.stage.config.search
+        started = time.monotonic()
+        step = self.work.step
+        settings = self.stage.config.search
         learning_rate = self.stage.workload.learning_rate_at(self.work)
         masks_BKCU = self.search.ask(step).to(objective.device)
         tokens_BT = self.stage.train.batch(step, settings.windows)

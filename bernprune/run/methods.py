@@ -41,7 +41,9 @@ def check_methods(config: RunConfig) -> None:
 
 def _check_search(config: RunConfig) -> None:
     """A custom search: whether a run can call it, and settings as they are checked for what it is a kind of."""
-    name, found, kind = config.search.method, search_class(config), method_of(config)
+    name = config.search.method
+    found = search_class(config)
+    kind = method_of(config)
     step = ("learning_rate", "reference_BC", "reading")
     calls: list[tuple[str, Callable[..., Any], int, Iterable[str]]] = [("tell", found.tell, 3, step)]
     if kind == CUSTOM:

@@ -264,7 +264,9 @@ def _judge_repaired(
     masks = {finals.kept: finals.mask_U, **others}
     best, losses = workshop.prefer({name: stage.view.space.plan(mask_U) for name, mask_U in masks.items()})
     if best in others:
-        finals.kept, finals.mask_U, finals.priorities_U = best, others[best], None
+        finals.kept = best
+        finals.mask_U = others[best]
+        finals.priorities_U = None
     return {"finalists": losses}
 
 

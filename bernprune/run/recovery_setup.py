@@ -135,7 +135,10 @@ def set_up(source: Source, ranks: list[int] | None, *, teach: bool) -> Iterator[
 
 def _after_the_cut(source: Source, ranks: list[int] | None, *, teach: bool) -> Prepared:
     """The run's model; the dense one is held beside it only to teach."""
-    settings, dense, teacher, weights = source.config.recover, None, None, dict[str, str]()
+    settings = source.config.recover
+    dense = None
+    teacher = None
+    weights = dict[str, str]()
     if teach or (ranks is None and settings.ranks == "influence"):
         dense = _dense(source)
         teacher = dense.model if teach else None

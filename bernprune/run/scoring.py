@@ -104,7 +104,9 @@ class ByMetric:
     @classmethod
     def of(cls, stage: Stage, start: Start, probs_U: torch.Tensor) -> "ByMetric":
         """Of a start, and the policy that it became on the budget."""
-        config, space, scores_U = stage.config, stage.view.space, start.scores_US[:, 0]
+        config = stage.config
+        space = stage.view.space
+        scores_U = start.scores_US[:, 0]
         keep, shares_G = 1 - config.budget.sparsity, start.shares_G
         graded_U = graded(space, scores_U, scope_of(config), keep=keep, shares_G=shares_G)
         # The map const knows two levels only: within them, the order says what comes first.
@@ -126,7 +128,9 @@ class ByMetric:
 
 def group_shares(stage: Stage, scores_U: torch.Tensor) -> torch.Tensor:
     """What each group of units keeps at first where scores of layers are not compared, float64 ``[G]``."""
-    config, space, keep = stage.config, stage.view.space, 1 - stage.config.budget.sparsity
+    config = stage.config
+    space = stage.view.space
+    keep = 1 - stage.config.budget.sparsity
     allocation = allocation_of(config)
     if config.initial.kv_sparsity is not None:
         return shares_by_kind(space, stage.budget.costs_U, keep, 1 - config.initial.kv_sparsity)

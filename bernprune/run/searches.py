@@ -41,7 +41,9 @@ def make_search(
     Raises:
         ConfigError: a custom search that is not what its class said.
     """
-    search, policy, found = config.search, config.policy, search_class(config)
+    search = config.search
+    policy = config.policy
+    found = search_class(config)
     round_steps = plan_work(config, budget.space).round_steps
     given: dict[str, Any] = {
         "seed": config.seed,

@@ -49,7 +49,9 @@ def _rank_average(context: Context) -> torch.Tensor:
 
 
 def _learned(context: Context) -> torch.Tensor:
-    space, ranks_MU, members = context.view.space, ranks_of_members(context), members_of(context.options)
+    space = context.view.space
+    ranks_MU = ranks_of_members(context)
+    members = members_of(context.options)
     drawn, alone = _drawn(len(members)), torch.eye(len(members), dtype=torch.float64)
     uniform = torch.rand(drawn, len(members), generator=generator(context.seed, "fused"), dtype=torch.float64)
     flat = -(1 - uniform).log()  # of a flat Dirichlet distribution

@@ -43,11 +43,15 @@ def gate_gradients(context: Context) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ConfigError: a step that the number format does not tell from none.
     """
-    step, dtype, size = context.options.step or GATE_STEP, context.view.model.dtype, context.view.space.size
+    step = context.options.step or GATE_STEP
+    dtype = context.view.model.dtype
+    size = context.view.space.size
     above, below = torch.tensor([1 + step, 1 - step], dtype=torch.float64).to(dtype).tolist()
     if above == below:
         raise ConfigError(f"initial.step must change 1 in {dtype}, but is {step:g}; {torch.finfo(dtype).eps:g} does")
-    sum_U, squares, count = torch.zeros(size, dtype=torch.float64), 0.0, 0
+    sum_U = torch.zeros(size, dtype=torch.float64)
+    squares = 0.0
+    count = 0
     with masked_objective(context.view, context.ops, rows_per_forward=context.rows_per_forward) as objective:
         for pair in range(context.options.pairs):
             for batch, tokens_BT in enumerate(context.windows_WT.split(context.rows_per_forward)):
