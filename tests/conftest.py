@@ -1,5 +1,6 @@
 """What tests of whole runs start from: a tiny model with a text, a copy of it to work in, and a finished run."""
 
+import gc
 import math
 import signal
 from collections.abc import Callable
@@ -13,8 +14,20 @@ from tiny_run import Place, finish, prepare, visit
 
 from bernprune.costs import Planner
 
+gc.disable()  # until all is imported, none of which is garbage
 torch.set_num_threads(1)  # there is a worker for each core
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
+
+
+def pytest_collection_finish() -> None:
+    """From here on garbage is looked for among what tests make, not among what was imported."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Or libraries that look for leaks when Python ends would find some."""
+    gc.unfreeze()
 
 
 @pytest.fixture

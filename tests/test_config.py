@@ -375,10 +375,10 @@ def test_baselines_that_compare_masks_are_known() -> None:
 def test_every_setting_of_a_method_is_known() -> None:
     """The test above tries all of them, none belongs to both of ours, and those that say so in their sentence are
     theirs."""
-    assert METHOD_SETTINGS.keys() == {*get_args(names.MethodName), names.OWN}
+    assert METHOD_SETTINGS.keys() == {*get_args(names.MethodName), names.CUSTOM}
     ours = [name for method in get_args(names.MethodName) for name in METHOD_SETTINGS[method]]
-    assert sorted(ours) == sorted(OTHER_VALUES) and set(METHOD_SETTINGS[names.OWN]) <= set(ours)
-    words = {names.OWN: "a method of one's own"}
+    assert sorted(ours) == sorted(OTHER_VALUES) and set(METHOD_SETTINGS[names.CUSTOM]) <= set(ours)
+    words = {names.CUSTOM: "custom methods"}
     for method, settings in METHOD_SETTINGS.items():
         described = {
             name

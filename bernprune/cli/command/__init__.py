@@ -3,6 +3,8 @@
 That takes seconds. Ctrl-C meanwhile would come as an exception out of the midst of libraries, some of which abort.
 """
 
+import atexit
+import gc
 import os
 import signal
 from types import FrameType
@@ -15,8 +17,12 @@ def main() -> None:
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else it is ignored, as after nohup
         signal.signal(signal.SIGINT, _leave)
+    gc.disable()  # or a quarter of the time of imports goes into the search for garbage, of which there is none
     from bernprune.cli import main as run
 
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # or libraries that look for leaks when Python ends would find some
+    gc.enable()
     signal.signal(signal.SIGINT, before)
     run()
 
