@@ -26,7 +26,7 @@ from bernprune.sections import (
     SearchConfig,
     Section,
 )
-from bernprune.settings import merge
+from bernprune.settings import merge, nested
 from bernprune.units import ANCESTORS, KINDS, finest
 
 EXPLORED = (0.5, 1.5)  # times a run's own sparsity
@@ -311,11 +311,12 @@ def _in_general(value: Any) -> Any:
 
 
 def make_config(given: Mapping[str, Any]) -> RunConfig:
-    """A checked config from nested plain data over the defaults of its preset.
+    """A checked config from nested plain data, in which keys may be dotted, over the defaults of its preset.
 
     Raises:
         ConfigError: unknown key (the nearest known one is suggested), wrong type, or a value out of range.
     """
+    given = nested(given)
     preset = given.get("preset", "default")
     if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(unknown("preset", str(preset), PRESETS))

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -41,18 +41,24 @@ def defined_at(what: str, file: str, name: str, suits: Callable[[Any], bool]) ->
 
 def _is_ours(name: str, value: Any, path: Path) -> bool:
     """Whether it is for others to use, and was not merely imported."""
-    imported = isinstance(value, FunctionType | type) and value.__module__ != _MODULE + path.stem
+    imported = isinstance(value, FunctionType | type) and value.__module__ != _module_name(path)
     return not name.startswith("_") and not imported
 
 
 class _Executed(NamedTuple):
-    """What a file defines, and the digest of what was executed."""
+    """What a file defines; when it, and what it found beside it, had been changed; and the digest of all that."""
 
     defined: dict[str, Any]
+    changed: dict[Path, int]
     digest: str
 
+    @property
+    def is_current(self) -> bool:
+        return all(file.is_file() and file.stat().st_mtime_ns == then for file, then in self.changed.items())
 
-_executed_files: dict[Path, tuple[int, _Executed]] = {}  # and when they were changed
+
+_executed_files: dict[Path, _Executed] = {}
+_beside: dict[str, ModuleType] = {}  # modules that custom files found beside them; others may have modules of that name
 _unchanging = threading.local()
 
 
@@ -82,19 +88,24 @@ def _executed(what: str, path: Path) -> _Executed:
         return kept[path]
     if not path.is_file():
         raise ConfigError(f"{what} file {path} does not exist")
-    changed, known = path.stat().st_mtime_ns, _executed_files.get(path)
-    if known is None or known[0] != changed:
-        _executed_files[path] = known = changed, _execute(what, path)
+    known = _executed_files.get(path)
+    if known is None or not known.is_current:
+        _executed_files[path] = known = _execute(what, path)
     if kept is not None:
-        kept[path] = known[1]
-    return known[1]
+        kept[path] = known
+    return known
 
 
 def _execute(what: str, path: Path) -> _Executed:
-    """With its folder on the path while it is executed, so that it finds what lies beside it."""
-    module = ModuleType(_MODULE + path.stem)
+    """With its folder on the path while it is executed, so that it finds what lies beside it, as that is now."""
+    for name, module in _beside.items():
+        if sys.modules.get(name) is module:
+            del sys.modules[name]
+    _beside.clear()
+    module = ModuleType(_module_name(path))
     module.__file__, source = str(path), path.read_bytes()
-    sys.modules[module.__name__] = module  # dataclasses look there
+    known, places = set(sys.modules), list(sys.path)
+    sys.modules[module.__name__] = module  # where dataclasses look, also those that are made later
     sys.path.insert(0, str(path.parent))
     try:
         exec(compile(source, str(path), "exec"), vars(module))
@@ -103,9 +114,28 @@ def _execute(what: str, path: Path) -> _Executed:
         at = f" in line {lines[-1]}" if lines else ""
         raise ConfigError(f"{what} file {path} cannot be executed: {type(error).__name__}{at}: {error}") from error
     finally:
-        del sys.modules[module.__name__]
-        sys.path.remove(str(path.parent))
-    return _Executed(vars(module), hashlib.sha256(source).hexdigest()[:16])
+        sys.path[:] = places
+        _beside.update(_found_beside(path, set(sys.modules) - known))
+    files = sorted({path, *(Path(str(found.__file__)) for found in _beside.values())})
+    digest = hashlib.sha256(b"".join(source if file == path else file.read_bytes() for file in files))
+    return _Executed(vars(module), {file: file.stat().st_mtime_ns for file in files}, digest.hexdigest()[:16])
+
+
+def _module_name(path: Path) -> str:
+    return f"{_MODULE}{path.stem}_{hashlib.sha256(bytes(path)).hexdigest()[:8]}"
+
+
+def _found_beside(path: Path, names: Iterable[str]) -> dict[str, ModuleType]:
+    """Those of the modules that lie beside a file, as modules or in packages."""
+    found: dict[str, ModuleType] = {}
+    for name in names:
+        origin = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+        if origin is None or getattr(sys.modules[name], "__file__", None) is None:
+            continue
+        top = Path(origin).parent if Path(origin).name == "__init__.py" else Path(origin)
+        if top.parent == path.parent and not name.startswith(_MODULE):
+            found[name] = sys.modules[name]
+    return found
 
 
 def blamed(what: str, place: str, run: Callable[..., Any]) -> Callable[..., Any]:

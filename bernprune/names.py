@@ -62,7 +62,7 @@ CUSTOM = "FILE.py:NAME"  # how custom code is named in a configuration
 def check_name(what: str, name: str, names: Any) -> None:
     """Raises ``ConfigError`` unless ``name`` is one of ``names``, which is one of the types above."""
     if not isinstance(name, str) or name not in get_args(names):
-        raise ConfigError(unknown(what, name, get_args(names)))
+        raise ConfigError(unknown(what, str(name), get_args(names)))
 
 
 def place_of(name: str) -> tuple[str, str] | None:

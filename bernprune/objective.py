@@ -21,6 +21,7 @@ from bernprune.costs import NEVER, Costs, Planner
 from bernprune.errors import BackendError, ConfigError
 from bernprune.kernels.masks import PackedMasks
 from bernprune.losses import LossFunction, TokenLoss, token_loss
+from bernprune.models.hooks import evaluating
 from bernprune.models.masking import LiveMasks, choose_ops, masked
 from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView
@@ -144,6 +145,8 @@ class MaskedObjective:
             raise ConfigError(f"masks must be {wanted.format(size)} for this model, but are {list(masks.shape)}")
         if tokens_BT.ndim != 2 or not len(tokens_BT) or tokens_BT.shape[1] < 2:
             raise ConfigError(f"windows must be [B, T] of at least 2 tokens, but are {list(tokens_BT.shape)}")
+        if tokens_BT.device.type == "cpu":  # elsewhere it would have to wait
+            self._view.check_windows(tokens_BT)
 
     @torch.inference_mode()
     def _losses_of_rows(
@@ -296,11 +299,13 @@ def masked_objective(
         kind: ``cross-entropy``, ``kl`` to the dense model's predictions, or a function; see ``custom_loss``.
 
     Raises:
-        ConfigError: an unknown kind, or a function of something else.
+        ConfigError: an unknown kind, a function of something else, or no rows.
     """
     loss = token_loss(kind)
+    if rows_per_forward < 1:
+        raise ConfigError(f"rows_per_forward must be 1 or more, but is {rows_per_forward}")
     ops = ops or choose_ops("auto", view)
-    with masked(view, ops) as live:
+    with evaluating(view.model), masked(view, ops) as live:
         yield MaskedObjective(view, live, loss, rows_per_forward, before_pass, costs)
 
 

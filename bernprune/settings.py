@@ -62,11 +62,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"config file {path} must hold keys and values, but holds {str(data)[:80]!r}")
-    sections = [_as_section(key, value) for key, value in data.items()]
-    twice = _repeated([key for section in sections for key in _keys(section)])
+    try:
+        twice = _repeated([key for name, value in data.items() for key in _keys(_as_section(name, value))])
+    except RecursionError:
+        raise ConfigError(f"config file {path} holds an alias of what it lies in") from None
     if twice is not None:
         raise ConfigError(f"config file {path}: setting {twice!r} is given twice")
-    return functools.reduce(merge, sections, {})
+    return nested(data)
+
+
+def nested(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Data in which ``a.b: c`` stands for ``a: {b: c}``."""
+    return functools.reduce(merge, (_as_section(str(key), value) for key, value in data.items()), {})
 
 
 def _as_section(key: str, value: Any) -> dict[str, Any]:

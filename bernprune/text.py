@@ -53,7 +53,7 @@ def load_documents(
         raise ConfigError(f"max_characters must be at least 1, got {max_characters}")
     texts: Iterator[str] = map(_without_surrogates, _texts(source, split, max_characters))
     if joined_by is not None:
-        texts = iter([joined_by.join(_first_characters(texts, max_characters))])
+        texts = iter([_without_surrogates(joined_by).join(_first_characters(texts, max_characters))])
     documents = list(_first_characters((text for text in texts if text.strip()), max_characters))
     if not documents:
         raise DataError(f'"{source}" holds no text: all that was read of it is blank')
@@ -98,7 +98,7 @@ def _texts(source: str, split: prose.Split, max_characters: int | None) -> Itera
     if mode is None:
         return _named_dataset_texts(source)
     if stat.S_ISDIR(mode):  # before any colon is given a meaning: a folder's own name may hold one
-        return _dataset_texts(str(path), is_folder=True)
+        return _dataset_texts(os.path.abspath(path), is_folder=True)  # datasets takes "." for no name
     if not stat.S_ISREG(mode):
         raise DataError(f'"{path}" is neither a file nor a folder')
     return _file_texts(path, max_characters)
@@ -213,7 +213,7 @@ def _named_dataset_texts(source: str) -> Iterator[str]:
     if not is_folder and (_looks_like_path(name) or _looks_like_path(source)):
         raise DataError(f'text file or folder "{source}" does not exist')
     config, split = [part or None for part in (*rest, "", "")][:2]
-    return _dataset_texts(str(path) if is_folder else name, config, split, is_folder=is_folder)
+    return _dataset_texts(os.path.abspath(path) if is_folder else name, config, split, is_folder=is_folder)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from bernprune.errors import ModelError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.names import CapName, Kind
 
 # Coarse before fine: the order of the groups within a layer, so that a parent always precedes its children.
@@ -298,18 +298,18 @@ class UnitSpace:
         return self.inherit(masks_RU, torch.logical_and)
 
     def plan(self, mask_U: torch.Tensor) -> "KeepPlan":
-        """What one mask keeps, in terms of kv groups and channels."""
+        """What one mask keeps, in terms of kv groups and channels. Raises ``ConfigError`` for what is no mask."""
+        if mask_U.shape != (self.size,) or not ((mask_U == 0) | (mask_U == 1)).all():
+            raise ConfigError(f"a mask must be [{self.size}] of 0 and 1, but is {list(mask_U.shape)} or holds others")
         alive = self.alive(mask_U.bool().cpu())
-        return KeepPlan(
-            self.architecture,
-            tuple(
-                LayerPlan(
-                    self._kept(alive, layer, "kv_group", shape.kv_groups),
-                    self._kept(alive, layer, "channel", shape.channels),
-                )
-                for layer, shape in enumerate(self.architecture.layers)
-            ),
+        layers = (
+            LayerPlan(
+                self._kept(alive, layer, "kv_group", shape.kv_groups),
+                self._kept(alive, layer, "channel", shape.channels),
+            )
+            for layer, shape in enumerate(self.architecture.layers)
         )
+        return KeepPlan(self.architecture, tuple(layers))
 
     def mask(self, plan: "KeepPlan") -> torch.Tensor:
         """A mask that keeps what a plan keeps, bool ``[U]``; a block is kept if any part of it stays."""

@@ -395,6 +395,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: ["prune", str(p.file("c.yaml", "search: {<<: {masks: 4}, seed: 4, seed: 5}"))],
         ("c.yaml", "'seed' is given twice"),
     ),
+    "config-in-itself": (lambda p: ["prune", str(p.file("c.yaml", "search: &a {masks: *a}"))], ("c.yaml", "alias")),
     "home-of-nobody": (lambda p: p.prune("data.text=~nosuchuser/x.txt"), ("~nosuchuser/x.txt", "does not exist")),
     "config-key-unknown": (lambda p: ["prune", str(p.file("c.yaml", "modle: {}"))], ("'modle'", "'model'")),
     # windows, devices, backends

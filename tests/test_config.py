@@ -594,3 +594,11 @@ def test_an_example_file_loads(path: Path) -> None:
 def test_examples_are_read() -> None:
     """Only files that the test above finds are in configs/."""
     assert [path.name for path in (REPOSITORY / "configs").iterdir() if path.suffix != ".yaml"] == []
+
+
+def test_keys_may_be_dotted() -> None:
+    """As in a file, and beside the sections that they lie in."""
+    config = make_config({"search.masks": 4, "search": {"windows": 3}, "budget.sparsity": 0.4})
+    assert (config.search.masks, config.search.windows, config.budget.sparsity) == (4, 3, 0.4)
+    with pytest.raises(ConfigError, match=r"'search\.maks' is unknown; did you mean 'search\.masks'"):
+        make_config({"search.maks": 4})

@@ -27,6 +27,7 @@ from tiny_run import (
 from tolerances import LOGITS, assert_close
 
 from bernprune.config import make_config
+from bernprune.custom import defined_at, digest_of
 from bernprune.errors import ConfigError, RunError
 from bernprune.losses import token_loss
 from bernprune.models.view import describe
@@ -258,6 +259,16 @@ class Many(LeaveOneOut):
 
 class Uncounted(LeaveOneOut):
     min_masks = "two"
+
+
+class Whole(LeaveOneOut):
+    def advantages(self, losses_BKC, reference_BC):
+        return losses_BKC.long()
+
+
+class Unknown(LeaveOneOut):
+    def advantages(self, losses_BKC, reference_BC):
+        return losses_BKC * float("nan")
 
 
 class Broken(LeaveOneOut):
@@ -568,6 +579,9 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Elsewhere", "Elsewhere must begin as a MaskSearch, but began as 3"),
         ("search.baseline={}:Signs", "Signs must be a class of baselines, but lacks min_masks, advantages"),
         ("search.baseline={}:Many", "needs at least 99 masks a step, but got 3"),
+        ("search.baseline={}:Whole", "Whole must give finite advantages, but gave some of int64 that are not"),
+        ("search.baseline={}:Endless", "Endless must be a class of baselines"),
+        ("search.baseline={}:Unknown", "Unknown must give finite advantages, but gave some of float64 that are not"),
         ("search.baseline={}:Broken", "Broken failed in line"),
         ("search.objective={}:one", "one must take logits, next tokens and"),
         ("search.objective={}:Signs", "Signs must be a function, but is 'Signs'"),
@@ -648,3 +662,46 @@ def test_places_are_made_absolute(own: Path, monkeypatch: pytest.MonkeyPatch, pl
     assert absolute({"search": {"masks": 3, "method": "posterior"}})["search"] == {"masks": 3, "method": "posterior"}
     succeed(*place.prune(*PLAIN, "search.method=mine.py:Signs"))
     assert RunFolder(place.out).read_config().search.method == f"{own}:Signs"
+
+
+def test_each_file_has_the_siblings_that_it_has_now(tmp_path: Path) -> None:
+    """Those of another folder may have the same names, and they may be edited; a digest is of them, too."""
+    (tmp_path / "other").mkdir()
+    for folder, value in ((tmp_path, "here"), (tmp_path / "other", "there")):
+        (folder / "helper.py").write_text(f"VALUE = {value!r}")
+        (folder / "mine.py").write_text("import helper\n\ndef value():\n    return helper.VALUE\n")
+    here, there = (str(folder / "mine.py") for folder in (tmp_path, tmp_path / "other"))
+
+    def value(file: str) -> str:
+        return defined_at("score", file, "value", callable)()
+
+    assert [value(file) for file in (here, there, here)] == ["here", "there", "here"]
+    digests = [digest_of("score", file) for file in (here, there)]
+    (tmp_path / "helper.py").write_text("VALUE = 'changed'")
+    assert [value(file) for file in (here, there)] == ["changed", "there"]
+    assert [digest_of("score", file) == digest for file, digest in zip((here, there), digests, strict=True)] == [0, 1]
+
+
+def test_code_may_look_for_its_module_later(tmp_path: Path) -> None:
+    """As dataclasses with annotations of text do."""
+    source = """
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+def make():
+    @dataclass
+    class Made:
+        number: int = 3
+
+    return Made()
+"""
+    (tmp_path / "mine.py").write_text(source)
+    assert defined_at("score", str(tmp_path / "mine.py"), "make", callable)().number == 3
+
+
+def test_code_may_spoil_paths_and_modules(tmp_path: Path) -> None:
+    before = list(sys.path)
+    (tmp_path / "mine.py").write_text("import sys\nsys.path.clear()\ndel sys.modules[__name__]\nvalue = 3\n")
+    assert defined_at("score", str(tmp_path / "mine.py"), "value", callable) == 3 and sys.path == before

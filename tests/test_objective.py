@@ -364,3 +364,43 @@ def test_gradients_go_back_in_parts_too(kind: str, monkeypatch: pytest.MonkeyPat
     in_parts.mean().backward()
     all_at_once.mean().backward()
     assert_close(found.grad, expected.grad, EXACT)
+
+
+def test_masks_hold_within_their_block_alone() -> None:
+    """Behind it, and while another one masks the same layers, they would change nothing, which is said."""
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 5)
+    masks_KU = random_masks(view, 2)
+    with masked_objective(view, OPS) as outer:
+        expected_K = outer.losses(masks_KU, tokens_BT)
+        with masked_objective(view, OPS) as inner:
+            assert torch.equal(inner.losses(masks_KU, tokens_BT), expected_K)
+            with pytest.raises(ConfigError, match="masks are set where they do not hold"):
+                outer.losses(masks_KU, tokens_BT)
+        assert torch.equal(outer.losses(masks_KU, tokens_BT), expected_K)
+    for objective in (outer, inner):
+        with pytest.raises(ConfigError, match="masks are set where they do not hold"):
+            objective.losses(masks_KU, tokens_BT)
+
+
+def test_nothing_is_dropped_out() -> None:
+    """Of a model in training mode, which it is in again afterwards; a module that was not stays so."""
+    model, tokens_BT = tiny_model("llama", attention_dropout=0.5), random_tokens(3, 7)
+    masks_KU = random_masks(describe(model), 2)
+    expected_K = losses_of(describe(model.eval()), masks_KU, tokens_BT, "cross-entropy")
+    model.train().model.norm.eval()
+    assert torch.equal(losses_of(describe(model), masks_KU, tokens_BT, "cross-entropy"), expected_K)
+    assert [name for name, module in model.named_modules() if not module.training] == ["model.norm"]
+
+
+@pytest.mark.parametrize("spoil", ["number", "size", "id"])
+def test_windows_of_something_else_are_refused(spoil: str) -> None:
+    view, tokens_BT = describe(tiny_model("llama")), random_tokens(2, 5)
+    bad = {"number": tokens_BT.float(), "size": tokens_BT.int(), "id": tokens_BT + 10**6}
+    with pytest.raises(ConfigError, match="windows of text"):
+        losses_of(view, random_masks(view, 2), bad[spoil], "cross-entropy")
+
+
+def test_a_pass_has_rows() -> None:
+    view = describe(tiny_model("llama"))
+    with pytest.raises(ConfigError, match="rows_per_forward must be 1 or more, but is 0"):
+        losses_of(view, random_masks(view, 2), random_tokens(2, 5), "cross-entropy", rows_per_forward=0)

@@ -316,3 +316,28 @@ def test_learned_weights_lose_least() -> None:
     with masked_objective(view) as objective:
         losses = objective.losses(masks, WINDOWS_WT[::4])
     assert losses[0] <= losses.min() + 1e-12
+
+
+@pytest.mark.parametrize("name", ["taylor-vector", "taylor-element", "taylor-second", "hywia", "ifso"])
+def test_gradients_do_not_depend_on_the_mode_of_the_caller(name: str) -> None:
+    view = describe(tiny_model("llama", torch.float32))
+    expected_U = initial_scores(view, WINDOWS_WT, SCORES[name])
+    for mode in (torch.inference_mode(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16)):
+        with mode:
+            assert torch.equal(initial_scores(view, WINDOWS_WT.clone(), SCORES[name]), expected_U)
+
+
+@pytest.mark.parametrize("name", ["wanda-sp", "taylor-vector", "mini-llm", "block-influence"])
+def test_scores_know_no_dropout(name: str) -> None:
+    """Of a model in training mode, which it is in again afterwards."""
+    model = tiny_model("llama", torch.float32, attention_dropout=0.5)
+    kinds = ("attention", "ffn") if name == "block-influence" else ("kv_group", "channel")
+    expected_U = initial_scores(describe(model.eval(), kinds), WINDOWS_WT, SCORES[name])
+    assert torch.equal(initial_scores(describe(model.train(), kinds), WINDOWS_WT, SCORES[name]), expected_U)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_metric_runs_rows() -> None:
+    view = describe(tiny_model("llama", torch.float32))
+    with pytest.raises(ConfigError, match="rows_per_forward must be 1 or more, but is -1"):
+        initial_scores(view, WINDOWS_WT, SCORES["flap"], rows_per_forward=-1)

@@ -375,3 +375,21 @@ def test_priorities_that_are_none_are_refused(spoil: str) -> None:
     select(good, Budget(FLAT, 0.3))
     with pytest.raises(BudgetError, match=f"{FLAT.size} finite priorities"):
         select(bad[spoil], Budget(FLAT, 0.3))
+
+
+def test_a_core_is_a_selection() -> None:
+    """In whatever numbers it comes; one of other units is refused."""
+    space, scores_U = FLAT, random_numbers(FLAT.size, 0)
+    core_U = select(scores_U, Budget(space, 0.6))
+    expected_U = select(scores_U.flip(0), Budget(space, 0.3), core_U=core_U)
+    assert not (core_U & ~expected_U).any()
+    for same_U in (core_U.int(), core_U.double()):
+        assert torch.equal(select(scores_U.flip(0), Budget(space, 0.3), core_U=same_U), expected_U)
+    with pytest.raises(BudgetError, match="the core must be a selection of"):
+        select(scores_U, Budget(space, 0.3), core_U=core_U[1:])
+
+
+@pytest.mark.parametrize(("name", "value"), [("channel_multiple", 0), ("channel_multiple", 2.5), ("min_channels", -3)])
+def test_limits_that_cannot_be_are_refused(name: str, value: float) -> None:
+    with pytest.raises(BudgetError, match=f"{name} must be a whole number of"):
+        Limits(**{name: value})  # type: ignore[arg-type]

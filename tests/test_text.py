@@ -123,6 +123,11 @@ def test_half_surrogates_become_question_marks(tmp_path: Path) -> None:
     assert documents(path) == ["a? b", "\U0001f600"]
 
 
+def test_half_surrogates_between_rows_do_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert load_documents(str(tmp_path / "a.jsonl"), split="train", joined_by="\ud800") == ["a?b"]
+
+
 def test_embedded_prose_has_its_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prose, "documents", lambda split, one_file_in: [f"{split} {one_file_in}", "x" * 50])
     assert load_documents("embedded", split="held-out", max_characters=12) == ["held-out 6", "xx"]
@@ -342,6 +347,13 @@ def test_a_folder_of_data_files_is_a_dataset(tmp_path: Path) -> None:
     assert documents(tmp_path) == ["a", "bc"]
     assert documents(f"{tmp_path}:default:test") == ["d"]
     check_refusal(f"{tmp_path}::valid", ["cannot be loaded", "valid"])
+
+
+def test_the_folder_at_hand_is_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also under its shortest name."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert load_documents(".", split="train") == ["a"]
 
 
 def test_folders_that_are_no_dataset_are_refused(tmp_path: Path) -> None:

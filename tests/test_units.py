@@ -28,7 +28,7 @@ from spaces import (
 )
 from tiny_models import random_plan
 
-from bernprune.errors import ModelError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.names import Kind
 from bernprune.units import ANCESTORS, KINDS, Architecture, KeepPlan, LayerPlan, LayerShape, UnitGroup, UnitSpace
 
@@ -321,3 +321,12 @@ def test_every_flipped_bit_of_a_bitmap_is_noticed() -> None:
             flipped["layers"][layer]["channels_bitmap"] = f"{int(bitmap, 16) ^ (1 << bit):0{len(bitmap)}x}"
             with pytest.raises(ModelError, match="bitmap"):
                 KeepPlan.from_dict(flipped)
+
+
+def test_a_plan_is_of_a_mask() -> None:
+    """Whole, of 0 and 1: probabilities would keep all that has one."""
+    mask_U = torch.rand(FLAT.size, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert FLAT.plan(mask_U) == FLAT.plan(mask_U.double()) == FLAT.plan(mask_U.int())
+    for bad in (mask_U[1:], mask_U[None], torch.cat([mask_U, mask_U]), 0.5 * mask_U, mask_U * math.nan):
+        with pytest.raises(ConfigError, match=rf"a mask must be \[{FLAT.size}\] of 0 and 1"):
+            FLAT.plan(bad)

@@ -12,6 +12,7 @@ from tiny_models import VARIANTS, Variant, random_plan, tiny_model
 from tolerances import EXACT, assert_close
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaForSequenceClassification
 
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.slicing import slice_model
@@ -314,3 +315,9 @@ def test_what_is_no_dense_language_model_is_refused() -> None:
     pruned = slice_model(model, random_plan(describe(model).architecture))
     with pytest.raises(ModelError, match="already pruned"):
         describe(pruned)
+
+
+def test_a_model_without_an_output_embedding_is_refused() -> None:
+    model = LlamaForSequenceClassification(tiny_model("llama").config)
+    with pytest.raises(ModelError, match="has no output embedding; give a causal language model"):
+        describe(model)

@@ -37,6 +37,7 @@ from bernprune.run.workload import (
     ROUND_WINDOWS,
     Work,
     Workload,
+    _fitting,
     default_sequences,
     finalist_windows,
     judging_windows,
@@ -441,3 +442,18 @@ def test_auto_otherwise_spends_all(place: Place, monkeypatch: pytest.MonkeyPatch
     succeed("resume", str(again))
     assert steps_of(again) == list(range(STEPS + 1))
     same_run(again, place.out)
+
+
+@pytest.mark.parametrize("rounds", [None, 1, 7])
+def test_as_many_steps_are_planned_as_fit(rounds: int | None) -> None:
+    """One more would not; of any limit, at once."""
+    step, probe = 8, 2
+
+    def used(steps: int) -> int:
+        return steps * step + max(1, min(rounds or steps * 2 // ROUND_WINDOWS, steps)) * probe
+
+    for limit in [*range(10, 400, 13), 10**5 + 7, 10**18]:
+        config = make_config({"search": {"sequences": limit, "rounds": rounds, "windows": 2, "masks": 3}})
+        steps, planned = _fitting(config, limit, step, probe)
+        assert used(steps) <= limit < used(steps + 1)
+        assert planned == (used(steps) - steps * step) // probe

@@ -112,7 +112,7 @@ def check_window(config: Any, window: int) -> None:
 
 def evaluate(
     model: str | Path | ModelConfig,
-    text: str,
+    text: str | Path,
     *,
     window: int = _WINDOW,
     max_tokens: int | None = None,
@@ -141,6 +141,7 @@ def evaluate(
     if max_tokens is not None and max_tokens < window:
         raise ConfigError(f"at least a window of {window} tokens must be evaluated, but {max_tokens} were asked for")
     characters = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
+    text = str(text)
     documents = load_documents(text, split="held-out", max_characters=characters, joined_by=joined_by)
     stream_N = tokenize(tokenizer, documents, vocab_size=config.vocab_size)
     windows_WT = evaluation_windows(stream_N, window, max_windows=None if max_tokens is None else max_tokens // window)

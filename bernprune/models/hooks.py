@@ -1,4 +1,4 @@
-"""Hooks for the length of a block."""
+"""What holds of a model for the length of a block: hooks, and that it is evaluated."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,3 +16,15 @@ def hooked(*hooks: tuple[nn.Module, Hook]) -> Iterator[None]:
         for module, hook in hooks:
             stack.callback(module.register_forward_hook(hook).remove)
         yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards what was in training mode is so again."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

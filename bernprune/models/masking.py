@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bernprune.backends import MaskedOps, load_backend
-from bernprune.errors import BackendError
+from bernprune.errors import BackendError, ConfigError
 from bernprune.kernels.masks import PackedMasks
 from bernprune.models.attending import attending
 from bernprune.models.branches import Branch, CurrentMasks
@@ -164,7 +164,11 @@ class LiveMasks:
             listed_U: units of layers in which kernels had better go by lists of what masks of whole rows keep, bool.
             masks_of_layers: for each layer of the model, which of the masks its rows are under, if layers have
                 different numbers of rows; see ``bernprune.models.sharing``.
+
+        Raises:
+            ConfigError: the block of these masks is over, or there is another one of the same layers within it.
         """
+        self._check_in_place()
         space = self.view.space
         if isinstance(masks, torch.Tensor) and masks.ndim == 3:
             chunks = masks.shape[1]
@@ -179,6 +183,13 @@ class LiveMasks:
                     self._set_branch(branch, now, units, rows, whole=span is None)
                     if isinstance(branch.masks, PackedMasks) and listed_U is not None:
                         branch.masks = replace(branch.masks, listed=bool(listed_U[units.start]))
+
+    def _check_in_place(self) -> None:
+        """Raises ``ConfigError`` where masks would change nothing: behind the block, or in another one within it."""
+        outputs = (getattr(self.view.layers[layer].attention, self.view.family.output) for layer in self._branches)
+        of_ours = {id(branches["kv_group"]) for branches in self._branches.values()}
+        if self._branches and not any(id(getattr(output, "_branch", None)) in of_ours for output in outputs):
+            raise ConfigError("masks are set where they do not hold: behind their with block, or in another within it")
 
     def _current(self, masks: torch.Tensor | PackedMasks, working_U: torch.Tensor | None) -> CurrentMasks:
         """What takes an operation on all units, worked out once for all branches."""

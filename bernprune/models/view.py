@@ -66,7 +66,7 @@ class ModelView:
         """Raises ``ConfigError`` unless these are windows of tokens that the model knows, int64 ``[W, T]``."""
         if windows_WT.ndim != 2 or not windows_WT.numel() or windows_WT.dtype != torch.int64:
             raise ConfigError(
-                "calibration windows must be int64 [W, T] of a token or more, but are "
+                "windows of text must be int64 [W, T] of a token or more, but are "
                 f"{str(windows_WT.dtype).removeprefix('torch.')} {list(windows_WT.shape)}"
             )
         least = int(windows_WT.min())
@@ -74,7 +74,7 @@ class ModelView:
         known = self.model.config.vocab_size
         if least < 0 or most >= known:
             odd = least if least < 0 else most
-            raise ConfigError(f"calibration windows have the token id {odd}, but the model knows 0 to {known - 1}")
+            raise ConfigError(f"windows of text have the token id {odd}, but the model knows 0 to {known - 1}")
 
 
 def describe(
@@ -98,6 +98,8 @@ def describe(
     if len(devices) > 1:
         raise ModelError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
     architecture = architecture_of(model)
+    if model.get_output_embeddings() is None:
+        raise ModelError(f"a {type(model).__name__} has no output embedding; give a causal language model")
     family = family_of(architecture.model_type)
     modules = getattr(getattr(model, family.decoder), family.layers)
     layers = tuple(

@@ -159,6 +159,8 @@ def make_baseline(name: BaselineName, *, window: int, num_masks: int) -> Baselin
         ConfigError: unknown name, or more masks a step are needed than given.
     """
     check_name("baseline", name, BaselineName)
+    if window < 1:
+        raise ConfigError(f"a baseline remembers 1 step or more, but is to remember {window}")
     baseline: Baseline = BASELINES[name](window, num_masks)
     check_masks(name, baseline, num_masks)
     return baseline

@@ -120,6 +120,8 @@ class PosteriorSearch(MaskSearch):
         super().__init__(budget, probs_U, seed=seed, design=design)
         if design.masks < 2:
             raise ConfigError(f"the posterior policy needs at least 2 masks on the same text, but got {design.masks}")
+        if not round_steps > 0:
+            raise ConfigError(f"a round must have more than 0 steps, but has {round_steps:g}")
         if not 0 < floor < ceiling < 1:
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
         if not len(scores_US) == budget.space.size:

@@ -99,6 +99,11 @@ class ReinforceSearch(MaskSearch):
                 f"baseline {type(self.baseline).__name__} must give advantages {list(returns_BKC.shape)}, but gave "
                 f"{getattr(advantages_BKC, 'shape', advantages_BKC)!r:.100}"
             )
+        if not advantages_BKC.is_floating_point() or not advantages_BKC.isfinite().all():
+            raise ConfigError(
+                f"baseline {type(self.baseline).__name__} must give finite advantages, but gave some of "
+                f"{str(advantages_BKC.dtype).removeprefix('torch.')} that are not"
+            )
         # The mean over masks, but the sum over the chunks of each.
         chunks = losses_BKC.shape[-1]
         gradient_U = chunks * reinforce(

@@ -171,6 +171,8 @@ class MaskSearch(ABC):
                 f"masks of B windows, K each, for C chunks are told with losses [B, K, C], here "
                 f"{list(masks_BKCU.shape[:-1])}, but got {list(losses_BKC.shape)}"
             )
+        if not losses_BKC.isfinite().all():
+            raise ConfigError("losses must be finite numbers, but some are not")
         given, asked = masks_BKCU.shape[1], self.design.masks
         if self.design.sampling == "antithetic" and given != asked:
             raise ConfigError(f"antithetic masks are told all together: {asked} on each text, but got {given}")

@@ -36,6 +36,13 @@ class Limits:
     min_channels: int = 1
     channel_multiple: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises ``BudgetError``."""
+        for name, least in (("min_kv_groups", 0), ("min_channels", 0), ("channel_multiple", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise BudgetError(f"{name} must be a whole number of {least} or more, but is {value!r}")
+
 
 @dataclass(frozen=True)
 class _Parts:
@@ -98,6 +105,10 @@ def select(
             raise BudgetError(
                 f"{size} finite priorities are needed, but got {tuple(values_U.shape)} or some not finite"
             )
+    if core_U is not None:
+        if core_U.shape != (size,):
+            raise BudgetError(f"the core must be a selection of {size} units, but is {list(core_U.shape)}")
+        core_U = core_U.bool()
     limits = limits or Limits()
     parts = _parts(priorities_U, budget, limits, tie_break_U, core_U)
     mask_U = _taken(parts, budget, (), nested=core_U is not None)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bernprune.errors import BernpruneError, ConfigError
+from bernprune.models.hooks import evaluating
 from bernprune.models.view import ModelView
 from bernprune.names import RepairName, TargetName, check_name
 from bernprune.progress import followed
@@ -80,7 +81,7 @@ class Repairer:
         """
         self._check(plan, method)
         done = Repair(method)
-        with done.originals.put_back_on_error():
+        with evaluating(self.view.model), done.originals.put_back_on_error():
             self._run(plan, method, done)
         return done
 
@@ -125,6 +126,8 @@ class Repairer:
         check_name("repair target", self.target, TargetName)
         if not self.ridges or not all(0 < ridge < math.inf for ridge in self.ridges):
             raise ConfigError(f"ridges must be one or more numbers above 0, but are {list(self.ridges)}")
+        if self.rows_per_forward < 1:
+            raise ConfigError(f"rows_per_forward must be 1 or more, but is {self.rows_per_forward}")
         self.view.check_windows(self.windows_WT)
         check_places(self.view, plan)
         if method == "bias" and not self.biases:

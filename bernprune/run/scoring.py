@@ -185,7 +185,7 @@ def score_model(config: RunConfig, out: str | Path | None = None) -> dict[str, A
             raise RunError(f"output {out} exists and holds no scores; give a file that does not exist")
     notes, name = dict[str, float](), config.initial.score
     with unchanging(), blaming(custom_places(config)):
-        stage = set_stage(config)
+        stage = set_stage(config, chooses=False)
         started = time.monotonic()
         with quick_products(stage.view.device, stage.view.model.dtype):
             scores_U = scores_of(stage, name, notes)

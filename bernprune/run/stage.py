@@ -146,8 +146,11 @@ def row_bytes(config: RunConfig, view: ModelView) -> int:
     return entries * view.model.dtype.itemsize
 
 
-def set_stage(config: RunConfig) -> Stage:
+def set_stage(config: RunConfig, *, chooses: bool = True) -> Stage:
     """Load and check everything that a run needs; nothing is written.
+
+    Args:
+        chooses: whether there will be a choice among finalists, which may have too little text of its own.
 
     Raises:
         BernpruneError: of the kind that says what does not exist, fit or suffice.
@@ -174,7 +177,7 @@ def set_stage(config: RunConfig) -> Stage:
     budget, limits = make_budget(config, view.space), make_limits(config)
     try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
-    learned, kept_back = _keep_back(config, stream, workload, view.space)
+    learned, kept_back = _keep_back(config, stream, workload, view.space, warn=chooses)
     with prefixed(config.data.text, DataError):
         train, initial_WT = _windows(config, learned), _initial_windows(config, learned)
     check_scoring(config, view, initial_WT)
@@ -250,7 +253,7 @@ def _windows(config: RunConfig, stream: torch.Tensor) -> TokenWindows:
 
 
 def _keep_back(
-    config: RunConfig, stream: torch.Tensor, workload: Workload, space: UnitSpace
+    config: RunConfig, stream: torch.Tensor, workload: Workload, space: UnitSpace, *, warn: bool
 ) -> tuple[torch.Tensor, TokenWindows | None]:
     """The stream to learn from and, if it may be read more than once, what of it the final choice has for itself."""
     window, num_windows = config.data.window, len(stream) // config.data.window
@@ -263,10 +266,11 @@ def _keep_back(
         min(math.ceil(min(choosing, num_windows)), num_windows // _KEPT_BACK, num_windows - config.search.windows)
     )
     if count < _LEAST_KEPT_BACK:
-        logger.warning(
-            "%d windows of text are too few to keep some back: finalists are judged on text that was learned from",
-            num_windows,
-        )
+        if warn:
+            logger.warning(
+                "%d windows of text are too few to keep some back: finalists are judged on text that was learned from",
+                num_windows,
+            )
         return stream, None
     cut = len(stream) - count * window
     return stream[:cut], TokenWindows(stream[cut:], window=window, seed=config.seed)

@@ -216,11 +216,18 @@ def _look(search: SearchConfig, space: UnitSpace) -> tuple[int, int]:
 def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences: int) -> tuple[int, int]:
     """The most steps that fit, and their rounds."""
     search, least_steps = config.search, _least_round(config)
-    for steps in range(limit // step_sequences, least_steps - 1, -1):
-        rounds = max(1, min(search.rounds or steps * search.windows // ROUND_WINDOWS, steps // least_steps))
-        if steps * step_sequences + rounds * probe_sequences <= limit:
-            return steps, rounds
-    return 0, 0
+
+    def rounds_in(steps: int) -> int:
+        return max(1, min(search.rounds or steps * search.windows // ROUND_WINDOWS, steps // least_steps))
+
+    fits, most = least_steps - 1, limit // step_sequences
+    while fits < most:  # more steps never cost less
+        steps = (fits + most + 1) // 2
+        if steps * step_sequences + rounds_in(steps) * probe_sequences <= limit:
+            fits = steps
+        else:
+            most = steps - 1
+    return (fits, rounds_in(fits)) if fits >= least_steps else (0, 0)
 
 
 def _least_round(config: RunConfig) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError, ModelError
+from bernprune.models.hooks import evaluating
 from bernprune.models.masking import choose_ops
 from bernprune.models.view import ModelView
 from bernprune.names import Allocation, Kind
@@ -159,9 +160,15 @@ def run_metric(
     """Scores of all units, float64 ``[U]``, checked; see ``bernprune.scores.initial_scores``."""
     metric.check(view.space.finest, options)
     metric.check_model(view, windows_WT)
+    if rows_per_forward < 1:
+        raise ConfigError(f"rows_per_forward must be 1 or more, but is {rows_per_forward}")
     ops = ops or choose_ops("auto", view)
-    context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
-    scores_U = checked_scores(metric, context)
+    # Some metrics take gradients, whatever the caller's mode is.
+    plain = torch.autocast(view.device.type, enabled=False)
+    with evaluating(view.model), torch.inference_mode(False), torch.enable_grad(), plain:
+        windows_WT = windows_WT.clone()  # of one of inference no gradient could be taken
+        context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
+        scores_U = checked_scores(metric, context)
     for name, value in context.notes.items():
         context.notes[name] = _checked_note(metric, name, value)
         logger.info("score %s: %s %.4g", metric.name, name, context.notes[name])

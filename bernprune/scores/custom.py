@@ -63,6 +63,10 @@ def _guarded(place: str, score: Callable[..., Any]) -> Callable[..., torch.Tenso
 def _tensor(name: str, found: Any) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         raise ConfigError(f"score {name} must give a tensor, but gave {found!r:.100}")
+    if found.layout != torch.strided or found.is_meta:
+        raise ConfigError(
+            f"score {name} must give a dense tensor with values, but gave {found.layout} on {found.device}"
+        )
     return found
 
 
