@@ -37,7 +37,8 @@ HERE = Path(__file__).parent
 LEARNED = HERE.parent / "learning" / "results.jsonl"
 KEY = ("model", "plan", "sparsity", "seed", "repair", "target", "biases")
 SEEDS, SPARSITIES = [0, 1, 2, 3, 4], [0.3, 0.2, 0.5]
-PLANS = ["wanda-sp", "flap", "default", "refitted", "wanda-sp/search", "ifso-repaired/uniform", "evopress", "l0"]
+PLANS = ["wanda-sp", "flap", "wanda-sp/search", "ifso-repaired/uniform"]  # of metrics
+PLANS += ["default", "refitted", "evopress", "l0", "paper"]  # learned
 WINDOWS, JUDGING = 128, 43
 # Method, what outputs are fitted to, and whether there are biases that the family has not.
 REPAIRS: dict[str, tuple[Any, Any, bool]] = {
