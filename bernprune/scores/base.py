@@ -163,10 +163,10 @@ def run_metric(
     if rows_per_forward < 1:
         raise ConfigError(f"rows_per_forward must be 1 or more, but is {rows_per_forward}")
     ops = ops or choose_ops("auto", view)
-    # Some metrics take gradients, whatever the caller's mode is.
-    plain = torch.autocast(view.device.type, enabled=False)
-    with evaluating(view.model), torch.inference_mode(False), torch.enable_grad(), plain:
-        windows_WT = windows_WT.clone()  # of one of inference no gradient could be taken
+    as_it_is = torch.autocast(view.device.type, enabled=False)
+    # Out of inference mode gradients can be taken, as some metrics do, whatever the caller's mode is.
+    with evaluating(view.model), torch.inference_mode(False), as_it_is:
+        windows_WT = windows_WT.clone()  # which may have been made in inference mode
         context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
         scores_U = checked_scores(metric, context)
     for name, value in context.notes.items():
