@@ -25,7 +25,7 @@ def test_rows_are_filled_once(place: Place, tmp_path: Path, monkeypatch: pytest.
     mask_U = task_of(source).uniform_mask()
     monkeypatch.setitem(run.SEQUENCES, "tiny", 10_000)
     for method, sequences in itertools.product(
-        ("default", "evopress", "l0"), (40, 10_000)
+        ("default", "evopress", "l0", "paper"), (40, 10_000)
     ):  # of few, the rows are not meant
         kept_U = mask_U if sequences > 40 else torch.ones_like(mask_U)
         place_of = {
