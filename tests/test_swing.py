@@ -237,6 +237,17 @@ def test_a_search_that_swings_may_stop_and_go_on(stop: int, tmp_path: Path) -> N
     assert_resumes(lambda: make_search(FLAT, design=Design(3, 4, 2, "antithetic", 0.5)), learn, stop, tmp_path)
 
 
+def test_levels_tell_nothing_where_masks_are_missing() -> None:
+    """Those that are left do not add up to zero. What single units did is learned all the same, at the round's end."""
+    search = make_search(design=Design(1, 4, 1, "independent", 1.0), round_steps=3)
+    for step, given in enumerate((4, 3, 2)):
+        masks_BKCU = some_rows(search.ask(step), (slice(None), slice(given)))
+        state = search.state_dict()
+        assert (state["count"], state["swung"]["count"]) == (step, min(step, 1))
+        search.tell(masks_BKCU, linear(masks_BKCU, step), learning_rate=1.0)
+    assert search.rounds == 1 and search.worth_U.isfinite().all() and search.worth_U.any()
+
+
 def test_some_windows_may_be_missing() -> None:
     """Those told are learned from as if the others had never been; a tensor has lost its levels."""
     few, many = (make_search(FLAT, design=Design(4, 4, 2, "antithetic", 0.5), round_steps=1) for _ in range(2))

@@ -265,8 +265,8 @@ class PosteriorSearch(MaskSearch):
         masks = self.design.masks
         space = self.budget.space
         found = []
-        if not sums.count or not sums.variance_U()[space.of_groups("channel")].all():
-            return []  # the losses did not differ
+        if sums.count < _LEAST_ESTIMATES or not sums.variance_U()[space.of_groups("channel")].all():
+            return []  # too few told of levels, or their losses did not differ
         strength = 2 * (masks // 2) / (masks - 1)
         for group, members_N in zip(space.of_groups("channel"), space.by_layer("channel"), strict=True):
             amplitude_N = self._amplitude_U[members_N]
