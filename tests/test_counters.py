@@ -1,11 +1,5 @@
 """The random numbers of masks: Philox as published, laid out as documented, so that a kernel can repeat them."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -73,38 +67,12 @@ def test_words_stand_where_they_are_documented(seed: int, row: int, step: int, u
     assert words_RU.tolist() == [[literal_word(seed, step, r, unit) for unit in units] for r in rows_R.tolist()]
 
 
-TRITON = """
-import torch, triton, triton.language as tl
-
-
-@triton.jit
-def kernel(words, seed, row, low, high, UNITS: tl.constexpr):
-    fours = tl.arange(0, UNITS // 4).to(tl.uint32)
-    zeros = fours * 0
-    parts = tl.philox(seed, fours, zeros + row.to(tl.uint32), zeros + low.to(tl.uint32), zeros + high.to(tl.uint32))
-    for part in tl.static_range(4):
-        tl.store(words + 4 * tl.arange(0, UNITS // 4) + part, parts[part].to(tl.int64))
-
-
-from bernprune.policy.counters import mask_words
-from bernprune.seeding import counter_key
-
-for seed, row, step in PLACES:
+@pytest.mark.parametrize(("seed", "row", "step"), PLACES)
+def test_triton_has_the_same_words(seed: int, row: int, step: int, device: torch.device) -> None:
+    """Its own philox, by the layout that the module documents."""
+    words_kernel = pytest.importorskip("philox_kernel", reason="triton is not installed").words_kernel
     first, second = counter_key(seed, "masks")
     signed = (first | second << 32) - (second >> 31 << 64)
-    words = torch.zeros(64, dtype=torch.int64)
-    kernel[(1,)](words, signed, row, step % 2**32, step >> 32, UNITS=64)
-    assert torch.equal(words, mask_words(seed, step, torch.tensor([row]), range(64))[0]), (seed, row, step)
-print("equal")
-"""
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_triton_has_the_same_words(tmp_path: Path) -> None:
-    """Its own philox, interpreted, by the layout that the module documents."""
-    script = tmp_path / "words.py"  # a kernel's source must lie in a file
-    script.write_text(TRITON.replace("PLACES", repr(PLACES)))
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": root}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
+    words_U = torch.zeros(64, dtype=torch.int64, device=device)
+    words_kernel[(1,)](words_U, signed, row, step % 2**32, step >> 32, UNITS=64)
+    assert torch.equal(words_U.cpu(), mask_words(seed, step, torch.tensor([row]), range(64))[0])

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,18 +15,17 @@ from typing import Any
 
 import pytest
 import torch
+from children import Child
 from spaces import random_numbers
 from tiny_run import (
     METHODS,
     SETTINGS,
     Place,
-    ended,
     finish,
     in_one_sentence,
     interrupted,
     read_json,
     run,
-    spawn,
     state_of,
     stopped_in_step,
     succeed,
@@ -467,13 +465,10 @@ def test_an_interrupted_choice_goes_on(heat: int, number: signal.Signals, place:
 def test_a_killed_choice_goes_on(place: Place, tmp_path: Path) -> None:
     """SIGKILL between two heats of a slow one: what was saved counts, the rest is repeated."""
     slow = ("search.rows_per_forward=1", "search.sequences=720", "search.selection=0.8")
-    process = spawn(arguments(place, *slow), place.folder)
-    deadline = time.monotonic() + 90
-    while not (place.out / "finals.safetensors").is_file():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert ended(process).code == -signal.SIGKILL
+    child = Child(arguments(place, *slow), place.folder)
+    child.wait_for((place.out / "finals.safetensors").is_file)
+    child.signal(signal.SIGKILL)
+    assert child.ended().code == -signal.SIGKILL
     ran = heats_of(place.out)
     with pytest.MonkeyPatch.context() as patch:
         numbers = before_race(patch, lambda _: None)

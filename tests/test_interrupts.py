@@ -7,22 +7,21 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from children import Child
 from tiny_run import (
     METHODS,
+    PASSES,
     PASSES_OF,
     PROBE,
     SETTINGS,
     STEPS,
     Outcome,
     Place,
-    ended,
     finish,
     in_one_sentence,
     interrupted,
@@ -30,7 +29,6 @@ from tiny_run import (
     run,
     same_run,
     settings,
-    spawn,
     steps_of,
     stopped_in_step,
     succeed,
@@ -48,43 +46,31 @@ from bernprune.run.signals import Interrupted, signals
 from bernprune.run.stage import set_stage
 from bernprune.settings import merge, parse_settings, read_yaml
 
-# 20 steps of a twentieth of a second, so that a signal meets a search at work; a checkpoint within a round, or a
-# baseline with a memory; and what was learned is what is kept.
-SLOW = (
-    "search.masks=8",
-    "search.rows_per_forward=1",
-    "search.checkpoint_steps=10",
-    "search.selection=0",
-)
-SLOW_RUNS = {
-    "posterior-chunk": (*SLOW, *METHODS["posterior-chunk"], "search.sequences=370", "search.rounds=5"),
-    "posterior-refit": (
-        *(*SLOW, *METHODS["posterior-chunk"], "search.sequences=370", "search.rounds=5"),
-        "search.refit=true",
+# 20 steps; a checkpoint within a round, or a baseline with a memory; and what was learned is what is kept. Those of one
+# run take a twentieth of a second each, so that a signal from without meets a search at work.
+CHUNKS = (*METHODS["posterior-chunk"], "search.rounds=5", "search.checkpoint_steps=10")
+RUNS = {
+    "slow": (*CHUNKS, "search.masks=8", "search.rows_per_forward=1", "search.sequences=370"),
+    "posterior": (*CHUNKS, f"search.sequences={20 * PASSES + 5 * PROBE}"),
+    "refit": (*CHUNKS, f"search.sequences={20 * PASSES + 5 * PROBE}", "search.refit=true"),
+    "reinforce": (
+        *METHODS["reinforce"],
+        *("search.checkpoint_steps=10", f"search.sequences={20 * PASSES}", "search.baseline=matched"),
     ),
-    "reinforce": (*SLOW, *METHODS["reinforce"], "search.sequences=360", "search.baseline=matched"),
 }
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(prepared: Place, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The slow run of a method with nothing in its way."""
-    return functools.cache(lambda method: finish(prepared, tmp_path_factory.mktemp(method), *SLOW_RUNS[method]))
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert process.poll() is None, f"it ended before its time: {process.communicate()}"
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.005)
+    """A run with nothing in its way."""
+    return functools.cache(lambda name: finish(prepared, tmp_path_factory.mktemp(name), *RUNS[name]))
 
 
 def kill(place: Place, command: list[str]) -> None:
-    process = spawn(command, place.folder)
-    wait_for((place.out / "checkpoints" / "step-00000010.safetensors").is_file, process)
-    process.send_signal(signal.SIGKILL)
-    assert ended(process).code == -signal.SIGKILL
+    child = Child(command, place.folder)
+    child.wait_for((place.out / "checkpoints" / "step-00000010.safetensors").is_file)
+    child.signal(signal.SIGKILL)
+    assert child.ended().code == -signal.SIGKILL
 
 
 def leave_as_if_killed(place: Place, command: list[str]) -> None:
@@ -95,14 +81,12 @@ def leave_as_if_killed(place: Place, command: list[str]) -> None:
     kept.rename(place.out)
 
 
-@pytest.mark.parametrize("method", SLOW_RUNS)
-def test_twenty_steps_are_ten_and_a_kill_and_ten(
-    method: str, place: Place, uninterrupted: Callable[[str], Path]
-) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_twenty_steps_are_ten_and_a_kill_and_ten(name: str, place: Place, uninterrupted: Callable[[str], Path]) -> None:
     """A process killed by SIGKILL after its checkpoint at step 10, and resumed, repeats the other to the last bit."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
-    command = [*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)]
-    if method == "posterior-chunk":
+    command = [*place.prune(*RUNS[name]), "--eval-text", str(held_out)]
+    if name == "slow":
         kill(place, command)
     else:
         leave_as_if_killed(place, command)
@@ -112,20 +96,20 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten(
     succeed("resume", str(place.out))
     assert steps_of(place.out) == list(range(20))
     assert len(list((place.out / "checkpoints").iterdir())) == 2
-    same_run(place.out, uninterrupted(method))
+    same_run(place.out, uninterrupted(name))
 
 
 def test_an_interrupted_search_says_how_to_go_on(place: Place, uninterrupted: Callable[[str], Path]) -> None:
     """A checkpoint at the step at work, exit code 130, and a command that finishes the same run."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
-    process = spawn([*place.prune(*SLOW_RUNS["posterior-chunk"]), "--eval-text", str(held_out)], place.folder)
+    child = Child([*place.prune(*RUNS["slow"]), "--eval-text", str(held_out)], place.folder)
     metrics = place.out / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2, process)
-    process.send_signal(signal.SIGINT)
-    done = ended(process)
+    child.wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 2)
+    child.signal(signal.SIGINT)
+    done = child.ended()
     steps = len(steps_of(place.out))
     assert 2 <= steps < 20
-    goes_on(place, done, steps, uninterrupted("posterior-chunk"))
+    goes_on(place, done, steps, uninterrupted("slow"))
 
 
 def goes_on(place: Place, done: Outcome, steps: int, uninterrupted: Path) -> None:
@@ -137,17 +121,17 @@ def goes_on(place: Place, done: Outcome, steps: int, uninterrupted: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("number", "method"),
-    [(signal.SIGTERM, "posterior-chunk"), (signal.SIGHUP, "posterior-chunk"), (signal.SIGINT, "reinforce")],
+    ("number", "name"),
+    [(signal.SIGTERM, "posterior"), (signal.SIGHUP, "posterior"), (signal.SIGINT, "reinforce")],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_other_signals_interrupt_a_search_alike(
-    number: signal.Signals, method: str, place: Place, uninterrupted: Callable[[str], Path]
+    number: signal.Signals, name: str, place: Place, uninterrupted: Callable[[str], Path]
 ) -> None:
     """In this process."""
     held_out = tiny_text(place.folder / "held-out.txt", 400, seed=9)
-    done = stopped_in_step(7, [*place.prune(*SLOW_RUNS[method]), "--eval-text", str(held_out)], number)
-    goes_on(place, done, 8, uninterrupted(method))
+    done = stopped_in_step(7, [*place.prune(*RUNS[name]), "--eval-text", str(held_out)], number)
+    goes_on(place, done, 8, uninterrupted(name))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -9,12 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
+from tiny_run import verify_here
 from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune.errors import ConfigError, DataError, ModelError
 from bernprune.models.architecture import architecture_of
 from bernprune.models.hooks import hooked
-from bernprune.models.saving import save_pruned, verify_saved
+from bernprune.models.saving import save_pruned
 from bernprune.models.slicing import slice_model
 from bernprune.models.statistics import weights_by_stream
 from bernprune.models.view import ModelView, describe
@@ -736,7 +737,7 @@ def test_ridge_leaves_the_parts_of_the_model_as_they_are() -> None:
     assert "added_biases" not in slice_model(view.model, plan).config.bernprune
 
 
-def test_a_clean_process_loads_added_biases(tmp_path: Path) -> None:
+def test_added_biases_are_loaded(tmp_path: Path) -> None:
     model = tiny_model("mistral", torch.float32)
     view, tokens = describe(model), random_tokens()
     plan = random_plan(view.architecture, 5, **REMOVED)
@@ -745,7 +746,7 @@ def test_a_clean_process_loads_added_biases(tmp_path: Path) -> None:
     with torch.no_grad():
         logits = sliced(input_ids=tokens).logits
     folder = save_pruned(sliced, None, tmp_path / "out", plan=plan)
-    assert verify_saved(folder, tokens, logits) <= LOGITS[torch.float32] * logits.abs().max()
+    assert verify_here(folder, tokens, logits) <= LOGITS[torch.float32] * logits.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

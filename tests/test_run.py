@@ -3,18 +3,20 @@
 import itertools
 import json
 import math
+import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from children import Child
 from safetensors.torch import load_file
 from tiny_models import random_tokens, tiny_model
 from tiny_run import (
@@ -29,14 +31,12 @@ from tiny_run import (
     STEPS,
     WINDOW,
     Place,
-    ended,
     finish,
     in_one_sentence,
     read_json,
     run,
     same_run,
     settings,
-    spawn,
     steps_of,
     succeed,
     tiny_text,
@@ -48,6 +48,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bernprune.config import make_config
 from bernprune.data import fingerprint, tokenize
+from bernprune.embedded import prose
 from bernprune.models.loading import load_tokenizer
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters, describe
@@ -271,9 +272,11 @@ def test_a_search_that_may_settle_is_forecast_at_most(place: Place) -> None:
 
 
 def test_output_that_was_closed_before_is_no_error(place: Place) -> None:
-    command = f"{shlex.quote(sys.executable)} -m bernprune settings >&-"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    """As of ``bernprune settings >&-``."""
+    with TemporaryFile() as out:
+        pass
+    done = Child(["settings"], place.folder, out).ended()
+    assert (done.err, done.code) == ("", 0)
 
 
 def test_a_plan_applies_to_another_copy(place: Place, finished: Path) -> None:
@@ -411,8 +414,12 @@ def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
     assert f"{place.text} is both learned from and evaluated on" in done.err
 
 
-def test_the_embedded_text_has_parts_of_its_own(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_embedded_text_has_parts_of_its_own(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Named as evaluation text or not, it is the held-out one, from which nothing is learned."""
+    monkeypatch.setattr(prose, "_collected", prose._collected.__wrapped__)  # not kept
+    monkeypatch.setattr(prose, "_roots", lambda: iter([REPOSITORY / "bernprune"]))  # which are few files
     tokenizer = load_tokenizer("embedded")
     few = {"eval_tokens": 256, "max_characters": 999}
     found, expected = (
@@ -600,12 +607,14 @@ def test_an_ordinary_command(place: Place) -> None:
     """In its own process: a table on stdout, nothing on stderr, verified by a clean load, in out/MODEL-SPARSITY."""
     arguments = place.prune()
     index = arguments.index("--out")
-    done = ended(spawn([*arguments[:index], *arguments[index + 2 :]], place.folder))
-    assert (done.code, done.err) == (0, "")
+    command = [sys.executable, "-m", "bernprune", *arguments[:index], *arguments[index + 2 :]]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=place.folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
     report = read_json(place.folder / "out" / "model-0.3" / "report.json")
     assert report["verified"]["max_logit_difference"] == 0
     assert (place.folder / "out" / "model-0.3" / "report.png").read_bytes().startswith(b"\x89PNG")
-    lines = [line.split() for line in done.out.splitlines()]
+    lines = [line.split() for line in done.stdout.splitlines()]
     shown = {line[0]: line for line in lines if line}
     last = "learned" if report["search"]["kept"] in ("learned", "widths") else "kept"
     for row, name in (("dense", "dense"), (last, "pruned")):
@@ -615,11 +624,11 @@ def test_an_ordinary_command(place: Place) -> None:
 
 def test_nobody_reads_on(place: Place) -> None:
     """``bernprune units | head -1`` ends without a traceback."""
-    process = spawn(["units", str(place.model), *settings(f"data.window={WINDOW}")], place.folder)
-    assert process.stdout is not None
-    process.stdout.close()
-    assert process.stderr is not None
-    assert (process.stderr.read(), process.wait(120)) == ("", 141)
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as out:
+        done = Child(["units", str(place.model), *settings(f"data.window={WINDOW}")], place.folder, out).ended()
+    assert (done.err, done.code) == ("", 141)
 
 
 # Settings of a short search, and the share of the initial perplexity that it must reach.

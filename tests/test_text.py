@@ -1,5 +1,6 @@
 """Reading documents: from files, folders and dataset names, and what is refused."""
 
+import inspect
 import json
 import lzma
 import os
@@ -126,6 +127,17 @@ def test_half_surrogates_become_question_marks(tmp_path: Path) -> None:
 def test_half_surrogates_between_rows_do_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     assert load_documents(str(tmp_path / "a.jsonl"), split="train", joined_by="\ud800") == ["a?b"]
+
+
+def test_prose_is_in_one_of_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All docstrings that are long enough, each once; a share of the files has a share of them."""
+    monkeypatch.setattr(prose, "_collected", prose._collected.__wrapped__)  # not kept
+    monkeypatch.setattr(prose, "_roots", lambda: iter([Path(prose.__file__).parents[1]]))
+    train, held_out = prose.documents("train"), prose.documents("held-out")
+    assert {prose.__doc__.strip(), inspect.getdoc(prose.documents)} <= {*train, *held_out}
+    assert len({*train, *held_out}) == len(train) + len(held_out) and min(map(len, train)) >= prose.MIN_CHARACTERS
+    assert 0 < len(held_out) < len(train) / 4
+    assert set(prose.documents("train", one_file_in=2)) < set(train)
 
 
 def test_embedded_prose_has_its_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:

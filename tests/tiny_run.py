@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,26 +154,6 @@ def succeed(*arguments: str) -> Outcome:
     done = run(*arguments)
     assert done.code == 0, done.err
     return done
-
-
-def spawn(arguments: Sequence[str], folder: Path) -> subprocess.Popen[str]:
-    """The command in a process of its own, as a user would start it in ``folder``."""
-    threads = str(torch.get_num_threads())  # as here, so that sums are taken in the same order
-    environment = {**os.environ, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "bernprune", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> Outcome:
-    """Wait for a spawned command."""
-    out, err = process.communicate(timeout=120)
-    return Outcome(process.returncode, out, err)
 
 
 def hurry(patch: pytest.MonkeyPatch) -> None:
