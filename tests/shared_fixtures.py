@@ -1,10 +1,12 @@
 """What tests of whole runs start from: a tiny model with a text, a copy of it to work in, and a finished run."""
 
 import gc
+import itertools
 import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import interpreting  # noqa: F401
@@ -13,6 +15,7 @@ import torch
 from tiny_run import Place, finish, prepare, visit
 
 from bernprune.costs import Planner
+from bernprune.run import loop
 
 gc.disable()  # until all is imported, none of which is garbage
 torch.set_num_threads(1)  # there is a worker for each core
@@ -51,6 +54,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a search, 1/64 second goes by from one look at the clock to the next: it looks before a step and after."""
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: next(ticks) / 64))
 
 
 @pytest.fixture

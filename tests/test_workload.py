@@ -378,15 +378,15 @@ def test_a_smallest_run_makes_a_step(place: Place, monkeypatch: pytest.MonkeyPat
     check_passes(place, monkeypatch, (f"search.sequences={PASSES}", "search.selection=0.5"), 1, PASSES)
 
 
+@pytest.mark.usefixtures("ticking")
 def test_seconds_end_a_search_and_its_choice(place: Place) -> None:
     """Without a number of sequences the choice takes its share of what was run."""
     tiny_text(place.text, 4000)  # enough to keep some back
-    given = ("search.sequences=null", "search.seconds=0.2", "search.selection=0.2", "search.final_windows=2")
+    given = ("search.sequences=null", "search.seconds=1", "search.selection=0.2", "search.final_windows=2")
     search = searched(place, *given)
-    assert search["ended"].startswith("seconds") and 0.16 <= search["seconds"] < 10
+    assert search["ended"].startswith("seconds") and search["steps"] == 52, "the first that ends at 0.8 or later"
     spent = search["finals"]["sequences"]
-    assert spent <= 0.2 * search["sequences"] + 1e-6
-    assert spent or search["sequences"] < 60, "on a busy machine there may be too few for a race"
+    assert 0 < spent <= 0.2 * search["sequences"] + 1e-6
 
 
 # Stopping
