@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,28 @@ def without_none(data: dict[str, Any]) -> dict[str, Any]:
     """The entries that were given."""
     inner = {key: without_none(value) if isinstance(value, dict) else value for key, value in data.items()}
     return {key: value for key, value in inner.items() if value is not None and value != {}}
+
+
+def without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
+    """Nested settings less those of the dotted ``keys``."""
+    return {
+        key: without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if f"{prefix}{key}" not in keys
+    }
+
+
+def difference(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:
+    """The first setting of ``given`` that is another in ``stored``, in words."""
+    for key in given:
+        mine, theirs = stored.get(key), given[key]
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            inner = difference(mine, theirs, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif mine != theirs:
+            return f"{prefix}{key} is {mine!r} there and {theirs!r} here"
+    return None
 
 
 def absolute(data: dict[str, Any]) -> dict[str, Any]:

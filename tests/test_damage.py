@@ -331,6 +331,7 @@ def test_a_damaged_checkpoint_takes_no_place(tmp_path: Path) -> None:
     for step in (80, 90, 100):
         write_checkpoint(tmp_path, step, {"step": step})
     _flipped(tmp_path / "step-00000100.safetensors")
+    (tmp_path / ".step-00000095.safetensors.part").write_bytes(b"half")  # of one that was killed while it wrote
     for step in (93, 96):
         write_checkpoint(tmp_path, step, {"step": step})
         assert read_latest(tmp_path) == {"step": step}

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -563,11 +564,15 @@ def test_damaged_heats_are_run_again(place: Place, undisturbed: Path) -> None:
     same_choice(place.out, undisturbed)
 
 
-def test_heats_of_another_search_are_not_used(place: Place, undisturbed: Path) -> None:
-    """Those saved after fewer steps than the search now has are of an older policy."""
+@pytest.mark.parametrize("fewer", [1, 0])
+def test_heats_of_another_search_are_not_used(fewer: int, place: Place, undisturbed: Path) -> None:
+    """Those saved after fewer steps than the search now has are of an older policy; so are those of a search that is
+    begun anew, as its checkpoints are lost."""
     path = stopped(place, undisturbed)
     state = read_state(path)
-    write_state(path, state | {"step": state["step"] - 1, "kept": "uniform", "mask_U": ~state["mask_U"]})
+    write_state(path, state | {"step": state["step"] - fewer, "kept": "uniform", "mask_U": ~state["mask_U"]})
+    if not fewer:
+        shutil.rmtree(place.out / "checkpoints")
     with pytest.MonkeyPatch.context() as patch:
         numbers = before_race(patch, lambda _: None)
         assert succeed("resume", str(place.out)).err == ""

@@ -1,6 +1,7 @@
 """A run that is killed, interrupted or started twice is continued to the same result, or refused in time."""
 
 import errno
+import fcntl
 import functools
 import itertools
 import json
@@ -39,7 +40,7 @@ from tiny_run import (
 import bernprune
 from bernprune.config import changed_config, make_config
 from bernprune.errors import ConfigError, RunError
-from bernprune.run import finals, loop, pipeline, verification
+from bernprune.run import finals, loop, origin, pipeline, verification
 from bernprune.run import folder as folder_module
 from bernprune.run.folder import RunFolder
 from bernprune.run.signals import Interrupted, signals
@@ -477,14 +478,16 @@ def test_versions_are_compared_where_a_run_goes_on(place: Place) -> None:
         run(*place.prune())
         began = read_json(place.out / "versions.json")
         patch.setattr(bernprune, "__version__", "9.9")
+        patch.setattr(origin, "machine", lambda _: "another")
         again = run(*place.prune())
-        assert f"the run began with bernprune {began['bernprune']} and not 9.9: it may not" in again.err
+        assert f"the run began with bernprune {began['bernprune']} and not 9.9, machine " in again.err
+        assert f"{began['machine']} and not another: it may not go on to the bit" in again.err
         (place.out / "versions.json").unlink()  # as of a run that was killed as it began
         assert "the run began" not in run(*place.prune()).err
     done = succeed("resume", str(place.out))
     assert "the run began with bernprune 9.9 and not" in done.err
-    libraries, inputs = {"bernprune", "torch", "transformers", "python"}, {"weights", "text", "evaluation"}
-    assert began.keys() == libraries | inputs
+    libraries, inputs = {"bernprune", "torch", "transformers", "numpy", "datasets"}, {"weights", "text", "evaluation"}
+    assert began.keys() == libraries | inputs | {"python", "machine"}
     assert read_json(place.out / "report.json")["versions"].items() < began.items()
 
 
@@ -530,6 +533,19 @@ def test_a_second_process_is_refused(place: Place, monkeypatch: pytest.MonkeyPat
         before = place.contents()
         assert "another process" in in_one_sentence(run("resume", str(place.out)))
         assert place.contents() == before
+
+
+def test_a_lock_that_was_taken_away_locks_nothing(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who held it has begun no run, and left nothing: another may have made a new one since."""
+    lock = fcntl.flock
+
+    def late(file: Any, how: int) -> None:
+        (place.out / ".lock").unlink()
+        lock(file, how)
+
+    monkeypatch.setattr(folder_module.fcntl, "flock", late)
+    with pytest.raises(RunError, match="another process is working"), RunFolder(place.out).locked():
+        pytest.fail("it is not locked")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS], ids=errno.errorcode.get)

@@ -240,8 +240,18 @@ def test_masks_of_a_policy_that_is_gone_are_refused(place: Place, finished: Path
     folder = shutil.copytree(finished, place.folder / "finished")
     shutil.rmtree(folder / "checkpoints")
     said = in_one_sentence(run(*recover(place, folder, "recover.masks=policy")))
-    assert "recover.masks 'policy'" in said and "holds no checkpoint" in said
+    assert "recover.masks 'policy'" in said and f"holds no step-{STEPS:08d}.safetensors" in said
     assert not (place.folder / "recovered").exists()
+
+
+def test_masks_of_an_older_policy_are_refused(place: Place, finished: Path) -> None:
+    """They would be others than those that a recovery began with, or than its run ended with."""
+    folder = shutil.copytree(finished, place.folder / "finished")
+    (last,) = (folder / "checkpoints").iterdir()
+    shutil.copy(last, last.with_name(f"step-{STEPS - 1:08d}.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1])
+    said = in_one_sentence(run(*recover(place, folder, "recover.masks=policy")))
+    assert "recover.masks 'policy'" in said and f"{last} is damaged" in said
 
 
 def test_a_finished_recovery_is_replaced_on_request(place: Place, finished: Path) -> None:

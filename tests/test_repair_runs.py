@@ -140,6 +140,18 @@ def test_finalists_are_judged_by_what_repair_makes_of_them(
     assert learned.select(config, config.budget.sparsity).equal(learned.mask_U)
 
 
+def test_nothing_is_kept_before_it_is_judged(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan that may yet change is not one: neither to be applied, nor to select from."""
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Workshop, "prefer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*place.prune(*repairing_by("ridge", "repair.judge_finalists=true")))
+    assert not (place.out / "plan.json").exists()
+    assert "learned.safetensors is missing" in in_one_sentence(run("select", str(place.out), "--sparsity=0.2"))
+    succeed("resume", str(place.out))
+    assert succeed("select", str(place.out), "--sparsity=0.2").err == ""
+
+
 def workshop_at(place: Place, kept_back: TokenWindows | None = None, method: str = "ridge") -> Workshop:
     """Of the tiny model, on the text of a run."""
     given = {"path": str(place.model)}, {"text": str(place.text), "window": WINDOW}

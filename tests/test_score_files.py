@@ -88,7 +88,7 @@ def test_scores_of_the_command_line_start_a_run(place: Place) -> None:
 
 
 def test_a_run_does_not_go_on_without_its_score_file(place: Place) -> None:
-    """By which it knows how many units each layer keeps; it goes on once that is back."""
+    """By which it knows how many units each layer keeps, nor with another; it goes on once that is back."""
     given = settings("data.window=16", "initial.windows=4")
     out, moved = place.folder / "a.safetensors", place.folder / "b.safetensors"
     succeed("scores", str(place.model), "--text", str(place.text), "--score=flap", f"--out={out}", *given)
@@ -97,6 +97,10 @@ def test_a_run_does_not_go_on_without_its_score_file(place: Place) -> None:
     out.rename(moved)
     refused = run("resume", str(place.out))
     assert f"score file {out} does not exist" in in_one_sentence(refused)
+    succeed("scores", str(place.model), "--text", str(place.text), "--score=wanda-sp", f"--out={out}", *given)
+    before = place.contents()
+    assert "the score files are not those that the run in" in in_one_sentence(run("resume", str(place.out)))
+    assert place.contents() == before
     moved.rename(out)
     succeed("resume", str(place.out))
 

@@ -17,6 +17,7 @@ from bernprune.names import Kind
 from bernprune.units import KINDS, Architecture, LayerShape, UnitGroup, UnitSpace
 
 _SAMPLED = 64  # numbers of a parameter, by which weights are told apart
+_SUMMED = 2**20  # and those of which bits are summed at once
 
 
 @dataclass(frozen=True)
@@ -209,11 +210,20 @@ def _channel_cost(layer: LayerView, family: Family) -> _Cost:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell weights apart, from a few numbers of each parameter that is not quantised."""
+    """16 hexadecimal digits that tell weights apart, from those of each parameter that is not quantised: a few of the
+    numbers, and the sum of all their bits, which is the same on any device."""
     found = hashlib.sha256()
     for name, parameter in model.named_parameters():
         found.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         if type(parameter) is nn.Parameter:
             numbers_N = parameter.detach().flatten()
             found.update(numbers_N[:: max(1, len(numbers_N) // _SAMPLED)].double().cpu().numpy().tobytes())
+            found.update(str(_sum_of_bits(numbers_N)).encode())
     return found.hexdigest()[:16]
+
+
+def _sum_of_bits(numbers_N: torch.Tensor) -> int:
+    """Of all numbers read as integers; in pieces, as some devices make a copy of 64 bits each."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(numbers_N.element_size(), torch.uint8)
+    pieces = numbers_N.contiguous().view(kind).split(_SUMMED)
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in pieces)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from bernprune.errors import RunError
-from bernprune.storage import write_bytes
+from bernprune.storage import sync, write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +34,26 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """Save the state after ``step`` steps, and forget all but the newest two. Later ones could not be read: they go."""
-    folder.mkdir(exist_ok=True)
-    path = folder / f"step-{step:08d}.safetensors"
+    """Save the state after ``step`` steps, and forget all but the newest two. Later ones could not be read: they go.
+
+    So does what a process left that was killed while writing one.
+    """
+    if not folder.is_dir():
+        folder.mkdir()
+        sync(folder.parent)
+    path = checkpoint_at(folder, step)
     write_state(path, state)
+    for left in folder.glob(".*.part"):
+        left.unlink()
     written = sorted(folder.glob(_PATTERN))
     last = written.index(path) + 1
     for other in (*written[last:], *written[: max(0, last - KEPT)]):
         other.unlink()
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The file of the state after ``step`` steps."""
+    return folder / f"step-{step:08d}.safetensors"
 
 
 def read_latest(folder: Path) -> dict[str, Any] | None:

@@ -22,18 +22,18 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import yaml
 
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
-from bernprune.run.origin import INPUTS, changed_versions, versions_of
-from bernprune.settings import read_yaml
-from bernprune.storage import write_bytes, write_json
+from bernprune.run.origin import INPUTS, changed_versions, origin_of, versions
+from bernprune.settings import difference, read_yaml, without
+from bernprune.storage import sync, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -129,13 +129,13 @@ class RunFolder:
             return False
         if self.finished:
             raise RunError(f"{self.path} holds a finished {self.WORK}; {self.OTHER}, or --overwrite to replace it")
-        stored, given = (_without(each.to_dict(), self.FREE) for each in (self.read_config(), config))
-        difference = _difference(stored, given)
-        if difference:
-            repaired = difference.startswith("search.refit")  # which follows from the repair, unless it is given
+        stored, given = (without(each.to_dict(), self.FREE) for each in (self.read_config(), config))
+        differs = difference(stored, given)
+        if differs:
+            repaired = differs.startswith("search.refit")  # which follows from the repair, unless it is given
             advice = f"bernprune resume {shlex.quote(str(self.path))} --set to change its repair, " if repaired else ""
             raise RunError(
-                f"{self.path} holds an unfinished {self.WORK} of another configuration ({difference}); "
+                f"{self.path} holds an unfinished {self.WORK} of another configuration ({differs}); "
                 f"{advice}{self.OTHER}, or --overwrite to replace it"
             )
         return True
@@ -183,6 +183,8 @@ class RunFolder:
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _is_at(self.path / LOCK, file):  # who held it has begun no run, and took it away
+                    raise BlockingIOError
             except BlockingIOError:
                 raise self._taken() from None
             except OSError as error:
@@ -210,6 +212,7 @@ class RunFolder:
         """
         versions = self._versions(config) | dict(inputs)  # which reads files: before anything is changed
         _remove(self.report)  # first, so that what is left is not taken for a finished run
+        sync(self.path)
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
@@ -217,16 +220,19 @@ class RunFolder:
 
     def _versions(self, config: RunConfig) -> dict[str, str]:
         """What it begins with, beside its inputs."""
-        return versions_of(config)
+        return origin_of(config)
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Raises ``RunError`` if the run began with other fingerprints than these, as far as they are known."""
+        began = self._began_with()
         for name, now in inputs.items():
-            before = self._began_with().get(name, now)
+            before = began.get(name, now)
             if before != now:
+                changed = changed_versions(began, versions())  # whose own text the embedded one is
                 raise RunError(
                     f"{INPUTS[name]} that the {self.WORK} in {self.path} began with (fingerprint {before}, but now "
                     f"{now}); give it back to go on, or start over with --overwrite"
+                    + (f"; it began with {changed}" if changed else "")
                 )
 
     def go_on(self, config: RunConfig, inputs: Mapping[str, str]) -> None:
@@ -249,6 +255,14 @@ class RunFolder:
         """Raises ``OSError``."""
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         write_bytes(self.config, text.encode())
+
+    def forget_choice(self) -> None:
+        """Remove what was chosen, where a search goes on that was over, as its checkpoints were lost.
+
+        Raises ``OSError``.
+        """
+        for path in (self.finals, self.learned, self.plan, self.plans):
+            _remove(path)
 
     def remove_model(self) -> None:
         """Remove the model, and what a process that was killed while writing it left. Raises ``OSError``."""
@@ -343,6 +357,14 @@ def _nearest_parent(path: Path) -> Path:
     return path
 
 
+def _is_at(path: Path, file: IO[Any]) -> bool:
+    """Whether an open file is still that of the path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
 def _remove_empty(path: Path, existed: Path) -> None:
     """Remove the folders from ``path`` up to ``existed``, which stays, as far as they are empty."""
     while path != existed and path != path.parent:
@@ -373,25 +395,3 @@ def _step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
-
-
-def _without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -> dict[str, Any]:
-    """Nested settings less those of the dotted ``keys``."""
-    return {
-        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, dict) else value
-        for key, value in settings.items()
-        if f"{prefix}{key}" not in keys
-    }
-
-
-def _difference(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:
-    """The first setting that differs, in words."""
-    for key in given:
-        mine, theirs = stored.get(key), given[key]
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            inner = _difference(mine, theirs, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif mine != theirs:
-            return f"{prefix}{key} is {mine!r} there and {theirs!r} here"
-    return None

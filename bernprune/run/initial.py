@@ -1,7 +1,9 @@
 """What a run's settings say of its initial metrics: which they are, what they cost, and how far they compare."""
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -13,7 +15,7 @@ from bernprune.policy.allocation import Evolution
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.scores import Metric, Options, metric_named
 from bernprune.scores.base import PARTS
-from bernprune.scores.files import SUFFIX
+from bernprune.scores.files import SUFFIX, digest_of
 from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
@@ -43,6 +45,12 @@ def score_names(config: RunConfig) -> tuple[str, ...]:
 def metrics_of(config: RunConfig) -> list[Metric]:
     """The metrics that are taken, and those that are files of scores. Raises ``ConfigError`` if one is not there."""
     return [metric_named(name) for name in score_names(config)]
+
+
+def scores_fingerprint(config: RunConfig) -> str:
+    """Of the files of scores that are taken; empty without any. Raises ``ConfigError`` if one cannot be read."""
+    names = (*score_names(config), *config.initial.members)
+    return "-".join(digest_of(Path(os.path.expanduser(name))) for name in names if name.endswith(SUFFIX))
 
 
 def check_scores(config: RunConfig) -> None:

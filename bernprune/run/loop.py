@@ -66,6 +66,8 @@ def run_search(
     if finish:
         work.last = work.step + 1
     loop.fit(search.probs_U if fitted_U is None else fitted_U)
+    if workload.progress(work) < 1:
+        folder.forget_choice()
     logger.info("searching")
     with (
         bar("search", total=workload.steps, unit="step", done=work.step) as shown,

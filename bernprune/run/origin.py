@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 import bernprune
+from bernprune.backends import find_device
 from bernprune.config import RunConfig
 from bernprune.custom import digest_of
+from bernprune.evaluation.latency import machine
 from bernprune.run.methods import custom_places
 
 # Fingerprints beside the versions, and what to say where one has changed.
@@ -15,23 +17,28 @@ INPUTS = {
     "dense": "the dense model's weights are not those",
     "text": "the training text is not the one",
     "evaluation": "the evaluation text is not the one",
+    "scores": "the score files are not those",
 }
 
 
 def versions() -> dict[str, str]:
     """Versions of this package, of the libraries that decide what it computes, and of Python."""
-    libraries = {name: version(name) for name in ("torch", "transformers")}
+    libraries = {name: version(name) for name in ("torch", "transformers", "numpy", "datasets")}
     return {"bernprune": bernprune.__version__, **libraries, "python": platform.python_version()}
 
 
-def versions_of(config: RunConfig) -> dict[str, str]:
-    """Those, and the contents of custom Python files that a run takes from."""
+def surroundings(config: RunConfig) -> dict[str, str]:
+    """Those, and the machine: sums of other threads or of another GPU are rounded otherwise."""
+    return versions() | {"machine": machine(find_device(config.model.device))}
+
+
+def origin_of(config: RunConfig) -> dict[str, str]:
+    """All of that, and the contents of custom Python files that a run takes from."""
     files = {place.rpartition(":")[0]: what for what, place in custom_places(config)}
-    return versions() | {file: digest_of(what, file) for file, what in sorted(files.items())}
+    return surroundings(config) | {file: digest_of(what, file) for file, what in sorted(files.items())}
 
 
 def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """What a run began with in another version than is here, in words; empty if none, or if that is not known."""
-    if not before:
-        return ""
-    return ", ".join(f"{name} {before.get(name)} and not {now[name]}" for name in now if before.get(name) != now[name])
+    known = [name for name in now if name in before]
+    return ", ".join(f"{name} {before[name]} and not {now[name]}" for name in known if before[name] != now[name])

@@ -28,7 +28,7 @@ from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.finals import Finals, run_finals
 from bernprune.run.finishing import check_room, make_pruned, timed_initial
 from bernprune.run.folder import RunFolder, open_run
-from bernprune.run.initial import score_names
+from bernprune.run.initial import score_names, scores_fingerprint
 from bernprune.run.loop import current_selection, run_search
 from bernprune.run.methods import custom_places
 from bernprune.run.plans import Learned
@@ -79,12 +79,14 @@ def _prune(config: RunConfig, folder: RunFolder, *, finish: bool = False) -> dic
 
 
 def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, Any]:
-    config, formats = stage.config, (stage.view.model.dtype, stage.full_dtype)
-    with folder.locked(), quick_products(stage.view.device, *formats):
+    config = stage.config
+    with folder.locked():
         continued = folder.check(config)  # another process may have been here meanwhile
         try:
-            with blaming(custom_places(config)):  # before the disk is blamed
-                return _run(stage, folder, continued=continued, finish=finish)
+            known = _known_stage(stage, folder) if continued else None
+            formats = ((known or stage).view.model.dtype, stage.full_dtype)
+            with quick_products(stage.view.device, *formats), blaming(custom_places(config)):  # before the disk is
+                return _run(stage, folder, known, continued=continued, finish=finish)
         except torch.OutOfMemoryError as error:
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
@@ -136,11 +138,14 @@ def resume(
         return _prune(config, folder, finish=finish)
 
 
-def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
-    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
+def _run(stage: Stage, folder: RunFolder, known: Stage | None, *, continued: bool, finish: bool) -> dict[str, Any]:
+    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder.
+
+    Args:
+        known: the stage as the run that is continued began with it, if that is known.
+    """
     Workshop.of_stage(stage)  # whether there is text enough
     check_room(stage, folder)
-    known = _known_stage(stage, folder) if continued else None
     inputs = _fingerprints(stage, known, begun=continued and folder.versions.is_file())
     if continued:
         folder.check_inputs(inputs)
@@ -174,10 +179,12 @@ def _fingerprints(stage: Stage, known: Stage | None, *, begun: bool) -> dict[str
 
     Where one was begun of which that is not known, weights are left out: they may have been in another format.
     """
-    texts = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
+    files = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
+    if scores := scores_fingerprint(stage.config):
+        files["scores"] = scores
     if known is None and begun:
-        return texts
-    return {"weights": fingerprint((known or stage).view.model)} | texts  # first: another model may have other tokens
+        return files
+    return {"weights": fingerprint((known or stage).view.model)} | files  # first: another model may have other tokens
 
 
 @dataclass
@@ -212,14 +219,12 @@ def _finalists(stage: Stage, search: MaskSearch, metric: ByMetric) -> dict[str, 
 def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, Any]:
     """From what the search came to, to a verified model and its report."""
     metric, finals = searched.metric, searched.finals
-    learned = _write_kept(stage, folder, searched)
     folder.remove_model()  # of an earlier try that did not reach its report
     figures = search_figures(stage, searched.dense_loss, searched.work, finals)
     full = stage.with_weights("same")
     workshop = Workshop.of_stage(full, searched.work.step)
     judged = _judge_repaired(full, workshop, finals, searched.finalists)
-    if judged:
-        learned = _write_kept(full, folder, searched)  # which may be another now
+    learned = _write_kept(full, folder, searched)
     changed = int((metric.masks["initial"] != finals.mask_U).sum())
     losses = losses_by_metric(full, searched.dense_loss if full is stage else None, metric.masks)
     if workshop is not None:

@@ -33,7 +33,7 @@ from bernprune.progress import bar, bars
 from bernprune.recovery import Training
 from bernprune.run.checkpoint import read_latest, write_checkpoint
 from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run
-from bernprune.run.origin import versions
+from bernprune.run.origin import surroundings, versions
 from bernprune.run.plans import read_plan
 from bernprune.run.recovery_setup import Prepared, Source, kept_model, open_source, set_up
 from bernprune.run.signals import signals
@@ -63,8 +63,8 @@ class RecoveryFolder(RunFolder):
     )
 
     def _versions(self, config: RunConfig) -> dict[str, str]:
-        """Of libraries alone: files that the search took something from are not read again."""
-        return versions()
+        """Without files that the search took something from: they are not read again."""
+        return surroundings(config)
 
 
 def recover(

@@ -1,5 +1,6 @@
 """What a recovery trains and on which text: the model that a run kept, or the dense one before the cut."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from bernprune.models.view import ModelView, count_parameters, describe
 from bernprune.models.view import fingerprint as weights_fingerprint
 from bernprune.policy.allocation import shares_by_importance
 from bernprune.recovery import SampledMasks, Training, whole_ranks
-from bernprune.run.checkpoint import read_latest
+from bernprune.run.checkpoint import checkpoint_at, read_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
@@ -206,12 +207,14 @@ def _influence(source: Source, view: ModelView) -> torch.Tensor:
 
 
 def _policy(source: Source) -> torch.Tensor:
-    """Keep probabilities that the run ended with."""
+    """Keep probabilities that the run ended with, of which an older checkpoint knows nothing."""
     try:
-        state = read_latest(source.folder.checkpoints)
-        if state is None:
-            raise RunError(f"{source.folder.checkpoints} holds no checkpoint")
-    except RunError as error:
+        steps = json.loads(source.folder.report.read_text(encoding="utf-8"))["search"]["steps"]
+        path = checkpoint_at(source.folder.checkpoints, steps)
+        if not path.is_file():
+            raise RunError(f"{path.parent} holds no {path.name}")
+        state = read_state(path)
+    except (RunError, OSError, ValueError, LookupError, TypeError) as error:
         raise RunError(
             f"the policy that the run has learned cannot be read, which recover.masks 'policy' needs: {error}"
         ) from None

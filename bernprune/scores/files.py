@@ -5,6 +5,7 @@ A safetensors file with one tensor ``scores``, ``[U]`` in the order of the model
 they were made, others of the same form are told of, not refused: a base model's scores may well serve its descendants.
 """
 
+import hashlib
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -76,6 +77,14 @@ def _facts(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
+
+
+def digest_of(path: Path) -> str:
+    """16 hexadecimal digits that tell files apart. Raises ``ConfigError`` if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise ConfigError(f"score file {path} cannot be read: {error}") from None
 
 
 def holds_scores(path: Path) -> bool:
