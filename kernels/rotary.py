@@ -47,9 +47,10 @@ def rotary(x_RHTC: torch.Tensor, cos_RTC: torch.Tensor, sin_RTC: torch.Tensor) -
     cos_RTC, sin_RTC = cos_RTC.contiguous(), sin_RTC.contiguous()
     y_RHTC = torch.empty_like(x_RHTC)
     block = min(32, triton.next_power_of_2(tokens))
-    _rotary_kernel[(triton.cdiv(tokens, block), heads, rows)](
-        x_RHTC, cos_RTC, sin_RTC, y_RHTC, tokens, *x_RHTC.stride()[:3], *y_RHTC.stride()[:3],
-        0 if len(cos_RTC) == 1 else cos_RTC.stride(0), size, HALF=size // 2, BT=block,
-        BC=triton.next_power_of_2(size // 2),
-    )  # fmt: skip
+    with torch.cuda.device_of(x_RHTC):  # which is where Triton launches a kernel
+        _rotary_kernel[(triton.cdiv(tokens, block), heads, rows)](
+            x_RHTC, cos_RTC, sin_RTC, y_RHTC, tokens, *x_RHTC.stride()[:3], *y_RHTC.stride()[:3],
+            0 if len(cos_RTC) == 1 else cos_RTC.stride(0), size, HALF=size // 2, BT=block,
+            BC=triton.next_power_of_2(size // 2),
+        )  # fmt: skip
     return y_RHTC

@@ -95,14 +95,17 @@ def _activity_kernel(
     b_product, b_square = tl.zeros((BF,), dtype=tl.float32), tl.zeros((BF,), dtype=tl.float32)
     b_sum = tl.zeros((BF,), dtype=tl.float32)
     size = T // C
-    for start in range(0, T, BT):  # a block of tokens within one chunk, as BT divides its size
-        o_t, i_chunk = start + tl.arange(0, BT), start // size
-        b_active = tl.load(p_active + (i_window * T + o_t)[:, None] * F + o_f[None, :], mask=m_f[None, :], other=0.0)
+    blocks = tl.cdiv(size, BT)  # of tokens, each within one chunk
+    for i_block in range(0, C * blocks):
+        i_chunk, o_inner = i_block // blocks, i_block % blocks * BT + tl.arange(0, BT)
+        o_t, m_t = i_chunk * size + o_inner, o_inner < size
+        o_active = (i_window * T + o_t)[:, None] * F + o_f[None, :]
+        b_active = tl.load(p_active + o_active, mask=m_t[:, None] & m_f[None, :], other=0.0)
         b_active = tl.abs(b_active.to(tl.float32))
         b_square += tl.sum(b_active * b_active, axis=0)
         b_sum += tl.sum(b_active, axis=0)
         for i_k in range(0, K):
-            b_advantage = tl.load(p_advantages + (i_window * K + i_k) * T + o_t)
+            b_advantage = tl.load(p_advantages + (i_window * K + i_k) * T + o_t, mask=m_t, other=0.0)
             b_kept = kept(
                 p_bits, p_rows, p_levels, p_groups, p_thresholds, p_shifts,
                 (i_window * K + i_k) * C + i_chunk, first + o_f, m_f, W, U, G, DRAWN, ORDERS,
@@ -136,11 +139,10 @@ def activity_sums(
             f"{masks.size} channels do not fit each other"
         )
     products_BF, squares_BF, sums_BF = torch.empty(3, windows, channels, dtype=torch.float32, device=active_BTF.device)
-    size = tokens // chunks
-    block = size & -size  # the largest power of two that divides it
+    block = min(32, triton.next_power_of_2(tokens // chunks))
     with torch.cuda.device_of(active_BTF):
         _activity_kernel[(windows, triton.cdiv(channels, 128))](
             active_BTF.contiguous(), advantages_BKT.float().contiguous(), products_BF, squares_BF, sums_BF,
-            **arguments(masks), K=num_masks, C=chunks, T=tokens, F=channels, BT=min(block, 32), BF=128,
+            **arguments(masks), K=num_masks, C=chunks, T=tokens, F=channels, BT=block, BF=128,
         )  # fmt: skip
     return products_BF, squares_BF, sums_BF

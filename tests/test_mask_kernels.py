@@ -134,7 +134,7 @@ def test_sums_over_masks(design: Design, device: torch.device) -> None:
             assert_close(one, other, LOGITS[torch.float32])
 
 
-@pytest.mark.parametrize("tokens", [4, 12, 128])
+@pytest.mark.parametrize("tokens", [4, 12, 128, 172])
 def test_activities_of_any_chunks(tokens: int, device: torch.device) -> None:
     """As long as chunks divide the tokens."""
     numbers, masks_MF = Numbers(torch.bfloat16, device), MASKS["random"](2 * 3 * 4, 131)

@@ -146,6 +146,48 @@ def test_kernels_go_by_lists_where_that_pays(
     assert bool(made) == listed
 
 
+@pytest.mark.parametrize("trained", ["q_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize("listed", [False, True])
+def test_no_gradient_is_lost(trained: str, listed: bool, ops: Any, device: torch.device) -> None:
+    """Kernels take none, and say so; gates have one."""
+    view, tokens_BT = a_view("llama", GRANULARITIES["parts"], device), random_tokens(2, 8).to(device)
+    masks_RU = random_masks(view.space, 2)
+    for name, parameter in view.model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with masked(view, ops) as live:
+        live.set(masks_RU, listed_U=torch.full((view.space.size,), listed))
+        with torch.no_grad():
+            expected = view.model(tokens_BT).logits
+        with pytest.raises(ValueError, match="kernels take no gradients"):
+            view.model(tokens_BT)
+        live.set(masks_RU.float())
+        found = view.model(tokens_BT).logits
+    assert_close(found, expected, CHAIN[torch.float32])
+    found.sum().backward()
+    assert all(parameter.grad.any() for parameter in view.model.parameters() if parameter.requires_grad)
+
+
+def test_blocks_may_end_in_any_order(ops: Any, device: torch.device) -> None:
+    """Those of two models: what one leaves out of attention goes on after the other's is over."""
+    views = [a_view(family, GRANULARITIES["parts"], device) for family in ("qwen2", "llama")]
+    tokens_BT, calls, losses = random_tokens(2, 8).to(device), list[int](), list[torch.Tensor]()
+
+    def counted(*given: Any, **named: Any) -> torch.Tensor:
+        calls.append(len(losses))
+        return ops.attention_of_kept(*given, **named)
+
+    first, second = (masked(view, replace(ops, attention_of_kept=counted)) for view in views)
+    first.__enter__()
+    live = second.__enter__()
+    live.set(random_masks(views[1].space, 2))
+    with torch.no_grad():
+        losses.append(views[1].model(tokens_BT).logits)
+        first.__exit__(None, None, None)
+        losses.append(views[1].model(tokens_BT).logits)
+    second.__exit__(None, None, None)
+    assert torch.equal(*losses) and calls == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("settled", [False, True], ids=["all_possible", "some_settled"])
 @pytest.mark.parametrize("granularity", GRANULARITIES.values(), ids=GRANULARITIES)
 @pytest.mark.parametrize("design", [Design(3, 2, 4, "antithetic", 0.5), Design(3, 2)], ids=["chunks", "sequences"])

@@ -14,7 +14,7 @@ from bernprune.kernels.masks import PackedMasks
 
 _NAME = "bernprune"
 _Kept = Callable[..., torch.Tensor]
-_at_work: list[tuple[Mapping[nn.Module, Any], _Kept]] = []  # of blocks within blocks, the innermost counts
+_at_work: list[tuple[Mapping[nn.Module, Any], _Kept]] = []  # of blocks within blocks, the innermost with a module
 
 
 @contextmanager
@@ -23,16 +23,16 @@ def attending(model: Any, branches: Mapping[nn.Module, Any], attention_of_kept: 
 
     Otherwise, and where attention is not plainly causal, it is torch's.
     """
-    before = model.config._attn_implementation
+    before, ours = model.config._attn_implementation, (branches, attention_of_kept)
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, sdpa_mask)
-    _at_work.append((branches, attention_of_kept))
+    _at_work.append(ours)
     model.config._attn_implementation = _NAME
     try:
         yield
     finally:
         model.config._attn_implementation = before
-        _at_work.pop()
+        _at_work[:] = [other for other in _at_work if other is not ours]  # others may have begun meanwhile
 
 
 def _attention(
@@ -45,10 +45,11 @@ def _attention(
     **given: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers calls it; see ``attending``."""
-    branches, attention_of_kept = _at_work[-1]
-    branch = branches.get(module)
-    masks = branch.masks if branch is not None and branch.chunks == 1 else None
-    if isinstance(masks, PackedMasks) and attention_mask is None and key.shape[2] == query.shape[2]:
-        return attention_of_kept(query, key, value, masks, scale=scaling), None
+    for branches, attention_of_kept in reversed(_at_work):
+        if branch := branches.get(module):
+            masks = branch.masks if branch.chunks == 1 else None
+            if isinstance(masks, PackedMasks) and attention_mask is None and key.shape[2] == query.shape[2]:
+                return attention_of_kept(query, key, value, masks, scale=scaling), None
+            break
     found: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **given)[0]
     return found, None

@@ -68,7 +68,7 @@ def _in_one_pass(
     def rotated(
         q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ours = (q.device, q.dtype) == (like.device, like.dtype) and not q.requires_grad
+        ours = (q.device, q.dtype) == (like.device, like.dtype) and not (q.requires_grad or k.requires_grad)
         if args or options or q.ndim != 4 or cos.ndim != 3 or not ours:
             return own(q, k, cos, sin, *args, **options)
         return rotary(q, cos, sin), rotary(k, cos, sin)
