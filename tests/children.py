@@ -15,10 +15,12 @@ from tempfile import TemporaryFile
 from typing import IO
 
 from tiny_run import Outcome
+from tqdm import tqdm
 
 from bernprune import cli
 
 FORKING = multiprocessing.get_context("fork")
+tqdm.monitor_interval = 0  # no thread that may hold a lock of bars while this process is copied
 
 
 class Child:
