@@ -597,13 +597,19 @@ def test_a_start_that_loses_beyond_measure_is_no_reason_to_fail(
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("set_stage", "another model.device"), ("run_search", "--set search.rows_per_forward=32")]
+    ("name", "error", "said"),
+    [
+        ("set_stage", torch.OutOfMemoryError("CUDA out of memory"), "another model.device"),
+        ("run_search", torch.OutOfMemoryError("CUDA out of memory"), "--set search.rows_per_forward=32"),
+        ("run_search", RuntimeError("Triton Error [CUDA]: out of memory"), "--set search.rows_per_forward=32"),
+    ],
+    ids=["loading", "searching", "kernels"],
 )
-def test_a_full_gpu(name: str, said: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_gpu(name: str, error: Exception, said: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """While loading, before there is a run, and in the search, from where it can be continued."""
 
     def full(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(pipeline, name, full)
     sentence = in_one_sentence(run(*place.prune()))

@@ -53,6 +53,8 @@ from bernprune.storage import write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
+_NO_ROOM = "Triton Error [CUDA]: out of memory"  # to load a kernel, after which it cannot run in the same process
+
 
 def prune(
     config: RunConfig, out: str | Path, *, overwrite: bool = False, progress: bool | None = None
@@ -87,7 +89,9 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
             formats = ((known or stage).view.model.dtype, stage.full_dtype)
             with quick_products(stage.view.device, *formats), blaming(custom_places(config)):  # before the disk is
                 return _run(stage, folder, known, continued=continued, finish=finish)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and _NO_ROOM not in str(error):
+                raise
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
         except (OSError, SafetensorError) as error:  # full disks reach us as either
             raise RunError(f"{folder.path} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
