@@ -85,10 +85,9 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
     with folder.locked():
         continued = folder.check(config)  # another process may have been here meanwhile
         try:
-            known = _known_stage(stage, folder) if continued else None
-            formats = ((known or stage).view.model.dtype, stage.full_dtype)
+            formats = _formats(stage, _stored_costs(folder) if continued else None)
             with quick_products(stage.view.device, *formats), blaming(custom_places(config)):  # before the disk is
-                return _run(stage, folder, known, continued=continued, finish=finish)
+                return _run(stage, folder, continued=continued, finish=finish)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _NO_ROOM not in str(error):
                 raise
@@ -142,14 +141,11 @@ def resume(
         return _prune(config, folder, finish=finish)
 
 
-def _run(stage: Stage, folder: RunFolder, known: Stage | None, *, continued: bool, finish: bool) -> dict[str, Any]:
-    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder.
-
-    Args:
-        known: the stage as the run that is continued began with it, if that is known.
-    """
+def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
+    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
     Workshop.of_stage(stage)  # whether there is text enough
     check_room(stage, folder)
+    known = _known_stage(stage, folder) if continued else None
     inputs = _fingerprints(stage, known, begun=continued and folder.versions.is_file())
     if continued:
         folder.check_inputs(inputs)
@@ -296,8 +292,8 @@ def _with_extras(
     return report
 
 
-def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
-    """The stage with the costs and rows that the run began with; None if it was killed before it knew them."""
+def _stored_costs(folder: RunFolder) -> tuple[Costs, int, SearchDtype] | None:
+    """The costs, rows and number format that the run began with; None if it was killed before it knew them."""
     try:
         stored = json.loads(folder.costs.read_text(encoding="utf-8"))
         known = {"listing": NEVER} | stored  # unless said: no lists, and the model's own dtype
@@ -305,10 +301,23 @@ def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
         dtype = stored.get("dtype", "same")
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    if dtype not in get_args(SearchDtype):
+    return (costs, rows, dtype) if dtype in get_args(SearchDtype) else None
+
+
+def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
+    """The stage as the run began with it, if that is known."""
+    stored = _stored_costs(folder)
+    if stored is None:
         return None
+    costs, rows, dtype = stored
     stage, given = stage.with_weights(dtype), stage.config.search.rows_per_forward
     return replace(stage, costs=costs, rows=rows if given == "auto" else given)
+
+
+def _formats(stage: Stage, stored: tuple[Costs, int, SearchDtype] | None) -> set[torch.dtype]:
+    """Number formats in which a run takes products: the model's own, and that of its search, now or as it began."""
+    began = set() if stored is None or stored[2] in ("auto", "same") else {getattr(torch, stored[2])}
+    return {stage.full_dtype, stage.view.model.dtype} | began
 
 
 def _stored_start(folder: RunFolder) -> Start | None:
