@@ -242,6 +242,23 @@ def test_tokens_have_their_types() -> None:
     assert "tokenizer.chat_template" not in vocabulary_of(characters()).values
 
 
+def test_several_chat_templates_are_kept(tmp_path: Path) -> None:
+    """By the names that gguf itself would give them; the default one is that which llama.cpp takes."""
+    tokenizer = characters()
+    tokenizer.chat_template = {"tool_use": "{{ tools }}", "default": "{{ messages }}"}
+    expected = gguf.GGUFWriter(tmp_path / "a.gguf", "deci")
+    expected.add_chat_template([{"name": name, "template": text} for name, text in tokenizer.chat_template.items()])
+    (stated,) = expected.kv_data
+    stated = {key: value.value for key, value in stated.items() if key.startswith("tokenizer")}
+    found = {key: value[0] for key, value in vocabulary_of(tokenizer).values.items() if "chat" in key}
+    assert found == stated and len(found) == 3
+    path, model = tmp_path / "b.gguf", tiny_model("llama", torch.float32, vocab_size=VOCABULARY)
+    write_gguf(slice_model(model, random_plan(architecture_of(model), 5)), vocabulary_of(tokenizer), path)
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+
+
 def test_a_tokenizer_that_knows_no_letter_puts_nothing_around_text() -> None:
     """Nor does it fail for that."""
     tokenizer = Tokenizer(models.BPE({"<s>": 0, "b": 1}, []))

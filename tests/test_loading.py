@@ -11,11 +11,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
+from tiny_run import Place
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from bernprune.embedded import EMBEDDED, MODEL_FOLDER
 from bernprune.errors import ModelError
+from bernprune.models import loading
 from bernprune.models.loading import load_config, load_model, load_tokenizer, resolve, stated_type
 
 Loader = Callable[..., Any]
@@ -256,6 +258,14 @@ def test_paths_are_resolved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert resolve("~/model") == str(folder)
     assert resolve(EMBEDDED) == str(MODEL_FOLDER)
     assert resolve("org/name") == "org/name"
+
+
+def test_a_tokenizer_of_mistral_common_is_not_taken(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that library is installed, transformers prefers it for models that bring a file of its own."""
+    theirs = type("MistralCommonBackend", (), {})()
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", lambda *_, **__: theirs)
+    found = load_tokenizer(str(place.model))
+    assert isinstance(found, PreTrainedTokenizerFast) and found("ab")["input_ids"]
 
 
 def test_the_embedded_model_is_no_folder_of_that_name(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,6 +22,7 @@ from transformers import (
 from bernprune.errors import ModelError, RunError
 from bernprune.models import modeling_bernprune, saving
 from bernprune.models.architecture import architecture_of
+from bernprune.models.loading import load_tokenizer
 from bernprune.models.saving import save_pruned, verify_saved
 from bernprune.models.slicing import plan_hash, slice_model
 from bernprune.units import KeepPlan
@@ -180,6 +181,29 @@ def test_generation_settings_are_saved_as_the_model_came_with_them(tmp_path: Pat
     save_pruned(model, None, tmp_path / "out", plan=plan)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.5
     assert model.generation_config is settings
+
+
+def test_a_saved_tokenizer_gives_the_same_tokens(tmp_path: Path) -> None:
+    """Also where its class sets itself up in another way once it is told less: this one forgets that it is legacy."""
+    base, (model, plan) = tmp_path / "base", pruned(BY_NAME["llama-grouped"])
+    tiny_model("llama", torch.float32).save_pretrained(base)
+    pieces = {piece: number for number, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a"])}
+    tokenizer = Tokenizer(models.BPE(pieces, [("▁", "a")], unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(base)
+    stated = json.loads((base / "tokenizer_config.json").read_text())
+    own_code = {"auto_map": {"AutoTokenizer": ["elsewhere--tok.Own", None]}}
+    more = {"tokenizer_class": "LlamaTokenizer", "legacy": True, **own_code}
+    (base / "tokenizer_config.json").write_text(json.dumps(stated | more))
+    loaded = load_tokenizer(str(base))
+    assert type(loaded).__name__ == "LlamaTokenizer"
+    folder = save_pruned(model, loaded, tmp_path / "out", plan=plan)
+    text = "a</s>a b</s> b"
+    assert loaded.tokenize(text) == AutoTokenizer.from_pretrained(folder).tokenize(text)
+    stated = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "auto_map" not in stated, "code that nobody trusted"
+    assert stated["tokenizer_class"] == "PreTrainedTokenizerFast", "the test needs a class that forgets"
 
 
 def test_a_tokenizer_that_cannot_be_saved(tmp_path: Path) -> None:

@@ -244,11 +244,15 @@ def export(
         Path | None,
         typer.Option(help="Copy the vocabulary of this GGUF file of the dense model, not that of the tokenizer."),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run code of its own, if it has any.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """A pruned model as a GGUF file, for llama.cpp and what builds on it (pip install ".[gguf]")."""
     quiet_libraries()
-    show(exported(export_gguf(model, out, dtype=dtype, vocabulary=vocabulary)))
+    report = export_gguf(model, out, dtype=dtype, vocabulary=vocabulary, trust_remote_code=trust_remote_code)
+    show(exported(report))
     show(f"result       {out}")
 
 

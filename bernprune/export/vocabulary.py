@@ -180,8 +180,18 @@ def _specials(tokenizer: Any) -> dict[str, Value]:
     encoded = tokenizer("a")["input_ids"]
     found[f"{_OURS}.add_bos_token"] = encoded[:1] == [tokenizer.bos_token_id], "BOOL", None
     found[f"{_OURS}.add_eos_token"] = encoded[-1:] == [tokenizer.eos_token_id], "BOOL", None
-    if isinstance(template := getattr(tokenizer, "chat_template", None), str):
-        found["tokenizer.chat_template"] = template, "STRING", None
+    return found | _chat_templates(getattr(tokenizer, "chat_template", None))
+
+
+def _chat_templates(given: Any) -> dict[str, Value]:
+    """One template, or several by name, of which ``default`` is the one that is used."""
+    templates = {"default": given} if isinstance(given, str) else dict(given or {})
+    others = sorted(templates.keys() - {"default"})
+    found: dict[str, Value] = {f"tokenizer.chat_template.{name}": (templates[name], "STRING", None) for name in others}
+    if others:
+        found["tokenizer.chat_templates"] = others, "ARRAY", "STRING"
+    if "default" in templates:
+        found["tokenizer.chat_template"] = templates["default"], "STRING", None
     return found
 
 

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from bernprune.embedded import EMBEDDED, MODEL_FOLDER
 from bernprune.errors import BernpruneError, ModelError
@@ -102,7 +102,10 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
     if os.path.isdir(folder) and not any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER_FILES):
         raise ModelError(f"model folder {path} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)})")
     with _explained(path, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, revision=revision, trust_remote_code=trust_remote_code)
+        if type(found).__name__ == "MistralCommonBackend":  # of mistral-common: it saves nothing that others can load
+            found = PreTrainedTokenizerFast.from_pretrained(folder, revision=revision or "main")
+        return found
 
 
 class _explained:

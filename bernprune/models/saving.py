@@ -4,6 +4,8 @@ The folder is an ordinary Hugging Face one. ``AutoModelForCausalLM.from_pretrain
 ``trust_remote_code=True`` anywhere, and without where bernprune is imported, so there is no loader of our own.
 """
 
+import json
+import logging
 import os
 import shutil
 import subprocess
@@ -18,13 +20,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from bernprune.errors import ModelError, RunError
 from bernprune.models import modeling_bernprune
 from bernprune.models.slicing import plan_hash
-from bernprune.storage import sync
+from bernprune.storage import sync, write_json
 from bernprune.units import KeepPlan
+
+logger = logging.getLogger(__name__)
 
 # Run by a clean interpreter. Its last line makes sure that the folder, and not an installed bernprune, did the work.
 CLEAN_LOAD = """
@@ -161,8 +165,30 @@ def _generation_config_apart(model: PreTrainedModel, folder: Path) -> Iterator[N
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
+        _settle_tokenizer(tokenizer, folder)
     except Exception as error:  # tokenizers raises plain ones, also for a full disk
         raise RunError(f"could not save the tokenizer: {error}") from error
+
+
+def _settle_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Let the saved tokenizer give the tokens that the one in memory does, and name no code that was not run."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file() or type(tokenizer).__module__.startswith("transformers_modules"):  # code of the model's own
+        return
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    if stated.pop("auto_map", None) is not None:
+        write_json(path, stated)
+    if _tokens_of(AutoTokenizer.from_pretrained(folder)) == _tokens_of(tokenizer):
+        return
+    write_json(path, stated | {"tokenizer_class": "PreTrainedTokenizerFast"})  # which takes tokenizer.json as it is
+    if _tokens_of(AutoTokenizer.from_pretrained(folder)) != _tokens_of(tokenizer):
+        logger.warning("the tokenizer in %s gives other tokens than the dense model's", folder)
+
+
+def _tokens_of(tokenizer: Any) -> tuple[list[int], str]:
+    """Of a text with spaces and special tokens, which some classes set up in their own way as they are loaded."""
+    ids = tokenizer("".join(f"{token}a b,  it's 12" for token in ("", *tokenizer.all_special_tokens)))["input_ids"]
+    return ids, tokenizer.decode(ids)
 
 
 def _taken(target: Path) -> RunError:

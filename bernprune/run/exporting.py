@@ -21,7 +21,12 @@ _WIDENED = 2e9  # a model of so many parameters at most is checked in float32, w
 
 
 def export_gguf(
-    source: str | Path, out: str | Path, *, dtype: str = "auto", vocabulary: str | Path | None = None
+    source: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    vocabulary: str | Path | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write a pruned model as a GGUF file, and check it with llama.cpp if llama-cpp-python is installed.
 
@@ -29,6 +34,7 @@ def export_gguf(
         source: the folder of a finished run or recovery, or of a model that bernprune saved.
         dtype: number format of the matrices: the model's own (``auto``), ``float32``, ``float16`` or ``bfloat16``.
         vocabulary: a GGUF file, of the dense model, whose vocabulary to copy rather than to write the tokenizer's.
+        trust_remote_code: let a tokenizer run code of its own that came with the model.
 
     Raises:
         ConfigError: an unknown ``dtype``.
@@ -48,7 +54,7 @@ def export_gguf(
     if is_run and not (source / REPORT).is_file():
         raise RunError(f"the run in {source} is not finished: no model of it was verified")
     folder = str(source / MODEL if is_run else source)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder), load_tokenizer(folder, trust_remote_code=trust_remote_code)
     words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(Path(vocabulary), gguf)
     tokens_T = torch.arange(min(_CHECKED_TOKENS, context_length(model.config))) % model.config.vocab_size
     try:

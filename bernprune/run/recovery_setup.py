@@ -54,7 +54,8 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
     """Raises ``DataError`` for text that is missing or too short, and ``ModelError`` for windows that are too long."""
     model_config, window = load_config(str(folder.model)), config.data.window
     check_window(model_config, window)
-    tokenizer, vocabulary = load_tokenizer(str(folder.model)), model_config.vocab_size
+    trusted = of_run.model.trust_remote_code
+    tokenizer, vocabulary = load_tokenizer(str(folder.model), trust_remote_code=trusted), model_config.vocab_size
     stream_N, held_out_N, eval_name = _texts(config, of_run, tokenizer, vocabulary)
     cut = len(stream_N) - config.recover.held_out * window
     if cut < config.recover.batch * window:
