@@ -168,6 +168,9 @@ def test_factors_are_sensible_whatever_is_told() -> None:
     assert_close(calibrated(-ones_LN, ones_LN, 1.0), [0.1], EXACT)
     assert_close(calibrated(1e9 * ones_LN, ones_LN, 1.0), [10.0], EXACT)
     assert_close(calibrated(ones_LN, 0 * ones_LN, 1.0), [1.0], EXACT)
+    one_LN, noise_LN = torch.tensor([[0.0], [1.0]]).expand(2, 7).double(), normal_numbers(2, 7, seed=1)
+    alone = calibrated(0.4 * one_LN + (1 - one_LN) * noise_LN, one_LN, 1.0)
+    assert_close(alone, [0.4, 0.4], EXACT)  # channels that are never active tell nothing, whatever all tokens do
 
 
 # In the search

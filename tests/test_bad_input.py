@@ -378,6 +378,10 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "config-missing": (lambda p: ["prune", "none.yaml"], ("none.yaml", "does not exist")),
     "config-not-yaml": (lambda p: ["prune", str(p.file("c.yaml", "a: ["))], ("c.yaml", "not YAML")),
     "config-a-list": (lambda p: ["prune", str(p.file("c.yaml", "- a"))], ("c.yaml", "keys and values", "['a']")),
+    "config-with-code": (
+        lambda p: ["prune", str(p.file("c.yaml", "seed: !!python/tuple [1]"))],
+        ("c.yaml", "not YAML", "python/tuple"),
+    ),
     "config-no-date": (lambda p: ["prune", str(p.file("c.yaml", "seed: 2024-13-01"))], ("c.yaml", "YAML", "month")),
     "config-false": (lambda p: ["prune", str(p.file("c.yaml", "no"))], ("c.yaml", "keys and values", "False")),
     "config-of-numbers": (lambda p: ["prune", str(p.file("c.yaml", "1: 2"))], ("c.yaml", "keys and values")),

@@ -19,6 +19,7 @@ from bernprune.models.saving import save_pruned
 from bernprune.models.slicing import slice_model
 from bernprune.models.statistics import weights_by_stream
 from bernprune.models.view import ModelView, describe
+from bernprune.names import RepairName
 from bernprune.objective import masked_objective
 from bernprune.repair import Repairer, fitting, weights
 from bernprune.repair.closed import Linear, compensated, reconstructed, reformed, rescaled
@@ -261,6 +262,37 @@ def view_of(variant: Variant, **removed: Any) -> tuple[ModelView, KeepPlan]:
     plan = random_plan(architecture_of(view.model), 5, **removed)
     some = LayerPlan((0, 2) if view.layers[0].shape.kv_groups > 2 else (0,), (0, 2, 3, 5, 8, 13, 14))
     return view, KeepPlan(plan.architecture, (some, *plan.layers[1:]))
+
+
+@pytest.mark.parametrize("constant", [0.1, 1e-3, 123.4])
+def test_an_input_that_is_always_the_same_is_left_as_it_was(constant: float) -> None:
+    """What rounding leaves of its variance is none; the others are fitted as if it were not there."""
+    random = torch.Generator().manual_seed(3)
+    x, weight_DA = torch.randn(999, 4, generator=random), torch.randn(2, 4, generator=random).double()
+    x[:, 1] = constant
+    target = x @ torch.randn(4, 2, generator=random)
+    others = [0, 2, 3]
+    found = []
+    for kept in ([0, 1, 2, 3], others):
+        moments = Moments(len(kept), 2, CPU)
+        for rows in range(0, 999, 333):
+            moments.add(x[rows : rows + 333, kept], target[rows : rows + 333])
+        found.append(reconstructed(moments, Linear(weight_DA[:, kept], None), 1e-9, biased=True).weight_DA)
+    assert found[0][:, 1].equal(weight_DA[:, 1])
+    assert_close(found[0][:, others], found[1], 1e-6)
+
+
+@pytest.mark.parametrize("method", ["ridge", "two-step", "scale"])
+def test_a_block_that_gives_the_same_for_all_tokens_is_repaired(method: RepairName) -> None:
+    """Its biases alone pass through it."""
+    model = tiny_model("llama", torch.float32, attention_bias=True, mlp_bias=True)
+    for projection in (model.model.layers[1].mlp.gate_proj, model.model.layers[1].mlp.up_proj):
+        projection.weight.data.zero_()
+        projection.bias.data.fill_(0.3)
+    view = describe(model)
+    plan = random_plan(view.architecture, 5)
+    repairer(view).repair(plan, method)
+    assert math.isfinite(plain_loss(slice_model(model, plan)))
 
 
 def repairer(view: ModelView, **settings: Any) -> Repairer:

@@ -394,6 +394,15 @@ def test_scores_for_what_a_unit_costs(power: float) -> None:
     assert_close(costly, plain / within**power, EXACT)
 
 
+@pytest.mark.parametrize("score", ["flap", "flap-wifn", "flap-ifv"])
+def test_standardised_scores(score: str) -> None:
+    """They are not divided by costs, which would turn penalties into bonuses; of a single unit they are 0."""
+    with pytest.raises(ConfigError, match=f"score '{score}' is standardised"):
+        initial_scores(describe(tiny_model("llama")), WINDOWS_WT, SCORES[score], options=Options(cost_power=0.5))
+    view = describe(tiny_model("llama", intermediate_size=1))
+    assert initial_scores(view, WINDOWS_WT, SCORES[score])[view.space.of_kind("channel")].eq(0).all()
+
+
 def test_hooks_go_when_the_model_fails() -> None:
     """Also in the middle of a forward pass, and if they could not all be set."""
     view = describe(tiny_model("llama"))

@@ -122,9 +122,11 @@ class Calibration:
         if total <= 0:
             return torch.ones_like(precision_L)
         common = weighted_L.sum() / total
-        unlike = ((self._plain_L - common * self._active_L).square() / self._noise_L.clamp(min=_TINY)).sum()
-        excess = unlike - (precision_L > 0).sum() + 1
-        apart = excess.clamp(min=0) / (total - precision_L.square().sum() / total) if excess > _HAIR else 0.0
+        told_L = precision_L > 0  # a layer without active channels says nothing
+        unlike_L = (self._plain_L - common * self._active_L).square() / self._noise_L.clamp(min=_TINY)
+        excess = unlike_L[told_L].sum() - told_L.sum() + 1
+        freedom = total - precision_L.square().sum() / total
+        apart = excess / freedom if excess > _HAIR and freedom > _HAIR * total else 0.0
         factors_L: torch.Tensor = (common + apart * weighted_L) / (1 + apart * precision_L)
         return factors_L.clamp(*_FACTORS)
 

@@ -8,6 +8,8 @@ import math
 
 import torch
 
+_ROUNDING = 1e-6  # of E[x^2], below which a variance is what rounding has left of products in float32
+
 
 class Moments:
     """Sums over tokens of inputs x and targets t, float64 on the device of the model.
@@ -63,11 +65,20 @@ class Moments:
         return self._x_A / self.count, self._t_D / self.count
 
     def about(self, x_A: torch.Tensor, t_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """E[(x - x0)(x - x0)'] and E[(t - t0)(x - x0)'] about the given points, ``[A, A]`` and ``[D, A]``."""
+        """E[(x - x0)(x - x0)'] and E[(t - t0)(x - x0)'] about the given points, ``[A, A]`` and ``[D, A]``.
+
+        Of an input that is always at its point they are 0, and not what rounding has left.
+        """
         mean_A, mean_D = self.means
         gram_AA, cross_DA = self._xx_AA / self.count, self._tx_DA / self.count
+        size_A = gram_AA.diagonal().clone()
         gram_AA.addr_(x_A - mean_A, x_A - mean_A).addr_(mean_A, mean_A, alpha=-1)
         cross_DA.addr_(t_D - mean_D, x_A - mean_A).addr_(mean_D, mean_A, alpha=-1)
+        constant_A = gram_AA.diagonal() <= _ROUNDING * size_A
+        if constant_A.any():
+            gram_AA[constant_A] = 0.0
+            gram_AA[:, constant_A] = 0.0
+            cross_DA[:, constant_A] = 0.0
         return gram_AA, cross_DA
 
     def error(self, weight_DA: torch.Tensor, bias_D: torch.Tensor | None) -> float:

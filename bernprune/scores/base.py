@@ -100,6 +100,8 @@ class Metric:
         reads: fields of ``Options`` that it looks at, and only some metrics do.
         layerwise: whether it goes layer by layer, so that inputs of pruned layers have a meaning for it.
         cost_power: see ``Options``.
+        standardised: whether it says how far a unit is from the others and not what it is worth, which could be divided
+            by what it costs.
         needs: raises ``ConfigError`` or ``ModelError`` if it cannot score a model, or not on so little text.
     """
 
@@ -115,6 +117,7 @@ class Metric:
     reads: tuple[str, ...] = ()
     layerwise: bool = False
     cost_power: float = 0.0
+    standardised: bool = False
     needs: Callable[[ModelView, torch.Tensor], None] = _any_model
 
     def forwards(self, layers: int, options: Options) -> float:
@@ -134,6 +137,11 @@ class Metric:
             raise ConfigError(
                 f"score {self.name!r} does not go layer by layer, so inputs of pruned layers mean nothing to it; "
                 "use inputs 'dense', or another score"
+            )
+        if options.cost_power and self.standardised:
+            raise ConfigError(
+                f"score {self.name!r} is standardised, so about half of its values are negative, and cannot be divided "
+                "by costs; leave initial.cost_power out, or take another score"
             )
 
     def check_model(self, view: ModelView, windows_WT: torch.Tensor) -> None:

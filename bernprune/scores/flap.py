@@ -28,7 +28,7 @@ def _standardised(score: Score) -> Score:
         scores_E = score(projection)
         if projection.kind == "kv_group":
             scores_E = scores_E.square()
-        return (scores_E - scores_E.mean()) / scores_E.std().clamp(min=1e-300)
+        return (scores_E - scores_E.mean()) / scores_E.std(correction=min(1, len(scores_E) - 1)).clamp(min=1e-300)
 
     return standardised
 
@@ -37,7 +37,9 @@ def _metric(name: str, about: str, score: Score) -> Metric:
     about = f"{about}, standardised"
     run = by_column(_standardised(score))
     # Sums of standard scores are zero, so whole blocks cannot be ranked.
-    return Metric(name, about, "An et al., 2023", run, kinds=PARTS, allocation="pooled", layerwise=True)
+    return Metric(
+        name, about, "An et al., 2023", run, kinds=PARTS, allocation="pooled", layerwise=True, standardised=True
+    )
 
 
 FLAP = _metric("flap", "WIFV: variance of what a unit hands on, times the squared weights that read it", wifv)
