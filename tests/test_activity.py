@@ -168,9 +168,21 @@ def test_factors_are_sensible_whatever_is_told() -> None:
     assert_close(calibrated(-ones_LN, ones_LN, 1.0), [0.1], EXACT)
     assert_close(calibrated(1e9 * ones_LN, ones_LN, 1.0), [10.0], EXACT)
     assert_close(calibrated(ones_LN, 0 * ones_LN, 1.0), [1.0], EXACT)
-    one_LN, noise_LN = torch.tensor([[0.0], [1.0]]).expand(2, 7).double(), normal_numbers(2, 7, seed=1)
-    alone = calibrated(0.4 * one_LN + (1 - one_LN) * noise_LN, one_LN, 1.0)
-    assert_close(alone, [0.4, 0.4], EXACT)  # channels that are never active tell nothing, whatever all tokens do
+    for seed in range(8):  # whatever rounding leaves
+        large_LN = 1e9 * uniform(1, 7, seed=seed)
+        assert_close(calibrated(0.7 * large_LN, large_LN, 1e-12), [0.7], EXACT)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_layer_without_active_channels_tells_nothing(layers: int) -> None:
+    """Whatever all tokens tell of it; it has the factor that the others have in common."""
+    active_LN = uniform(layers, 7, seed=1)
+    plain_LN = 0.4 * active_LN + 0.3 * normal_numbers(layers, 7, seed=2)
+    expected_L = calibrated(plain_LN, active_LN, 0.1)
+    dead_1N = torch.zeros(1, 7, dtype=torch.float64)
+    found_L = calibrated(torch.cat([plain_LN, 9 * normal_numbers(1, 7, seed=3)]), torch.cat([active_LN, dead_1N]), 0.1)
+    assert_close(found_L[:-1], expected_L, EXACT)
+    assert expected_L.min() <= found_L[-1] <= expected_L.max()
 
 
 # In the search
