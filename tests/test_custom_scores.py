@@ -282,6 +282,9 @@ def test_a_power_of_costs_means_nothing_to_a_file(tmp_path: Path) -> None:
     """Nor beside a metric, as both would be divided."""
     path = tmp_path / "a.safetensors"
     path.touch()
-    for initial in ({"score": str(path)}, {"score": "flap", "also": [str(path)]}):
+    for initial in ({"score": str(path)}, {"score": "wanda-sp", "also": [str(path)]}):
         with pytest.raises(ConfigError, match=r"initial\.cost_power has no meaning for a file of scores"):
             check_scores(make_config({"initial": {**initial, "cost_power": 0.5}}))
+    check_scores(make_config({"initial": {"score": "fused", "members": "flap,magnitude", "cost_power": 0.5}}))
+    with pytest.raises(ConfigError, match="score 'flap' is standardised"):
+        check_scores(make_config({"initial": {"score": "magnitude", "also": "flap", "cost_power": 0.5}}))

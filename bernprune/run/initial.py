@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -58,8 +59,10 @@ def check_scores(config: RunConfig) -> None:
     initial = config.initial
     options = options_of(config)
     metrics = metrics_of(config)
-    for metric in (*metrics, *options.members):
+    for metric in metrics:
         metric.check(finest(config.granularity), options)
+    for metric in options.members:  # of which ranks count
+        metric.check(finest(config.granularity), replace(options, cost_power=None))
     told = [name for metric in (*metrics, *options.members) for name in metric.reads]
     for name, default in (("pairs", Options.pairs), ("step", Options.step), ("members", Options.members)):
         if getattr(initial, name) != default and name not in told:
