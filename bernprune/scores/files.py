@@ -80,11 +80,19 @@ def _facts(path: Path) -> dict[str, str]:
 
 
 def digest_of(path: Path) -> str:
-    """16 hexadecimal digits that tell files apart. Raises ``ConfigError`` if it cannot be read."""
+    """16 hexadecimal digits that tell apart what a run takes of files: scores, and how they are used by default.
+
+    Raises:
+        ConfigError: it cannot be read, or holds no scores.
+    """
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError as error:
+        with safe_open(path, framework="pt") as file:
+            scores_U, facts = file.get_tensor(_KEY), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
         raise ConfigError(f"score file {path} cannot be read: {error}") from None
+    found = hashlib.sha256(scores_U.double().numpy().tobytes())
+    found.update(facts.get(_ALLOCATION, "").encode())
+    return found.hexdigest()[:16]
 
 
 def holds_scores(path: Path) -> bool:
