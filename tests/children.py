@@ -39,7 +39,7 @@ class Child:
             assert time.monotonic() < deadline, "nothing happened"
             time.sleep(0.005)
 
-    def signal(self, number: signal.Signals) -> None:
+    def send(self, number: signal.Signals) -> None:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 

@@ -63,7 +63,7 @@ class Killer:
             child = Child(command, self.place.folder)
             time.sleep(0.05 + self.random.random() * self.seconds[name])
             if child.process.is_alive():
-                child.signal(self.random.choice(NUMBERS))
+                child.send(self.random.choice(NUMBERS))
                 self.kills += 1
             done = child.ended()
             if done.code not in (-signal.SIGKILL, 130):

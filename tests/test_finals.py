@@ -468,7 +468,7 @@ def test_a_killed_choice_goes_on(place: Place, tmp_path: Path) -> None:
     slow = ("search.rows_per_forward=1", "search.sequences=720", "search.selection=0.8")
     child = Child(arguments(place, *slow), place.folder)
     child.wait_for((place.out / "finals.safetensors").is_file)
-    child.signal(signal.SIGKILL)
+    child.send(signal.SIGKILL)
     assert child.ended().code == -signal.SIGKILL
     ran = heats_of(place.out)
     with pytest.MonkeyPatch.context() as patch:

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import bernprune
 from bernprune.config import changed_config
 from bernprune.data import TokenWindows
-from bernprune.errors import ConfigError
+from bernprune.errors import ConfigError, ModelError
 from bernprune.models.adapters import Adapters
 from bernprune.models.slicing import slice_model
 from bernprune.recovery import Training
-from bernprune.run import recovering, recovery_setup, verification
+from bernprune.run import exporting, recovering, recovery_setup, verification
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.recovery_setup import Before
@@ -252,6 +252,29 @@ def test_masks_of_an_older_policy_are_refused(place: Place, finished: Path) -> N
     last.write_bytes(last.read_bytes()[:-1])
     said = in_one_sentence(run(*recover(place, folder, "recover.masks=policy")))
     assert "recover.masks 'policy'" in said and f"{last} is damaged" in said
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_that_a_run_trusted_is_trusted_again(
+    trusted: bool, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of the tokenizer, by a recovery; for an export it must be asked for."""
+    folder, given = shutil.copytree(finished, place.folder / "finished"), list[bool]()
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(
+        config.replace("trust_remote_code: false", f"trust_remote_code: {str(trusted).lower()}")
+    )
+
+    def noted(path: str, *, trust_remote_code: bool = False) -> None:
+        given.append(trust_remote_code)
+        raise ModelError("it came far enough")
+
+    for module in (recovery_setup, exporting):
+        monkeypatch.setattr(module, "load_tokenizer", noted)
+    assert "it came far enough" in in_one_sentence(run(*recover(place, folder)))
+    asked = ["--trust-remote-code"] if trusted else []
+    assert "it came far enough" in in_one_sentence(run("export", str(folder), "out.gguf", *asked))
+    assert given == [trusted, trusted]
 
 
 def test_a_finished_recovery_is_replaced_on_request(place: Place, finished: Path) -> None:

@@ -19,7 +19,7 @@ from bernprune.config import make_config
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.loading import load_model
 from bernprune.models.view import describe
-from bernprune.run import forecast, opening
+from bernprune.run import forecast, opening, pipeline
 from bernprune.run.stage import set_stage
 
 all_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("int8", marks=needs_torchao)])
@@ -130,6 +130,13 @@ def test_a_run_goes_on_in_the_format_that_it_began_with(
     succeed(*place.prune("search.costs=fixed"))
     plan, before = (place.out / "plan.json").read_bytes(), read_json(place.out / "report.json")
     monkeypatch.setattr(opening, "has_bfloat16_units", lambda: began == "same")
+    formats, quick = set[torch.dtype](), pipeline.quick_products
+
+    def noted(device: torch.device, *dtypes: torch.dtype) -> Any:
+        formats.update(dtypes)
+        return quick(device, *dtypes)
+
+    monkeypatch.setattr(pipeline, "quick_products", noted)
     (place.out / "report.json").unlink()
     for path in (place.out / "checkpoints").iterdir():
         path.unlink()
@@ -137,6 +144,7 @@ def test_a_run_goes_on_in_the_format_that_it_began_with(
     after = read_json(place.out / "report.json")
     assert before["search"]["dtype"] == after["search"]["dtype"] == {"same": "float32"}.get(began, began)
     assert (place.out / "plan.json").read_bytes() == plan and after["loss"] == before["loss"]
+    assert getattr(torch, before["search"]["dtype"]) in formats, "products in it are quick where it is slow"
 
 
 @pytest.mark.parametrize("command", ["prune", "apply", "units"])

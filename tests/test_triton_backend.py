@@ -224,6 +224,11 @@ def test_what_is_fused_is_given_back(family: str, device: torch.device) -> None:
         calls.clear()
         view.model(input_ids=tokens, use_cache=False).logits.sum().backward()
         assert not calls, "what is asked for gradients is left alone"
+        for name, parameter in view.model.named_parameters():
+            parameter.requires_grad_("layers.0.self_attn.k_proj" in name)
+        view.model(input_ids=tokens, use_cache=False).logits.sum().backward()
+        assert not calls, "also if it is keys alone"
+        view.model.requires_grad_(True)
         view.model.zero_grad()
         with torch.no_grad():
             tiny_model(family, **FAMILIES[family]).to(device)(input_ids=tokens, use_cache=False)

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -85,9 +85,10 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
     with folder.locked():
         continued = folder.check(config)  # another process may have been here meanwhile
         try:
-            formats = _formats(stage, _stored_costs(folder) if continued else None)
-            with quick_products(stage.view.device, *formats), blaming(custom_places(config)):  # before the disk is
-                return _run(stage, folder, continued=continued, finish=finish)
+            began = _Began.read(folder) if continued else None
+            quick = quick_products(stage.view.device, *_formats(stage, began))
+            with quick, blaming(custom_places(config)):  # before the disk is blamed
+                return _run(stage, folder, began, continued=continued, finish=finish)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _NO_ROOM not in str(error):
                 raise
@@ -141,11 +142,11 @@ def resume(
         return _prune(config, folder, finish=finish)
 
 
-def _run(stage: Stage, folder: RunFolder, *, continued: bool, finish: bool) -> dict[str, Any]:
+def _run(stage: Stage, folder: RunFolder, began: "_Began | None", *, continued: bool, finish: bool) -> dict[str, Any]:
     """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
     Workshop.of_stage(stage)  # whether there is text enough
     check_room(stage, folder)
-    known = _known_stage(stage, folder) if continued else None
+    known = None if began is None else began.stage(stage)
     inputs = _fingerprints(stage, known, begun=continued and folder.versions.is_file())
     if continued:
         folder.check_inputs(inputs)
@@ -292,32 +293,35 @@ def _with_extras(
     return report
 
 
-def _stored_costs(folder: RunFolder) -> tuple[Costs, int, SearchDtype] | None:
-    """The costs, rows and number format that the run began with; None if it was killed before it knew them."""
-    try:
-        stored = json.loads(folder.costs.read_text(encoding="utf-8"))
-        known = {"listing": NEVER} | stored  # unless said: no lists, and the model's own dtype
-        costs, rows = Costs(*(float(known[field.name]) for field in fields(Costs))), int(stored["rows"])
-        dtype = stored.get("dtype", "same")
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return (costs, rows, dtype) if dtype in get_args(SearchDtype) else None
+class _Began(NamedTuple):
+    """How the run that is continued began to run masks."""
+
+    costs: Costs
+    rows: int
+    dtype: SearchDtype
+
+    @classmethod
+    def read(cls, folder: RunFolder) -> "_Began | None":
+        """None if it was killed before it knew."""
+        try:
+            stored = json.loads(folder.costs.read_text(encoding="utf-8"))
+            known = {"listing": NEVER} | stored  # unless said: no lists, and the model's own dtype
+            costs, rows = Costs(*(float(known[field.name]) for field in fields(Costs))), int(stored["rows"])
+            dtype = stored.get("dtype", "same")
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return cls(costs, rows, dtype) if dtype in get_args(SearchDtype) else None
+
+    def stage(self, opened: Stage) -> Stage:
+        """The stage as the run began with it; if that is in another format, ``opened`` is given up."""
+        stage, given = opened.with_weights(self.dtype), opened.config.search.rows_per_forward
+        return replace(stage, costs=self.costs, rows=self.rows if given == "auto" else given)
 
 
-def _known_stage(stage: Stage, folder: RunFolder) -> Stage | None:
-    """The stage as the run began with it, if that is known."""
-    stored = _stored_costs(folder)
-    if stored is None:
-        return None
-    costs, rows, dtype = stored
-    stage, given = stage.with_weights(dtype), stage.config.search.rows_per_forward
-    return replace(stage, costs=costs, rows=rows if given == "auto" else given)
-
-
-def _formats(stage: Stage, stored: tuple[Costs, int, SearchDtype] | None) -> set[torch.dtype]:
+def _formats(stage: Stage, began: _Began | None) -> set[torch.dtype]:
     """Number formats in which a run takes products: the model's own, and that of its search, now or as it began."""
-    began = set() if stored is None or stored[2] in ("auto", "same") else {getattr(torch, stored[2])}
-    return {stage.full_dtype, stage.view.model.dtype} | began
+    of_search = set() if began is None or began.dtype in ("auto", "same") else {getattr(torch, began.dtype)}
+    return {stage.full_dtype, stage.view.model.dtype} | of_search
 
 
 def _stored_start(folder: RunFolder) -> Start | None:
