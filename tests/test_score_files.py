@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from spaces import make_space
+from spaces import FLAT, make_space
 from tiny_models import random_tokens, tiny_model
 from tiny_run import Place, in_one_sentence, read_json, run, settings, stopped_in_step, succeed, tiny_folder
 from transformers import AutoModelForCausalLM
@@ -17,6 +17,7 @@ from bernprune.policy.bernoulli import graded, initial_probs
 from bernprune.run import scoring
 from bernprune.run.checkpoint import read_state
 from bernprune.scores import SCORES, Options, initial_scores, metric_named, read_scores, write_scores
+from bernprune.scores.files import digest_of
 from bernprune.units import UnitSpace
 
 
@@ -104,6 +105,17 @@ def test_a_run_does_not_go_on_without_its_score_file(place: Place) -> None:
     moved.unlink()
     succeed("scores", str(place.model), "--text", str(place.text), "--score=flap", f"--out={out}", *given)  # anew
     succeed("resume", str(place.out))
+
+
+def test_digests_are_of_what_a_run_takes(tmp_path: Path) -> None:
+    """Scores, and how they are allocated; not of what else is said, nor of the order in which it lies."""
+    scores_U, path = torch.arange(float(FLAT.size)), tmp_path / "a.safetensors"
+    facts = {"allocation": "pooled", "model": "a", "weights": "b"}
+    digests = []
+    for given, said in ((scores_U, facts), (scores_U, {**facts, "model": "c"}), (scores_U + 1, facts), (scores_U, {})):
+        write_scores(path, FLAT, given, said)
+        digests.append(digest_of(path))
+    assert digests[0] == digests[1] and len(set(digests)) == 3
 
 
 def test_scores_of_other_weights_are_told_of(place: Place) -> None:
