@@ -342,6 +342,22 @@ def test_what_is_believed_is_as_sure_as_it_says(kind: Kind, rounds: int) -> None
     assert said == pytest.approx(off, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("kind", "spread", "rounds"), [("channel", 0.5, 1), ("channel", 0.1, 3), ("kv_group", 0.1, 12)]
+)
+def test_no_world_passes_for_known(kind: Kind, spread: float, rounds: int) -> None:
+    """Not one of many in which noise exceeds signal, so that the signal may seem to be nothing by chance."""
+    space = make_space([kind], [(15, 60)] * 3)
+    scores_U = random_numbers(space.size, 0)
+    for world in range(60):
+        truth_U = scores_U + spread**0.5 * normal_numbers(space.size, seed=3 * world + 1)
+        beliefs, noise_U = Beliefs(space, scores_U[:, None], 0.1), 1.5 + 3 * random_numbers(space.size, world)
+        for noise in normal_numbers(rounds, space.size, seed=3 * world + 2):
+            beliefs.learn(truth_U + noise_U.sqrt() * noise, noise_U)
+        off = (beliefs.worth_U - truth_U).square().mean().item()
+        assert beliefs.deviation_U.square().mean().item() > 0.3 * off, world
+
+
 def test_what_is_believed_is_restored() -> None:
     """All of it, and what is learned next is the same."""
     space = make_space(["kv_group", "channel"], [(3, 11), (2, 9)])

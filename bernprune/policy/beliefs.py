@@ -10,6 +10,7 @@ forget, while what sets a unit apart is remembered.
 Letters: U units, N units of a group, G groups of a family, L lines of all families, S scores, F features.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,8 +194,9 @@ def _diagonals(many_GFF: np.ndarray) -> np.ndarray:
 def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.Tensor]) -> list[float]:
     """The variance, for each group, by which its residuals differ more than their noise explains.
 
-    Estimates of the groups are drawn to their mean, all the way where they do not clearly differ from it (the
-    non-negative garrote; Breiman, 1995): of many, some are large by chance.
+    Estimates of the groups are drawn to what they have in common, all the way where they do not clearly differ from it
+    (the non-negative garrote; Breiman, 1995): of many, some are large by chance. What they have in common is expected,
+    not estimated: where noise exceeds signal, an estimate may be nothing by chance, and units would pass for known.
 
     Args:
         residuals, variances: for each group ``[N]``, what was observed of its units less their line, and its noise.
@@ -205,8 +207,9 @@ def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.
         weights = [1 / (noise_N + spread).square() for noise_N, spread in zip(variances, spread_G, strict=True)]
         totals_G = torch.stack([weights_N.sum() for weights_N in weights])
         own_G = torch.stack([(w_N * e_N).sum() for w_N, e_N in zip(weights, excesses, strict=True)]) / totals_G
-        common = ((totals_G * own_G).sum() / totals_G.sum()).clamp(min=0)
-        spread_G = torch.maximum(own_G, common)
+        estimate = (totals_G * own_G).sum() / totals_G.sum()
+        spread_G = torch.maximum(own_G, estimate.clamp(min=0))
+    common = _expected_positive(estimate, (2 / totals_G.sum()).sqrt())
     apart_G = own_G - common
     doubt_G = _CLEAR**2 * (2 / totals_G) / apart_G.square().clamp(min=_TINY)
     spread_G = (common + apart_G * (1 - doubt_G).clamp(min=0)).clamp(min=0)
@@ -214,6 +217,13 @@ def common_spreads(residuals: Sequence[torch.Tensor], variances: Sequence[torch.
         max(spread, _LEAST_SPREAD * noise_N.mean().item())
         for spread, noise_N in zip(spread_G.tolist(), variances, strict=True)
     ]
+
+
+def _expected_positive(estimate: torch.Tensor, error: torch.Tensor) -> torch.Tensor:
+    """The mean of what cannot be negative, of which this is a normal estimate with that standard error."""
+    ratio = estimate / error
+    log_density = -(ratio.square() + math.log(2 * math.pi)) / 2
+    return estimate + error * (log_density - torch.special.log_ndtr(ratio)).exp()
 
 
 class Beliefs:
