@@ -221,7 +221,7 @@ def test_priorities_made_to_agree(name: str, seed: int) -> None:
     mask_U, priorities_U, budget = looked_at(space, seed)
     others_U = random_numbers(space.size, seed + 100)
     for given_U in (priorities_U, others_U):
-        agreed_U = consistent_with_mask(given_U, mask_U, budget)
+        agreed_U = consistent_with_mask(given_U, mask_U, budget, FREE)
         assert agreed_U[mask_U].min() >= agreed_U[~mask_U].max()
         assert all(
             agreed_U[one] <= agreed_U[other]

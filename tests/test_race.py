@@ -266,8 +266,21 @@ def test_what_agrees_with_a_mask_selects_it(space: UnitSpace) -> None:
     budget = Budget(space, 0.4)
     for seed in range(20):
         mask_U = select(random_numbers(space.size, seed + 100), budget, limits=Limits())
-        agreeing_U = consistent_with_mask(random_numbers(space.size, seed), mask_U, budget)
+        agreeing_U = consistent_with_mask(random_numbers(space.size, seed), mask_U, budget, Limits())
         assert torch.equal(select(agreeing_U, budget, limits=Limits(), tie_break_U=mask_U.double()), mask_U)
+
+
+@pytest.mark.parametrize("factor", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("given", [{}, {"pools": "separate"}, {"also": {"kv_cache": 0.5}}], ids=str)
+def test_what_agrees_with_a_mask_is_left_alone(given: dict[str, Any], factor: float) -> None:
+    """But for a few units, which filled the budget up; whatever kv groups are worth beside channels."""
+    space = make_space(["kv_group", "channel"], [(8, 200)] * 6, {"kv_group": (110, 290.0), "channel": (3, 6.0)})
+    budget, priorities_U = Budget(space, 0.4, **given), random_numbers(space.size, 0)
+    priorities_U[space.of_kind("kv_group")] *= factor
+    mask_U = select(priorities_U, budget, limits=FREE)
+    agreeing_U = consistent_with_mask(priorities_U, mask_U, budget, FREE)
+    assert torch.equal(select(agreeing_U, budget, limits=FREE, tie_break_U=mask_U.double()), mask_U)
+    assert (agreeing_U != priorities_U).sum() < 0.03 * space.size
 
 
 def one_group_against_the_rest(found_U: torch.Tensor, mask_U: torch.Tensor) -> bool:

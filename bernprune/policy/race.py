@@ -85,7 +85,7 @@ def challengers(
     in one layer, is taken to be better or worse than believed; a whole group goes or comes back. The budget that this
     frees or takes is settled by the next best units of the whole model.
     """
-    budget, base_U = search.budget, consistent_with_mask(search.priorities_U, mask_U, search.budget)
+    budget, base_U = search.budget, consistent_with_mask(search.priorities_U, mask_U, search.budget, limits)
     # Few units at a time, whatever the model's size, or what they change cannot be told from noise.
     moves = [_redecide(8), _lean, _redecide(32), _lean, _redecide(128), _lean, _turn]
     found: list[torch.Tensor] = []
@@ -97,13 +97,26 @@ def challengers(
     return torch.stack(found) if found else mask_U.new_empty(0, len(mask_U))
 
 
-def consistent_with_mask(priorities_U: torch.Tensor, mask_U: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """Priorities clamped where the budget is full, so that all that is kept comes before all that is not; ``[U]``."""
-    order = priorities_U.argsort(descending=True)
-    last = int((budget.costs_U[order].cumsum(0) <= budget.most).sum()) - 1
-    level = priorities_U[order[max(last, 0)]].item()  # at which the budget is full
-    below = math.nextafter(level, -math.inf)  # of equals, what contains others would come first, kept or not
-    return torch.where(mask_U, priorities_U.clamp(min=level), priorities_U.clamp(max=below))
+def consistent_with_mask(
+    priorities_U: torch.Tensor, mask_U: torch.Tensor, budget: Budget, limits: Limits
+) -> torch.Tensor:
+    """Priorities clamped at the level of each pool at which they would fill its budget themselves, so that of the pool
+    all that is kept comes before all that is not; ``[U]``."""
+    agreeing_U, own_U = priorities_U.clone(), select(priorities_U, budget, limits=limits)
+    for pool in budget.pools:
+        at = pool.members_U
+        level = _level(priorities_U[at], own_U[at])
+        below = math.nextafter(level, -math.inf)  # of equals, what contains others would come first, kept or not
+        agreeing_U[at] = torch.where(mask_U[at], priorities_U[at].clamp(min=level), priorities_U[at].clamp(max=below))
+    return agreeing_U
+
+
+def _level(priorities_N: torch.Tensor, mask_N: torch.Tensor) -> float:
+    """What best parts the priorities of what is kept from the others, with the fewest units on the wrong side."""
+    falling_N, order = priorities_N.sort(descending=True, stable=True)
+    kept_before_N, cut_before_N = mask_N[order].cumsum(0), (~mask_N[order]).cumsum(0)
+    last = int((cut_before_N - kept_before_N).argmin())
+    return falling_N[last : last + 2].mean().item()
 
 
 def _redecide(num_units: int) -> Callable[[MaskSearch, torch.Tensor, torch.Generator], torch.Tensor]:
