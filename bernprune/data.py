@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 WHOLE_CHARACTERS = 2_000_000
 PIECE_CHARACTERS = 256_000
 BATCH_CHARACTERS = 4_000_000  # encoded per call, which bounds the encoder's memory: about 100 bytes a token
+PASSAGE = 64  # tokens, a power of two: so many in a row are hardly written twice, but copied
+_FACTOR = 0x9E3779B97F4A7C15  # odd
+_FIRST_BITS = 24
 
 
 def tokenize(tokenizer: "PreTrainedTokenizerBase", documents: Iterable[str], *, vocab_size: int) -> Tensor:
@@ -115,6 +119,37 @@ def evaluation_windows(stream_N: Tensor, window: int, *, max_windows: int | None
 def fingerprint(stream_N: Tensor) -> str:
     """Sixteen hexadecimal digits that tell which tokens were used, for the record of a measurement."""
     return hashlib.sha256(stream_N.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def repeated(stream_N: Tensor, other_M: Tensor) -> Tensor:
+    """Which tokens of a stream lie in a passage of ``PASSAGE`` tokens or more that stands in another, too: bool [N]."""
+    in_other_P = _shared(_passages(stream_N), _passages(other_M))  # of the passage that begins there
+    change_N = np.zeros(len(stream_N) + 1, dtype=np.int64)
+    change_N[: len(in_other_P)] += in_other_P
+    change_N[PASSAGE : PASSAGE + len(in_other_P)] -= in_other_P
+    return torch.from_numpy(change_N.cumsum()[:-1] > 0)
+
+
+def _passages(stream_N: Tensor) -> np.ndarray:
+    """A number for each passage of ``PASSAGE`` tokens, by its tokens alone, uint64 [N - PASSAGE + 1].
+
+    Two numbers of half as long passages make one as long passages each: polynomials modulo 2^64 (Karp and Rabin, 1987).
+    """
+    numbers_P, factor, length = stream_N.numpy().astype(np.uint64), _FACTOR, 1
+    while length < PASSAGE:
+        numbers_P = numbers_P[:-length] * np.uint64(factor) + numbers_P[length:]
+        factor, length = factor * factor % 2**64, 2 * length
+    return numbers_P
+
+
+def _shared(one_P: np.ndarray, other_Q: np.ndarray) -> np.ndarray:
+    """Which numbers stand among others, too, bool [P]; sorted are only those whose first bits are those of others."""
+    first_P, first_Q = (numbers >> np.uint64(64 - _FIRST_BITS) for numbers in (one_P, other_Q))
+    seen_2 = np.zeros((2, 2**_FIRST_BITS), dtype=bool)
+    seen_2[0, first_P], seen_2[1, first_Q] = True, True
+    shared_P = seen_2[1, first_P]
+    shared_P[shared_P] = np.isin(one_P[shared_P], other_Q[seen_2[0, first_Q]])
+    return shared_P
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[tuple[bool, str]]]:

@@ -1,7 +1,6 @@
 """Where text comes from: the embedded prose, files, folders and Hugging Face datasets, all as a list of documents."""
 
 import codecs
-import filecmp
 import json
 import lzma
 import os
@@ -58,17 +57,6 @@ def load_documents(
     if not documents:
         raise DataError(f'"{source}" holds no text: all that was read of it is blank')
     return documents
-
-
-def same_source(one: str, other: str) -> bool:
-    """Whether two sources are one text: under two names, by a link or by another path, or copies of a file."""
-    if one == other or EMBEDDED in (one, other):
-        return one == other
-    one, other = os.path.expanduser(one), os.path.expanduser(other)
-    try:
-        return os.path.samefile(one, other) or filecmp.cmp(one, other, shallow=False)
-    except (OSError, ValueError):  # not both are files or folders
-        return False
 
 
 def _without_surrogates(text: str) -> str:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bernprune import data
-from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
+from bernprune.data import PASSAGE, TokenWindows, evaluation_windows, fingerprint, repeated, tokenize
 from bernprune.errors import BernpruneError, ConfigError, DataError, ModelError
 from bernprune.seeding import generator
 from bernprune.text import load_documents
@@ -187,6 +187,27 @@ def test_fingerprint_tells_streams_apart() -> None:
     others = [stream[:49], stream.flip(0), stream + 1, stream[:0]]
     assert len({fingerprint(other) for other in [stream, *others]}) == 5
     assert len(fingerprint(stream)) == 16
+
+
+@pytest.mark.parametrize("length", [PASSAGE - 1, PASSAGE, PASSAGE + 1, 3 * PASSAGE + 5])
+@pytest.mark.parametrize("at", [0, 1, 700], ids=["beginning", "near_it", "end"])
+def test_passages_of_another_text_are_found(length: int, at: int) -> None:
+    """By every token, wherever they stand in either; of shorter ones nothing is said."""
+    stream_N, other_M = torch.randint(50, (2, 1000), generator=torch.Generator().manual_seed(0))
+    at = min(at, 1000 - length) if at < 700 else 1000 - length
+    other_M[333 : 333 + length] = stream_N[at : at + length]
+    expected_N = torch.zeros(1000, dtype=torch.bool)
+    expected_N[at : at + length] = length >= PASSAGE
+    assert repeated(stream_N, other_M).equal(expected_N)
+    assert int(repeated(other_M, stream_N).sum()) == int(expected_N.sum())
+
+
+def test_of_short_texts_nothing_is_repeated() -> None:
+    for size in (0, 1, PASSAGE - 1):
+        tokens_N = torch.arange(size)
+        assert not repeated(tokens_N, torch.arange(1000)).any()
+        assert not repeated(torch.arange(1000), tokens_N).any()
+        assert repeated(tokens_N, tokens_N).shape == (size,)
 
 
 def test_real_stories_give_back_their_text() -> None:

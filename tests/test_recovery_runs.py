@@ -1,6 +1,7 @@
 """Recovery of what a run kept, by the command line: what it saves and tells, how it goes on, and what it refuses."""
 
 import json
+import lzma
 import re
 import shutil
 import sys
@@ -354,16 +355,32 @@ def test_other_text_may_be_trained_on(place: Place, monkeypatch: pytest.MonkeyPa
     assert protocols[0] == protocols[1] and protocols[0]["text"].endswith("last tenth")
 
 
-def test_the_run_s_text_is_known_by_another_name(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last tenth, which a recovery is judged by, is not trained on."""
+def test_the_run_s_text_is_known_wherever_it_is(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last tenth, which a recovery is judged by, is not trained on: not by a link, of a copy, or within more."""
     succeed(*place.prune("search.sequences=0"))
     (place.folder / "link.txt").symlink_to(place.text)
-    lengths = lengths_trained_on(monkeypatch)
-    for given in ([], ["--text", "link.txt"]):
-        succeed(*recover(place, place.out), *given, "--overwrite")
-        report = read_json(place.folder / "recovered" / "report.json")
-        assert report["protocol"]["text"].endswith("last tenth")
-    assert lengths[0] == lengths[1]
+    (place.folder / "copy.txt.xz").write_bytes(lzma.compress(place.text.read_bytes()))
+    other = tiny_text(place.folder / "other.txt", seed=3).read_text()
+    (place.folder / "more.txt").write_text(f"{other} {place.text.read_text()} {other}")
+    lengths, protocols = lengths_trained_on(monkeypatch), []
+    for given in ([], ["--text", "link.txt"], ["--text", "copy.txt.xz"], ["--text", "more.txt"]):
+        done = succeed(*recover(place, place.out), *given, "--overwrite")
+        protocols.append(read_json(place.folder / "recovered" / "report.json")["protocol"])
+        assert ("and are left out" in done.err) is bool(given)
+    assert protocols == protocols[:1] * 4 and protocols[0]["text"].endswith("last tenth")
+    assert lengths[0] == lengths[1] == lengths[2] < lengths[3]
+    assert lengths[3] == pytest.approx(lengths[0] * 29 / 9, rel=0.05)
+
+
+def test_less_of_the_text_leaves_what_is_judged_by(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the run's last tenth, not the last tenth of what is left."""
+    succeed(*place.prune("search.sequences=0"))
+    lengths, protocols, most = lengths_trained_on(monkeypatch), [], len(place.text.read_text()) // 2
+    for given in ([], [f"data.max_characters={most}"]):
+        succeed(*recover(place, place.out, *given), "--overwrite")
+        protocols.append(read_json(place.folder / "recovered" / "report.json")["protocol"])
+    assert protocols[0] == protocols[1]
+    assert lengths[1] == pytest.approx(lengths[0] * 5 / 9, rel=0.05)
 
 
 def test_a_failure_in_saving_leaves_no_model(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -411,7 +411,7 @@ def test_without_a_search(place: Place) -> None:
 
 def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
     done = succeed(*place.prune("search.sequences=0", f"data.eval_text={place.text}"))
-    assert f"{place.text} is both learned from and evaluated on" in done.err
+    assert f"100% of {place.text} stands in {place.text}, too" in done.err
 
 
 def test_the_embedded_text_has_parts_of_its_own(

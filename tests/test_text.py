@@ -15,7 +15,7 @@ import torch
 from bernprune.embedded import prose
 from bernprune.errors import ConfigError, DataError
 from bernprune.seeding import generator
-from bernprune.text import load_documents, same_source
+from bernprune.text import load_documents
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -87,35 +87,6 @@ def test_joined_rows_keep_blank_ones_and_are_cut_as_a_whole(tmp_path: Path) -> N
     path.write_bytes(json_lines("", "ab", "", "cd"))
     assert documents(path, joined_by="\n\n") == ["\n\nab\n\n\n\ncd"]
     assert documents(path, joined_by="\n\n", max_characters=5) == ["\n\nab\n"]
-
-
-def test_one_text_under_two_names_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files and folders by links and other paths, and copies of files; of datasets on the hub, the name."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    texts = {"a.txt": "one text", "b.txt": "one text", "c.txt": "ein Text"}
-    for name, text in texts.items():
-        Path(name).write_text(text)
-    for name in ("folder", "other"):
-        Path(name).mkdir()
-    Path("link").symlink_to(tmp_path)
-    same = [
-        ("a.txt", "link/a.txt"),
-        ("~/a.txt", str(tmp_path / "a.txt")),
-        ("a.txt", "b.txt"),
-        ("folder", "link/folder"),
-    ]
-    same += [("embedded", "embedded"), ("allenai/c4:en", "allenai/c4:en")]
-    others = [
-        ("a.txt", "c.txt"),
-        ("folder", "other"),
-        ("a.txt", "folder"),
-        ("a.txt", "embedded"),
-        ("a.txt", "none.txt"),
-    ]
-    for pairs, expected in ((same, True), (others, False)):
-        for one, other in pairs:
-            assert same_source(one, other) is same_source(other, one) is expected, (one, other)
 
 
 def test_half_surrogates_become_question_marks(tmp_path: Path) -> None:

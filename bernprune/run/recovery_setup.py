@@ -1,6 +1,7 @@
 """What a recovery trains and on which text: the model that a run kept, or the dense one before the cut."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import torch
 
 from bernprune.backends import TORCH, find_device
 from bernprune.config import RunConfig
-from bernprune.data import TokenWindows, evaluation_windows, fingerprint
+from bernprune.data import TokenWindows, evaluation_windows, fingerprint, repeated
 from bernprune.errors import DataError, ModelError, RunError, prefixed
 from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss
 from bernprune.models.adapters import Adapters, adapted_view
@@ -25,11 +26,12 @@ from bernprune.run.checkpoint import checkpoint_at, read_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
-from bernprune.run.stage import evaluation_text, learning_text, read_texts
+from bernprune.run.stage import learning_text, read_texts
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
-from bernprune.text import same_source
 from bernprune.units import KeepPlan
+
+logger = logging.getLogger(__name__)
 
 _INFLUENCE_WINDOWS = 32
 
@@ -82,19 +84,30 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
 def _texts(
     config: RunConfig, of_run: RunConfig, tokenizer: Any, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """As ``read_texts``, but what is evaluated on is the run's unless another is given, so that figures compare."""
-    own = config.data.eval_text is not None or same_source(config.data.text, of_run.data.text)
+    """As ``read_texts``, but what is evaluated on is the run's unless another is given, so that figures compare.
+
+    If that is the last tenth of the run's text, what other text has of it is not learned from.
+    """
+    learns_alike = all(getattr(config.data, name) == getattr(of_run.data, name) for name in ("text", "max_characters"))
+    if config.data.eval_text is not None or learns_alike:
+        return read_texts(config, tokenizer, vocabulary)
     try:
-        found = evaluation_text(config if own else of_run, tokenizer, vocabulary)
-        if found is None and not own:
-            found = read_texts(of_run, tokenizer, vocabulary)[1:]
+        _, held_out, eval_name = read_texts(of_run, tokenizer, vocabulary)
     except DataError as error:
         raise DataError(
             f"{error}; --set data.eval_text names where the run's evaluation text lies now, or another"
         ) from None
-    if found is None:
-        return read_texts(config, tokenizer, vocabulary)
-    return learning_text(config, tokenizer, vocabulary), *found
+    stream = learning_text(config, tokenizer, vocabulary)
+    known_N = repeated(stream, held_out)
+    if known_N.any():
+        logger.warning(
+            "%s of %s tokens of %s stand in %s, too, and are left out",
+            f"{int(known_N.sum()):,}",
+            f"{len(stream):,}",
+            config.data.text,
+            eval_name,
+        )
+    return stream[~known_N], held_out, eval_name
 
 
 class Before(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from bernprune.backends import MaskedOps, find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.costs import Costs, measure
-from bernprune.data import TokenWindows, evaluation_windows, fingerprint, tokenize
+from bernprune.data import TokenWindows, evaluation_windows, fingerprint, repeated, tokenize
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import DataError, prefixed
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
@@ -37,13 +37,14 @@ from bernprune.run.workload import (
     make_limits,
     plan_work,
 )
-from bernprune.text import load_documents, same_source
+from bernprune.text import load_documents
 from bernprune.units import UnitSpace
 
 logger = logging.getLogger(__name__)
 
 # With one source for both, the last tenth of its tokens is for evaluation alone.
 _HELD_OUT_TENTHS = 1
+_KNOWN = 0.1  # share of the text to evaluate on, above which a user is told that it is learned from, too
 _KEPT_BACK = 10  # one in so many windows to learn from, at most, is kept back for the final choice
 _ROWS = 64  # in one pass on a processor: with more, it is no faster
 _ACTIVATION_BYTES, _MOST_ROWS_LOG2 = 1.5 * 2**30, 8  # on a GPU, however much memory it has
@@ -218,6 +219,8 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
     own = evaluation_text(config, tokenizer, vocab_size)  # first, as there is less of it
     stream = learning_text(config, tokenizer, vocab_size)
     if own is not None:
+        if config.data.text != EMBEDDED:  # of whose two parts it is known
+            _warn_of_known(config.data.text, stream, *own)
         return stream, *own
     cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
     return stream[:cut], stream[cut:], f"{config.data.text}, last tenth"
@@ -243,9 +246,18 @@ def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.T
             "data.text (--text) names another",
             config.model.path,
         )
-    if data.eval_text not in (None, EMBEDDED) and same_source(data.eval_text, data.text):
-        logger.warning("%s is both learned from and evaluated on: its perplexities flatter what was learned", data.text)
     return _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
+
+
+def _warn_of_known(name: str, stream: torch.Tensor, held_out: torch.Tensor, eval_name: str) -> None:
+    share = repeated(held_out, stream).double().mean().item()
+    if share > _KNOWN:
+        logger.warning(
+            "%.0f%% of %s stands in %s, too: perplexities flatter what is learned from that",
+            100 * share,
+            eval_name,
+            name,
+        )
 
 
 def _windows(config: RunConfig, stream: torch.Tensor) -> TokenWindows:
