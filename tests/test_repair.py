@@ -794,6 +794,26 @@ def test_short_formats_are_repaired_in_long_ones(dtype: torch.dtype) -> None:
     assert_close(found[1], found[0], 5 * LOGITS[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_biases_do_not_hide_what_is_to_be_repaired(dtype: torch.dtype) -> None:
+    """Those of keys are hundreds of times as large as all else in some models; what goes in is refitted beside them."""
+    found = []
+    for each in (torch.float64, dtype):
+        model = tiny_model("qwen2")
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.data.fill_(256.0)
+            layer.mlp.down_proj.weight.data *= 0.1  # of which the cut takes a little
+        view = describe(model.to(each))
+        mask_U = torch.ones(view.space.size, dtype=torch.bool)
+        mask_U[view.space.by_layer("channel")[0][:5]] = False
+        plan = view.space.plan(mask_U)
+        record = repairer(view).repair(plan, "two-step").layers[1]["attention"]["first"]
+        found.append((record["before"], record["after"], view.layers[1].attention.v_proj.weight.detach().double()))
+    assert found[0][1] < found[0][0]
+    for number, expected in zip(found[1], found[0], strict=True):
+        assert_close(number, expected, 50 * LOGITS[dtype])
+
+
 def test_masks_and_plans_say_the_same() -> None:
     for granularity in (("kv_group", "channel"), ("layer", "attention", "kv_group", "ffn", "channel")):
         view = describe(tiny_model("llama"), granularity)  # type: ignore[arg-type]

@@ -86,9 +86,9 @@ class Fitter:
         rows = [(projection, rows.to(projection.weight.device)) for projection, rows in place.first]
         biased = all(projection.bias is not None for projection, _ in rows)
         weight_DA = torch.cat([projection.weight[rows] for projection, rows in rows]).detach()
-        bias_D = torch.cat([projection.bias[rows] for projection, rows in rows]).detach() if biased else None
-        fit, check = (pair.first(place, weight_DA, bias_D) for pair in (self.fit, self.check))
-        dense = Linear(weight_DA.double(), None if bias_D is None else bias_D.double())
+        fit, check = (pair.first(place, weight_DA) for pair in (self.fit, self.check))
+        change_D = torch.zeros_like(weight_DA[:, 0], dtype=torch.float64) if biased else None
+        dense = Linear(weight_DA.double(), change_D)
         forms: list[tuple[str, float | None, Form]] = [("none", None, lambda _, dense: dense), *self._ridges(biased)]
         with prefixed(f"what enters the {place.branch} of layer {place.layer} cannot be fitted", ModelError):
             choice, chosen = _choose(forms, dense, fit, check)
@@ -97,7 +97,8 @@ class Fitter:
             span = slice(start, start + len(kept))
             projection.weight.data[kept] = chosen.weight_DA[span].to(projection.weight.dtype)
             if chosen.bias_D is not None:
-                projection.bias.data[kept] = chosen.bias_D[span].to(projection.bias.dtype)
+                bias_D = projection.bias.data[kept].double() + chosen.bias_D[span]
+                projection.bias.data[kept] = bias_D.to(projection.bias.dtype)
             start = span.stop
         return choice
 

@@ -90,14 +90,17 @@ class Pair:
             self._pruned.run(until=place.last)
         return _finite(found, place)
 
-    def first(self, place: Place, dense_DA: torch.Tensor, bias_D: torch.Tensor | None) -> Moments:
-        """Moments of what the branch takes in now, and of what its projections ``dense_DA`` give in the dense model."""
+    def first(self, place: Place, dense_DA: torch.Tensor) -> Moments:
+        """Moments of what the branch takes in now, and of what its projections ``dense_DA`` give in the dense model.
+
+        Without biases: those of keys may be hundreds of times as large as all else, which would then be rounded away.
+        """
         before = iter(self._before[int(place.branch == "ffn")])
         found = Moments(dense_DA.shape[1], dense_DA.shape[0], self._device)
 
         def gather(norm: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             normed_RTD = norm.forward(next(before).to(self._device))  # which calls no hook, such as this one
-            wanted_RTD = F.linear(normed_RTD, dense_DA, bias_D)
+            wanted_RTD = F.linear(normed_RTD, dense_DA)
             found.add(output.flatten(0, -2), wanted_RTD.flatten(0, -2))
 
         with hooked((place.norm, gather)):
