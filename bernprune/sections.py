@@ -52,6 +52,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _is_unicode(cls, value: Any) -> Any:
+        """Python gives half surrogates for bytes of a path that are not UTF-8; no file of ours could hold them."""
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("input should be UTF-8")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`masks: yes` is 1 to pydantic, and a slip to us."""
         annotation = cls.model_fields[str(info.field_name)].annotation

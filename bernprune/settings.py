@@ -33,12 +33,19 @@ _MERGE = "tag:yaml.org,2002:merge"  # of the key <<, which the safe loader repla
 class _Loader(SafeLoader):
     """As the safe one, but of a key that is given twice none is silently lost."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
-        twice = _repeated(keys)
-        if twice is not None:
-            raise yaml.YAMLError(f"{twice!r} is given twice")
-        return super().construct_mapping(node, deep=deep)
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._flat = set[int]()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put what << stands for in its place; that a key is given there and here is no mistake."""
+        if id(node) not in self._flat:
+            self._flat.add(id(node))
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != _MERGE]
+            twice = _repeated(keys)
+            if twice is not None:
+                raise yaml.YAMLError(f"{twice!r} is given twice")
+        super().flatten_mapping(node)
 
 
 def _load(text: str) -> Any:

@@ -194,6 +194,12 @@ def _kind(value: object) -> str:
 def _named_dataset_texts(source: str) -> Iterator[str]:
     """Texts of ``name[:config[:split]]`` where no file or folder is called that as a whole."""
     name, *rest = source.split(":")
+    if name == EMBEDDED:
+        raise DataError(f'the embedded text has no parts to choose, as "{source}" does; write "{EMBEDDED}"')
+    if "[" in source:
+        raise DataError(
+            f'a split is taken whole, but "{source}" asks for a part; data.max_characters takes its beginning'
+        )
     if not name or len(rest) > 2:
         raise DataError(f'"{source}" is no dataset name; write name, name:config or name:config:split')
     path = Path(os.path.expanduser(name))

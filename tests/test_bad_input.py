@@ -436,6 +436,12 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "out-under-proc": (lambda p: p.prune(out=Path("/proc/bernprune")), ("/proc", "cannot be written")),
     "out-is-a-file": (lambda p: p.prune(out=p.text), ("text.txt", "is a file", "folder")),
     "out-name-not-utf8": (lambda p: p.prune(out=p.folder / "b\udcff"), ("b\\udcff'", "not UTF-8")),
+    "text-part-of-a-split": (
+        lambda p: [*p.prune(), "--text", "allenai/c4:en:train[:50%]"],
+        ("taken whole", "train[:50%]"),
+    ),
+    "text-part-of-the-embedded": (lambda p: [*p.prune(), "--text", "embedded:train"], ("embedded:train", "no parts")),
+    "text-name-not-utf8": (lambda p: p.prune(text=p.folder / "b\udcff.txt"), ("data.text", "UTF-8")),
     "out-name-too-long": (lambda p: p.prune(out=p.folder / ("x" * 300)), ("cannot be written", "too long")),
     "out-holds-something-else": (lambda p: p.prune(out=_something_else(p)), ("not empty", "no bernprune run")),
     "out-something-else-overwritten": (

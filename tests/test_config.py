@@ -164,6 +164,16 @@ def test_local_texts_are_made_absolute(
     assert (seen[0].data.text, seen[0].data.eval_text) == (expected, expected)
 
 
+def test_what_a_merge_key_brings_is_not_given_twice(tmp_path: Path) -> None:
+    """Also where a mapping is used before its own turn to be read has come; what is written beside it counts."""
+    path = tmp_path / "a.yaml"
+    path.write_text("b: &B {window: 64, seed: 1}\nbase: {inner: &A {<<: *B, window: 1}}\ndata: {<<: *A}\n")
+    assert read_yaml(path)["data"] == {"window": 1, "seed": 1}
+    path.write_text("b: &B {window: 64}\ndata: {<<: *B, window: 1, window: 2}\n")
+    with pytest.raises(ConfigError, match="'window' is given twice"):
+        read_yaml(path)
+
+
 def test_merge_changes_neither_side() -> None:
     """Nested sections are merged, other values replaced, in a new mapping."""
     base, over = {"a": {"x": 1, "y": 2}, "b": [1]}, {"a": {"y": 3}, "b": [2], "c": 4}
@@ -521,7 +531,7 @@ VARIED: dict[str, dict[str, Any]] = {
     "everything": {
         "granularity": ["layer", "channel"],
         "search": {"seconds": 12.5, "sequences": 0, "objective": "kl", "checkpoint_steps": 3},
-        "data": {"text": "a b.txt", "eval_text": "größe: [.jsonl"},
+        "data": {"text": "a b.txt", "eval_text": "größe: [.jsonl", "eval_join": "a\x85 \u2028"},
         "model": {"path": "~/x", "revision": "1e5", "dtype": "bfloat16"},
     },
 }

@@ -21,6 +21,7 @@ from tiny_run import (
     run,
     same_run,
     settings,
+    steps_of,
     succeed,
     without_times,
 )
@@ -147,6 +148,10 @@ class Regrets(Called):
 
 class Gapes(Called):
     knows = {"gap": "wide"}
+
+
+class Hopeful(Called):
+    knows = {"regret": -0.5}
 
 
 class Half(Called):
@@ -400,6 +405,14 @@ def test_a_plain_search_is_told_what_is_configured(own: Path, place: Place) -> N
     assert succeed(*place.prune(*PLAIN, *more, f"search.method={own}:Bounded")).err == ""
 
 
+def test_a_search_of_custom_does_not_settle(own: Path, place: Place) -> None:
+    """Whatever it says that it expects to gain: no limit of that can be given."""
+    succeed(*place.prune(*PLAIN, f"search.method={own}:Signs"))
+    steps = steps_of(place.out)
+    succeed(*place.prune(*PLAIN, f"search.method={own}:Hopeful", out=place.folder / "hopeful"))
+    assert steps_of(place.folder / "hopeful") == steps
+
+
 def test_what_is_known_in_part_is_kept_and_not_shown(own: Path, place: Place) -> None:
     told = succeed(*place.prune(*PLAIN, f"search.method={own}:Half")).out
     assert read_json(place.out / "report.json")["diagnostics"]["agreement"] == {"channel": 1}
@@ -419,6 +432,8 @@ def test_a_run_is_forecast_with_custom_code(own: Path, place: Place) -> None:
     given = settings("data.window=16", f"search.method={own}:Signs", f"search.objective={own}:divergence")
     told = succeed("units", str(place.model), *given, "--set", "search.refit=false").out
     assert "s of search for" in told
+    told = succeed("units", str(place.model), *given, *settings("search.refit=false", "search.seconds=9")).out
+    assert re.search(r"9 s of search \(search.seconds\), about [\d,]+ sequences of 16 tokens", told)
     assert "must define tell" in in_one_sentence(
         run("units", str(place.model), *settings("data.window=16", f"search.method={own}:Silent"))
     )

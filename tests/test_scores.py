@@ -182,11 +182,14 @@ def test_random_scores_are_a_function_of_seed_layer_and_kind() -> None:
 
 
 def test_random_scores_are_standard_normal() -> None:
-    """Over enough channels the mean is 0 and the spread 1."""
+    """Over enough channels the mean is 0 and the spread 1; over kv groups, and blocks, too."""
     wide = tiny_model("llama", torch.float32, intermediate_size=5003, num_hidden_layers=2)
     found = random_scores(wide, WINDOWS_WT[:1], 0, ("channel",))
     assert abs(found.mean().item()) < 0.05
     assert abs(found.std().item() - 1) < 0.05
+    for kind in ("kv_group", "attention"):
+        drawn = [random_scores(tiny_model("llama"), WINDOWS_WT[:1], seed, (kind,)) for seed in range(300)]
+        assert abs(torch.cat(drawn).std().item() - 1) < 0.1
 
 
 # Inputs of pruned layers
@@ -401,6 +404,15 @@ def test_standardised_scores(score: str) -> None:
         initial_scores(describe(tiny_model("llama")), WINDOWS_WT, SCORES[score], options=Options(cost_power=0.5))
     view = describe(tiny_model("llama", intermediate_size=1))
     assert initial_scores(view, WINDOWS_WT, SCORES[score])[view.space.of_kind("channel")].eq(0).all()
+
+
+@pytest.mark.parametrize("score", ["flap", "flap-wifn", "flap-ifv"])
+def test_of_what_a_metric_does_not_know_it_says_nothing(score: str) -> None:
+    """The sums of standardised scores are rounding."""
+    view = describe(tiny_model("llama"), ("attention", "kv_group", "ffn", "channel"))
+    scores_U = initial_scores(view, WINDOWS_WT, SCORES[score])
+    for kind in view.space.kinds:
+        assert scores_U[view.space.of_kind(kind)].any() == (kind in PARTS)
 
 
 def test_hooks_go_when_the_model_fails() -> None:

@@ -180,7 +180,8 @@ def _impossible(parts: _Parts, budget: Budget, index: int) -> BudgetError:
     forced = parts.cost_P[parts.forced_P & (parts.pool_P == index)].sum()
     return BudgetError(
         f"the minimums per layer keep {forced / pool.total:.1%} of the {budget.measure} of {pool.name}, more than the "
-        f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity"
+        f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity "
+        "(a kv group of layer 0 always stays)"
     )
 
 
@@ -188,7 +189,8 @@ def _over_a_cap(caps: Sequence[Cap], forced_M: np.ndarray) -> BudgetError:
     cap, forced = next(pair for pair in zip(caps, forced_M, strict=True) if pair[1] > pair[0].most)
     return BudgetError(
         f"the minimums per layer keep {forced / cap.total:.1%} of {cap.name}, more than the "
-        f"{1 - cap.share:.1%} that may stay of it; lower the minimums, or how much of it must go"
+        f"{1 - cap.share:.1%} that may stay of it; lower the minimums, or how much of it must go "
+        "(a kv group of layer 0 always stays)"
     )
 
 

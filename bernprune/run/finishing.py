@@ -24,11 +24,12 @@ def check_room(stage: Stage, folder: RunFolder) -> None:
     """Raises ``RunError`` if the disk has no room for what will be kept, in the place of what an earlier run kept."""
     view = stage.view
     prunable = view.space.costs_U("parameters").sum().item()
-    needed = (view.num_parameters - stage.budget.sparsity * prunable) * stage.full_dtype.itemsize
+    removed = stage.budget.sparsity * prunable if stage.budget.measure == "parameters" else 0  # or nobody knows yet
+    needed = (view.num_parameters - removed) * stage.full_dtype.itemsize
     free = shutil.disk_usage(folder.path).free + folder.model_bytes()
     if free < needed:
         raise RunError(
-            f"the pruned model will take about {needed / 2**30:.3g} GiB in {folder.path}, where there is room for "
+            f"the pruned model may take {needed / 2**30:.3g} GiB in {folder.path}, where there is room for "
             f"{free / 2**30:.3g}"
         )
 

@@ -254,6 +254,8 @@ class RunFolder:
     def write_config(self, config: RunConfig) -> None:
         """Raises ``OSError``."""
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        if "\x85" in text:  # a line end of its own, which PyYAML writes as it is, and reads as a space
+            text = yaml.safe_dump(config.to_dict(), sort_keys=False)
         write_bytes(self.config, text.encode())
 
     def forget_choice(self) -> None:

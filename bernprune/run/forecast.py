@@ -31,12 +31,7 @@ from bernprune.run.methods import check_methods, custom_places, loss_of, reads_a
 from bernprune.run.opening import Opened, check_family, open_view
 from bernprune.run.searches import make_search
 from bernprune.run.stage import row_bytes, rows_per_forward, try_budget
-from bernprune.run.workload import (
-    default_sequences,
-    make_budget,
-    make_limits,
-    plan_work,
-)
+from bernprune.run.workload import make_budget, make_limits, plan_work
 from bernprune.units import KINDS, UnitGroup
 
 _TIMED_STEPS = 3  # after one that warms up
@@ -89,9 +84,12 @@ def _unit_line(kind: str, groups: list[UnitGroup], total: float) -> str:
 def _left_out(view: ModelView, config: RunConfig) -> list[str]:
     prunable, total = int(view.space.costs_U("parameters").sum().item()), view.num_parameters
     kept = "attention of layer 0 (caches take their length from it)"
+    sparsity = config.budget.sparsity
+    removes = f"removes {sparsity * prunable / total:.1%} of all"
+    if config.budget.measure != "parameters":
+        removes = f"is of their {config.budget.measure.upper()}"
     return [
-        f"prunable     {prunable:,} of {total:,} parameters ({prunable / total:.1%}); sparsity "
-        f"{config.budget.sparsity:g} removes {config.budget.sparsity * prunable / total:.1%} of all",
+        f"prunable     {prunable:,} of {total:,} parameters ({prunable / total:.1%}); sparsity {sparsity:g} {removes}",
         "left out     embeddings, output embedding, final norm, and what no chosen level removes; "
         f"{kept} is never removed whole",
     ]
@@ -100,7 +98,6 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
 def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     view, search, data = opened.view, config.search, config.data
     planned = plan_work(config, view.space).sequences
-    sequences = default_sequences(view.space.size) if planned is None else planned
     with quick_products(device, view.model.dtype):
         seconds_each = _time_sequences(view, config)
     evaluated = ["dense", "uniform", "initial", "pruned", *config.plans.sparsities]
@@ -123,13 +120,17 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     kept_aside = 0 if device.type == "cpu" else max(for_policy, for_repair)
     aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside else ""
     speed = f"{1 / seconds_each:,.0f} a second" if seconds_each < 0.5 else f"{seconds_each:,.1f} s each"
-    most = "at most about" if search.sequences == "auto" else "about"
-    limit = "" if search.seconds is None else f", but no more than search.seconds {search.seconds:g}"
+    if planned is None:  # search.seconds alone limits it
+        seconds = search.seconds or 0.0
+        searched = f"{seconds:g} s of search (search.seconds), about {seconds / seconds_each:,.0f} sequences"
+    else:
+        most = "at most about" if search.sequences == "auto" else "about"
+        searched = f"{most} {planned * seconds_each:,.0f} s of search for {planned:,} sequences"
+    limit = f", but no more than search.seconds {search.seconds:g}" if planned is not None and search.seconds else ""
     return [
         f"memory       about {memory / 2**30:.2f} GiB on {device} ({held}){aside}",
-        f"time         {most} {sequences * seconds_each:,.0f} s of search for {sequences:,} sequences of {data.window} "
-        f"tokens{limit} ({speed}, measured now on {device}), and {others * seconds_each:,.0f} s or less of scoring and "
-        "evaluation",
+        f"time         {searched} of {data.window} tokens{limit} ({speed}, measured now on {device}), and "
+        f"{others * seconds_each:,.0f} s or less of scoring and evaluation",
         *_closed_forms(view, config, device, seconds_each),
     ]
 

@@ -188,7 +188,8 @@ class _Loop:
         ended = self._probe(objective, tokens_BT, stats) if ends else {}
         if workload.fits(step) or self.search.drew_in:
             self.fit(self.search.probs_U)
-        self.work.settled = ended.get("round", {}).get("regret", math.inf) < (workload.regret or 0)
+        regret = ended.get("round", {}).get("regret", math.inf)
+        self.work.settled = workload.regret is not None and regret < workload.regret
         if ends or self.search.drew_in:  # else time might end a round here that was not concluded
             self.work.seconds += time.monotonic() - started
         self._log(metrics, step, learning_rate, stats, dropped, ended)

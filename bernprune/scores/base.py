@@ -196,7 +196,7 @@ def _checked_note(metric: Metric, name: str, value: Any) -> float:
 
 
 def checked_scores(metric: Metric, context: Context) -> torch.Tensor:
-    """What a metric gives, float64 ``[U]``.
+    """What a metric gives, float64 ``[U]``; 0 for kinds that it does not know, so that it says nothing of them.
 
     Raises:
         ConfigError: not one number a unit.
@@ -210,6 +210,8 @@ def checked_scores(metric: Metric, context: Context) -> torch.Tensor:
     if not scores_U.isfinite().all():
         where = space.layer_U[~scores_U.isfinite()][0].item()
         raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
+    for kind in set(space.kinds) - set(metric.kinds):
+        scores_U[space.of_kind(kind)] = 0.0
     return scores_U
 
 

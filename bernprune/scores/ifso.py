@@ -43,7 +43,8 @@ def _ifso(context: Context) -> torch.Tensor:
     view = context.view
     step = _LENGTH / math.sqrt(sum(layer.shape.kv_groups + layer.shape.channels for layer in view.layers))
     toward = _difference(step, lambda moved: weight_gradients(context, 1 + moved))
-    step = _LENGTH / max(1e-300, math.hypot(*(_length(v) for each in toward for v in each.values())))
+    length = math.hypot(*(_length(v) for each in toward for v in each.values()))
+    step = _LENGTH / length if length else 1.0  # along nothing
     products = _difference(step, lambda moved: gradients_of_gates(context, toward, moved))
     scores_U = torch.zeros(view.space.size, dtype=torch.float64)
     for index, product in enumerate(products):

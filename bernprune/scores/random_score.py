@@ -2,22 +2,29 @@
 
 import torch
 
-from bernprune.scores.base import Metric
-from bernprune.scores.stream import Projection, by_weights
+from bernprune.scores.base import Context, Metric
 from bernprune.seeding import generator
 
 
-def random_score(projection: Projection) -> torch.Tensor:
-    """Standard normal numbers from (seed, layer, kind), ``[E]``."""
-    source = generator(projection.seed, "random-score", projection.layer, projection.kind)
-    return torch.randn(projection.weight_DE.shape[1], generator=source, dtype=torch.float64)
+def random_score(context: Context) -> torch.Tensor:
+    """A standard normal number for each unit, from (seed, layer, kind)."""
+    return torch.cat(
+        [
+            torch.randn(
+                group.count,
+                generator=generator(context.seed, "random-score", group.layer, group.kind),
+                dtype=torch.float64,
+            )
+            for group in context.view.space.groups
+        ]
+    )
 
 
 RANDOM = Metric(
     "random",
     "normal random numbers",
     "what any metric must beat",
-    by_weights(random_score),
+    random_score,
     passes=lambda layers, options: 0.0,
-    layerwise=True,
+    standardised=True,
 )
