@@ -440,13 +440,15 @@ def test_a_run_is_forecast_with_custom_code(own: Path, place: Place) -> None:
 
 
 def test_the_example_of_the_readme_runs(place: Place) -> None:
-    """As it stands there, and by the command that stands there, but for what makes it short."""
+    """As it stands there, and by the commands that stand there, but for what makes them short."""
     text = (REPOSITORY / "bernprune" / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n# (mine\.py)\n(.*?)```", text, re.DOTALL)
     place.file(*example)
-    (command,) = re.findall(r"bernprune prune (--out out/mine .*)\n", text)
+    command, other = re.findall(r"bernprune prune (--out out/\S+ .*mine\.py.*)\n", text)
     short = place.prune(*PLAIN, "repair.method=ridge", "repair.windows=8", "initial.windows=8")
     succeed(*short, *shlex.split(command))
+    succeed(*short, *settings(NO_CHUNKS), *shlex.split(other))
+    assert RunFolder(Path("out/halves")).read_config().search.baseline.endswith("mine.py:Halves")
     config = RunFolder(Path("out/mine")).read_config()
     named = (config.initial.score, config.search.objective, config.search.method)
     assert [name.rpartition("/")[2] for name in named] == ["mine.py:squares", "mine.py:focal", "mine.py:Signs"]

@@ -61,4 +61,5 @@ def machine(device: torch.device) -> str:
     """The machine in words, without its name."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    instructions = torch.backends.cpu.get_cpu_capability()  # without them, times of two processors tell nothing
+    return f"{platform.machine()} CPU ({instructions}), {torch.get_num_threads()} threads, torch {torch.__version__}"
