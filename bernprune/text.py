@@ -194,18 +194,15 @@ def _kind(value: object) -> str:
 def _named_dataset_texts(source: str) -> Iterator[str]:
     """Texts of ``name[:config[:split]]`` where no file or folder is called that as a whole."""
     name, *rest = source.split(":")
-    if name == EMBEDDED:
-        raise DataError(f'the embedded text has no parts to choose, as "{source}" does; write "{EMBEDDED}"')
-    if "[" in source:
-        raise DataError(
-            f'a split is taken whole, but "{source}" asks for a part; data.max_characters takes its beginning'
-        )
     if not name or len(rest) > 2:
-        raise DataError(f'"{source}" is no dataset name; write name, name:config or name:config:split')
+        part = "; a split is taken whole, and data.max_characters takes its beginning" if "[" in source else ""
+        raise DataError(f'"{source}" is no dataset name; write name, name:config or name:config:split{part}')
     path = Path(os.path.expanduser(name))
     is_folder = (mode := _mode(path)) is not None and stat.S_ISDIR(mode)
     if not is_folder and (_looks_like_path(name) or _looks_like_path(source)):
         raise DataError(f'text file or folder "{source}" does not exist')
+    if name == EMBEDDED and not is_folder:
+        raise DataError(f'the embedded text has no parts to choose, as in "{source}"; write "{EMBEDDED}"')
     config, split = [part or None for part in (*rest, "", "")][:2]
     return _dataset_texts(os.path.abspath(path) if is_folder else name, config, split, is_folder=is_folder)
 

@@ -433,7 +433,7 @@ def test_a_run_is_forecast_with_custom_code(own: Path, place: Place) -> None:
     told = succeed("units", str(place.model), *given, "--set", "search.refit=false").out
     assert "s of search for" in told
     told = succeed("units", str(place.model), *given, *settings("search.refit=false", "search.seconds=9")).out
-    assert re.search(r"9 s of search \(search.seconds\), about [\d,]+ sequences of 16 tokens", told)
+    assert re.search(r"about 9 s of search for [\d,]+ sequences of 16 tokens, as search.seconds says", told)
     assert "must define tell" in in_one_sentence(
         run("units", str(place.model), *settings("data.window=16", f"search.method={own}:Silent"))
     )

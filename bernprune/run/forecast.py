@@ -97,7 +97,7 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
 
 def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     view, search, data = opened.view, config.search, config.data
-    planned = plan_work(config, view.space).sequences
+    work = plan_work(config, view.space)
     with quick_products(device, view.model.dtype):
         seconds_each = _time_sequences(view, config)
     evaluated = ["dense", "uniform", "initial", "pruned", *config.plans.sparsities]
@@ -120,16 +120,17 @@ def _work(opened: Opened, config: RunConfig, device: torch.device) -> list[str]:
     kept_aside = 0 if device.type == "cpu" else max(for_policy, for_repair)
     aside = f", and {kept_aside / 2**30:.2f} GiB on the CPU" if kept_aside else ""
     speed = f"{1 / seconds_each:,.0f} a second" if seconds_each < 0.5 else f"{seconds_each:,.1f} s each"
-    if planned is None:  # search.seconds alone limits it
-        seconds = search.seconds or 0.0
-        searched = f"{seconds:g} s of search (search.seconds), about {seconds / seconds_each:,.0f} sequences"
+    if work.sequences is None:
+        assert search.seconds is not None, "nothing limits the search"
+        seconds, limit = search.seconds, ", as search.seconds says"
     else:
-        most = "at most about" if search.sequences == "auto" else "about"
-        searched = f"{most} {planned * seconds_each:,.0f} s of search for {planned:,} sequences"
-    limit = f", but no more than search.seconds {search.seconds:g}" if planned is not None and search.seconds else ""
+        seconds = work.sequences * seconds_each
+        limit = f", but no more than search.seconds {search.seconds:g}" if work.sequences and search.seconds else ""
+    most = "about" if work.regret is None else "at most about"
     return [
         f"memory       about {memory / 2**30:.2f} GiB on {device} ({held}){aside}",
-        f"time         {searched} of {data.window} tokens{limit} ({speed}, measured now on {device}), and "
+        f"time         {most} {seconds:,.0f} s of search for {seconds / seconds_each:,.0f} sequences of {data.window} "
+        f"tokens{limit} ({speed}, measured now on {device}), and "
         f"{others * seconds_each:,.0f} s or less of scoring and evaluation",
         *_closed_forms(view, config, device, seconds_each),
     ]

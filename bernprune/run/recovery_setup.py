@@ -26,7 +26,7 @@ from bernprune.run.checkpoint import checkpoint_at, read_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
-from bernprune.run.stage import learning_text, read_texts
+from bernprune.run.stage import evaluation_text, learning_text, read_texts
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
 from bernprune.units import KeepPlan
@@ -86,18 +86,25 @@ def _texts(
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """As ``read_texts``, but what is evaluated on is the run's unless another is given, so that figures compare.
 
-    If that is the last tenth of the run's text, what other text has of it is not learned from.
+    If that is the last tenth of the run's text, passages of it in other text are not learned from.
     """
     learns_alike = all(getattr(config.data, name) == getattr(of_run.data, name) for name in ("text", "max_characters"))
     if config.data.eval_text is not None or learns_alike:
         return read_texts(config, tokenizer, vocabulary)
     try:
-        _, held_out, eval_name = read_texts(of_run, tokenizer, vocabulary)
+        separate = evaluation_text(of_run, tokenizer, vocabulary)
+        learned, held_out, eval_name = (
+            read_texts(of_run, tokenizer, vocabulary) if separate is None else (None, *separate)
+        )
     except DataError as error:
         raise DataError(
             f"{error}; --set data.eval_text names where the run's evaluation text lies now, or another"
         ) from None
     stream = learning_text(config, tokenizer, vocabulary)
+    if learned is None:
+        return stream, held_out, eval_name
+    if stream.equal(torch.cat([learned, held_out])):  # the run's text in another place
+        return learned, held_out, eval_name
     known_N = repeated(stream, held_out)
     if known_N.any():
         logger.warning(

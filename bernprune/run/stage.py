@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 # With one source for both, the last tenth of its tokens is for evaluation alone.
 _HELD_OUT_TENTHS = 1
+_EMBEDDED_HELD_OUT = "embedded, held out"
 _KNOWN = 0.1  # share of the text to evaluate on, above which a user is told that it is learned from, too
 _KEPT_BACK = 10  # one in so many windows to learn from, at most, is kept back for the final choice
 _ROWS = 64  # in one pass on a processor: with more, it is no faster
@@ -219,8 +220,8 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
     own = evaluation_text(config, tokenizer, vocab_size)  # first, as there is less of it
     stream = learning_text(config, tokenizer, vocab_size)
     if own is not None:
-        if config.data.text != EMBEDDED:  # of whose two parts it is known
-            _warn_of_known(config.data.text, stream, *own)
+        if (config.data.text, own[1]) != (EMBEDDED, _EMBEDDED_HELD_OUT):  # of which the README tells
+            _warn_of_known(config.data.text, stream, own[0][: config.data.eval_tokens], own[1])
         return stream, *own
     cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
     return stream[:cut], stream[cut:], f"{config.data.text}, last tenth"
@@ -234,7 +235,7 @@ def evaluation_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple
         return None
     characters = CHARACTERS_PER_TOKEN * data.eval_tokens
     held_out = _tokens(tokenizer, vocab_size, source, "held-out", characters, joined_by=data.eval_join)
-    return held_out, "embedded, held out" if source == EMBEDDED else source
+    return held_out, _EMBEDDED_HELD_OUT if source == EMBEDDED else source
 
 
 def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.Tensor:

@@ -207,11 +207,11 @@ def checked_scores(metric: Metric, context: Context) -> torch.Tensor:
         raise ConfigError(
             f"score {metric.name!r} must give {space.size} numbers, one a unit, but gave {list(scores_U.shape)}"
         )
+    for kind in set(space.kinds) - set(metric.kinds):
+        scores_U[space.of_kind(kind)] = 0.0
     if not scores_U.isfinite().all():
         where = space.layer_U[~scores_U.isfinite()][0].item()
         raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
-    for kind in set(space.kinds) - set(metric.kinds):
-        scores_U[space.of_kind(kind)] = 0.0
     return scores_U
 
 
