@@ -54,7 +54,8 @@ class Section(BaseModel):
     @classmethod
     def _is_unicode(cls, value: Any) -> Any:
         """Python gives half surrogates for bytes of a path that are not UTF-8; no file of ours could hold them."""
-        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        texts = value if isinstance(value, (list, tuple)) else [value]
+        if any("\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text):
             raise ValueError("input should be UTF-8")
         return value
 

@@ -26,7 +26,7 @@ from bernprune.run.checkpoint import checkpoint_at, read_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
-from bernprune.run.stage import evaluation_text, learning_text, read_texts
+from bernprune.run.stage import evaluation_text, learning_text, read_texts, warn_of_known
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
 from bernprune.units import KeepPlan
@@ -89,20 +89,21 @@ def _texts(
     If that is the last tenth of the run's text, passages of it in other text are not learned from.
     """
     learns_alike = all(getattr(config.data, name) == getattr(of_run.data, name) for name in ("text", "max_characters"))
-    if config.data.eval_text is not None or learns_alike:
-        return read_texts(config, tokenizer, vocabulary)
+    judged = config if config.data.eval_text is not None or learns_alike else of_run
     try:
-        separate = evaluation_text(of_run, tokenizer, vocabulary)
-        learned, held_out, eval_name = (
-            read_texts(of_run, tokenizer, vocabulary) if separate is None else (None, *separate)
-        )
+        separate = evaluation_text(judged, tokenizer, vocabulary)
+        if separate is None and not learns_alike:
+            learned, held_out, eval_name = read_texts(of_run, tokenizer, vocabulary)
     except DataError as error:
         raise DataError(
             f"{error}; --set data.eval_text names where the run's evaluation text lies now, or another"
         ) from None
+    if separate is None and learns_alike:
+        return read_texts(config, tokenizer, vocabulary)
     stream = learning_text(config, tokenizer, vocabulary)
-    if learned is None:
-        return stream, held_out, eval_name
+    if separate is not None:
+        warn_of_known(config, stream, *separate)
+        return stream, *separate
     if stream.equal(torch.cat([learned, held_out])):  # the run's text in another place
         return learned, held_out, eval_name
     known_N = repeated(stream, held_out)

@@ -220,8 +220,7 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
     own = evaluation_text(config, tokenizer, vocab_size)  # first, as there is less of it
     stream = learning_text(config, tokenizer, vocab_size)
     if own is not None:
-        if (config.data.text, own[1]) != (EMBEDDED, _EMBEDDED_HELD_OUT):  # of which the README tells
-            _warn_of_known(config.data.text, stream, own[0][: config.data.eval_tokens], own[1])
+        warn_of_known(config, stream, *own)
         return stream, *own
     cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
     return stream[:cut], stream[cut:], f"{config.data.text}, last tenth"
@@ -250,14 +249,17 @@ def learning_text(config: RunConfig, tokenizer: Any, vocab_size: int) -> torch.T
     return _tokens(tokenizer, vocab_size, data.text, "train", data.max_characters)
 
 
-def _warn_of_known(name: str, stream: torch.Tensor, held_out: torch.Tensor, eval_name: str) -> None:
-    share = repeated(held_out, stream).double().mean().item()
+def warn_of_known(config: RunConfig, stream: torch.Tensor, held_out: torch.Tensor, eval_name: str) -> None:
+    """Tell of text to evaluate on that is learned from, too; of the embedded text's two parts the README tells."""
+    if (config.data.text, eval_name) == (EMBEDDED, _EMBEDDED_HELD_OUT):
+        return
+    share = repeated(held_out[: config.data.eval_tokens], stream).double().mean().item()
     if share > _KNOWN:
         logger.warning(
             "%.0f%% of %s stands in %s, too: perplexities flatter what is learned from that",
             100 * share,
             eval_name,
-            name,
+            config.data.text,
         )
 
 
