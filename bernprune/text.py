@@ -195,8 +195,8 @@ def _named_dataset_texts(source: str) -> Iterator[str]:
     """Texts of ``name[:config[:split]]`` where no file or folder is called that as a whole."""
     name, *rest = source.split(":")
     if not name or len(rest) > 2:
-        part = "; a split is taken whole, and data.max_characters takes its beginning" if "[" in source else ""
-        raise DataError(f'"{source}" is no dataset name; write name, name:config or name:config:split{part}')
+        whole = "; a split is taken whole, and data.max_characters takes its beginning" if "[" in source else ""
+        raise DataError(f'"{source}" is no dataset name; write name, name:config or name:config:split{whole}')
     path = Path(os.path.expanduser(name))
     is_folder = (mode := _mode(path)) is not None and stat.S_ISDIR(mode)
     if not is_folder and (_looks_like_path(name) or _looks_like_path(source)):

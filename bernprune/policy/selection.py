@@ -20,6 +20,8 @@ from bernprune.policy.budget import Budget, Cap
 from bernprune.policy.prices import at_best_prices
 from bernprune.units import KINDS, UnitSpace
 
+_BESIDES = " (a kv group of layer 0 always stays)"  # whatever the minimums are
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -177,20 +179,21 @@ def _fit_together(costs: Sequence[tuple[int, float]], left: Sequence[float]) -> 
 
 def _impossible(parts: _Parts, budget: Budget, index: int) -> BudgetError:
     pool = budget.pools[index]
+    besides = _BESIDES if (pool.members_U & budget.space.of_kind("kv_group")).any() else ""
     forced = parts.cost_P[parts.forced_P & (parts.pool_P == index)].sum()
     return BudgetError(
         f"the minimums per layer keep {forced / pool.total:.1%} of the {budget.measure} of {pool.name}, more than the "
-        f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity "
-        "(a kv group of layer 0 always stays)"
+        f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity"
+        f"{besides}"
     )
 
 
 def _over_a_cap(caps: Sequence[Cap], forced_M: np.ndarray) -> BudgetError:
     cap, forced = next(pair for pair in zip(caps, forced_M, strict=True) if pair[1] > pair[0].most)
+    besides = _BESIDES if cap.name == "kv_cache" else ""
     return BudgetError(
         f"the minimums per layer keep {forced / cap.total:.1%} of {cap.name}, more than the "
-        f"{1 - cap.share:.1%} that may stay of it; lower the minimums, or how much of it must go "
-        "(a kv group of layer 0 always stays)"
+        f"{1 - cap.share:.1%} that may stay of it; lower the minimums, or how much of it must go{besides}"
     )
 
 

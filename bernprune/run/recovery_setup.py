@@ -92,19 +92,25 @@ def _texts(
     judged = config if config.data.eval_text is not None or learns_alike else of_run
     try:
         separate = evaluation_text(judged, tokenizer, vocabulary)
-        if separate is None and not learns_alike:
-            learned, held_out, eval_name = read_texts(of_run, tokenizer, vocabulary)
+        parts = None if separate is not None or learns_alike else read_texts(of_run, tokenizer, vocabulary)
     except DataError as error:
         raise DataError(
             f"{error}; --set data.eval_text names where the run's evaluation text lies now, or another"
         ) from None
-    if separate is None and learns_alike:
-        return read_texts(config, tokenizer, vocabulary)
-    stream = learning_text(config, tokenizer, vocabulary)
     if separate is not None:
+        stream = learning_text(config, tokenizer, vocabulary)
         warn_of_known(config, stream, *separate)
         return stream, *separate
-    if stream.equal(torch.cat([learned, held_out])):  # the run's text in another place
+    if parts is None:
+        return read_texts(config, tokenizer, vocabulary)
+    return _without_held_out(config.data.text, learning_text(config, tokenizer, vocabulary), *parts)
+
+
+def _without_held_out(
+    name: str, stream: torch.Tensor, learned: torch.Tensor, held_out: torch.Tensor, eval_name: str
+) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """What of a stream may be learned from, as a run's text was cut into what it learned from and what it held out."""
+    if stream.equal(torch.cat([learned, held_out])):  # that text in another place
         return learned, held_out, eval_name
     known_N = repeated(stream, held_out)
     if known_N.any():
@@ -112,7 +118,7 @@ def _texts(
             "%s of %s tokens of %s stand in %s, too, and are left out",
             f"{int(known_N.sum()):,}",
             f"{len(stream):,}",
-            config.data.text,
+            name,
             eval_name,
         )
     return stream[~known_N], held_out, eval_name

@@ -90,7 +90,7 @@ class Metric:
     Attributes:
         about: what it says of a unit, in one line.
         source: author and year.
-        run: scores of all units, ``[U]``; those of kinds that it does not know may be anything.
+        run: scores of all units, ``[U]``; those of kinds that it does not know may be anything, and become 0.
         kinds: those that it can score.
         allocation: how many units each layer keeps if nothing else is said. It follows from how far the values compare:
             within a layer and kind (``uniform``), a kind (``global``), or all over the model (``pooled``).
