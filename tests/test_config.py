@@ -531,7 +531,7 @@ VARIED: dict[str, dict[str, Any]] = {
     "everything": {
         "granularity": ["layer", "channel"],
         "search": {"seconds": 12.5, "sequences": 0, "objective": "kl", "checkpoint_steps": 3},
-        "data": {"text": "a b.txt", "eval_text": "größe: [.jsonl", "eval_join": "a\x85 \u2028"},
+        "data": {"text": "a b.txt", "eval_text": "größe: [.jsonl", "eval_join": "a\x85b"},
         "model": {"path": "~/x", "revision": "1e5", "dtype": "bfloat16"},
     },
 }

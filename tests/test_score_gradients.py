@@ -341,3 +341,13 @@ def test_a_metric_runs_rows() -> None:
     view = describe(tiny_model("llama", torch.float32))
     with pytest.raises(ConfigError, match="rows_per_forward must be 1 or more, but is -1"):
         initial_scores(view, WINDOWS_WT, SCORES["flap"], rows_per_forward=-1)
+
+
+def test_ifso_of_a_model_whose_units_give_nothing() -> None:
+    """No weight re-adjusts to a gate of theirs; they are worth 0."""
+    model = biased().float()
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.v_proj, layer.mlp.up_proj):
+            for parameter in projection.parameters():
+                parameter.data.zero_()
+    assert initial_scores(describe(model), WINDOWS_WT, SCORES["ifso"]).eq(0).all()

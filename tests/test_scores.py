@@ -177,7 +177,8 @@ def test_random_scores_are_a_function_of_seed_layer_and_kind() -> None:
     space = describe(tiny_model("llama"), PARTS).space
     channels = torch.cat([first[space.span("channel", layer)] for layer in range(4)])
     assert torch.equal(random_scores(tiny_model("llama"), WINDOWS_WT, 3, ("channel",)), channels)
-    assert len(set(first.tolist())) == space.size
+    every = random_scores(tiny_model("llama"), WINDOWS_WT, 3, KINDS).tolist()
+    assert len(set(every)) == len(every)
     assert set(first.tolist()).isdisjoint(random_scores(tiny_model("llama"), WINDOWS_WT, 4, PARTS).tolist())
 
 
@@ -397,11 +398,15 @@ def test_scores_for_what_a_unit_costs(power: float) -> None:
     assert_close(costly, plain / within**power, EXACT)
 
 
-@pytest.mark.parametrize("score", ["flap", "flap-wifn", "flap-ifv"])
-def test_standardised_scores(score: str) -> None:
-    """They are not divided by costs, which would turn penalties into bonuses; of a single unit they are 0."""
+@pytest.mark.parametrize("score", ["flap", "flap-wifn", "flap-ifv", "random"])
+def test_standardised_scores_have_no_costs(score: str) -> None:
+    """Divided by them, penalties would turn into bonuses."""
     with pytest.raises(ConfigError, match=f"score '{score}' is standardised"):
         initial_scores(describe(tiny_model("llama")), WINDOWS_WT, SCORES[score], options=Options(cost_power=0.5))
+
+
+@pytest.mark.parametrize("score", ["flap", "flap-wifn", "flap-ifv"])
+def test_a_single_unit_is_not_told_from_others(score: str) -> None:
     view = describe(tiny_model("llama", intermediate_size=1))
     assert initial_scores(view, WINDOWS_WT, SCORES[score])[view.space.of_kind("channel")].eq(0).all()
 
