@@ -604,7 +604,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     "select-without-sparsity": (lambda p: _select(_learned(p)), ("--sparsity",)),
     "select-beyond-minimums": (
         lambda p: _select(_learned(p, "budget.min_channels=5"), "--sparsity", "0.45"),
-        ("minimums", "0.45", "lower the minimums or the sparsity"),
+        ("minimums", "0.45", "lower the minimums or the sparsity (a kv group of layer 0 always stays)"),
     ),
     # the choice and the stop rule
     "selection-all": (lambda p: p.prune("search.selection=1"), ("search.selection", "0.9", "1")),

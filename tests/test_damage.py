@@ -191,6 +191,16 @@ def test_a_disk_without_room_for_the_result(
     assert place.contents() == before
 
 
+def test_of_a_budget_of_flops_the_disk_must_hold_all(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody knows before the search how many parameters go."""
+    needed = (place.model / "model.safetensors").stat().st_size
+    usage = shutil.disk_usage(place.folder)._replace(free=int(0.9 * needed))
+    monkeypatch.setattr(finishing.shutil, "disk_usage", lambda path: usage)
+    succeed(*place.prune("budget.sparsity=0.5", "search.sequences=0"))
+    flops = ("budget.measure=flops", "budget.sparsity=0.5", "search.sequences=0")
+    assert "there is room for" in in_one_sentence(run(*place.prune(*flops, out=place.folder / "other")))
+
+
 def test_a_disk_full_from_the_start(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where not even the configuration can be written, the folder and those above it are gone again."""
     _full_for(r"config\.yaml$", monkeypatch)

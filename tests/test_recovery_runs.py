@@ -13,7 +13,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import Place, finish, in_one_sentence, read_json, run, settings, steps_of, succeed, tiny_folder, tiny_text
+from tiny_run import (
+    WINDOW,
+    Place,
+    finish,
+    in_one_sentence,
+    read_json,
+    run,
+    settings,
+    steps_of,
+    succeed,
+    tiny_folder,
+    tiny_text,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bernprune
@@ -371,6 +383,17 @@ def test_the_run_s_text_is_known_wherever_it_is(place: Place, monkeypatch: pytes
         assert ("and are left out" in done.err) is ("more.txt" in given)
     assert protocols == protocols[:1] * 4 and protocols[0]["text"].endswith("last tenth")
     assert lengths[0] == lengths[1] == lengths[2] < lengths[3]
+    found = re.search(r"(\S+) of (\S+) tokens of \S+/more.txt stand in \S+/text.txt, last tenth", done.err)
+    assert found is not None
+    left_out, tokens = (int(number.replace(",", "")) for number in found.groups())
+    assert lengths[3] == tokens - left_out - 8 * WINDOW  # the last eight windows choose a state
+    assert left_out > lengths[0] / 9  # that tenth, and what repeats it
+
+
+def test_text_that_a_recovery_learns_from_is_said_to_flatter(place: Place) -> None:
+    succeed(*place.prune("search.sequences=0"))
+    done = succeed(*recover(place, place.out, f"data.eval_text={place.text}"))
+    assert f"100% of {place.text} stands in {place.text}, too" in done.err
 
 
 def test_less_of_the_text_leaves_what_is_judged_by(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -231,6 +231,12 @@ def test_a_folder_that_another_process_made_meanwhile_is_left_alone(
     assert [path.name for path in Path().iterdir() if path.name.startswith(".applied")] == []
 
 
+def test_what_units_say_of_flops(place: Place) -> None:
+    """Of them a sparsity is no share of the parameters."""
+    for measure, said in (("flops", "sparsity 0.3 is of their FLOPs"), ("parameters", "% of all")):
+        assert said in succeed("units", str(place.model), *settings("data.window=16", f"budget.measure={measure}")).out
+
+
 def test_flops_that_are_asked_for_are_told(place: Place) -> None:
     """Of a run and of a plan; what else must go, too."""
     arguments = ["budget.measure=flops", "budget.sparsity=0.4", "budget.also_parameters=0.3", "search.sequences=0"]
@@ -412,6 +418,18 @@ def test_without_a_search(place: Place) -> None:
 def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
     done = succeed(*place.prune("search.sequences=0", f"data.eval_text={place.text}"))
     assert f"100% of {place.text} stands in {place.text}, too" in done.err
+    half = place.folder / "half.txt"
+    half.write_text(place.text.read_text() + words(1500, seed=7))
+    part = ("search.sequences=0", f"data.eval_text={half}", "data.eval_tokens=160")  # of which the beginning is judged
+    assert "100% of" in succeed(*place.prune(*part, out=place.folder / "part")).err
+
+
+def test_of_the_embedded_text_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
+    """How much of its held-out part stands in the other; the README says it."""
+    tokens_N = torch.arange(500)
+    for text, told in (("embedded", False), ("mine.txt", True)):
+        stage_module.warn_of_known(make_config({"data": {"text": text}}), tokens_N, tokens_N, "embedded, held out")
+        assert bool(caplog.records) is told
 
 
 def test_the_embedded_text_has_parts_of_its_own(

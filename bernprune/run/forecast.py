@@ -87,7 +87,7 @@ def _left_out(view: ModelView, config: RunConfig) -> list[str]:
     sparsity = config.budget.sparsity
     removes = f"removes {sparsity * prunable / total:.1%} of all"
     if config.budget.measure != "parameters":
-        removes = f"is of their {config.budget.measure.upper()}"
+        removes = "is of their FLOPs"
     return [
         f"prunable     {prunable:,} of {total:,} parameters ({prunable / total:.1%}); sparsity {sparsity:g} {removes}",
         "left out     embeddings, output embedding, final norm, and what no chosen level removes; "
