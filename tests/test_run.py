@@ -418,10 +418,18 @@ def test_without_a_search(place: Place) -> None:
 def test_text_that_was_learned_from_is_said_to_flatter(place: Place) -> None:
     done = succeed(*place.prune("search.sequences=0", f"data.eval_text={place.text}"))
     assert f"100% of {place.text} stands in {place.text}, too" in done.err
-    half = place.folder / "half.txt"
-    half.write_text(place.text.read_text() + words(1500, seed=7))
-    part = ("search.sequences=0", f"data.eval_text={half}", "data.eval_tokens=160")  # of which the beginning is judged
-    assert "100% of" in succeed(*place.prune(*part, out=place.folder / "part")).err
+
+
+def test_only_what_is_judged_by_can_flatter(caplog: pytest.LogCaptureFixture) -> None:
+    """The beginning of the evaluation text, ``data.eval_tokens`` of it."""
+    known_N, unknown_N = torch.arange(500), 500 + torch.arange(1500)
+    config = make_config({"data": {"text": "mine.txt", "eval_tokens": 500}})
+    stage_module.warn_of_known(config, known_N, torch.cat([unknown_N, known_N]), "other.txt")
+    assert not caplog.records
+    stage_module.warn_of_known(config, known_N, torch.cat([known_N, unknown_N]), "other.txt")
+    assert caplog.messages == [
+        "100% of other.txt stands in mine.txt, too: perplexities flatter what is learned from that"
+    ]
 
 
 def test_of_the_embedded_text_it_is_known(caplog: pytest.LogCaptureFixture) -> None:
