@@ -58,9 +58,10 @@ def test_importances_must_be_finite() -> None:
 
 
 def kept_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits: list[float]) -> torch.Tensor:
-    """What is kept at the best prices, and what still fits after that, the units that are worth most at them first."""
+    """What fits, the units that are worth most at the best prices first."""
     totals_M, limits_M = costs_MU.sum(1).clamp(min=1e-9), torch.tensor(limits, dtype=torch.float64)
-    mask_U, reduced_U = at_best_prices(worth_U, costs_MU / totals_M[:, None], limits_M / totals_M)
+    reduced_U = at_best_prices(worth_U, costs_MU / totals_M[:, None], limits_M / totals_M)
+    mask_U = torch.zeros_like(worth_U, dtype=torch.bool)
     for unit in reduced_U.argsort(descending=True, stable=True).tolist():
         with_U = mask_U | (torch.arange(len(mask_U)) == unit)
         if worth_U[unit] > 0 and (costs_MU @ with_U.double() <= limits_M * (1 + 1e-12)).all():
@@ -100,7 +101,7 @@ def test_selections_are_exact_within_a_unit_a_budget(budgets: int, kind: str) ->
 
 def test_one_dear_unit_does_not_blur_the_others_price() -> None:
     """The bound holds of what fits, too: with two budgets, two units short of the best of the cheap ones at most."""
-    for seed in range(12):
+    for seed in range(4):
         source = torch.Generator().manual_seed(seed)
         worth_U, costs_MU = (torch.rand(size, generator=source, dtype=torch.float64) for size in ((81,), (2, 81)))
         costs_MU[:, 80], worth_U[80] = 500.0, 1.0

@@ -9,54 +9,91 @@ Letters: U units, M budgets.
 """
 
 import math
+import operator
+from bisect import bisect_right
+from dataclasses import dataclass
 
 import torch
 
 _STEPS = 60  # of a bisection
 
 
-def at_best_prices(
-    worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is kept at the lowest prices that keep within all budgets, and what of each unit's worth they leave.
+def at_best_prices(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torch.Tensor) -> torch.Tensor:
+    """What each unit is worth beyond its price, ``[U]``, at the lowest prices that keep within all budgets.
 
-    The first budget's price is found from one order of all units, each other one by a bisection around that.
+    Each price is found by a bisection, within which those of the budgets before it are found anew. Units of a model
+    come in few sizes, and one order of each size tells how many of it are worth more than any price.
 
     Args:
         worth_U: what keeping each unit is worth; one that is not above 0 is never kept.
         costs_MU, limits_M: not negative, and of the same size for all budgets, such as shares of what all units cost.
     """
-    costs_U, limit = costs_MU[-1], float(limits_M[-1])
-    if len(limits_M) == 1:
-        return _at_best_price(worth_U, costs_U, limit)
+    size_U = torch.zeros(len(worth_U), dtype=torch.int64)
+    for costs_U in costs_MU:
+        found, number_U = costs_U.unique(return_inverse=True)
+        size_U = (size_U * len(found) + number_U).unique(return_inverse=True)[1]
+    sizes = []
+    for size in range(int(size_U.max()) + 1 if len(size_U) else 0):
+        members = (size_U == size).nonzero().flatten()
+        sizes.append(_Size(costs_MU[:, members[0]].tolist(), worth_U[members].sort().values.tolist()))
+    prices = [0.0] * len(limits_M)
+    _keep(prices, len(prices) - 1, sizes, limits_M.tolist())
+    asked_D = torch.tensor([size.asked(prices) for size in sizes], dtype=worth_U.dtype)
+    return worth_U - asked_D[size_U]
 
-    def at(price: float) -> tuple[torch.Tensor, torch.Tensor]:
-        return at_best_prices(worth_U - price * costs_U, costs_MU[:-1], limits_M[:-1])
 
-    kept_U, reduced_U = at(0.0)
-    if float(costs_U[kept_U].sum()) <= limit:
-        return kept_U, reduced_U
-    low, high = 0.0, float((worth_U / costs_U)[costs_U > 0].max()) * (1 + 1e-12)
-    kept_U, reduced_U = at(high)
+@dataclass(frozen=True)
+class _Size:
+    """Units that cost the same: what of each budget, and what they are worth, the least first."""
+
+    costs: list[float]
+    worths: list[float]
+
+    def asked(self, prices: list[float]) -> float:
+        """What one of them is charged."""
+        return sum(price * cost for price, cost in zip(prices, self.costs, strict=True))
+
+    def kept(self, prices: list[float]) -> int:
+        """How many are worth more than that."""
+        return len(self.worths) - bisect_right(self.worths, max(0.0, self.asked(prices)))
+
+
+def _keep(prices: list[float], last: int, sizes: list[_Size], limits: list[float]) -> list[int]:
+    """How many of each size are kept at the lowest prices of the budgets up to ``last``, which are set.
+
+    The prices of later budgets are as they are given.
+    """
+    if last < 0:
+        return [size.kept(prices) for size in sizes]
+
+    def at(price: float) -> tuple[list[int], float]:
+        """How many are kept then, and how much of the budget is left."""
+        prices[last] = price
+        kept = _keep(prices, last - 1, sizes, limits)
+        return kept, limits[last] - math.fsum(
+            size.costs[last] * number for size, number in zip(sizes, kept, strict=True)
+        )
+
+    wanted, left = at(0.0)
+    if left >= 0:
+        return wanted
+    dearest = max(size.worths[-1] / size.costs[last] for size in sizes if size.costs[last] > 0)
+    low, high = 0.0, dearest * (1 + 1e-12)
+    kept, left = at(high)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        found_U, left_U = at(middle)
-        if float(costs_U[found_U].sum()) > limit:
-            low = middle
-            continue
-        high, kept_U, reduced_U = middle, found_U, left_U
-    return kept_U, reduced_U
-
-
-def _at_best_price(worth_U: torch.Tensor, costs_U: torch.Tensor, limit: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with one budget: units of most worth for their cost, up to the first that does not fit."""
-    ratio_U = torch.where(costs_U > 0, worth_U / costs_U, torch.where(worth_U > 0, math.inf, -math.inf))
-    order = ratio_U.argsort(descending=True, stable=True)
-    fits = (costs_U[order].cumsum(0) <= limit) & (worth_U[order] > 0)
-    count = len(fits) if fits.all() else int((~fits).int().argmax())
-    kept_U = torch.zeros(len(worth_U), dtype=torch.bool)
-    kept_U[order[:count]] = True
-    price = 0.0 if count == len(order) else max(0.0, float(ratio_U[order[count]]))
-    return kept_U, worth_U - price * costs_U
+        if not low < middle < high or sum(map(abs, map(operator.sub, wanted, kept))) <= 1:
+            break  # one unit hangs on what is between
+        found, room = at(middle)
+        if room < 0:
+            low, wanted = middle, found
+        else:
+            high, kept, left = middle, found, room
+    at(high)
+    if last == 0:  # of those that are worth just their price, as many as there is room for
+        for number, size in enumerate(sizes):
+            if wanted[number] > kept[number]:
+                more = min(wanted[number] - kept[number], int(left / size.costs[0]))
+                kept[number] += more
+                left -= more * size.costs[0]
+    return kept

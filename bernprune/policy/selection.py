@@ -72,12 +72,17 @@ class _Parts:
     parent_P: np.ndarray
     forced_P: np.ndarray
 
+    def units(self, parts: np.ndarray | list[int]) -> np.ndarray:
+        """The units of some parts, given by their turns."""
+        sizes = self.size_P[parts]
+        within = np.arange(sizes.sum()) - np.repeat(sizes.cumsum() - sizes, sizes)
+        return self.ranked_U[np.repeat(self.first_P[parts], sizes) + within]
+
     @property
     def forced_U(self) -> torch.Tensor:
         """Units that the limits ask for, bool."""
         forced_U = torch.zeros(len(self.ranked_U), dtype=torch.bool)
-        for first, size in zip(self.first_P[self.forced_P], self.size_P[self.forced_P], strict=True):
-            forced_U[self.ranked_U[first : first + size]] = True
+        forced_U[self.units(np.flatnonzero(self.forced_P))] = True
         return forced_U
 
 
@@ -123,64 +128,69 @@ def select(
 
 def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) -> torch.Tensor:
     """Part after part, what fits; where it is ``nested``, up to the first that does not."""
-    columns = (parts.first_P, parts.size_P, parts.cost_P, parts.group_P, parts.pool_P, parts.parent_P, parts.forced_P)
-    firsts, counts, costs, groups, pools, parents, forced = (column.tolist() for column in columns)
-    ranked = parts.ranked_U.tolist()
-    capped_PM = _costs_of_caps(parts, caps)
-    left_M = np.array([cap.most for cap in caps])
-    left = [pool.most for pool in budget.pools]
-    least = min(costs, default=math.inf)
-    kept = bytearray(budget.space.size)
+    costs_PL = _costs(parts, budget, caps)
+    left_L = np.array([limited.most for limited in (*budget.pools, *caps)])
+    sure_P = _sure(parts, costs_PL, left_L)
+    left_L -= costs_PL[sure_P].sum(0)
+    kept_U = np.zeros(budget.space.size, dtype=bool)
+    kept_U[parts.units(np.flatnonzero(sure_P))] = True
+    least, pools = parts.cost_P.min(initial=math.inf), len(budget.pools)
     closed = set[int]()  # groups of which a part did not fit
     taken = set[int]()  # parts that came with their layer
-    for part, (group, pool, parent) in enumerate(zip(groups, pools, parents, strict=True)):
-        if group in closed or part in taken or (parent >= 0 and not kept[parent]):
+    for part in np.flatnonzero(~sure_P).tolist():
+        group, pool, parent = int(parts.group_P[part]), int(parts.pool_P[part]), int(parts.parent_P[part])
+        if group in closed or part in taken or (parent >= 0 and not kept_U[parent]):
             continue
-        together = parts.together.get(part)
-        if together is None:
-            cost_M = capped_PM[part]
-            fits = costs[part] <= left[pool]
-        else:
-            cost_M = capped_PM[together].sum(0)
-            fits = _fit_together([(pools[each], costs[each]) for each in together], left)
-        within = not caps or bool((cost_M <= left_M).all())
-        if fits and within:
-            left_M -= cost_M
-            taken.update(together or ())
-            for each in together or (part,):
-                left[pools[each]] -= costs[each]
-                for unit in ranked[firsts[each] : firsts[each] + counts[each]]:
-                    kept[unit] = 1
+        together = parts.together.get(part, [part])
+        cost_L = costs_PL[together].sum(0)
+        fits_L = cost_L <= left_L
+        if fits_L.all():
+            left_L -= cost_L
+            taken.update(together)
+            kept_U[parts.units(together)] = True
             continue
-        if forced[part]:
-            raise _impossible(parts, budget, pool) if within else _over_a_cap(caps, capped_PM[parts.forced_P].sum(0))
+        within = bool(fits_L[pools:].all())
+        if parts.forced_P[part]:
+            forced_L = costs_PL[parts.forced_P].sum(0)
+            raise _impossible(budget, pool, forced_L[pool]) if within else _over_a_cap(caps, forced_L[pools:])
         closed.add(group)  # what follows in the group costs as much, or stands on the minimum just refused
         if nested and within:
-            left[pool] = -math.inf
-        if max(left) < least:
+            left_L[pool] = -math.inf
+        if left_L[:pools].max() < least:
             break
-    return torch.tensor(list(kept), dtype=torch.bool)
+    return torch.from_numpy(kept_U)
 
 
-def _costs_of_caps(parts: _Parts, caps: Sequence[Cap]) -> np.ndarray:
-    """What each part has of what each cap counts, ``[P, M]``."""
+def _sure(parts: _Parts, costs_PL: np.ndarray, most_L: np.ndarray) -> np.ndarray:
+    """Parts that are kept whatever becomes of others, as all up to their turn fit in each limit that they count in.
+
+    To take them first changes nothing: one that is not sure runs out of a limit in which none behind it is.
+    """
+    turn_P = np.arange(len(costs_PL))
+    for turn, together in parts.together.items():
+        turn_P[together] = turn
+    at_turn_PL = np.zeros_like(costs_PL)
+    np.add.at(at_turn_PL, turn_P, costs_PL)
+    sure_P: np.ndarray = ((at_turn_PL.cumsum(0) <= most_L) | (at_turn_PL == 0)).all(1)[turn_P]
+    part_of_U = np.zeros(len(parts.ranked_U), dtype=np.int64)
+    part_of_U[parts.ranked_U[parts.first_P]] = np.arange(len(costs_PL))  # what holds others is a part of its own
+    lies_P, within_P = parts.parent_P >= 0, part_of_U[parts.parent_P]
+    for _ in KINDS:  # as deep as units may lie in one another
+        sure_P &= ~lies_P | sure_P[within_P]
+    return sure_P
+
+
+def _costs(parts: _Parts, budget: Budget, caps: Sequence[Cap]) -> np.ndarray:
+    """What each part takes of each limit, those of the pools and then those of the caps, ``[P, L]``."""
     best_P = parts.ranked_U[parts.first_P]
-    costs = [cap.costs_U.numpy()[best_P] * parts.size_P for cap in caps]
-    return np.array(costs).T.reshape(len(best_P), len(caps))
+    of_pools = [np.where(parts.pool_P == pool, parts.cost_P, 0.0) for pool in range(len(budget.pools))]
+    of_caps = [cap.costs_U.numpy()[best_P] * parts.size_P for cap in caps]
+    return np.stack([*of_pools, *of_caps], axis=1)
 
 
-def _fit_together(costs: Sequence[tuple[int, float]], left: Sequence[float]) -> bool:
-    """Whether parts fit at once, each given by its pool and its cost, in what is left of each pool."""
-    needed = dict.fromkeys((pool for pool, _ in costs), 0.0)
-    for pool, cost in costs:
-        needed[pool] += cost
-    return all(cost <= left[pool] for pool, cost in needed.items())
-
-
-def _impossible(parts: _Parts, budget: Budget, index: int) -> BudgetError:
+def _impossible(budget: Budget, index: int, forced: float) -> BudgetError:
     pool = budget.pools[index]
     besides = _BESIDES if (pool.members_U & budget.space.of_kind("kv_group")).any() else ""
-    forced = parts.cost_P[parts.forced_P & (parts.pool_P == index)].sum()
     return BudgetError(
         f"the minimums per layer keep {forced / pool.total:.1%} of the {budget.measure} of {pool.name}, more than the "
         f"{1 - budget.sparsity:.1%} that sparsity {budget.sparsity:g} leaves; lower the minimums or the sparsity"
@@ -211,8 +221,7 @@ def _charged(priorities_U: torch.Tensor, budget: Budget, sure_U: torch.Tensor) -
         [budget.most / budget.total, *(cap.most / cap.total for cap in budget.caps)], dtype=torch.float64
     )
     left_M = (limits_M - costs_MU[:, sure_U].sum(1)).clamp(min=0)
-    _, reduced_O = at_best_prices(worth_U[open_U], costs_MU[:, open_U], left_M)
-    charged_O = reduced_O / budget.costs_U[open_U]
+    charged_O = at_best_prices(worth_U[open_U], costs_MU[:, open_U], left_M) / budget.costs_U[open_U]
     charged_U = values_U + (charged_O.max() + span if len(charged_O) else 0.0)
     charged_U[open_U] = charged_O
     return charged_U
