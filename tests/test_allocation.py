@@ -61,6 +61,7 @@ def kept_within(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits: list[floa
     """What fits, the units that are worth most at the best prices first."""
     totals_M, limits_M = costs_MU.sum(1).clamp(min=1e-9), torch.tensor(limits, dtype=torch.float64)
     reduced_U = at_best_prices(worth_U, costs_MU / totals_M[:, None], limits_M / totals_M)
+    assert (costs_MU @ (reduced_U > 0).double() <= limits_M * (1 + 1e-12)).all()
     mask_U = torch.zeros_like(worth_U, dtype=torch.bool)
     for unit in reduced_U.argsort(descending=True, stable=True).tolist():
         with_U = mask_U | (torch.arange(len(mask_U)) == unit)

@@ -55,7 +55,7 @@ class _Size:
 
     def kept(self, prices: list[float]) -> int:
         """How many are worth more than that."""
-        return len(self.worths) - bisect_right(self.worths, max(0.0, self.asked(prices)))
+        return len(self.worths) - bisect_right(self.worths, self.asked(prices))
 
 
 def _keep(prices: list[float], last: int, sizes: list[_Size], limits: list[float]) -> list[int]:
