@@ -9,7 +9,6 @@ Letters: U units, M budgets.
 """
 
 import math
-import operator
 from bisect import bisect_right
 from dataclasses import dataclass
 
@@ -82,8 +81,9 @@ def _keep(prices: list[float], last: int, sizes: list[_Size], limits: list[float
     kept, left = at(high)
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        if not low < middle < high or sum(map(abs, map(operator.sub, wanted, kept))) <= 1:
-            break  # one unit hangs on what is between
+        apart = sum(abs(more - fewer) for more, fewer in zip(wanted, kept, strict=True))
+        if apart <= 1 or not low < middle < high:  # one unit hangs on what is between
+            break
         found, room = at(middle)
         if room < 0:
             low, wanted = middle, found
