@@ -54,6 +54,47 @@ WORKING = (
 )
 
 
+# --- a power cut ---
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is synced and renamed, in order, by name."""
+    seen, replace, rename = list[str](), os.replace, Path.rename
+
+    def renamed(by: Callable[[Any, Any], Any]) -> Callable[[Any, Any], None]:
+        def call(source: Any, target: Any) -> None:
+            seen.append("renamed")
+            by(source, target)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append(Path(f"/proc/self/fd/{number}").readlink().name))
+    monkeypatch.setattr(os, "replace", renamed(replace))
+    monkeypatch.setattr(Path, "rename", renamed(rename))
+    return seen
+
+
+def test_a_file_has_its_name_once_it_is_on_disk(tmp_path: Path, on_disk: list[str]) -> None:
+    """And then the name is: a power cut leaves the old file or all of the new one."""
+    storage.write_bytes(tmp_path / "report.json", b"whole")
+    assert on_disk == [".report.json.part", "renamed", tmp_path.name]
+
+
+def test_a_folder_has_its_name_once_all_in_it_is_on_disk(tmp_path: Path, on_disk: list[str]) -> None:
+    with saving.written_whole(tmp_path / "model") as folder:
+        for name in ("config.json", "model.safetensors"):
+            (folder / name).write_bytes(b"whole")
+    assert sorted(on_disk[:2]) == ["config.json", "model.safetensors"]
+    assert on_disk[2:] == [folder.name, "renamed", tmp_path.name]
+
+
+def test_a_checkpoint_has_its_name_once_it_is_on_disk(tmp_path: Path, on_disk: list[str]) -> None:
+    """The folder of the first one is known before."""
+    write_checkpoint(tmp_path / "checkpoints", 1, {"step": 1})
+    assert on_disk == [tmp_path.name, ".step-00000001.safetensors.part", "renamed", "checkpoints"]
+
+
 # --- a full disk ---
 
 

@@ -5,7 +5,7 @@ its worth exceeds what it costs at one price a budget, w_u > sum_m price_m c_mu 
 2403.07094, with two budgets), and no more than M units are kept in part. They are cut, and what still fits comes back
 (``bernprune.policy.selection``): the result is worse than the best one by the worth of M units at most.
 
-Letters: U units, M budgets.
+Letters: U units, M budgets, D sizes.
 """
 
 import math
@@ -32,7 +32,7 @@ def at_best_prices(worth_U: torch.Tensor, costs_MU: torch.Tensor, limits_M: torc
         found, number_U = costs_U.unique(return_inverse=True)
         size_U = (size_U * len(found) + number_U).unique(return_inverse=True)[1]
     sizes = []
-    for size in range(int(size_U.max()) + 1 if len(size_U) else 0):
+    for size in size_U.unique():
         members = (size_U == size).nonzero().flatten()
         sizes.append(_Size(costs_MU[:, members[0]].tolist(), worth_U[members].sort().values.tolist()))
     prices = [0.0] * len(limits_M)

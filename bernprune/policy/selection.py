@@ -136,10 +136,11 @@ def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) 
     kept_U[parts.units(np.flatnonzero(sure_P))] = True
     least, pools = parts.cost_P.min(initial=math.inf), len(budget.pools)
     closed = set[int]()  # groups of which a part did not fit
+    ended = set[int]()  # pools that end there
     taken = set[int]()  # parts that came with their layer
     for part in np.flatnonzero(~sure_P).tolist():
         group, pool, parent = int(parts.group_P[part]), int(parts.pool_P[part]), int(parts.parent_P[part])
-        if group in closed or part in taken or (parent >= 0 and not kept_U[parent]):
+        if group in closed or pool in ended or part in taken or (parent >= 0 and not kept_U[parent]):
             continue
         together = parts.together.get(part, [part])
         cost_L = costs_PL[together].sum(0)
@@ -155,7 +156,7 @@ def _taken(parts: _Parts, budget: Budget, caps: Sequence[Cap], *, nested: bool) 
             raise _impossible(budget, pool, forced_L[pool]) if within else _over_a_cap(caps, forced_L[pools:])
         closed.add(group)  # what follows in the group costs as much, or stands on the minimum just refused
         if nested and within:
-            left_L[pool] = -math.inf
+            ended.add(pool)
         if left_L[:pools].max() < least:
             break
     return torch.from_numpy(kept_U)
