@@ -35,6 +35,7 @@ def options_of(config: RunConfig) -> Options:
         pairs=initial.pairs,
         step=initial.step,
         members=tuple(metric_named(name) for name in initial.members),
+        kinds=config.granularity,
     )
 
 

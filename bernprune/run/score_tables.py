@@ -26,8 +26,8 @@ def metrics_table(metrics: Iterable[Metric]) -> str:
         [
             *lines,
             "",
-            f"passes       over the calibration text (initial.windows), of a model of {_LAYERS} layers; g: with "
-            "gradients, which cost three more",
+            f"passes       over the calibration text (initial.windows), of a model of {_LAYERS} layers, in blocks of "
+            "attention and FFN; g: with gradients, which cost three more",
             "allocation   how many units each layer keeps, unless initial.allocation says otherwise",
             "per cost     whether scores are divided by a unit's parameters, unless initial.cost_power says otherwise",
         ]
@@ -35,7 +35,7 @@ def metrics_table(metrics: Iterable[Metric]) -> str:
 
 
 def _cost(metric: Metric) -> str:
-    return f"{metric.passes(_LAYERS, Options()):,.0f}{' g' if metric.gradients else ''}"
+    return f"{metric.passes(_LAYERS, Options(kinds=('attention', 'ffn'))):,.0f}{' g' if metric.gradients else ''}"
 
 
 def scores_table(found: dict[str, Any]) -> str:

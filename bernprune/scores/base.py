@@ -37,6 +37,7 @@ class Options:
         step: how far to either side they are taken; by default the metric's own.
         cost_power: scores are divided by this power of what a unit costs, in parameters; by default the metric's own.
         members: metrics that a fusion fuses; by default its own.
+        kinds: of the units that are scored, where the cost depends on them.
     """
 
     sparsity: float = 0.3
@@ -45,6 +46,7 @@ class Options:
     step: float | None = None
     cost_power: float | None = None
     members: tuple["Metric", ...] = ()
+    kinds: tuple[Kind, ...] = KINDS
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

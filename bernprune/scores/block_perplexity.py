@@ -39,10 +39,12 @@ def _block_perplexity(context: Context) -> torch.Tensor:
 
 
 def _passes(layers: int, options: Options) -> float:
-    """Passes at most, if blocks cost the same: all of them, then one fewer each round."""
-    blocks = 2 * layers
+    """Passes at most, if attention and FFN cost the same and no layer goes whole: all candidates, then one fewer each
+    round."""
+    candidates = layers * len(set(BLOCKS).intersection(options.kinds))
+    blocks = layers * max(1, len({"attention", "ffn"}.intersection(options.kinds)))
     rounds = min(blocks, math.ceil(options.sparsity * blocks) + 1)
-    return float(sum(blocks - done for done in range(rounds)))
+    return float(sum(candidates - done for done in range(rounds)))
 
 
 BLOCK_PERPLEXITY = Metric(
