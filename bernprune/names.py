@@ -1,4 +1,4 @@
-"""The names of what can be chosen by a word, in one place."""
+"""The names of what can be chosen by a word, in one place, and what stands behind some of them."""
 
 import difflib
 import re
@@ -53,6 +53,7 @@ SearchDtype = Literal["auto", "same", "bfloat16", "int8"]
 ShortDtype = Literal["bfloat16", "int8"]
 RepairName = Literal["none", "bias", "ridge", "two-step", "scale", "admm", "auto"]
 AUTO_REPAIRS: tuple[RepairName, ...] = ("ridge", "two-step")  # of which "auto" takes the better
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # strengths that are tried, relative to the mean square of an input
 TargetName = Literal["own", "dense", "residual"]
 PresetName = Literal["default", "reinforce", "paper"]
 

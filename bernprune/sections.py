@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from bernprune.embedded import EMBEDDED
 from bernprune.names import (
     CUSTOM,
+    RIDGES,
     Allocation,
     BaselineName,
     CapName,
@@ -292,7 +293,7 @@ class RepairConfig(Section):
     target: TargetName = "residual"
     """ridge, two-step, admm: a projection's outputs are fitted to its 'own' on the same inputs, to those of the 'dense'
     model, or to what makes the 'residual' stream the dense one's, in which errors count as shares of that stream."""
-    ridges: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    ridges: Annotated[tuple[Positive, ...], Field(min_length=1)] = RIDGES
     """ridge, two-step, scale: strengths to choose from, in mean squares of an input."""
     biases: Literal["auto", "never", "always"] = "auto"
     """Whether projections get biases that the family does not know; the saved config then declares them, and other

@@ -5,6 +5,6 @@ masks as ever and sliced as it is. The closed forms stand in ``closed``, what th
 """
 
 from bernprune.repair.expected import ExpectedWeights
-from bernprune.repair.repairing import RIDGES, Repair, Repairer, clearly_better
+from bernprune.repair.repairing import Repair, Repairer, clearly_better
 
-__all__ = ["RIDGES", "ExpectedWeights", "Repair", "Repairer", "clearly_better"]
+__all__ = ["ExpectedWeights", "Repair", "Repairer", "clearly_better"]

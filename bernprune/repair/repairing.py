@@ -16,7 +16,7 @@ import torch
 from bernprune.errors import BernpruneError, ConfigError
 from bernprune.models.hooks import evaluating
 from bernprune.models.view import ModelView
-from bernprune.names import RepairName, TargetName, check_name
+from bernprune.names import RIDGES, RepairName, TargetName, check_name
 from bernprune.progress import followed
 from bernprune.repair.fitting import Fitter
 from bernprune.repair.needs import CHECKED, check_biases, check_tokens
@@ -26,8 +26,6 @@ from bernprune.repair.weights import Weights, put
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
-
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
 @dataclass
