@@ -27,6 +27,7 @@ from bernprune.policy.search import MaskSearch
 from bernprune.policy.selection import Limits, select
 from bernprune.repair import Repairer
 from bernprune.run.applying import apply_plan
+from bernprune.run.comparing import compare_runs
 from bernprune.run.exporting import export_gguf
 from bernprune.run.loop import evaluate_step
 from bernprune.run.pipeline import prune, resume
@@ -52,6 +53,7 @@ __all__ = [
     "RunConfig",
     "UnitSpace",
     "apply_plan",
+    "compare_runs",
     "describe",
     "evaluate",
     "evaluate_step",

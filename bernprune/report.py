@@ -247,6 +247,58 @@ def selected(kept: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"removed      {kept['removed']:.2%} of the prunable block parameters{also}"])
 
 
+def compared(found: dict[str, Any]) -> str:
+    """Groups of runs side by side, a line each, and what they differ in."""
+    groups, protocol = found["groups"], found["protocol"]
+    first_and_others = len(groups) > 1
+    wide = max(len(_group_name(group)) for group in groups)
+    titles = f"{'removed':>9}{'loss':>18}{'perplexity':>12}{'searched':>10}{'in all':>10}"
+    titles += "  against the first" * first_and_others
+    lines = [f"{'':<{wide}}{titles}"]
+    for group in groups:
+        perplexity = None if group["loss"] is None else math.exp(group["loss"])
+        figures = (
+            f"{group['removed']:>9.2%}{_with_spread(group['loss'], group['deviation']):>18}{shown(perplexity):>12}"
+            f"{group['sequences']:>10,}{group['in_all']:>10,}"
+        )
+        against = "" if group is groups[0] else f"  {_against(group['against'])}"
+        lines.append(f"{_group_name(group):<{wide}}{figures}{against}")
+    notes = ["against      mean difference of the losses of runs with the same seed, with its standard error"]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"settings     {_group_name(group)}: {_named(group['settings'])}" for group in groups[1:]),
+            f"loss         nats per token, with its standard deviation over seeds; dense {shown(found['dense'], 4)}; "
+            f"{protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens",
+            *notes[:first_and_others],
+            *(f"unlike       {name}: {', '.join(values)}" for name, values in found["unlike"].items()),
+        ]
+    )
+
+
+def _group_name(group: dict[str, Any]) -> str:
+    others = len(group["runs"]) - 1
+    return group["runs"][0] + (f" and {others} other{'s' * (others > 1)}" if others else "")
+
+
+def _with_spread(mean: float | None, spread: float | None) -> str:
+    return shown(mean, 4) + ("" if spread is None else f" ± {spread:.4f}")
+
+
+def _against(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "no seed in common"
+    if found["difference"] is None:
+        return "not finite"
+    spread, seeds = "" if found["error"] is None else f" ± {found['error']:.4f}", len(found["seeds"])
+    return f"{found['difference']:+.4f}{spread}, better in {found['better']} of {seeds} seed{'s' * (seeds > 1)}"
+
+
+def _named(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
 def _also_removed(shares: dict[str, float]) -> str:
     """What went of other measures than parameters."""
     return "".join(f", {share:.2%} of the prunable {name}" for name, share in shares.items() if name != "parameters")

@@ -160,6 +160,14 @@ def without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -
     }
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found = dict[str, Any]()
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def difference(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:
     """The first setting of ``given`` that is another in ``stored``, in words."""
     for key in given:

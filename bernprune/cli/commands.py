@@ -16,8 +16,9 @@ from bernprune.evaluation import perplexity
 from bernprune.export.gguf import DTYPES as GGUF_DTYPES
 from bernprune.manual import manual
 from bernprune.names import RepairName
-from bernprune.report import applied, evaluated, exported, recovered, selected, table
+from bernprune.report import applied, compared, evaluated, exported, recovered, selected, table
 from bernprune.run import applying, pipeline, recovering
+from bernprune.run.comparing import compare_runs
 from bernprune.run.exporting import export_gguf
 from bernprune.run.folder import FREE_SETTINGS, RunFolder
 from bernprune.run.forecast import forecast
@@ -233,6 +234,17 @@ def select(
     path, kept = select_plan(out, sparsity, nested=nested)
     show(selected(kept))
     show(f"plan         {path}; cut a model by it with: bernprune apply {shlex.quote(str(path))} MODEL OUT")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs of one model.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Finished runs side by side: seeds of one configuration together, the first configuration against the others."""
+    found = compare_runs(runs)
+    show(json.dumps(found, indent=2, allow_nan=False) if as_json else compared(found))
 
 
 @app.command()
