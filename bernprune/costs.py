@@ -108,17 +108,29 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
     """What forward passes of this model cost here.
 
     Each way takes 6 passes of few windows and 6 of many, lists those of many alone, or fewer where they take long; each
-    has ``rows`` at most, or two.
+    has ``rows`` at most, or two; half as many as long as a GPU is too small.
     """
-    space, device = view.space, view.device
-    least, most = _MEASURED_ROWS["cuda" if device.type == "cuda" else "cpu"]
+    least, most = _MEASURED_ROWS["cuda" if view.device.type == "cuda" else "cpu"]
     most = max(2, min(most, rows))
+    while True:
+        try:
+            return _measured(view, ops, window, least, most)
+        except torch.OutOfMemoryError:
+            if most == 2:
+                raise
+        torch.cuda.empty_cache()  # by now the error has let go of what the pass held
+        most = max(2, most // 2)
+
+
+def _measured(view: ModelView, ops: MaskedOps, window: int, least: int, most: int) -> Costs:
+    """The same in passes of so many windows."""
+    space, device = view.space, view.device
     few, many = min(least, most // 2) * window, most * window
     tokens_RT = torch.arange(many, device=device).view(-1, window) % view.model.config.vocab_size
-    half_U = torch.cat([torch.arange(group.count) < max(1, group.count // 2) for group in space.groups])
+    half_U = _half(space)
     all_U = torch.ones_like(half_U)
     random_RU = torch.rand(many // window, space.size, generator=torch.Generator().manual_seed(0)) < 0.5
-    random_RU |= ~torch.stack([space.of_kind(kind) for kind in space.finest]).any(0)  # what others lie in is kept
+    random_RU |= ~_finest(space)
 
     def seconds(tokens: int, way: Way) -> float:
         if way == "listed":
@@ -138,6 +150,20 @@ def measure(view: ModelView, ops: MaskedOps, window: int, rows: int = 64) -> Cos
         return Costs.measured(seconds, few, many, ways)
 
 
+def _finest(space: UnitSpace) -> torch.Tensor:
+    """Units in which no others lie, bool ``[U]``."""
+    return torch.stack([space.of_kind(kind) for kind in space.finest]).any(0)
+
+
+def _half(space: UnitSpace) -> torch.Tensor:
+    """A mask that keeps half of each group of units, of groups of one those of every other layer; bool ``[U]``."""
+    some = [
+        torch.arange(group.count) < group.count // 2 if group.count > 1 else torch.tensor([group.layer % 2 == 0])
+        for group in space.groups
+    ]
+    return torch.cat(some) | ~_finest(space)
+
+
 class Planner:
     """Chooses how masks are run."""
 
@@ -149,7 +175,7 @@ class Planner:
     @property
     def may_list(self) -> bool:
         """Whether kernels can go by lists at all."""
-        return self._costs.listing < NEVER
+        return self._costs.listing < NEVER and not {"kv_group", "channel"}.isdisjoint(self._space.kinds)
 
     def _by_layer(self, values_U: torch.Tensor) -> torch.Tensor:
         return torch.stack([values_U[span].sum() for span in self._space.layer_spans])
@@ -194,7 +220,7 @@ class Planner:
             tokens: of all masks together; one number, or one for each layer.
             each: tokens in a row under one mask.
         """
-        if each < _LISTED_TOKENS or self._costs.listing >= NEVER or not {"kv_group", "channel"} & {*self._space.kinds}:
+        if each < _LISTED_TOKENS or not self.may_list:
             return None
         triples = zip(self._tokens_L(tokens), self._shares(possible_U), self._shares(kept_U), strict=True)
         lists_L = torch.tensor([self._costs.lists(*triple) for triple in triples])
@@ -219,7 +245,7 @@ class Planner:
     def _of_pass(self, alive_KU: torch.Tensor, classes_L: Sequence[int], tokens: int) -> float:
         """Cost of one pass in which layer l runs ``classes_L[l]`` different masks on ``tokens`` tokens each."""
         costs, kept_L = self._costs, [math.inf] * len(self._weights_L)
-        if tokens >= _LISTED_TOKENS and costs.listing < NEVER:
+        if tokens >= _LISTED_TOKENS and self.may_list:
             kept_L = self._shares(alive_KU.mean(0, dtype=torch.float64))
         weights: float = sum(
             layer * costs.of_weights(classes * tokens, share, kept)

@@ -130,15 +130,11 @@ def custom_loss(function: LossFunction, name: str, run: LossFunction | None = No
     Raises:
         ConfigError: it takes fewer or more; or gives something else, once it is run.
     """
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # of what is not written in Python
-        parameters = {}.values()
-    count = sum(each.default is each.empty and each.kind <= each.POSITIONAL_OR_KEYWORD for each in parameters)
+    takes, count = _takes(function)
     if count not in (2, 3):
         raise ConfigError(
             f"objective {name} must take logits, next tokens and, if it needs them, the dense model's logits, but "
-            f"takes {count or 'what cannot be told'}"
+            f"takes {takes}"
         )
 
     def losses(
@@ -158,6 +154,20 @@ def custom_loss(function: LossFunction, name: str, run: LossFunction | None = No
         return _in_parts(of_part, size, targets_N, *(each[:, :-1].flatten(0, 1) for each in hidden)).view(rows, -1)
 
     return TokenLoss(count == 3, False, losses)
+
+
+def _takes(function: LossFunction) -> tuple[str, int]:
+    """What a function must be given, in words; and how many values by their place, 0 if it must be given others."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except ValueError:  # of what is not written in Python
+        return "what cannot be told", 0
+    needed = [each for each in parameters if each.default is each.empty]
+    count = sum(each.kind <= each.POSITIONAL_OR_KEYWORD for each in needed)
+    if named := [each.name for each in needed if each.kind == each.KEYWORD_ONLY]:
+        return f"{', '.join(named)} by name", 0
+    any_number = not count and any(each.kind == each.VAR_POSITIONAL for each in needed)
+    return "what cannot be told" if any_number else str(count), count
 
 
 def _checked(name: str, found: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:

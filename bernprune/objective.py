@@ -153,7 +153,7 @@ class MaskedObjective:
         self, masks: MaskRows, mask_R: torch.Tensor, tokens_BT: torch.Tensor, window_R: torch.Tensor
     ) -> torch.Tensor:
         """Losses of each row's P predictions, float64 ``[R, P]``; its mask and window are given by their indices."""
-        possible_U = _possible(masks)
+        possible_U = self._view.space.alive(_possible(masks))
         masks = masks.to(self.device)
         tokens_BT = tokens_BT.to(self.device)
         window_R = window_R.to(self.device)

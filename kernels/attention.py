@@ -70,7 +70,8 @@ def attention_of_kept(
     if masks.size != groups:
         raise ValueError(f"masks of {masks.size} kv groups do not fit {groups} of them")
     if q_RHTC.dtype not in DTYPES or {k_RGTC.dtype, v_RGTC.dtype} != {q_RHTC.dtype}:
-        raise ValueError(f"one dtype of {', '.join(map(str, DTYPES))} is needed, but got {q_RHTC.dtype}")
+        given = ", ".join(str(part.dtype) for part in (q_RHTC, k_RGTC, v_RGTC))
+        raise ValueError(f"one dtype of {', '.join(map(str, DTYPES))} is needed, but got {given}")
     q_RHTC, k_RGTC, v_RGTC = (part if part.stride(-1) == 1 else part.contiguous() for part in (q_RHTC, k_RGTC, v_RGTC))
     y_RTHC = q_RHTC.new_empty(rows, tokens, heads, size)
     wide, itemsize = max(16, triton.next_power_of_2(size)), q_RHTC.element_size()

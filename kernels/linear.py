@@ -8,7 +8,7 @@ For units of any width (a channel has 1 entry, a kv group the entries of its hea
 - ``linear_to_kept`` computes only the outputs that each mask keeps, and writes zeros for the others.
 
 All sum in float32. Letters: R rows, T tokens a row, E input width, D output width, M masks, N units. For prefixes see
-``draw.py``; offsets that are multiplied by strides have 64 bits.
+``draw.py``; offsets of rows and of masks have 64 bits, those within a row or a weight 32.
 """
 
 import os

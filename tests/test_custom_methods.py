@@ -525,9 +525,17 @@ def test_what_a_loss_may_take() -> None:
 
     assert not token_loss(optional).needs_dense
     assert token_loss(lambda a, b, c: a).needs_dense
-    for wrong in (lambda a: a, lambda a, b, c, d: a, lambda *every: every[0]):
-        with pytest.raises(ConfigError, match="must take logits, next tokens and"):
-            token_loss(wrong)
+    assert not token_loss(lambda a, b, *others: a).needs_dense
+    wrong = {
+        "1": lambda a: a,
+        "4": lambda a, b, c, d: a,
+        "0": lambda: 1,
+        "what cannot be told": lambda *every: every[0],
+        "c by name": lambda a, b, *, c: a,
+    }
+    for takes, function in wrong.items():
+        with pytest.raises(ConfigError, match=f"must take logits, next tokens and, .* takes {takes}$"):
+            token_loss(function)
 
 
 def test_the_dense_model_is_counted(own: Path) -> None:

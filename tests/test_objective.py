@@ -155,6 +155,20 @@ def test_what_one_mask_removes_is_not_computed(density: float) -> None:
     assert sum(counts[name] for name in counts if name.__name__ in ("mm", "addmm")) == 2 * (2 * 12 * kept + head)
 
 
+def test_what_lies_in_a_layer_that_goes_is_not_computed() -> None:
+    """Whatever masks say of it: those of chunks cost as much as if they removed it, too."""
+    view, tokens_BT = describe(tiny_model("llama"), ("layer", "kv_group", "channel")), random_tokens(3, 8)
+    masks_BKCU = random_masks(view, 12).view(3, 2, 2, -1)
+    masks_BKCU[..., view.space.of_kind("layer")] = torch.tensor([True, False, True])
+    found = []
+    for masks in (masks_BKCU, view.space.alive(masks_BKCU)):
+        with FlopCounterMode(display=False) as counter, masked_objective(view, OPS, costs=FREE) as objective:
+            losses = objective.token_losses(masks, tokens_BT)
+        found.append((counter.get_total_flops(), losses))
+    assert found[0][0] == found[1][0]
+    assert_close(found[0][1], found[1][1], EXACT)
+
+
 @pytest.mark.parametrize("given", ["chunks", "gates"])
 def test_what_cannot_be_gathered_goes_together(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     """Masks of chunks, and gates, however long the text: in as few passes as rows allow."""

@@ -6,6 +6,9 @@ Letters: K masks, U units, B windows, L layers.
 import itertools
 import logging
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bernprune.backends import load_backend
 from bernprune.costs import NEVER as COSTLY
-from bernprune.costs import Costs, Planner, Way
+from bernprune.costs import Costs, Planner, Way, measure
 from bernprune.errors import BackendError
 from bernprune.models.sharing import Branching
 from bernprune.models.view import ModelView, describe
@@ -178,6 +181,43 @@ def test_costs_are_found_from_the_time_of_passes() -> None:
     assert not ungathered.gathers(10**9, 0.5)
 
 
+def flops(run: Callable[[int], object], *_: Any) -> list[float]:
+    """In the place of seconds."""
+    with FlopCounterMode(display=False) as counter:
+        run(0)
+    return [float(counter.get_total_flops())]
+
+
+@pytest.mark.parametrize(
+    "granularity", [("layer",), ("attention", "ffn"), ("layer", "kv_group"), ("channel",)], ids=str
+)
+def test_costs_are_measured_whatever_may_go(granularity: tuple[Kind, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a layer has one unit of a kind, and half of them is none or all."""
+    monkeypatch.setattr("bernprune.costs.timed", flops)
+    view = describe(tiny_model("llama"), granularity)
+    found = measure(view, OPS, 8)
+    assert found.gathers(64, 0.0) and found.gathers(10**6, 0.5)
+    assert found.blocks > 0.5 * view.space.costs_U().sum().item() / view.num_parameters
+
+
+def test_a_gpu_that_is_full_is_measured_with_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down to two; if they do not fit, neither does a run."""
+    view, rows, most = describe(tiny_model("llama")), list[int](), 5
+
+    def refused(_: Any, __: Any, given: dict[str, Any]) -> None:
+        rows.append(len(given["input_ids"]))
+        if rows[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    view.decoder.register_forward_pre_hook(refused, with_kwargs=True)
+    monkeypatch.setattr("bernprune.costs.timed", flops)
+    measure(view, OPS, 4)
+    assert max(rows) > most and set(rows[-2:]) == {2, 4}
+    most = 1
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(view, OPS, 4)
+
+
 def test_lists_pay_where_little_is_kept() -> None:
     """In each layer by itself, unless gathering costs less; and not for few tokens, or without kernels."""
     space = describe(tiny_model("llama")).space
@@ -202,8 +242,9 @@ def test_lists_pay_where_little_is_kept() -> None:
     assert working_U.equal(few_U) and listed_U is None
     blocks = describe(tiny_model("llama"), ("attention", "ffn")).space
     few_blocks_U = torch.full((blocks.size,), 0.4, dtype=torch.float64)
-    found = Planner(blocks, Costs(listing=0.5)).listed(few_blocks_U > 0, few_blocks_U, 640, each=64)
-    assert found is None, "blocks have no lists"
+    planner = Planner(blocks, Costs(listing=0.5))
+    assert planner.listed(few_blocks_U > 0, few_blocks_U, 640, each=64) is None, "blocks have no lists"
+    assert not planner.may_list
 
 
 def test_lists_count_where_masks_go_together() -> None:
@@ -213,6 +254,10 @@ def test_lists_count_where_masks_go_together() -> None:
     for listing, expected in ((1.0, True), (3.0, False)):
         planner = Planner(space, Costs(passing=64.0, copying=64.0, blocks=1.0, listing=listing))
         assert planner.together(masks_KU, 4, 64, rows=64) == expected
+    blocks, without = describe(tiny_model("llama"), ("attention", "ffn")).space, Costs(64.0, 64.0, 1.0)
+    masks_KU = random_masks(blocks, 4, keep=0.5)
+    told = [Planner(blocks, each)._of_pass(masks_KU, [4] * 4, 640) for each in (without, replace(without, listing=0.5))]
+    assert told[0] == told[1], "of blocks there are no lists"
 
 
 # Memory

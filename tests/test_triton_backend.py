@@ -30,6 +30,7 @@ from bernprune.kernels import fused, reference
 from bernprune.models import masking
 from bernprune.models.fusing import _is_rms_norm, fusing
 from bernprune.models.masking import LiveMasks, masked
+from bernprune.models.streaming import LayerStream
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import MaskedObjective, masked_objective
@@ -167,9 +168,12 @@ def test_no_gradient_is_lost(trained: str, listed: bool, ops: Any, device: torch
     assert all(parameter.grad.any() for parameter in view.model.parameters() if parameter.requires_grad)
 
 
-def test_blocks_may_end_in_any_order(ops: Any, device: torch.device) -> None:
-    """Those of two models: what one leaves out of attention goes on after the other's is over."""
-    views = [a_view(family, GRANULARITIES["parts"], device) for family in ("qwen2", "llama")]
+@pytest.mark.parametrize("other", ["qwen2", "llama"])
+def test_blocks_may_end_in_any_order(other: str, ops: Any, device: torch.device) -> None:
+    """Those of two models: what one leaves out of attention goes on after the other's end; then all is as before."""
+    views = [a_view(family, GRANULARITIES["parts"], device) for family in (other, "llama")]
+    module = sys.modules[type(views[1].layers[0].attention).__module__]
+    rotates = module.apply_rotary_pos_emb  # type: ignore[attr-defined]
     tokens_BT, calls, losses = random_tokens(2, 8).to(device), list[int](), list[torch.Tensor]()
 
     def counted(*given: Any, **named: Any) -> torch.Tensor:
@@ -186,6 +190,25 @@ def test_blocks_may_end_in_any_order(ops: Any, device: torch.device) -> None:
         losses.append(views[1].model(tokens_BT).logits)
     second.__exit__(None, None, None)
     assert torch.equal(*losses) and calls == [0, 0, 1, 1]
+    assert module.apply_rotary_pos_emb is rotates  # type: ignore[attr-defined]
+
+
+def test_a_stream_of_layers_attends_within_windows(ops: Any, device: torch.device) -> None:
+    """As flash attention is told of them: without a mask, by their size alone."""
+    model, tokens_BT = tiny_model("mistral", torch.float32, sliding_window=5).to(device), random_tokens(2, 12)
+    view, found = describe(model), []
+    for stated in (False, True):
+        stream = LayerStream(view, tokens_BT, rows_per_forward=2)
+        for index in range(len(view.layers)):
+            given = stream.layer_arguments(index, 2)
+            assert given["attention_mask"] is not None
+            if stated:
+                given["attention_mask"] = None
+            with masked(view, ops, layers=[index]) as live:
+                live.set(torch.ones(1, view.space.size, dtype=torch.bool))
+                stream.advance()
+        found.append(torch.cat(stream.hidden_RTD))
+    assert_close(found[1], found[0], CHAIN[torch.float32])
 
 
 @pytest.mark.parametrize("settled", [False, True], ids=["all_possible", "some_settled"])

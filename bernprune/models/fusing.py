@@ -10,6 +10,7 @@ Letters: R rows, H heads, T tokens, C entries of a head, D hidden size.
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def fusing(view: ModelView, rotary: _Rotary, layers: Sequence[nn.Module]) -> Ite
     """Let norms of some layers, and the last one, be torch's own, and rotary embeddings be ``rotary``; for the block.
 
     The function that rotates belongs to all models of the family: it does as ever where a gradient is asked for, or
-    where queries are of another device or dtype than this model's.
+    where queries are of another device or dtype than this model's. Blocks of several models may end in any order.
     """
     family, owners = view.family, [view.decoder, *layers]
     with ExitStack() as swapped:
@@ -57,23 +58,45 @@ def fusing(view: ModelView, rotary: _Rotary, layers: Sequence[nn.Module]) -> Ite
         for module in {sys.modules[type(layer.attention).__module__] for layer in view.layers}:
             own = getattr(module, _FUNCTION, None)
             if own is not None and _rotates(own, rotary, view):
-                swapped.callback(setattr, module, _FUNCTION, own)
-                setattr(module, _FUNCTION, _in_one_pass(own, rotary, next(view.model.parameters())))
+                swapped.enter_context(_rotating(module, rotary, next(view.model.parameters())))
         yield
 
 
-def _in_one_pass(
-    own: Callable[..., Any], rotary: _Rotary, like: torch.Tensor
-) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    def rotated(
-        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ours = (q.device, q.dtype) == (like.device, like.dtype) and not (q.requires_grad or k.requires_grad)
-        if args or options or q.ndim != 4 or cos.ndim != 3 or not ours:
-            return own(q, k, cos, sin, *args, **options)
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+class _Rotation:
+    """A family's function that rotates, in one pass for each model of it that asks for that.
 
-    return rotated
+    Attributes:
+        own: the function itself.
+        ours: what rotates in one pass, and a parameter of the model that it is for.
+    """
+
+    def __init__(self, own: Callable[..., Any], *ours: tuple[_Rotary, torch.Tensor]) -> None:
+        self.own, self.ours = own, list(ours)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **options: Any
+    ) -> Any:
+        plain = not (args or options or q.requires_grad or k.requires_grad) and (q.ndim, cos.ndim) == (4, 3)
+        for rotary, like in self.ours:
+            if plain and (q.device, q.dtype) == (like.device, like.dtype):
+                return rotary(q, cos, sin), rotary(k, cos, sin)
+        return self.own(q, k, cos, sin, *args, **options)
+
+
+@contextmanager
+def _rotating(module: ModuleType, rotary: _Rotary, like: torch.Tensor) -> Iterator[None]:
+    """Let a family's function be ``rotary`` for a model, for the block."""
+    rotation, ours = getattr(module, _FUNCTION), (rotary, like)
+    if not isinstance(rotation, _Rotation):
+        rotation = _Rotation(rotation)
+        setattr(module, _FUNCTION, rotation)
+    rotation.ours.append(ours)
+    try:
+        yield
+    finally:
+        rotation.ours[:] = [other for other in rotation.ours if other is not ours]
+        if not rotation.ours:
+            setattr(module, _FUNCTION, rotation.own)
 
 
 @torch.no_grad()
@@ -89,10 +112,11 @@ def _is_rms_norm(norm: nn.Module) -> bool:
 @torch.no_grad()
 def _rotates(own: Callable[..., Any], rotary: _Rotary, view: ModelView) -> bool:
     """Whether a model's function computes what ``rotary`` does."""
+    own = own.own if isinstance(own, _Rotation) else own
     weight, size = next(view.model.parameters()), view.architecture.head_dim
     q_RHTC, k_RHTC = _numbers(weight, 2, 3, 5, size), _numbers(weight, 2, 1, 5, size)
     cos_RTC, sin_RTC = _numbers(weight, 1, 5, size), _numbers(weight, 1, 5, size).flip(1)
-    found = _in_one_pass(own, rotary, weight)(q_RHTC, k_RHTC, cos_RTC, sin_RTC)
+    found = _Rotation(own, (rotary, weight))(q_RHTC, k_RHTC, cos_RTC, sin_RTC)
     return all(map(_near, own(q_RHTC, k_RHTC, cos_RTC, sin_RTC), found))
 
 
