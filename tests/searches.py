@@ -3,7 +3,7 @@
 Letters: B windows, K masks, C chunks, T tokens, U units, N channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,25 @@ def heavy_tailed(*shape: int, seed: int) -> torch.Tensor:
     return (1.5 * normal_numbers(*shape, seed=seed) - 1.125).exp().float()
 
 
-def reading_of(search: MaskSearch, masks_BKCU: MaskRows, step: int, *, even: bool = False) -> Reading:
-    """Of channels that do to a token in proportion to their activity; kv groups, and if even all, do as much to all."""
+def reading_of(
+    search: MaskSearch,
+    masks_BKCU: MaskRows,
+    step: int,
+    *,
+    even: bool = False,
+    idle: Sequence[int] = (),
+    noise: float = 10.0,
+) -> Reading:
+    """Of channels that do to a token in proportion to their activity, ``idle`` ones nothing to any; kv groups, and if
+    even all, do as much to all."""
     channels_U = search.budget.space.of_kind("channel")
     activities_BTU = torch.ones(len(masks_BKCU), WINDOW, len(channels_U))
     if not even:
         activities_BTU[..., channels_U] = heavy_tailed(len(masks_BKCU), WINDOW, int(channels_U.sum()), seed=step)
+    activities_BTU[..., list(idle)] = 0
     kept_BKTU = masks_BKCU[:].cpu().repeat_interleave(WINDOW // masks_BKCU.shape[2], dim=2)
     lost_BKT = -(kept_BKTU * activities_BTU[:, None]).double() @ random_numbers(len(channels_U), 8)
-    losses_BKT = lost_BKT + 10 * normal_numbers(*lost_BKT.shape, seed=step + 50)
+    losses_BKT = lost_BKT + noise * normal_numbers(*lost_BKT.shape, seed=step + 50)
     device = masks_BKCU.device if isinstance(masks_BKCU, Masks) else CPU
     return Reading(losses_BKT / WINDOW, showing(activities_BTU.to(device), search.budget.space))
 

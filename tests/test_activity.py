@@ -30,7 +30,9 @@ from bernprune.models.view import describe
 from bernprune.objective import masked_objective
 from bernprune.policy.activity import ActiveTokens, ActivitySums, Calibration
 from bernprune.policy.baselines import less_the_others
+from bernprune.policy.budget import Budget
 from bernprune.policy.masks import Design
+from bernprune.policy.posterior import PosteriorSearch
 from bernprune.policy.search import Reading, Seen
 
 
@@ -258,6 +260,29 @@ def test_a_channel_that_is_never_active_is_survived() -> None:
     others_N = SPACE.by_layer("channel")[0][3:]
     near, far = ((other.worth_U - told.worth_U)[others_N].abs().mean() for other in (dead, plain))
     assert near < far / 2
+
+
+def test_a_channel_that_is_never_active_loses_its_credit() -> None:
+    """However much the initial scores make of it: all tokens tell that it does nothing."""
+    idle_N = SPACE.by_layer("channel")[0][:6]
+    scores_U = random_numbers(SPACE.size, 8)
+    scores_U[idle_N] = 2 + random_numbers(6, 1)
+    search = PosteriorSearch(
+        Budget(SPACE, 0.4),
+        torch.full_like(scores_U, 0.6),
+        scores_U,
+        seed=3,
+        design=Design(16, 4, CHUNKS),
+        round_steps=8,
+        discount=0.0,
+    )
+    for step in range(64):
+        masks_BKCU = search.ask(step)
+        reading = reading_of(search, masks_BKCU, step, idle=idle_N.tolist(), noise=3.0)
+        losses_BKC = reading.losses_BKT.unflatten(2, (CHUNKS, -1)).sum(-1)
+        search.tell(masks_BKCU, losses_BKC, learning_rate=0, reading=reading)
+    assert search.rounds == 8
+    assert (search.probs_U[idle_N] < 0.1).all() and (search.worth_U[idle_N] < 0.2).all()
 
 
 def test_what_a_round_was_told_in_vain_is_forgotten() -> None:

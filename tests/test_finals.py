@@ -266,7 +266,7 @@ def test_looks_go_by_the_order_of_the_winner(
 ) -> None:
     """Of single channels by what was learned only if that was kept, or else by the metric."""
     given: list[torch.Tensor] = []
-    monkeypatch.setattr(finals, "changes", lambda mask_U, priorities_U, budget: given.append(priorities_U) or [])
+    monkeypatch.setattr(finals, "changes", lambda mask_U, priorities_U, *_: given.append(priorities_U) or [])
     _, finalists = choose(stage, tmp_path, monkeypatch, level, budget=0)
 
     def only(masks_NU: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from tolerances import EXACT, assert_close
 from bernprune.policy.budget import Budget
 from bernprune.policy.looks import Change, changed_masks, changes, most_changes, moves
 from bernprune.policy.race import consistent_with_mask
-from bernprune.policy.selection import select
+from bernprune.policy.selection import Limits, select
 from bernprune.units import UnitSpace
 
 WIDE = make_space(FLAT_KINDS, [(3, 64), (2, 35), (1, 5)])
@@ -44,7 +44,7 @@ def test_one_thing_is_turned_at_a_time(name: str, seed: int) -> None:
     """Units of one group that were all kept or all not, whose cost is what the mask gains or loses by it."""
     space = SPACES[name]
     mask_U, priorities_U, budget = looked_at(space, seed)
-    changed = changes(mask_U, priorities_U, budget)
+    changed = changes(mask_U, priorities_U, budget, FREE)
     masks_NU = changed_masks(mask_U, changed)
     assert torch.equal(masks_NU[0], mask_U) and 0 < len(changed) <= most_changes(space)
     for change, changed_U in zip(changed, masks_NU[1:], strict=True):
@@ -59,15 +59,20 @@ def test_one_thing_is_turned_at_a_time(name: str, seed: int) -> None:
 @spaces
 @pytest.mark.parametrize("seed", range(5))
 def test_all_that_can_change_something_is_turned(name: str, seed: int) -> None:
-    """Every unit but channels, unless what it lies in is removed, or nothing is left that lies in it."""
+    """Every unit but channels, unless what it lies in is removed, or nothing is left that lies in it, or the first
+    layer would lose its last kv group."""
     space = SPACES[name]
     mask_U, priorities_U, budget = looked_at(space, seed)
-    turned = {int(change.units[0]) for change in changes(mask_U, priorities_U, budget) if change.kind != "channel"}
+    turned = {
+        int(change.units[0]) for change in changes(mask_U, priorities_U, budget, FREE) if change.kind != "channel"
+    }
     for unit in range(space.size):
         if space.groups[int(space.group_U[unit])].kind != "channel":
             other_U = mask_U.clone()
             other_U[unit] = not mask_U[unit]
-            assert (unit in turned) == (computed(other_U, space) != computed(mask_U, space))
+            group = space.groups[int(space.group_U[unit])]
+            last = (group.kind, group.layer) == ("kv_group", 0) and not other_U[space.span("kv_group", 0)].any()
+            assert (unit in turned) == (computed(other_U, space) != computed(mask_U, space) and not last)
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
@@ -76,7 +81,7 @@ def test_channels_are_turned_at_the_border(sparsity: float) -> None:
     mask_U, priorities_U, budget = looked_at(WIDE, 3, sparsity)
     for group, members in enumerate(WIDE.by_layer("channel")):
         number = WIDE.groups.index([group_ for group_ in WIDE.groups if group_.kind == "channel"][group])
-        here = [change.units for change in changes(mask_U, priorities_U, budget) if change.group == number]
+        here = [change.units for change in changes(mask_U, priorities_U, budget, FREE) if change.group == number]
         count = max(1, round(len(members) / 16))
         kept, gone = members[mask_U[members]], members[~mask_U[members]]
         wanted = [
@@ -88,9 +93,22 @@ def test_channels_are_turned_at_the_border(sparsity: float) -> None:
             if len(units)
         ]
         assert len(here) == len(wanted) and all(map(torch.equal, here, wanted))
-    masks_NU = changed_masks(mask_U, changes(mask_U, priorities_U, budget))
+    masks_NU = changed_masks(mask_U, changes(mask_U, priorities_U, budget, FREE))
     for members in WIDE.by_layer("channel"):
         assert masks_NU[:, members].any(1).all() or not mask_U[members].any()
+
+
+@pytest.mark.parametrize("limits", [Limits(1, 2, 2), Limits(1, 5)], ids=str)
+@pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
+def test_what_limits_ask_for_is_not_turned(limits: Limits, sparsity: float) -> None:
+    """No change leaves a layer with less; what goes beyond may go, and what is gone may come back."""
+    budget, priorities_U = Budget(WIDE, sparsity), random_numbers(WIDE.size, 2)
+    mask_U = select(priorities_U, budget, limits=limits)
+    masks_NU = changed_masks(mask_U, changes(mask_U, priorities_U, budget, limits))
+    for group, span in zip(WIDE.groups, WIDE.spans, strict=True):
+        kept, least = int(mask_U[span].sum()), limits.minimum(group)
+        fewest, most = masks_NU[:, span].sum(1).aminmax()
+        assert least <= fewest and (fewest < kept) == (kept > least) and (most > kept) == (kept < group.count)
 
 
 # What follows
@@ -133,7 +151,7 @@ def moves_by_hand(
 def test_moves_against_a_slow_twin(name: str, noise: float) -> None:
     space = SPACES[name]
     mask_U, priorities_U, budget = looked_at(space, 1)
-    changed = changes(mask_U, priorities_U, budget)
+    changed = changes(mask_U, priorities_U, budget, FREE)
     losses_NW = losses_of(changed_masks(mask_U, changed), normal_numbers(space.size, seed=2), space)[:, None]
     losses_NW = losses_NW + noise * normal_numbers(len(changed) + 1, 7, seed=3)
     found_U = moves(priorities_U, changed, losses_NW, space)
@@ -146,7 +164,7 @@ def test_moves_against_a_slow_twin(name: str, noise: float) -> None:
 def test_of_a_loss_that_is_not_finite_nothing_is_believed(lost: float) -> None:
     """What was seen of the other changes counts as if that one had not been looked at; of the mask's own, nothing."""
     mask_U, priorities_U, budget = looked_at(FLAT, 1)
-    changed = changes(mask_U, priorities_U, budget)
+    changed = changes(mask_U, priorities_U, budget, FREE)
     losses_NW = normal_numbers(len(changed) + 1, 7, seed=3)
     expected_U = moves(priorities_U, changed[1:], torch.cat([losses_NW[:1], losses_NW[2:]]), FLAT)
     losses_NW[1, 4] = lost
@@ -159,7 +177,7 @@ def test_without_noise_single_units_are_known() -> None:
     """The priority of a kv group becomes its worth for its cost, whatever was believed."""
     mask_U, priorities_U, budget = looked_at(FLAT, 4)
     worth_U, at = normal_numbers(FLAT.size, seed=5), FLAT.of_kind("kv_group")
-    changed = changes(mask_U, priorities_U, budget)
+    changed = changes(mask_U, priorities_U, budget, FREE)
     losses_NW = losses_of(changed_masks(mask_U, changed), worth_U, FLAT)[:, None].expand(-1, 2)
     known_U = priorities_U + moves(priorities_U, changed, losses_NW, FLAT)
     assert_close(known_U[at], (worth_U / budget.costs_U)[at], EXACT)
@@ -171,7 +189,7 @@ def test_what_was_right_is_left_alone(name: str) -> None:
     space = SPACES[name]
     mask_U, _, budget = looked_at(space, 6)
     priorities_U = torch.full((space.size,), 0.25, dtype=torch.float64)  # of all that is alive, for its cost
-    changed = changes(mask_U, priorities_U, budget)
+    changed = changes(mask_U, priorities_U, budget, FREE)
     masks_NU = changed_masks(mask_U, changed)
     losses_N = torch.tensor([-0.25 * budget.alive_cost(changed_U) for changed_U in masks_NU], dtype=torch.float64)
     moves_U = moves(priorities_U, changed, losses_N[:, None].expand(-1, 3), space)
@@ -186,7 +204,7 @@ def test_noise_is_not_believed(size: float, most: float) -> None:
     blocks = make_space(("attention", "ffn"), [(1, 1)] * 40, BLOCK_COSTS)
     mask_U, _, budget = looked_at(blocks, 7)
     nothing_U = torch.zeros(blocks.size, dtype=torch.float64)
-    changed = changes(mask_U, nothing_U, budget)
+    changed = changes(mask_U, nothing_U, budget, FREE)
     costs_N = torch.tensor([change.cost for change in changed], dtype=torch.float64)
     at = torch.cat([change.units for change in changed])
     errors, noises = [], []
@@ -203,7 +221,7 @@ def test_a_step_ends_where_the_worths_say() -> None:
     """Of single units without noise: a full step from any selection selects the best for their cost."""
     mask_U, priorities_U, budget = looked_at(BLOCKS, 8)
     worth_U = random_numbers(BLOCKS.size, 9)
-    changed = changes(mask_U, priorities_U, budget)
+    changed = changes(mask_U, priorities_U, budget, FREE)
     losses_NW = losses_of(changed_masks(mask_U, changed), worth_U, BLOCKS)[:, None].expand(-1, 2)
     stepped_U = select(priorities_U + moves(priorities_U, changed, losses_NW, BLOCKS), budget, limits=FREE)
     assert torch.equal(stepped_U, select(worth_U / budget.costs_U, budget, limits=FREE))

@@ -88,8 +88,8 @@ def test_taylor_estimates(name: str, kind: Kind) -> None:
             )
         if name == "hywia":
             for f, c in zip(fine, coarse, strict=True):
-                weight = np.exp(f / np.mean(fine)) / (np.exp(f / np.mean(fine)) + np.exp(c / np.mean(coarse)))
-                expected.append(weight * f + (1 - weight) * c)
+                f, c = f / np.mean(fine), c / np.mean(coarse)
+                expected.append(np.mean(fine) * (f * np.exp(f) + c * np.exp(c)) / (np.exp(f) + np.exp(c)))
             expected = expected[len(fine) :]
         span = view.space.span(kind, layer)
         costs = view.space.within_U[span]
@@ -97,11 +97,16 @@ def test_taylor_estimates(name: str, kind: Kind) -> None:
 
 
 def test_fused_listens_to_what_stands_out() -> None:
-    """By hand: a unit that only one estimate finds important goes mostly by that one."""
+    """By hand: a unit that only one estimate finds important goes mostly by that one, whatever the scale of either."""
     fine_N, coarse_N = torch.tensor([1.0, 1.0, 4.0]), torch.tensor([0.1, 0.7, 0.1])
     found = fused(fine_N, coarse_N)
-    assert found[2].item() == pytest.approx(4 - 3.9 / (1 + np.exp(2 - 1 / 3)), rel=1e-5)
-    assert found[1].item() == pytest.approx(0.7 + 0.3 / (1 + np.exp(7 / 3 - 0.5)), rel=1e-5)
+    assert found[2].item() == pytest.approx(2 * (2 - (2 - 1 / 3) / (1 + np.exp(2 - 1 / 3))), rel=1e-5)
+    assert found[1].item() == pytest.approx(2 * (7 / 3 - (7 / 3 - 0.5) / (1 + np.exp(7 / 3 - 0.5))), rel=1e-5)
+    assert_close(fused(fine_N, 50 * coarse_N), found, FLOAT32)
+    assert_close(fused(50 * fine_N, coarse_N), 50 * found, FLOAT32)
+    alike_N, told_N = torch.full((4,), 100.0), torch.tensor([1.0, 1.0, 3.0, 0.2])
+    for pair in ((alike_N, told_N), (told_N, alike_N)):
+        assert fused(*pair).argmax() == 2
 
 
 def test_gradients_of_what_is_not_in_floating_point_are_refused() -> None:

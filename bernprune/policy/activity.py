@@ -68,11 +68,16 @@ class ActivitySums:
         return self
 
     @property
+    def seen_N(self) -> torch.Tensor:
+        """Channels that were active at some token, bool."""
+        return self._squares_2N.sum(0) > 0
+
+    @property
     def evenness_N(self) -> torch.Tensor:
         """(mean of r)^2 / mean of r^2: 1 where a channel is equally active at every token, and where it never is."""
         squares_N = self._squares_2N.sum(0)
         share_N = self._active_N.square() / (self._tokens * squares_N).clamp(min=_TINY)
-        return torch.where(squares_N > 0, share_N, torch.ones_like(share_N))
+        return torch.where(self.seen_N, share_N, torch.ones_like(share_N))
 
     def effects(self, contrast_N: torch.Tensor) -> torch.Tensor:
         """What keeping each channel does to the loss of a window by its activity, nats per token: ``[N]``."""
@@ -199,6 +204,8 @@ class ActiveTokens:
     ) -> bool:
         """Put what active tokens told of channels in the place of what all tokens did; False if they told nothing.
 
+        A channel that was never active stays with what all tokens told.
+
         Args:
             observed_U, noise_U: each unit's worth as observed, and its variance; changed in place.
             halves: effects in either half of the text, that is worths with the other sign; changed in place.
@@ -209,28 +216,32 @@ class ActiveTokens:
         self.forget_round()
         if not sums.count:
             return False
-        at, contrast_N = self._channels_U, contrast_U[self._channels_U]
+        at, contrast_N, seen_N = self._channels_U, contrast_U[self._channels_U], sums.seen_N
         # What was taken out of the losses was spread over all tokens alike, and is seen as far as a channel is even.
         back_N = sums.evenness_N * worth_U[at]
-        active_U = observed_U.clone()
-        variance_U = torch.zeros_like(noise_U)
-        shape_U = torch.ones_like(noise_U)
-        active_U[at], variance_U[at] = back_N - sums.effects(contrast_N), sums.variance(contrast_N)
+        active_U, variance_U, shape_U = observed_U.clone(), torch.zeros_like(noise_U), torch.ones_like(noise_U)
+        active_U[at] = (back_N - sums.effects(contrast_N)) * seen_N
+        variance_U[at] = sums.variance(contrast_N)
         shape_U[at] = sums.evenness_N / contrast_N  # to which a layer's variances are taken to be in proportion
-        for layer, members_N in enumerate(self._layers):
+        seen_U = at.clone()
+        seen_U[at] = seen_N
+        layers = [members_N[seen_U[members_N]] for members_N in self._layers]
+        for layer, members_N in enumerate(layers):
             self._calibration.learn(layer, observed_U[members_N], noise_U[members_N], active_U[members_N])
         for layer, group in enumerate(means):
             active = group.weights_N @ active_U[group.members_N]
             self._calibration.learn(layer, group.mean[None], group.noise[None], active[None])
         factors_U = torch.ones_like(noise_U)
-        for members_N, factor in zip(self._layers, self._calibration.factors(), strict=True):
+        for members_N, factor in zip(layers, self._calibration.factors(), strict=True):
+            if not len(members_N):
+                continue
             common = (variance_U[members_N] / shape_U[members_N]).mean()
             if common > 0:  # else none of them was seen to change
                 noise_U[members_N] = factor**2 * common * shape_U[members_N]
                 observed_U[members_N] = factor * active_U[members_N]
                 factors_U[members_N] = factor
         for half_U, effects_N in zip(halves, sums.halves(contrast_N), strict=True):
-            half_U[at] = factors_U[at] * (effects_N - back_N)
+            half_U[seen_U] = (factors_U[at] * (effects_N - back_N))[seen_N]
         return True
 
     def state_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import torch
 from bernprune.names import Kind
 from bernprune.policy.budget import Budget
 from bernprune.policy.race import heat_sequences
+from bernprune.policy.selection import Limits
 from bernprune.units import UnitSpace
 
 STEPS = (1.0, 0.5, 0.25)  # how far to follow a look: what it says of single changes does not simply add up
@@ -38,16 +39,20 @@ class Change:
     cost: float
 
 
-def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget) -> list[Change]:
-    """The changes to look at: each alters what is computed, and leaves at least one channel in every layer that has
-    channels."""
+def changes(mask_U: torch.Tensor, priorities_U: torch.Tensor, budget: Budget, limits: Limits) -> list[Change]:
+    """The changes to look at: each alters what is computed, and leaves what limits ask for, and at least one channel,
+    in every layer that has as much: what no selection can do tells nothing."""
     found, space = [], budget.space
     finest_U = ~torch.isin(torch.arange(space.size), space.parents_U)
     computed_U = space.marginal(finest_U.double(), mask_U.double())  # 0 of a block that would come back empty
     cost_U = budget.marginal_cost(mask_U.double())
     for number, (group, span) in enumerate(zip(space.groups, space.spans, strict=True)):
-        kind, members = group.kind, torch.arange(span.start, span.stop)
-        turned = _border(members, mask_U, priorities_U) if kind == "channel" else members.split(1)
+        kind, members, least = group.kind, torch.arange(span.start, span.stop), limits.minimum(group)
+        if kind == "channel":
+            turned = _border(members, mask_U, priorities_U, max(1, least))
+        else:
+            spare = kind != "kv_group" or int(mask_U[members].sum()) > least
+            turned = [unit for unit in members.split(1) if spare or not mask_U[unit]]
         for units in turned:
             if computed_U[units].any():
                 cost = cost_U[units].sum().item()
@@ -120,10 +125,11 @@ def moves(
     return moves_U
 
 
-def _border(members: torch.Tensor, mask_U: torch.Tensor, priorities_U: torch.Tensor) -> list[torch.Tensor]:
-    """A layer's channels at the border: the least wanted that are kept, but not all, the most wanted that are not."""
+def _border(members: torch.Tensor, mask_U: torch.Tensor, priorities_U: torch.Tensor, least: int) -> list[torch.Tensor]:
+    """A layer's channels at the border: the least wanted that are kept, beside so many, the most wanted that are
+    not."""
     count = max(1, round(len(members) / _PARTS))
     kept, gone = members[mask_U[members]], members[~mask_U[members]]
-    kept = kept[priorities_U[kept].argsort(stable=True)][: min(count, len(kept) - 1)]
+    kept = kept[priorities_U[kept].argsort(stable=True)][: max(0, min(count, len(kept) - least))]
     gone = gone[priorities_U[gone].argsort(descending=True, stable=True)][:count]
     return [units for units in (kept, gone) if len(units)]

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from bernprune.errors import BudgetError
-from bernprune.names import Kind
 from bernprune.policy.budget import Budget, Cap
 from bernprune.policy.prices import at_best_prices
-from bernprune.units import KINDS, UnitSpace
+from bernprune.units import KINDS, UnitGroup, UnitSpace
 
 _BESIDES = " (a kv group of layer 0 always stays)"  # whatever the minimums are
 
@@ -44,6 +43,22 @@ class Limits:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise BudgetError(f"{name} must be a whole number of {least} or more, but is {value!r}")
+
+    def minimum(self, group: UnitGroup) -> int:
+        """How many units of a group must be kept, in whole multiples. Raises ``BudgetError`` if it has fewer."""
+        if group.kind == "kv_group":
+            minimum, multiple = max(self.min_kv_groups, 1 if group.layer == 0 else 0), 1
+        elif group.kind == "channel":
+            minimum, multiple = self.min_channels, self.channel_multiple
+        else:
+            return 0
+        minimum = math.ceil(minimum / multiple) * multiple
+        if minimum > group.count:
+            raise BudgetError(
+                f"layer {group.layer} has {group.count} units of kind {group.kind!r}, fewer than the {minimum} that "
+                f"the minimum per layer{f' in multiples of {multiple}' if multiple > 1 else ''} asks for"
+            )
+        return minimum
 
 
 @dataclass(frozen=True)
@@ -241,7 +256,7 @@ def _parts(
     second_U = np.zeros(space.size) if tie_break_U is None else tie_break_U.double().cpu().numpy()
     later_U = np.ones(space.size, dtype=bool) if core_U is None else ~core_U.cpu().numpy()
     ranked_U = np.lexsort((-second_U, -own_U, -wanted_U, later_U, space.group_U.numpy()))  # equals as they come
-    minimum_G = np.array([_minimum(group.kind, group.layer, group.count, limits) for group in space.groups])
+    minimum_G = np.array([limits.minimum(group) for group in space.groups])
     multiple_G = np.array([limits.channel_multiple if group.kind == "channel" else 1 for group in space.groups])
     starts_G, counts_G = np.array(space.starts[:-1]), np.array([group.count for group in space.groups])
     parts_G = (minimum_G > 0) + (counts_G - minimum_G) // multiple_G
@@ -290,20 +305,3 @@ def _sums(values_U: np.ndarray, first_P: np.ndarray, size_P: np.ndarray) -> np.n
     for part in np.flatnonzero(size_P > 1):
         sums_P[part] = math.fsum(values_U[first_P[part] : first_P[part] + size_P[part]])
     return sums_P
-
-
-def _minimum(kind: Kind, layer: int, count: int, limits: Limits) -> int:
-    """How many units of this group a layer must keep, in whole multiples."""
-    if kind == "kv_group":
-        minimum, multiple = max(limits.min_kv_groups, 1 if layer == 0 else 0), 1
-    elif kind == "channel":
-        minimum, multiple = limits.min_channels, limits.channel_multiple
-    else:
-        return 0
-    minimum = math.ceil(minimum / multiple) * multiple
-    if minimum > count:
-        raise BudgetError(
-            f"layer {layer} has {count} units of kind {kind!r}, fewer than the {minimum} that the minimum per layer"
-            f"{f' in multiples of {multiple}' if multiple > 1 else ''} asks for"
-        )
-    return minimum

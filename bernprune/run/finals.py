@@ -153,7 +153,7 @@ def _by_looks(stage: Stage, search: MaskSearch, text: "_Text", graded_U: torch.T
         if finals.kept != "learned":
             by_search_U = reordered(stage.view.space, by_search_U, graded_U)
         priorities_U = consistent_with_mask(by_search_U, mask_U, search.budget, stage.limits)
-    changed = changes(mask_U, priorities_U, search.budget)
+    changed = changes(mask_U, priorities_U, search.budget, stage.limits)
     if not changed:
         return "changes: none was left to try"
     windows, raced = look_windows(stage.config.search.look_windows, text.heat_windows)

@@ -67,5 +67,4 @@ BLOCK_INFLUENCE = Metric(
     by_layer(lambda at: influence_of(at, distance_of("cosine"))),
     kinds=BLOCKS,
     allocation="pooled",
-    layerwise=True,
 )

@@ -4,7 +4,8 @@
 A channel of f(x) = B act(A x) has 1/2 |B_:j|^2 E[(A_j x)^2]; of a gated FFN, the product over its two ways in. Heads
 are listed for removal where another head that is not listed has nearly their attention, by the divergence of Jensen and
 Shannon. The paper scans heads in order and cuts the list off at a threshold; here pairs are taken from the most alike
-on, and the threshold at which a head would be listed is its score. The lists of the two may differ.
+on, and the threshold at which a head would be listed is its score. The lists of the two may differ. Of a pair it is the
+first that is listed, as in the paper, so the last of a layer never is: of two kv groups the first always goes.
 
 Letters: H query heads, G kv groups, T tokens, F channels, R rows.
 """

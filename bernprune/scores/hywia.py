@@ -2,7 +2,8 @@
 2403.10799). Fine is the sum over its weights of |w g - 1/2 w^2 g^2|, coarse the size of the sum of w g.
 
 The exact attention is not released. Here it is a softmax over the two, each in units of its mean over the layer's units
-of the kind: where one of them says that a unit stands out, that one is heard.
+of the kind, of the same: where one of them says that a unit stands out, that one is heard. Units of the fine estimate
+give the layer its scale.
 
 Letters: N units of a kind in a layer.
 """
@@ -15,10 +16,10 @@ from bernprune.scores.taylor import WeightGradient, by_gradients
 
 
 def fused(fine_N: torch.Tensor, coarse_N: torch.Tensor) -> torch.Tensor:
-    """a fine + (1 - a) coarse, with a the softmax of the two over their means, ``[N]``."""
+    """a fine + (1 - a) coarse, both over their means, with a the softmax of these; times the mean of fine, ``[N]``."""
     pair_2N = torch.stack([fine_N, coarse_N])
-    attention_2N = (pair_2N / pair_2N.mean(1, keepdim=True).clamp(min=1e-300)).softmax(0)
-    return (attention_2N * pair_2N).sum(0)
+    pair_2N = pair_2N / pair_2N.mean(1, keepdim=True).clamp(min=1e-300)
+    return (pair_2N.softmax(0) * pair_2N).sum(0) * fine_N.mean()
 
 
 def _estimate(found: list[WeightGradient], count: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 With gates m and weights w that stay at their optimum, dw/dm = -H_ww^-1 H_wm, and the change of the loss differs from
 that with frozen weights by the products of second derivatives H_mw H_ww^-1 H_wm. Here is, as released, their size for
 all gates at once, |H_mw H_wm 1|, with a number in place of the inverse, which changes no rank; both products are
-differences of gradients, a hundredth of the vector's length apart. The weights that may re-adjust are those of the
+differences of gradients, a hundredth away along the vector either way. The weights that may re-adjust are those of the
 attention output and FFN down projections, and the text is one batch; released, all weights, and a mean over batches.
 
 Letters: D output width of a projection, E its inputs, R rows, T tokens, N units, U units of the model.

@@ -17,5 +17,4 @@ MAGNITUDE = Metric(
     "folklore",
     by_weights(magnitude),
     passes=lambda layers, options: 0.0,
-    layerwise=True,
 )
