@@ -172,7 +172,7 @@ def _advance_pruned(context: Context, stream: LayerStream, scores_U: torch.Tenso
 
 
 def without_worst(space: UnitSpace, scores_U: torch.Tensor, sparsity: float) -> torch.Tensor:
-    """The mask, bool ``[U]``, that removes this share of the units of each group, to the nearest, but not the last one."""
+    """The mask, bool ``[U]``, that removes this share of each group, to the nearest unit, but not the last one."""
     mask_U = torch.ones(space.size, dtype=torch.bool)
     for group, units in zip(space.groups, space.spans, strict=True):
         order = scores_U[units].argsort(stable=True)
