@@ -409,6 +409,18 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
     ),
     "initial-window-beyond": (lambda p: p.prune(f"initial.window={POSITIONS + 1}"), (f"{POSITIONS + 1}", "positions")),
     "window-1": (lambda p: p.prune("data.window=1"), ("data.window", "2", "1")),
+    "units-score-of-blocks": (
+        lambda p: ["units", str(p.model), *settings("data.window=16", "initial.score=block-influence")],
+        ("block-influence", "cannot rank", "channel"),
+    ),
+    "units-share-of-no-channels": (
+        lambda p: [
+            "units",
+            str(p.model),
+            *settings("data.window=16", "initial.kv_sparsity=0.3", "granularity=kv_group"),
+        ],
+        ("initial.kv_sparsity",),
+    ),
     "units-window-beyond": (lambda p: ["units", str(p.model)], ("128", f"{POSITIONS}")),
     "units-initial-window-beyond": (
         lambda p: ["units", str(p.model), *settings("data.window=16", f"initial.window={POSITIONS + 1}")],

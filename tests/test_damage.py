@@ -89,6 +89,19 @@ def test_a_folder_has_its_name_once_all_in_it_is_on_disk(tmp_path: Path, on_disk
     assert on_disk[2:] == [folder.name, "renamed", tmp_path.name]
 
 
+def test_what_a_killed_process_left_of_a_folder_goes(tmp_path: Path) -> None:
+    """With the next one that is written in its place; what another process is writing now, and other files, stay."""
+    left, other = tmp_path / ".model.0123abcd.part", tmp_path / ".model.part"
+    for folder in (left, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(RunError, match="exists already"), saving.written_whole(tmp_path / "model") as first:
+        assert not left.exists()
+        with saving.written_whole(tmp_path / "model") as second:
+            assert first.is_dir() and second != first
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.part", "model"]
+
+
 def test_a_checkpoint_has_its_name_once_it_is_on_disk(tmp_path: Path, on_disk: list[str]) -> None:
     """The folder of the first one is known before."""
     write_checkpoint(tmp_path / "checkpoints", 1, {"step": 1})
@@ -696,6 +709,31 @@ def test_what_is_advised_is_less_than_there_was_room_for(place: Place, monkeypat
     monkeypatch.setattr(stage, "rows_per_forward", lambda *_: 4)
     monkeypatch.setattr(pipeline, "run_search", full)
     assert "--set search.rows_per_forward=2 " in in_one_sentence(run(*place.prune()))
+
+
+@pytest.mark.parametrize("command", ["prune", "resume"])
+def test_what_is_advised_is_less_than_the_search_came_down_to(
+    command: str, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whatever comes behind it."""
+    hidden = MaskedObjective._hidden
+
+    def small(self: MaskedObjective, tokens_RT: torch.Tensor, *given: Any) -> torch.Tensor:
+        if len(tokens_RT) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden(self, tokens_RT, *given)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(MaskedObjective, "_hidden", small)
+    monkeypatch.setattr(pipeline, "make_pruned", full)
+    for attempt in (place.prune("search.masks=8"), ["resume", str(place.out)]):
+        done = run(*attempt)
+        assert "--set search.rows_per_forward=2 " in done.err.splitlines()[-1]
+        if attempt[0] == command:
+            break
 
 
 def test_what_a_full_gpu_has_no_room_for_is_tried_once(

@@ -228,6 +228,7 @@ def test_public_names() -> None:
         "RunConfig",
         "UnitSpace",
         "apply_plan",
+        "compare_runs",
         "describe",
         "evaluate",
         "evaluate_step",

@@ -135,6 +135,16 @@ def test_other_signals_interrupt_a_search_alike(
     goes_on(place, done, 8, uninterrupted(name))
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_that_is_ignored_stays_so(number: signal.Signals, place: Place) -> None:
+    """As a shell sets SIGINT for what a script runs in the background, and nohup SIGHUP."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert stopped_in_step(3, place.prune(), number).code == 0
+    finally:
+        signal.signal(number, before)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_search_is_ended_where_it_stands(method: str, place: Place) -> None:
     """By ``--finish``: one more step concludes it, then comes the choice, of the share that is its own. A run that

@@ -390,6 +390,24 @@ def test_the_run_s_text_is_known_wherever_it_is(place: Place, monkeypatch: pytes
     assert left_out > lengths[0] / 9  # that tenth, and what repeats it
 
 
+def test_a_recovery_goes_on_where_its_text_lies_now(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last tenth judges: what it was is told by its fingerprints, the old place need not be there. Other
+    text needs it."""
+    succeed(*place.prune("search.sequences=0"))
+    interrupted(place, place.out)
+    lengths, moved = lengths_trained_on(monkeypatch), place.text.rename(place.folder / "moved.txt")
+    longer = place.file("longer.txt", moved.read_text() + " and more")
+    for text in (longer, tiny_text(place.folder / "short.txt", 500)):
+        said = in_one_sentence(run(*recover(place, place.out, f"data.text={text}", out="another")))
+        assert f'"{place.text}" does not exist; --set data.eval_text names where' in said
+    succeed(*recover(place, place.out, f"data.text={moved}"))
+    moved.rename(place.text)
+    succeed(*recover(place, place.out, out="whole"))
+    assert lengths[-1] == lengths[-2]
+    reports = [read_json(place.folder / name / "report.json") for name in ("recovered", "whole")]
+    assert all(reports[0][name] == reports[1][name] for name in ("protocol", "loss", "held_out"))
+
+
 def test_text_that_a_recovery_learns_from_is_said_to_flatter(place: Place) -> None:
     succeed(*place.prune("search.sequences=0"))
     done = succeed(*recover(place, place.out, f"data.eval_text={place.text}"))

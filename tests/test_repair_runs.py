@@ -20,7 +20,7 @@ from bernprune.objective import masked_objective
 from bernprune.repair import repairing
 from bernprune.repair.fitting import Fitter
 from bernprune.report import table
-from bernprune.run import pipeline, workload
+from bernprune.run import pipeline, repairs, workload
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model, open_tokenizer
 from bernprune.run.plans import Learned
@@ -182,6 +182,18 @@ def test_what_judges_a_repair_was_not_fitted_on(prepared: Place) -> None:
     assert len(plain.judging_WT) == WINDOWS
     assert torch.equal(held.judging_WT, kept_back.windows(0, 5))
     assert torch.equal(held.repairer.windows_WT, plain.repairer.windows_WT)
+
+
+@pytest.mark.parametrize("available", [12, 40, 1100, 2000, 2900, 3006, 3007, 5000])
+def test_text_is_shared_out(available: int) -> None:
+    """What there is goes into the fit, but for what judges: at most what is meant to, and a quarter of little text."""
+    train, wanted = TokenWindows(torch.arange(available * 4) % 7, window=4, seed=1), 2751
+    fitted_WT, judging_WT = repairs._shared_out(train, None, wanted, 0)
+    most = repairs.judging_windows(wanted)
+    assert len(judging_WT) == (
+        most if available >= wanted + most else min(most, max(repairs.LEAST_JUDGING, available // 4))
+    )
+    assert len(fitted_WT) == min(wanted, available - len(judging_WT))
 
 
 def test_finalists_are_repaired_on_less(prepared: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,15 @@ def test_a_run_goes_on_with_what_it_measured(
     assert found[-1] == kept and found_rows[-1] == 3
 
 
+def test_rows_that_were_given_may_be_left_to_the_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it goes on: only those that it found by itself are taken as they were."""
+    found_rows = searched_with(monkeypatch)[1]
+    succeed(*place.prune("search.rows_per_forward=4"))
+    (place.out / "report.json").unlink()
+    succeed("resume", str(place.out), "--set", "search.rows_per_forward=auto")
+    assert found_rows == [4, 64]
+
+
 @pytest.mark.parametrize(
     ("free", "expected"),
     [(10**15, 256), (8 * 2**30, 16), (2**30, 8), (10**7, 1), (0, 1)],

@@ -1,6 +1,7 @@
 """A run may search on weights in a shorter number format; what it slices and reports is the model itself."""
 
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 from quantised import needs_torchao
 from safetensors.torch import load_file
 from tiny_models import random_tokens, tiny_model
-from tiny_run import VOCABULARY, Place, in_one_sentence, read_json, run, succeed
+from tiny_run import VOCABULARY, Place, in_one_sentence, read_json, run, succeed, tiny_folder
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -145,6 +146,27 @@ def test_a_run_goes_on_in_the_format_that_it_began_with(
     assert before["search"]["dtype"] == after["search"]["dtype"] == {"same": "float32"}.get(began, began)
     assert (place.out / "plan.json").read_bytes() == plan and after["loss"] == before["loss"]
     assert getattr(torch, before["search"]["dtype"]) in formats, "products in it are quick where it is slow"
+
+
+def test_what_is_cut_is_what_was_searched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model itself is read again after the search: if it is another by then, that is refused. Given back, the run
+    goes on."""
+    weights, search = place.model / "model.safetensors", pipeline.run_search
+    before = weights.read_bytes()
+
+    def swapped(*given: Any, **named: Any) -> Any:
+        found = search(*given, **named)
+        shutil.copy(tiny_folder(place.folder / "other", seed=5) / "model.safetensors", weights)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_search", swapped)
+        said = in_one_sentence(run(*place.prune("search.dtype=bfloat16")))
+    assert f"the weights of {place.model} are not those that were searched any more" in said
+    assert "continue with: bernprune resume" in said and not (place.out / "model").exists()
+    assert "the model's weights are not those" in in_one_sentence(run("resume", str(place.out)))
+    weights.write_bytes(before)
+    succeed("resume", str(place.out))
 
 
 @pytest.mark.parametrize("command", ["prune", "apply", "units"])

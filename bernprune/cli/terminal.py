@@ -34,9 +34,9 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
     _set_up_logging(debug)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a path may hold what it cannot encode
-    signal.signal(signal.SIGTERM, _interrupt)
-    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else it is ignored, as after nohup
-        signal.signal(signal.SIGHUP, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # else it is ignored, as SIGHUP after nohup
+            signal.signal(number, _interrupt)
     try:
         code = app([argument for argument in arguments if argument != "--debug"] or ["--help"], standalone_mode=False)
         if sys.stdout is not None:  # it is None if it was closed before Python began

@@ -4,6 +4,8 @@ The folder is an ordinary Hugging Face one. ``AutoModelForCausalLM.from_pretrain
 ``trust_remote_code=True`` anywhere, and without where bernprune is imported, so there is no loader of our own.
 """
 
+import fcntl
+import glob
 import json
 import logging
 import os
@@ -13,7 +15,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -122,25 +124,41 @@ def _check_provenance(model: PreTrainedModel, plan: KeepPlan) -> None:
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """A new folder beside ``target`` that is synced and takes its name at the end, or vanishes if anything fails on the
-    way, so that the target is complete or absent. Raises ``RunError`` if it exists already or cannot be written."""
+    way, so that the target is complete or absent; what processes left that were killed on the way goes, too. Raises
+    ``RunError`` if it exists already or cannot be written."""
     if target.exists() or target.is_symlink():
         raise _taken(target)
     # Not tempfile's: its folder would be readable by its owner alone, and keep that when renamed.
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        for left in target.parent.glob(f"{glob.escape(f'.{target.name}.')}????????.part"):
+            with suppress(OSError), _at_work(left):
+                shutil.rmtree(left)
         temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        if target.exists():  # by now
-            raise _taken(target)
-        temporary.rename(target)
+        with _at_work(temporary):
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
+            if target.exists():  # by now
+                raise _taken(target)
+            temporary.rename(target)
         sync(target.parent)
     # Full disks reach us as SafetensorError, generation settings that contradict each other as ValueError.
     except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"could not save to {target}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _at_work(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process, as long as it lives. Raises ``OSError`` if another one does."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

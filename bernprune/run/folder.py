@@ -224,7 +224,7 @@ class RunFolder:
 
     def check_inputs(self, inputs: Mapping[str, str]) -> None:
         """Raises ``RunError`` if the run began with other fingerprints than these, as far as they are known."""
-        began = self._began_with()
+        began = self.began_with()
         for name, now in inputs.items():
             before = began.get(name, now)
             if before != now:
@@ -241,11 +241,11 @@ class RunFolder:
         self.write_config(config)
         if not self.versions.is_file():  # it was killed as it began, and begins now
             write_json(self.versions, now | dict(inputs))
-        if changed := changed_versions(self._began_with(), now):
+        if changed := changed_versions(self.began_with(), now):
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
 
-    def _began_with(self) -> dict[str, str]:
-        """Empty for a run that was killed as it began."""
+    def began_with(self) -> dict[str, str]:
+        """Versions and fingerprints, see ``start``; empty for a run that was killed as it began."""
         try:
             return dict(json.loads(self.versions.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):

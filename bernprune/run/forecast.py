@@ -25,7 +25,7 @@ from bernprune.run.effort import (
     repairs_of,
     states_bytes,
 )
-from bernprune.run.initial import scoring_sequences
+from bernprune.run.initial import check_scores, scoring_sequences
 from bernprune.run.loop import evaluate_step
 from bernprune.run.methods import check_methods, custom_places, loss_of, reads_activity
 from bernprune.run.opening import Opened, check_family, open_view
@@ -48,6 +48,7 @@ def forecast(config: RunConfig) -> str:
 
 
 def _forecast(config: RunConfig) -> str:
+    check_scores(config)
     check_methods(config)
     device = find_device(config.model.device)
     check_window(check_family(config), config.longest_window)

@@ -13,7 +13,7 @@ from bernprune.errors import ModelError
 from bernprune.models.families import family_of
 from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
 from bernprune.models.shortening import int8_quantiser, shorten, stored_bytes
-from bernprune.models.view import ModelView, describe
+from bernprune.models.view import ModelView, describe, fingerprint
 from bernprune.names import SearchDtype
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,13 @@ def _room_for(config: RunConfig, device: torch.device) -> Iterator[None]:
 
 
 class Opened(NamedTuple):
-    """A model with its units, the number format of its weights, and that of the model itself."""
+    """A model with its units, the number format of its weights, and that of the model itself; and the fingerprint of
+    the model itself, if its weights are in another."""
 
     view: ModelView
     dtype: SearchDtype
     full: torch.dtype
+    own_weights: str | None
 
 
 def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, anywhere: bool = False) -> Opened:
@@ -93,7 +95,9 @@ def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, an
     chosen = _chosen_dtype(config, view) if dtype == "auto" else dtype
     if chosen == str(full).removeprefix("torch."):
         chosen = "same"
+    own_weights = None
     if chosen in ("bfloat16", "int8"):
+        own_weights = fingerprint(model)
         shorten(model, chosen)
         view = _describe(config, model)
     if not anywhere:
@@ -105,7 +109,7 @@ def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, an
         except torch.OutOfMemoryError:
             model.to("cpu")
             _warn_of_processor(model, device)
-    return Opened(view, chosen, full)
+    return Opened(view, chosen, full, own_weights)
 
 
 def _describe(config: RunConfig, model: Any) -> ModelView:

@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -17,7 +17,6 @@ from bernprune.custom import blaming, unchanging
 from bernprune.errors import BernpruneError, RunError
 from bernprune.evaluation.perplexity import mean_loss
 from bernprune.models.products import quick_products
-from bernprune.models.view import fingerprint
 from bernprune.names import SearchDtype
 from bernprune.picture import draw
 from bernprune.policy.bernoulli import reordered
@@ -88,7 +87,10 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
             began = _Began.read(folder) if continued else None
             quick = quick_products(stage.view.device, *_formats(stage, began))
             with quick, blaming(custom_places(config)):  # before the disk is blamed
-                return _run(stage, folder, began, continued=continued, finish=finish)
+                Workshop.of_stage(stage)  # whether there is text enough
+                check_room(stage, folder)
+                stage = stage if began is None else began.stage(stage)
+                return _run(stage, folder, known=began is not None, continued=continued, finish=finish)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _NO_ROOM not in str(error):
                 raise
@@ -142,15 +144,17 @@ def resume(
         return _prune(config, folder, finish=finish)
 
 
-def _run(stage: Stage, folder: RunFolder, began: "_Began | None", *, continued: bool, finish: bool) -> dict[str, Any]:
-    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder."""
-    Workshop.of_stage(stage)  # whether there is text enough
-    check_room(stage, folder)
-    known = None if began is None else began.stage(stage)
-    inputs = _fingerprints(stage, known, begun=continued and folder.versions.is_file())
+def _run(stage: Stage, folder: RunFolder, *, known: bool, continued: bool, finish: bool) -> dict[str, Any]:
+    """All that can fail on its input, a model that gives NaN, say, fails before the run is started in its folder.
+
+    Args:
+        known: whether the stage is as a run that is continued began with it.
+    """
+    inputs = _fingerprints(stage)
     if continued:
         folder.check_inputs(inputs)
-    stage = known or replace(stage, costs=stage.measured_costs())
+    if not known:
+        stage.costs = stage.measured_costs()
     dense_loss = mean_loss(stage.view.model, stage.eval_windows_WT)
     stored = _stored_start(folder) if continued else None
     start = stored or take_start(stage)
@@ -161,8 +165,9 @@ def _run(stage: Stage, folder: RunFolder, began: "_Began | None", *, continued: 
             folder.go_on(stage.config, inputs)
         else:
             folder.start(stage.config, inputs)
-        if known is None:
-            write_json(folder.costs, {"rows": stage.rows, "dtype": stage.dtype, **stage.costs.to_dict()})
+        if not known:
+            rows = stage.rows if stage.config.search.rows_per_forward == "auto" else None
+            write_json(folder.costs, {"rows": rows, "dtype": stage.dtype, **stage.costs.to_dict()})
         if stored is None:
             write_state(folder.initial, vars(start))
         work, finished_here = run_search(
@@ -175,17 +180,12 @@ def _run(stage: Stage, folder: RunFolder, began: "_Began | None", *, continued: 
     return _deliver(stage, folder, _Searched(search, metric, start.notes, work, finalists, finals, dense_loss))
 
 
-def _fingerprints(stage: Stage, known: Stage | None, *, begun: bool) -> dict[str, str]:
-    """Of what a run reads, ``known`` in the number format that it searches in.
-
-    Where one was begun of which that is not known, weights are left out: they may have been in another format.
-    """
-    files = {"text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
+def _fingerprints(stage: Stage) -> dict[str, str]:
+    """Of what a run reads; weights first, as another model may have other tokens."""
+    found = {"weights": stage.weights, "text": stage.text_sha256, "evaluation": stage.protocol.text_sha256}
     if scores := scores_fingerprint(stage.config):
-        files["scores"] = scores
-    if known is None and begun:
-        return files
-    return {"weights": fingerprint((known or stage).view.model)} | files  # first: another model may have other tokens
+        found["scores"] = scores
+    return found
 
 
 @dataclass
@@ -297,7 +297,7 @@ class _Began(NamedTuple):
     """How the run that is continued began to run masks."""
 
     costs: Costs
-    rows: int
+    rows: int | None  # if they were found by themselves
     dtype: SearchDtype
 
     @classmethod
@@ -306,7 +306,8 @@ class _Began(NamedTuple):
         try:
             stored = json.loads(folder.costs.read_text(encoding="utf-8"))
             known = {"listing": NEVER} | stored  # unless said: no lists, and the model's own dtype
-            costs, rows = Costs(*(float(known[field.name]) for field in fields(Costs))), int(stored["rows"])
+            costs = Costs(*(float(known[field.name]) for field in fields(Costs)))
+            rows = None if stored["rows"] is None else int(stored["rows"])
             dtype = stored.get("dtype", "same")
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -314,8 +315,11 @@ class _Began(NamedTuple):
 
     def stage(self, opened: Stage) -> Stage:
         """The stage as the run began with it; if that is in another format, ``opened`` is given up."""
-        stage, given = opened.with_weights(self.dtype), opened.config.search.rows_per_forward
-        return replace(stage, costs=self.costs, rows=self.rows if given == "auto" else given)
+        stage = opened.with_weights(self.dtype)
+        stage.costs = self.costs
+        if self.rows is not None and stage.config.search.rows_per_forward == "auto":
+            stage.rows = self.rows
+        return stage
 
 
 def _formats(stage: Stage, began: _Began | None) -> set[torch.dtype]:

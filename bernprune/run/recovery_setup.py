@@ -26,7 +26,7 @@ from bernprune.run.checkpoint import checkpoint_at, read_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.opening import open_model
 from bernprune.run.plans import read_plan
-from bernprune.run.stage import evaluation_text, learning_text, read_texts, warn_of_known
+from bernprune.run.stage import cut_for_evaluation, evaluation_text, learning_text, read_texts, warn_of_known
 from bernprune.scores.base import Context, Options
 from bernprune.scores.block_influence import layer_influence
 from bernprune.units import KeepPlan
@@ -58,7 +58,7 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
     check_window(model_config, window)
     trusted = of_run.model.trust_remote_code
     tokenizer, vocabulary = load_tokenizer(str(folder.model), trust_remote_code=trusted), model_config.vocab_size
-    stream_N, held_out_N, eval_name = _texts(config, of_run, tokenizer, vocabulary)
+    stream_N, held_out_N, eval_name = _texts(config, of_run, folder, tokenizer, vocabulary)
     cut = len(stream_N) - config.recover.held_out * window
     if cut < config.recover.batch * window:
         raise DataError(
@@ -82,36 +82,54 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
 
 
 def _texts(
-    config: RunConfig, of_run: RunConfig, tokenizer: Any, vocabulary: int
+    config: RunConfig, of_run: RunConfig, folder: RunFolder, tokenizer: Any, vocabulary: int
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
     """As ``read_texts``, but what is evaluated on is the run's unless another is given, so that figures compare.
 
-    If that is the last tenth of the run's text, passages of it in other text are not learned from.
+    If that is the last tenth of the run's text, passages of it in other text are not learned from; the same text in
+    another place is told by its fingerprints.
     """
     learns_alike = all(getattr(config.data, name) == getattr(of_run.data, name) for name in ("text", "max_characters"))
     judged = config if config.data.eval_text is not None or learns_alike else of_run
-    try:
+    with _where_it_lies():
         separate = evaluation_text(judged, tokenizer, vocabulary)
-        parts = None if separate is not None or learns_alike else read_texts(of_run, tokenizer, vocabulary)
+    stream = learning_text(config, tokenizer, vocabulary)
+    if separate is not None:
+        warn_of_known(config, stream, *separate)
+        return stream, *separate
+    parts = cut_for_evaluation(of_run, stream)
+    if learns_alike or _fingerprints(of_run, *parts).items() <= folder.began_with().items():
+        return parts
+    with _where_it_lies():
+        _, held_out, eval_name = read_texts(of_run, tokenizer, vocabulary)
+    return _without_held_out(config.data.text, stream, held_out, eval_name)
+
+
+@contextmanager
+def _where_it_lies() -> Iterator[None]:
+    """For the block that reads what a run was judged on."""
+    try:
+        yield
     except DataError as error:
         raise DataError(
             f"{error}; --set data.eval_text names where the run's evaluation text lies now, or another"
         ) from None
-    if separate is not None:
-        stream = learning_text(config, tokenizer, vocabulary)
-        warn_of_known(config, stream, *separate)
-        return stream, *separate
-    if parts is None:
-        return read_texts(config, tokenizer, vocabulary)
-    return _without_held_out(config.data.text, learning_text(config, tokenizer, vocabulary), *parts)
+
+
+def _fingerprints(of_run: RunConfig, learned: torch.Tensor, held_out: torch.Tensor, eval_name: str) -> dict[str, str]:
+    """Of texts, as the run would have taken them."""
+    window = of_run.data.window
+    try:
+        windows_WT = evaluation_windows(held_out, window, max_windows=of_run.data.eval_tokens // window)
+    except DataError:  # too short to be that of a run
+        return {"evaluation": ""}
+    return {"text": fingerprint(learned), "evaluation": Protocol.of(eval_name, windows_WT).text_sha256}
 
 
 def _without_held_out(
-    name: str, stream: torch.Tensor, learned: torch.Tensor, held_out: torch.Tensor, eval_name: str
+    name: str, stream: torch.Tensor, held_out: torch.Tensor, eval_name: str
 ) -> tuple[torch.Tensor, torch.Tensor, str]:
-    """What of a stream may be learned from, as a run's text was cut into what it learned from and what it held out."""
-    if stream.equal(torch.cat([learned, held_out])):  # that text in another place
-        return learned, held_out, eval_name
+    """What of a stream may be learned from, beside the text that a run held out."""
     known_N = repeated(stream, held_out)
     if known_N.any():
         logger.warning(

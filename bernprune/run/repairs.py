@@ -244,7 +244,7 @@ def _shared_out(
         judging, fitted = min(judging, kept_back.num_windows), min(fitted, available)
         return train.windows(0, fitted), kept_back.windows(0, judging)
     if fitted + judging > available:
-        judging = max(LEAST_JUDGING, available // 4)
+        judging = min(judging, max(LEAST_JUDGING, available // 4))
     fitted = min(fitted, available - judging)
     if fitted < _LEAST_FITTING:
         raise DataError(

@@ -9,6 +9,8 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+_STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, SIGTERM or SIGHUP, after what was done so far was saved."""
@@ -32,9 +34,8 @@ def signals() -> Iterator[threading.Event]:
         stopping.set()
         logger.warning("stopping after the piece of work at hand; a second Ctrl-C or SIGTERM stops at once")
 
-    heard = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is after nohup
-        heard.append(signal.SIGHUP)
+    # What is ignored stays so: SIGHUP after nohup, SIGINT of what a script runs in the background.
+    heard = [number for number in _STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     previous = {number: signal.signal(number, note) for number in heard}
     try:
         yield stopping

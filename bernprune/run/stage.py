@@ -14,12 +14,13 @@ from bernprune.config import RunConfig
 from bernprune.costs import Costs, measure
 from bernprune.data import TokenWindows, evaluation_windows, fingerprint, repeated, tokenize
 from bernprune.embedded import EMBEDDED
-from bernprune.errors import DataError, prefixed
+from bernprune.errors import DataError, ModelError, prefixed
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
 from bernprune.losses import TokenLoss
 from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import int8_quantiser, release
 from bernprune.models.view import ModelView
+from bernprune.models.view import fingerprint as weights_fingerprint
 from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.allocation import shares_by_kind
@@ -62,6 +63,7 @@ class Stage:
     Attributes:
         full_dtype: number format of the model itself.
         dtype: that of the weights, ``same`` if it is the model's own.
+        own_weights: fingerprint of the model itself, if that is another one.
     """
 
     config: RunConfig
@@ -81,18 +83,32 @@ class Stage:
     full_dtype: torch.dtype
     costs: Costs = field(default_factory=Costs)
     dtype: SearchDtype = "same"
+    own_weights: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """Fingerprint of the model itself, whatever its weights are in."""
+        return self.own_weights or weights_fingerprint(self.view.model)
 
     def with_weights(self, dtype: SearchDtype) -> "Stage":
         """This stage with the weights in a number format, ``same`` for the model's own.
 
         If they are in another now, these are given up first, so that both are never held at once. What does not fit on
         a GPU stays on the processor.
+
+        Raises:
+            ModelError: what lies there now is another model.
         """
         if dtype == self.dtype:
             return self
-        device = self.view.device
+        device, began = self.view.device, self.weights
         release(self.view.model)
         opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
+        if (now := opened.own_weights or weights_fingerprint(opened.view.model)) != began:
+            raise ModelError(
+                f"the weights of {self.config.model.path} are not those that were searched any more (fingerprint "
+                f"{began}, but now {now}); give them back"
+            )
         known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
         same = known and opened.view.device == device
         name = "auto" if self.config.backend == "triton" and not same else self.config.backend
@@ -100,6 +116,7 @@ class Stage:
             self,
             view=opened.view,
             dtype=opened.dtype,
+            own_weights=opened.own_weights,
             ops=choose_ops(name, opened.view),
             rows=rows_per_forward(self.config, opened.view),
             costs=Costs(),
@@ -175,7 +192,7 @@ def set_stage(config: RunConfig, *, chooses: bool = True) -> Stage:
         windows_WT = evaluation_windows(
             held_out, config.data.window, max_windows=config.data.eval_tokens // config.data.window
         )
-    view, dtype, full = open_view(config, device, config.search.dtype)
+    view, dtype, full, own_weights = open_view(config, device, config.search.dtype)
     budget, limits = make_budget(config, view.space), make_limits(config)
     try_budget(config, budget, limits)
     workload = plan_work(config, view.space)
@@ -204,6 +221,7 @@ def set_stage(config: RunConfig, *, chooses: bool = True) -> Stage:
         rows=rows_per_forward(config, view),
         full_dtype=full,
         dtype=dtype,
+        own_weights=own_weights,
     )
 
 
@@ -222,6 +240,11 @@ def read_texts(config: RunConfig, tokenizer: Any, vocab_size: int) -> tuple[torc
     if own is not None:
         warn_of_known(config, stream, *own)
         return stream, *own
+    return cut_for_evaluation(config, stream)
+
+
+def cut_for_evaluation(config: RunConfig, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, str]:
+    """A stream as what to learn from and what to evaluate on, and the name of the latter."""
     cut = len(stream) * (10 - _HELD_OUT_TENTHS) // 10
     return stream[:cut], stream[cut:], f"{config.data.text}, last tenth"
 
