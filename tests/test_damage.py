@@ -95,10 +95,15 @@ def test_what_a_killed_process_left_of_a_folder_goes(tmp_path: Path) -> None:
     for folder in (left, other):
         folder.mkdir()
         (folder / "model.safetensors").write_bytes(b"half")
-    with pytest.raises(RunError, match="exists already"), saving.written_whole(tmp_path / "model") as first:
-        assert not left.exists()
-        with saving.written_whole(tmp_path / "model") as second:
-            assert first.is_dir() and second != first
+
+    def write_at_once() -> None:
+        with saving.written_whole(tmp_path / "model") as first:
+            assert not left.exists()
+            with saving.written_whole(tmp_path / "model") as second:
+                assert first.is_dir() and second != first
+
+    with pytest.raises(RunError, match="exists already"):
+        write_at_once()
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.part", "model"]
 
 

@@ -359,9 +359,9 @@ def test_a_finalist_that_cannot_be_repaired_loses(
     plans: list[KeepPlan] = []
     prefer = Workshop.prefer
 
-    def noted(self: Workshop, given: dict[str, KeepPlan]) -> Any:
+    def noted(self: Workshop, given: dict[str, KeepPlan], *more: Any) -> Any:
         plans.append(given["initial"])
-        return prefer(self, given)
+        return prefer(self, given, *more)
 
     monkeypatch.setattr(Workshop, "prefer", noted)
     monkeypatch.setattr(Repairer, "repair", failing)

@@ -119,7 +119,7 @@ def test_finalists_are_judged_by_what_repair_makes_of_them(
 ) -> None:
     asked: list[list[str]] = []
 
-    def prefer(workshop: Any, plans: dict[str, Any]) -> tuple[str, dict[str, float]]:
+    def prefer(workshop: Any, plans: dict[str, Any], path: Path) -> tuple[str, dict[str, float]]:
         asked.append(list(plans))
         return "initial", dict.fromkeys(plans, 1.0)
 
@@ -138,6 +138,33 @@ def test_finalists_are_judged_by_what_repair_makes_of_them(
     assert report["loss"]["unrepaired"] == pytest.approx(loss, rel=1e-6)
     assert learned.mask_U.equal(view.space.mask(plan))
     assert learned.select(config, config.budget.sparsity).equal(learned.mask_U)
+
+
+def test_a_finalist_is_repaired_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the run was interrupted after that, if the repair is the same; and it ends as if it had not been."""
+    given = repairing_by("ridge", "repair.judge_finalists=true")
+    whole = place.folder / "whole"
+    succeed(*place.prune(*given, out=whole))
+    finalists, tried = read_json(whole / "report.json")["repair"]["finalists"], list[str]()
+    judge = Workshop._loss_repaired
+
+    def once(self: Workshop, name: str, plan: KeepPlan) -> tuple[float, bool]:
+        if len(tried) % 2:  # the second one of each attempt
+            tried.append(name)
+            raise KeyboardInterrupt
+        tried.append(name)
+        return judge(self, name, plan)
+
+    monkeypatch.setattr(Workshop, "_loss_repaired", once)
+    assert len(finalists) > 2
+    assert run(*place.prune(*given)).code == 130
+    codes = [run("resume", str(place.out)).code for _ in list(finalists)[1:]]
+    assert codes[-1] == 0 and sorted(tried) == sorted([*finalists, *list(finalists)[1:]])
+    same_run(place.out, whole)
+    assert read_json(place.out / "report.json")["repair"]["finalists"] == finalists
+    tried.clear()
+    (place.out / "report.json").unlink()
+    assert run("resume", str(place.out), *settings("repair.ridges=[0.5]")).code == 130 and len(tried) == 2
 
 
 def test_nothing_is_kept_before_it_is_judged(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ checkpoints/           the newest two states
 learned.safetensors    what was learned of every unit
 costs.json             costs of forward passes where the run began, the rows of one, and the number format
 finals.safetensors     heats of the final choice, so far
+judged.json            what finalists lose once they are repaired, so far
 plan.json              what is kept
 plans/                 what would be kept at other sparsities
 model/                 the pruned model
@@ -41,9 +42,9 @@ CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.jso
 RECOVERY_CONFIG = "recover.yaml"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
-COSTS = "costs.json"
+COSTS, JUDGED = "costs.json", "judged.json"
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
-_OURS |= {COSTS}
+_OURS |= {COSTS, JUDGED}
 
 # What may change while a run is under way: where it runs, and where what it reads lies, which is told by fingerprints;
 # memory, checkpoints, what a loss does that is not finite, the repair, which comes last, and what is measured besides.
@@ -82,7 +83,7 @@ class RunFolder:
         self.model, self.report, self.picture = path / MODEL, path / REPORT, path / PICTURE
         self.checkpoints, self.initial = path / CHECKPOINTS, path / INITIAL
         self.learned, self.finals, self.plans = path / LEARNED, path / FINALS, path / PLANS
-        self.versions, self.costs = path / VERSIONS, path / COSTS
+        self.versions, self.costs, self.judged = path / VERSIONS, path / COSTS, path / JUDGED
         self._to_replace = self._config_written() if overwrite else None
 
     @property

@@ -224,7 +224,7 @@ def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, 
     figures = search_figures(stage, searched.dense_loss, searched.work, finals)
     full = stage.with_weights("same")
     workshop = Workshop.of_stage(full, searched.work.step)
-    judged = _judge_repaired(full, workshop, finals, searched.finalists)
+    judged = _judge_repaired(full, folder, workshop, finals, searched.finalists)
     learned = _write_kept(full, folder, searched)
     changed = int((metric.masks["initial"] != finals.mask_U).sum())
     losses = losses_by_metric(full, searched.dense_loss if full is stage else None, metric.masks)
@@ -260,7 +260,7 @@ def _write_kept(stage: Stage, folder: RunFolder, searched: _Searched) -> Learned
 
 
 def _judge_repaired(
-    stage: Stage, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
+    stage: Stage, folder: RunFolder, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Keep what is best after repair, if that is asked for."""
     if workshop is None or not stage.config.judges_finalists:
@@ -268,7 +268,8 @@ def _judge_repaired(
     rivals = {name: mask_U for name, mask_U in finalists.items() if name != finals.kept}
     others = {name: mask_U for name, mask_U in rivals.items() if not mask_U.equal(finals.mask_U)}
     masks = {finals.kept: finals.mask_U, **others}
-    best, losses = workshop.prefer({name: stage.view.space.plan(mask_U) for name, mask_U in masks.items()})
+    plans = {name: stage.view.space.plan(mask_U) for name, mask_U in masks.items()}
+    best, losses = workshop.prefer(plans, folder.judged)
     if best in others:
         finals.kept = best
         finals.mask_U = others[best]

@@ -5,22 +5,25 @@ the search, if some is; otherwise those that come after what the search reads or
 ones. None is of the text that the run is evaluated on.
 """
 
+import json
 import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.config import RunConfig
-from bernprune.data import TokenWindows
+from bernprune.data import TokenWindows, fingerprint
 from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.masking import choose_ops
+from bernprune.models.slicing import plan_hash
 from bernprune.models.view import ModelView, describe
 from bernprune.names import AUTO_REPAIRS, RepairName
 from bernprune.objective import masked_objective
@@ -34,6 +37,7 @@ from bernprune.run.workload import (
     judging_windows,
     repair_windows,
 )
+from bernprune.storage import write_json
 from bernprune.units import KeepPlan
 
 logger = logging.getLogger(__name__)
@@ -118,17 +122,43 @@ class Workshop:
         count = finalist_windows(view.architecture, windows_WT.shape[1], len(windows_WT))
         return replace(self.repairer, windows_WT=windows_WT[:count])
 
-    def prefer(self, plans: Mapping[str, KeepPlan]) -> tuple[str, dict[str, float | None]]:
+    def prefer(self, plans: Mapping[str, KeepPlan], path: Path | None = None) -> tuple[str, dict[str, float | None]]:
         """Which of several plans has the least loss once it is repaired, and the mean loss of each then.
 
         For ``auto`` the plainest of what it tries decides. The model is left as it was.
+
+        Args:
+            path: of a JSON file that holds the losses so far, as each may take long.
         """
-        losses = {name: self._loss_repaired(name, plan) for name, plan in plans.items()}
+        known, losses = _read_losses(path, self._judges), dict[str, float]()
+        for name, plan in plans.items():
+            number = plan_hash(plan)
+            if number in known:
+                losses[name] = known[number]
+                continue
+            losses[name], repaired = self._loss_repaired(name, plan)
+            if repaired and math.isfinite(losses[name]):  # with more memory, say, another could be repaired, too
+                known[number] = losses[name]
+                if path is not None:
+                    write_json(path, {**self._judges, "losses": known})
         return min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf), _finite(losses)
 
-    def _loss_repaired(self, name: str, plan: KeepPlan) -> float:
-        """Mean loss of a finalist after its repair. If it cannot be repaired, ``auto`` would leave it as it is; by a
-        method that was asked for it could not be had at all, and just loses."""
+    @property
+    def _judges(self) -> dict[str, Any]:
+        """What decides about the loss of a finalist, beside its plan and the model."""
+        quick = self.quick
+        return {
+            "method": self.method,
+            "target": quick.target,
+            "ridges": list(quick.ridges),
+            "biases": quick.biases,
+            "fitted": fingerprint(quick.windows_WT),
+            "judged": fingerprint(self.judging_WT),
+        }
+
+    def _loss_repaired(self, name: str, plan: KeepPlan) -> tuple[float, bool]:
+        """Mean loss of a finalist after its repair, and whether it was repaired. If it cannot be, ``auto`` would leave
+        it as it is; by a method that was asked for it could not be had at all, and just loses."""
         logger.info("repairing the finalist %r, to judge it", name)
         done = None
         try:
@@ -137,9 +167,9 @@ class Workshop:
             judged = "is judged as it is" if self.method == "auto" else "loses"
             logger.warning("the finalist %r %s, as it cannot be repaired: %s", name, judged, error)
             if self.method != "auto":
-                return math.inf
+                return math.inf, False
         try:  # out of the handler, in which an error holds on to what filled a GPU
-            return self.losses(plan).mean().item()
+            return self.losses(plan).mean().item(), done is not None
         finally:
             if done is not None:
                 done.undo()
@@ -253,6 +283,17 @@ def _shared_out(
         )
     first = max(fitted, min(learned, available - judging))
     return train.windows(0, fitted), train.windows(first, judging)
+
+
+def _read_losses(path: Path | None, judges: Mapping[str, Any]) -> dict[str, float]:
+    """Losses by plans' hashes, as stored; none if others judged there, or the file is damaged."""
+    try:
+        stored = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+        if all(stored[name] == value for name, value in judges.items()):
+            return {str(number): float(loss) for number, loss in stored["losses"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    return {}
 
 
 def _finite(losses: Mapping[str, float]) -> dict[str, float | None]:
