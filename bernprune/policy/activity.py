@@ -13,6 +13,11 @@ proportion where it is most active, and what it does to later tokens is not seen
 the channels of a layer, and is found from the estimates that count all tokens alike (``Calibration``), which are
 noisier, but right on average. The activity is taken from one pass over the text under the current selection.
 
+Rounds weigh by variances that are found from the same windows, and are larger where effects happen to be: over many
+rounds worths come out somewhat nearer to zero than they are, and deviations too small. In a toy world of short windows
+it was a tenth of the worths, and a third of the deviations; weights that do not follow the windows had no such bias,
+and twice the error.
+
 Letters: B windows, K masks, C chunks, T tokens, N channels, L layers.
 """
 
