@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from bernprune.errors import ConfigError, ModelError
 from bernprune.models.view import describe
 from bernprune.run.checkpoint import read_state
 from bernprune.run.initial import check_scores, check_scoring, scoring_sequences
-from bernprune.scores import SCORES, Options, initial_scores, metric_named
+from bernprune.scores import SCORES, LayerPass, Metric, Options, by_layer, initial_scores, metric_named
 from bernprune.scores.fusion import group_ranks
 from bernprune.settings import absolute
 
@@ -288,3 +289,15 @@ def test_a_power_of_costs_means_nothing_to_a_file(tmp_path: Path) -> None:
     check_scores(make_config({"initial": {"score": "fused", "members": "flap,magnitude", "cost_power": 0.5}}))
     with pytest.raises(ConfigError, match="score 'flap' is standardised"):
         check_scores(make_config({"initial": {"score": "magnitude", "also": "flap", "cost_power": 0.5}}))
+
+
+def test_a_metric_of_layers_runs_each_once() -> None:
+    """One that asks for more would look at the next layer."""
+
+    def twice(at: LayerPass) -> Any:
+        at.moments(("down",))
+        return at.moments(("output",))
+
+    metric = Metric("twice", "", "", by_layer(twice))
+    with pytest.raises(ConfigError, match="runs each once"):
+        initial_scores(describe(tiny_model("llama")), random_tokens(3), metric)

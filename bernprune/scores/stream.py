@@ -6,6 +6,7 @@ the FFN down projection. A metric may score the columns of such a weight; units 
 Letters: D, E output and input width of a projection, U units.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,9 +119,16 @@ def by_layer(score: LayerScore) -> Callable[[Context], torch.Tensor]:
         view, rows = context.view, context.rows_per_forward
         stream = LayerStream(view, context.windows_WT, rows_per_forward=rows)
         scores_U = torch.zeros(view.space.size, dtype=torch.float64)
+        pruned = context.options.pruned_inputs
+
+        def go_through(index: int) -> None:
+            if stream.index != index:
+                raise ConfigError("a metric of layers runs each once: hook all that it looks at, and then run it")
+            stream.advance()
+
         for index in followed(range(len(view.layers)), "score", unit="layer"):
-            pruned = context.options.pruned_inputs
-            fill(view, index, score(LayerPass(context, index, stream.run if pruned else stream.advance)), scores_U)
+            at = LayerPass(context, index, stream.run if pruned else functools.partial(go_through, index))
+            fill(view, index, score(at), scores_U)
             if pruned:
                 _advance_pruned(context, stream, scores_U)
             elif stream.index == index:  # it looked at no activations
