@@ -256,19 +256,24 @@ def compared(found: dict[str, Any]) -> str:
     titles += "  against the first" * first_and_others
     lines = [f"{'':<{wide}}{titles}"]
     for group in groups:
-        perplexity = None if group["loss"] is None else math.exp(group["loss"])
         figures = (
-            f"{group['removed']:>9.2%}{_with_spread(group['loss'], group['deviation']):>18}{shown(perplexity):>12}"
-            f"{group['sequences']:>10,}{group['in_all']:>10,}"
+            f"{group['removed']:>9.2%}{_with_spread(group['loss'], group['deviation']):>18}"
+            f"{shown(group['perplexity']):>12}{group['sequences']:>10,}{group['in_all']:>10,}"
         )
         against = "" if group is groups[0] else f"  {_against(group['against'])}"
         lines.append(f"{_group_name(group):<{wide}}{figures}{against}")
     notes = ["against      mean difference of the losses of runs with the same seed, with its standard error"]
+    members = [
+        ", ".join(f"{run} (seed {seed})" for run, seed in zip(group["runs"], group["seeds"], strict=True))
+        for group in groups
+    ]
     return "\n".join(
         [
             *lines,
             "",
+            *(f"runs         {runs}" for runs in members),
             *(f"settings     {_group_name(group)}: {_named(group['settings'])}" for group in groups[1:]),
+            "removed      of the prunable block parameters",
             f"loss         nats per token, with its standard deviation over seeds; dense {shown(found['dense'], 4)}; "
             f"{protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens",
             *notes[:first_and_others],
@@ -282,17 +287,16 @@ def _group_name(group: dict[str, Any]) -> str:
     return group["runs"][0] + (f" and {others} other{'s' * (others > 1)}" if others else "")
 
 
-def _with_spread(mean: float | None, spread: float | None) -> str:
-    return shown(mean, 4) + ("" if spread is None else f" ± {spread:.4f}")
+def _with_spread(mean: float, spread: float | None) -> str:
+    return f"{mean:.4f}" + ("" if spread is None else f" ± {spread:.4f}")
 
 
 def _against(found: dict[str, Any] | None) -> str:
     if found is None:
         return "no seed in common"
-    if found["difference"] is None:
-        return "not finite"
     spread, seeds = "" if found["error"] is None else f" ± {found['error']:.4f}", len(found["seeds"])
-    return f"{found['difference']:+.4f}{spread}, better in {found['better']} of {seeds} seed{'s' * (seeds > 1)}"
+    equal = f", equal in {found['equal']}" if found["equal"] else ""
+    return f"{found['difference']:+.4f}{spread}, better in {found['better']} of {seeds} seed{'s' * (seeds > 1)}{equal}"
 
 
 def _named(settings: dict[str, Any]) -> str:

@@ -7,15 +7,18 @@ have: runs of the same seed draw the same text and the same numbers, so much of 
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import RunError
+from bernprune.evaluation.perplexity import perplexity
+from bernprune.names import place_of
 from bernprune.run.folder import open_run
-from bernprune.run.origin import INPUTS, versions
+from bernprune.run.origin import CHANGED, versions
+from bernprune.scores.files import SUFFIX
 from bernprune.settings import flat, without
 
 # What decides where, how fast and with how much memory a run works, and what it measures besides; and what
@@ -39,6 +42,7 @@ _NO_MATTER = (
     "backend",
 )
 _PROTOCOL = ("text_sha256", "window", "windows", "tokens")
+_VERSION = "bernprune"  # which may compute something else
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,10 @@ class _Run:
     """A finished run.
 
     Attributes:
-        settings: what matters, by dotted names; of texts, files of scores and code their fingerprints.
+        settings: what matters, by dotted names, with fingerprints of texts, files of scores and code in their place.
+        shown: the same as they were given.
         began: libraries, machine and fingerprints that it began with.
-        loss: of what was saved, nats per token; infinite if it is not finite.
+        loss: of what was saved, nats per token.
         sequences: that the search ran forward.
         in_all: the same of the whole run.
     """
@@ -56,10 +61,11 @@ class _Run:
     path: Path
     config: RunConfig
     settings: dict[str, Any]
+    shown: dict[str, Any]
     began: dict[str, str]
     weights: str
     protocol: dict[str, Any]
-    dense: float | None
+    dense: float
     loss: float
     removed: float
     sequences: int
@@ -70,13 +76,14 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
     """What finished runs of one model, judged on one text, came to: a group for each configuration, over its seeds.
 
     Returns:
-        ``protocol`` of all losses, and the ``dense`` one; ``unlike``, libraries or machines that differ, by name; and
-        ``groups`` in the order given, each with its ``runs``, ``seeds``, and ``settings`` that are others than the
-        first group's; means over the runs: the share ``removed``, ``loss`` (its ``deviation`` None of a single run),
-        the ``sequences`` of the search and of the whole run (``in_all``); and ``against`` the first group over the
-        ``seeds`` that both have: mean ``difference`` of losses, its standard ``error`` (None of a single one), and how
-        many were ``better``; None for the first group, or without such seeds. A loss that is not finite makes what
-        follows from it None.
+        ``protocol`` of all losses, and the ``dense`` one; ``unlike``, what else differs and should not, by name:
+        libraries and machines, and what runs of one group searched; and ``groups`` in the
+        order given, each with its ``runs`` and their ``seeds``, and ``settings`` that are others than the first
+        group's; means over the runs: the share of the prunable parameters that is ``removed``, ``loss`` (its
+        ``deviation`` None of a single run) and its ``perplexity``, the ``sequences`` of the search and of the whole run
+        (``in_all``); and ``against`` the first group over the ``seeds`` that both have: mean ``difference`` of losses,
+        its standard ``error`` (None of a single one), and how many were ``better`` and ``equal``; None for the first
+        group, or without such seeds.
 
     Raises:
         RunError: no run, one that is not finished, damaged, or given twice; or runs of other weights than the first, or
@@ -97,11 +104,12 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
             )
         group[run.config.seed] = run
     first = next(iter(groups.values()))
+    told = [_told(group, None if group is first else first) for group in groups.values()]
     return {
         "protocol": runs[0].protocol,
         "dense": runs[0].dense,
-        "unlike": _unlike(runs),
-        "groups": [_told(group, None if group is first else first) for group in groups.values()],
+        "unlike": _unlike(runs) | _searched_unlike(groups.values()),
+        "groups": told,
     }
 
 
@@ -113,32 +121,45 @@ def _read(path: Path) -> _Run:
     config = folder.read_config()
     try:
         began, report = (json.loads(file.read_text(encoding="utf-8")) for file in (folder.versions, folder.report))
-        read = {"data.text": began["text"], "score files": began.get("scores")}
-        code = {name: digest for name, digest in began.items() if name not in {*INPUTS, *versions(), "machine"}}
-        settings = flat(without(config.to_dict(), _NO_MATTER)) | read | code
+        shown = flat(without(config.to_dict(), _NO_MATTER))
+        shown |= {_VERSION: began[_VERSION], "search.dtype": report["search"]["dtype"]}
         return _Run(
             path,
             config,
-            settings,
+            {name: _by_content(name, value, began) for name, value in shown.items()},
+            shown,
             began,
             weights=began["weights"],
             protocol=report["protocol"],
-            dense=report["loss"]["dense"],
-            loss=math.inf if report["loss"]["pruned"] is None else float(report["loss"]["pruned"]),
+            dense=float(report["loss"]["dense"]),
+            loss=float(report["loss"]["pruned"]),
             removed=report["sparsity"]["block_parameters"],
             sequences=report["search"]["sequences"],
             in_all=sum(report["windows_run"].values()),
         )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise RunError(f"the run in {path} is damaged: {type(error).__name__}: {error}") from None
+    except KeyError as error:
+        raise RunError(f"the run in {path} is damaged, or of another version: it does not say {error}") from None
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise RunError(f"the run in {path} is damaged: {error}") from None
+
+
+def _by_content(name: str, value: Any, began: Mapping[str, str]) -> Any:
+    """A setting with the fingerprint of what it names in its place, wherever that lies."""
+    if name == "data.text":
+        return began["text"]
+    if isinstance(value, list):
+        return [_by_content(name, each, began) for each in value]
+    if isinstance(value, str) and (place := place_of(value)):
+        return f"{began[place[0]]}:{place[1]}"
+    return began["scores"] if isinstance(value, str) and value.endswith(SUFFIX) else value
 
 
 def _check_alike(first: _Run, run: _Run) -> None:
     """Raises ``RunError`` if their losses do not compare."""
     if run.weights != first.weights:
         raise RunError(
-            f"{first.path} and {run.path} pruned different models: {first.config.model.path} (fingerprint "
-            f"{first.weights}) and {run.config.model.path} ({run.weights})"
+            f"{first.path} and {run.path} pruned different models, or one in other number formats: "
+            f"{first.config.model.path} (fingerprint {first.weights}) and {run.config.model.path} ({run.weights})"
         )
     judged = [{name: each.protocol.get(name) for name in _PROTOCOL} for each in (first, run)]
     if judged[0] != judged[1]:
@@ -150,19 +171,34 @@ def _check_alike(first: _Run, run: _Run) -> None:
 
 
 def _unlike(runs: Sequence[_Run]) -> dict[str, list[str]]:
-    """Libraries and machines that are not the same everywhere."""
-    found = {name: sorted({run.began.get(name, "unknown") for run in runs}) for name in (*versions(), "machine")}
-    return {name: values for name, values in found.items() if len(values) > 1}
+    """Libraries and machines that are not the same everywhere, or were not all through a run."""
+    names = [name for name in (*versions(), "machine") if name != _VERSION]
+    found = {name: sorted({run.began.get(name, "unknown") for run in runs}) for name in names}
+    changed = [f"{run.path} began with {run.began[CHANGED]}" for run in runs if CHANGED in run.began]
+    return {name: values for name, values in found.items() if len(values) > 1} | ({CHANGED: changed} if changed else {})
+
+
+def _searched_unlike(groups: Iterable[Mapping[int, _Run]]) -> dict[str, list[str]]:
+    """What the runs of a group searched, where that differs."""
+    found = dict[str, list[str]]()
+    for group in groups:
+        searched = {run.sequences for run in group.values()}
+        if len(searched) > 1:  # ended early, or by a limit of time
+            name = f"searched in {next(iter(group.values())).path} and others"
+            found[name] = [f"{sequences:,}" for sequences in sorted(searched)]
+    return found
 
 
 def _told(group: Mapping[int, _Run], first: Mapping[int, _Run] | None) -> dict[str, Any]:
     runs = list(group.values())
+    losses = _mean_and("deviation", "loss", [run.loss for run in runs])
     return {
         "runs": [str(run.path) for run in runs],
-        "seeds": sorted(group),
+        "seeds": list(group),
         "settings": {} if first is None else _other_settings(runs[0], next(iter(first.values()))),
         "removed": statistics.fmean(run.removed for run in runs),
-        **_mean_and("deviation", "loss", [run.loss for run in runs]),
+        **losses,
+        "perplexity": perplexity(losses["loss"]),
         "sequences": round(statistics.fmean(run.sequences for run in runs)),
         "in_all": round(statistics.fmean(run.in_all for run in runs)),
         "against": None if first is None else _against(group, first),
@@ -178,25 +214,28 @@ def _against(group: Mapping[int, _Run], first: Mapping[int, _Run]) -> dict[str, 
     found = _mean_and("error", "difference", differences)
     if found["error"] is not None:
         found["error"] /= math.sqrt(len(seeds))
-    return {"seeds": seeds, **found, "better": sum(difference < 0 for difference in differences)}
+    better, equal = (sum(map(test, differences)) for test in ((0.0).__gt__, (0.0).__eq__))
+    return {"seeds": seeds, **found, "better": better, "equal": equal}
 
 
-def _mean_and(spread: str, what: str, values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation, by their names; None where a value is not finite, or one alone has no deviation."""
-    if not all(map(math.isfinite, values)):
-        return {what: None, spread: None}
+def _mean_and(spread: str, what: str, values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation, by their names; of one alone no deviation is known."""
     return {what: statistics.fmean(values), spread: statistics.stdev(values) if len(values) > 1 else None}
 
 
 def _other_settings(run: _Run, first: _Run) -> dict[str, Any]:
-    """Settings of a run that are others than the first one's. What follows from its preset goes without saying."""
-    known = run.settings.keys() & first.settings.keys()  # code that the first does not take has a setting that names it
-    said = {"preset"} | _beside_preset(run) | _beside_preset(first)
-    told = {name: run.settings[name] for name in sorted(known & said) if run.settings[name] != first.settings[name]}
-    return told | ({"data.text": run.config.data.text} if "data.text" in told else {})
-
-
-def _beside_preset(run: _Run) -> set[str]:
-    """Settings that do not follow from the preset."""
-    preset = flat(make_config({"preset": run.config.preset}).to_dict())
-    return {name for name, value in run.settings.items() if preset.get(name, ...) != value}
+    """Settings of a run that are others than the first one's, or than its preset says; what follows from the two
+    presets goes without saying."""
+    mine, theirs = (flat(make_config({"preset": each.config.preset}).to_dict()) for each in (run, first))
+    told = dict[str, Any]()
+    for name, value in run.shown.items():
+        differs = run.settings[name] != first.settings[name]
+        if name in mine and name != "preset":
+            as_preset = (value, first.shown[name]) == (mine[name], theirs[name])
+            told_by_preset = mine[name] != theirs[name]
+            shown = not as_preset and (differs or told_by_preset)
+        else:
+            shown = differs
+        if shown:
+            told[name] = f"{value} with other contents" if differs and value == first.shown[name] else value
+    return told

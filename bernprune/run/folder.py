@@ -32,17 +32,16 @@ import yaml
 
 from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
-from bernprune.run.origin import INPUTS, changed_versions, origin_of, versions
+from bernprune.run.origin import CHANGED, INPUTS, changed_versions, origin_of, versions
 from bernprune.settings import difference, read_yaml, without
 from bernprune.storage import sync, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
 CONFIG, METRICS, PLAN, MODEL, REPORT = "config.yaml", "metrics.jsonl", "plan.json", "model", "report.json"
-RECOVERY_CONFIG = "recover.yaml"
+RECOVERY_CONFIG, COSTS, JUDGED = "recover.yaml", "costs.json", "judged.json"
 CHECKPOINTS, INITIAL, PICTURE, LOCK = "checkpoints", "initial.safetensors", "report.png", ".lock"
 LEARNED, FINALS, PLANS, VERSIONS = "learned.safetensors", "finals.safetensors", "plans", "versions.json"
-COSTS, JUDGED = "costs.json", "judged.json"
 _OURS = {CONFIG, METRICS, PLAN, MODEL, REPORT, CHECKPOINTS, INITIAL, PICTURE, LOCK, LEARNED, FINALS, PLANS, VERSIONS}
 _OURS |= {COSTS, JUDGED}
 
@@ -243,6 +242,7 @@ class RunFolder:
         if not self.versions.is_file():  # it was killed as it began, and begins now
             write_json(self.versions, now | dict(inputs))
         if changed := changed_versions(self.began_with(), now):
+            write_json(self.versions, self.began_with() | {CHANGED: changed})
             logger.warning("the %s began with %s: it may not go on to the bit", self.WORK, changed)
 
     def began_with(self) -> dict[str, str]:

@@ -11,6 +11,8 @@ from bernprune.custom import digest_of
 from bernprune.evaluation.latency import machine
 from bernprune.run.methods import custom_places
 
+CHANGED = "changed on the way"  # beside the versions: in which others a run went on, if it did
+
 # Fingerprints beside the versions, and what to say where one has changed.
 INPUTS = {
     "weights": "the model's weights are not those",
