@@ -12,7 +12,7 @@ import torch
 from gguf_models import run_gguf
 from tiny_models import VARIANTS, Variant, random_plan, random_tokens, tiny_model
 from tiny_run import Place, run, succeed, tiny_tokenizer
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tolerances import LOGITS, assert_close
 from transformers import PreTrainedTokenizerFast
 
@@ -398,3 +398,29 @@ def test_a_run_is_exported(place: Place, tmp_path: Path, monkeypatch: pytest.Mon
     (out / "report.json").unlink()  # as in a run that was killed while its model was verified
     assert "is not finished" in run("export", str(out), str(tmp_path / "c.gguf")).err
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_what_opens_a_text_is_told() -> None:
+    """By what the tokenizer puts before it."""
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    values = vocabulary_of(tokenizer).values
+    assert [values[f"tokenizer.ggml.add_{which}_token"][0] for which in ("bos", "eos")] == [True, False]
+
+
+@pytest.mark.parametrize(("scheme", "prefix"), [("first", True), ("never", False)])
+def test_whether_a_space_comes_first_is_told(scheme: str, prefix: bool) -> None:
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    assert vocabulary_of(tokenizer).values["tokenizer.ggml.add_space_prefix"][0] is prefix
+
+
+def test_more_tokens_than_the_model_embeds_are_refused(tmp_path: Path) -> None:
+    words = vocabulary_of(tiny_tokenizer(VOCABULARY))
+    words.tokens.append("more")
+    words.types.append(NORMAL)
+    with pytest.raises(ModelError, match=f"has {VOCABULARY + 1} tokens, but the model embeds {VOCABULARY}"):
+        write_gguf(pruned(KNOWN[0]), words, tmp_path / "a.gguf", dtype="float32")

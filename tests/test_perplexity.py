@@ -20,7 +20,7 @@ from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError, ConfigError, DataError, LossError, ModelError
 from bernprune.evaluation import perplexity as module
 from bernprune.evaluation.latency import latency, machine
-from bernprune.evaluation.perplexity import Protocol, check_window, evaluate, mean_loss
+from bernprune.evaluation.perplexity import Protocol, check_window, evaluate, mean_loss, perplexity
 from bernprune.models.architecture import architecture_of
 from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.slicing import slice_model
@@ -258,3 +258,7 @@ def test_a_model_that_takes_long_is_timed_less_often(
     model = clocked(monkeypatch, [1e3 * seconds] * 11)
     found = latency(model, random_tokens(1, 3), repeats=9, warmup=2)
     assert (found.repeats, found.median_ms) == (repeats, 1e3 * seconds)
+
+
+def test_a_perplexity_is_a_number_whatever_the_loss() -> None:
+    assert json.loads(json.dumps(perplexity(1e6), allow_nan=False)) > 1e308

@@ -358,3 +358,19 @@ def test_a_state_of_other_adapters_is_refused() -> None:
     state["adapters"] = {name: value[:1] for name, value in state["adapters"].items()}
     with pytest.raises(RunError, match="written for other adapters"):
         pupil().training.load_state_dict(state)
+
+
+def test_the_rate_rises_from_the_first_step_on() -> None:
+    """Which is not lost on a rate of zero."""
+    assert pupil(tokens=100 * 4 * WINDOW, warmup=0.1).training.learning_rate(0) == pytest.approx(0.02 / 10, rel=1e-2)
+
+
+def test_held_out_windows_count_alike_however_they_are_run() -> None:
+    """Three of them, two in a pass."""
+    judged_WT = text(seed=1).view(-1, WINDOW)[:3]
+    few, many = (pupil(held_out=judged_WT, rows=rows).training.evaluate() for rows in (2, 4))
+    assert few == pytest.approx(many, rel=1e-6)
+
+
+def test_the_usual_training_is_judged_twenty_times() -> None:
+    assert pupil(tokens=100 * 4 * WINDOW, evaluate_steps=None).training._every == 5

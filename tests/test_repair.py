@@ -17,14 +17,14 @@ from bernprune.models.architecture import architecture_of
 from bernprune.models.hooks import hooked
 from bernprune.models.saving import save_pruned
 from bernprune.models.slicing import slice_model
-from bernprune.models.statistics import weights_by_stream
+from bernprune.models.statistics import Gram, weights_by_stream
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
 from bernprune.repair import Repairer, fitting, weights
 from bernprune.repair.closed import Linear, compensated, reconstructed, reformed, rescaled
 from bernprune.repair.moments import Moments
-from bernprune.repair.needs import needed_windows
+from bernprune.repair.needs import check_biases, needed_windows
 from bernprune.repair.pairs import Pair
 from bernprune.repair.places import places
 from bernprune.repair.weights import Weights, put
@@ -832,3 +832,62 @@ def test_few_windows_are_divided_into_some_to_fit_on_and_one_to_check(count: int
 def test_an_error_that_is_no_number_is_never_the_least() -> None:
     moments, _, _, dense = sample()
     assert moments.error(torch.full_like(dense.weight_DA, math.nan), None) == math.inf
+
+
+# Biases and number formats
+
+
+def means_of_first(view: ModelView, index: int) -> dict[str, torch.Tensor]:
+    """Mean outputs of a layer's q, k and v projections."""
+    found: dict[str, torch.Tensor] = {}
+    attention = view.layers[index].attention
+
+    def noting(name: str) -> Any:
+        return lambda module, inputs, output: found.__setitem__(name, output.flatten(0, 1).mean(0))
+
+    with (
+        torch.no_grad(),
+        hooked(*((getattr(attention, name), noting(name)) for name in ("q_proj", "k_proj", "v_proj"))),
+    ):
+        view.model(input_ids=random_tokens(200, 12), use_cache=False)
+    return found
+
+
+def test_first_projections_keep_their_means() -> None:
+    """Where they have biases, what is left of a projection gives on average what it gave in the dense model."""
+    view, dense = describe(tiny_model("qwen2")), describe(tiny_model("qwen2"))
+    plan = random_plan(view.architecture, 5)
+    done = Repairer(view, random_tokens(200, 12), ridges=(1e-3,)).repair(plan, "two-step")
+    assert done.layers[1]["attention"]["first"]["repair"] == "ridge"
+    found, wanted = means_of_first(view, 1), means_of_first(dense, 1)
+    rows = dict(zip(found, (rows for _, rows in places(view, plan, 1)[0].first), strict=True))
+    for name in found:
+        assert_close(found[name][rows[name]], wanted[name][rows[name]], 1e-9)
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}], ids=str)
+def test_half_of_the_biases_are_not_enough(changes: dict[str, bool]) -> None:
+    with pytest.raises(ConfigError, match="needs biases"):
+        check_biases(describe(tiny_model("llama", **changes)))
+
+
+def test_biases_of_the_model_are_fitted_too() -> None:
+    """They need not be added."""
+    view = describe(tiny_model("llama", attention_bias=True, mlp_bias=True))
+    before = [layer.down.bias.detach().clone() for layer in view.layers]
+    plan = KeepPlan(view.architecture, (LayerPlan((0, 2), tuple(range(9))),) * 4)
+    Repairer(view, random_tokens(200, 12), ridges=(1e-3,)).repair(plan, "ridge")
+    assert not any(layer.down.bias.equal(bias) for layer, bias in zip(view.layers, before, strict=True))
+
+
+def test_moments_of_short_numbers_are_summed_in_long_ones() -> None:
+    """Of bfloat16, as models are: those of the same numbers in float64."""
+    x_RTE = (3 + torch.randn(7, 50, 6, generator=torch.Generator().manual_seed(0))).bfloat16()
+    t_RTD = torch.randn(7, 50, 4, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact_NE, gram = x_RTE.double().flatten(0, 1), Gram(torch.nn.Linear(6, 4, dtype=torch.bfloat16))
+    gram.add(x_RTE)
+    moments = Moments(6, 4, CPU)
+    moments.add(x_RTE.flatten(0, 1), t_RTD.flatten(0, 1))
+    about_zero = moments.about(torch.zeros(6, dtype=torch.float64), torch.zeros(4, dtype=torch.float64))[0]
+    for found in (gram.mean_EE, about_zero):
+        assert_close(found, exact_NE.T @ exact_NE / len(exact_NE), 1e-6)

@@ -357,3 +357,13 @@ def test_auto_makes_do_with_little_text(place: Place, monkeypatch: pytest.Monkey
     )
     done = run(*place.prune("repair.method=auto", "repair.windows=4"))
     assert done.code == 0 and done.err.count("too short for repair") == 2 and set(tried) == {"scale"}
+
+
+def test_a_repair_that_raises_the_loss_is_told(
+    prepared: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was asked for by name, and is done."""
+    workshop, told = workshop_at(prepared), iter([1.0, 2.0])
+    monkeypatch.setattr(Workshop, "losses", lambda *_: torch.tensor([next(told)]))
+    workshop.repair(plans_of(workshop)["many"])
+    assert "raised the loss from 1.0000 to 2.0000" in caplog.text

@@ -55,7 +55,7 @@ from bernprune.models.view import count_parameters, describe
 from bernprune.objective import masked_objective
 from bernprune.policy.masks import Design
 from bernprune.report import table
-from bernprune.run import effort, finals, loop
+from bernprune.run import effort, finals, finishing, loop, reporting
 from bernprune.run import stage as stage_module
 from bernprune.run.checkpoint import read_state
 from bernprune.run.plans import Learned, read_plan
@@ -675,3 +675,48 @@ def test_a_real_model_gets_better_by_learning(given: tuple[str, ...], share: flo
     assert perplexities["dense"] < perplexities["pruned"] < share * perplexities["initial"]
     assert report["search"]["kept"] in ("learned", "widths")
     assert report["sparsity"]["achieved"] == pytest.approx(0.3, abs=0.001)
+
+
+# What is reported
+
+
+def test_each_row_is_of_its_own_mask(prepared: Place) -> None:
+    data = {"text": str(prepared.text), "window": WINDOW, "eval_tokens": 320}
+    stage = set_stage(make_config({"model": {"path": str(prepared.model)}, "data": data}))
+    masks = {
+        name: torch.rand(stage.view.space.size, generator=torch.Generator().manual_seed(seed)) < 0.7
+        for seed, name in enumerate(("uniform", "initial"))
+    }
+    found = reporting.losses_by_metric(stage, None, masks)
+    assert {name: reporting.mask_loss(stage, mask_U, "") for name, mask_U in masks.items()}.items() <= found.items()
+    assert len(set(found.values())) == 3
+
+
+def test_each_latency_is_of_its_own_model(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over as many rows, and as often, as was asked for."""
+    timed, latency = [], finishing.latency
+
+    def noted(model: Any, rows: Any, **given: Any) -> Any:
+        timed.append((count_parameters(model), len(rows), given))
+        return latency(model, rows, **given)
+
+    monkeypatch.setattr(finishing, "latency", noted)
+    given = ("initial.score=flap", "report.initial_latency=true", "report.latency_rows=3", "report.latency_repeats=4")
+    succeed(*place.prune(*given))
+    report = read_json(place.out / "report.json")
+    assert timed == [(report["parameters"][name], 3, {"repeats": 4}) for name in ("dense", "pruned", "initial")]
+    assert all((figure["rows"], figure["repeats"]) == (3, 4) for figure in report["latency"].values())
+
+
+def test_shares_and_counts_are_those_of_the_report(place: Place) -> None:
+    """As a run, ``apply`` and ``units`` print them."""
+    out = succeed(*place.prune("search.sequences=0")).out
+    report = read_json(place.out / "report.json")
+    assert f"{report['sparsity']['total_parameters']:.2%} of all parameters" in out
+    told, counts = succeed("apply", str(place.out / "plan.json"), str(place.model), "applied").out, report["parameters"]
+    assert f"{counts['dense']:,} before, {counts['pruned']:,} after" in told
+    units = succeed("units", str(place.model), *settings(f"data.window={WINDOW}")).out
+    rows = {line.split()[0]: line.split() for line in units.splitlines() if line.strip()}
+    shares = [float(rows[kind][4].rstrip("%")) for kind in ("channel", "kv_group")]
+    assert sum(shares) == pytest.approx(100, abs=0.2)
+    assert f"sparsity 0.3 removes {0.3 * counts['prunable'] / counts['dense']:.1%} of all" in units

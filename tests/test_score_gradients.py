@@ -12,6 +12,7 @@ from tolerances import CHAIN, EXACT, LOGITS, assert_close
 
 from bernprune.backends import load_backend
 from bernprune.errors import ConfigError, ModelError
+from bernprune.models.hooks import hooked
 from bernprune.models.view import ModelView, describe
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
@@ -356,3 +357,27 @@ def test_ifso_of_a_model_whose_units_give_nothing() -> None:
             for parameter in projection.parameters():
                 parameter.data.zero_()
     assert initial_scores(describe(model), WINDOWS_WT, SCORES["ifso"]).eq(0).all()
+
+
+def test_weights_of_kv_groups_count_by_what_enters_them() -> None:
+    """Queries, keys and values by the layer's inputs, the output projection by its own."""
+    model = biased()
+    view = describe(model)
+    context = context_of(view, pairs=2)
+    slopes, caught = _slopes(context), dict[str, torch.Tensor]()
+    layer = model.model.layers[2]
+
+    def noting(name: str) -> Any:
+        return lambda module, inputs, output: caught.__setitem__(name, inputs[0])
+
+    with torch.no_grad(), hooked(*((getattr(layer.self_attn, name), noting(name)) for name in ("q_proj", "o_proj"))):
+        model(input_ids=WINDOWS_WT)
+    norms = {name: x.flatten(0, 1).square().mean(0).sqrt() for name, x in caught.items()}
+    expected = torch.zeros(GROUPS, dtype=torch.float64)
+    for name in ("query", "key", "value", "output"):
+        weight_DE = layer.get_submodule(PATHS[name]).weight.detach()
+        gradient_DE = sum(slope * drawn.of(2, name, weight_DE).double() for drawn, slope in slopes)
+        parts_DE = weight_DE.abs() * gradient_DE.abs() * norms["o_proj" if name == "output" else "q_proj"]
+        expected += parts_DE.sum(0 if name == "output" else 1).view(GROUPS, -1).sum(1)
+    found_U = SCORES["mini-llm-weights"].run(context)
+    assert_close(found_U[view.space.span("kv_group", 2)], expected, 1e-5)

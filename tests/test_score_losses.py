@@ -10,6 +10,7 @@ from tolerances import assert_close
 
 from bernprune.backends import load_backend
 from bernprune.errors import ConfigError, ModelError
+from bernprune.models.hooks import hooked
 from bernprune.models.view import describe
 from bernprune.names import Kind
 from bernprune.objective import masked_objective
@@ -172,3 +173,20 @@ def test_blocks_go_one_by_one(granularity: tuple[Kind, ...]) -> None:
     assert rounds >= 1
     stated = SCORES["block-perplexity"].forwards(len(view.layers), options)
     assert stated / 3 < tried <= stated  # it is no more than half where layers go whole
+
+
+def test_errors_compare_between_layers() -> None:
+    """They are shares of what the layer hands on, token by token on average."""
+    model = tiny_model("llama")
+    view = describe(model)
+    found_U = initial_scores(view, WINDOWS_WT, SCORES["ifso-repaired"])
+    for index, layer in enumerate(view.layers):
+        seen: dict[str, torch.Tensor] = {}
+        inputs = (layer.down, lambda _, given, output, seen=seen: seen.__setitem__("x", given[0].flatten(0, 1)))
+        stream = (layer.layer, lambda _, given, output, seen=seen: seen.__setitem__("y", output.flatten(0, 1)))
+        with torch.no_grad(), hooked(inputs, stream):
+            model(input_ids=WINDOWS_WT, use_cache=False)
+        x_NF, y_ND = seen["x"], seen["y"]
+        _, repaired_F = errors(layer.down.weight.detach(), x_NF.T @ x_NF / len(x_NF), 19)
+        expected_F = repaired_F / y_ND.square().sum(1).mean()
+        assert_close(found_U[view.space.span("channel", index)], expected_F, 1e-9)

@@ -17,9 +17,10 @@ from bernprune.errors import ConfigError, ModelError
 from bernprune.models.masking import masked
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe
-from bernprune.names import Kind, ScoreName
+from bernprune.names import InfluenceName, Kind, ScoreName
 from bernprune.repair import Repairer
 from bernprune.scores import SCORES, Context, Metric, Options, Projection, initial_scores
+from bernprune.scores.distances import distance_of
 from bernprune.units import KINDS
 
 OPS = load_backend("torch", torch.device("cpu"))
@@ -442,3 +443,10 @@ def test_passes_are_those_that_are_stated(options: Options, expected: int) -> No
         initial_scores(view, WINDOWS_WT, SCORES[name], rows_per_forward=5, options=options)
         assert sorted(ran) == sorted(list(range(4)) * passes)
         assert SCORES[name].forwards(4, options) == passes
+
+
+@pytest.mark.parametrize("name", get_args(InfluenceName))
+def test_distances_of_short_numbers_are_summed_in_long_ones(name: InfluenceName) -> None:
+    x_ND = torch.randn(20, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    y_ND = (x_ND + 0.05 * torch.randn(20, 64, generator=torch.Generator().manual_seed(1))).bfloat16()
+    assert_close(distance_of(name)(x_ND, y_ND), distance_of(name)(x_ND.double(), y_ND.double()), 1e-3)

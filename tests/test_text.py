@@ -359,3 +359,9 @@ def test_real_files_are_read() -> None:
     [novel] = documents(shared("data/english-novels/train.txt.xz"), max_characters=100_000)
     assert len(novel) == 100_000
     assert novel.count(" the ") > 100
+
+
+def test_a_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("words")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_documents("~/a.txt", split="train") == ["words"]
