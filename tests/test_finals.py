@@ -652,8 +652,9 @@ def test_where_steps_led_is_forgotten_with_the_finalist(best: str, stage: Stage)
         config=make_config(merge(stage.config.to_dict(), {"repair": {"method": "bias", "judge_finalists": True}})),
     )
     made = Finals("learned", finalists["learned"], priorities_U=led_U)
-    workshop: Any = SimpleNamespace(prefer=lambda plans: (best, dict.fromkeys(plans, 1.0)))
-    assert pipeline._judge_repaired(stage, workshop, made, finalists)["finalists"].keys() == finalists.keys()
+    workshop: Any = SimpleNamespace(prefer=lambda plans, path: (best, dict.fromkeys(plans, 1.0)))
+    judged = pipeline._judge_repaired(stage, RunFolder(Path("out")), workshop, made, finalists)
+    assert judged["finalists"].keys() == finalists.keys()
     assert (made.kept, made.priorities_U is led_U) == (best, best == "learned")
     assert made.mask_U.equal(finalists[best])
 
