@@ -250,33 +250,30 @@ def selected(kept: dict[str, Any]) -> str:
 def compared(found: dict[str, Any]) -> str:
     """Groups of runs side by side, a line each, and what they differ in."""
     groups, protocol = found["groups"], found["protocol"]
-    first_and_others = len(groups) > 1
+    first, *others = groups
     wide = max(len(_group_name(group)) for group in groups)
     titles = f"{'removed':>9}{'loss':>18}{'perplexity':>12}{'searched':>10}{'in all':>10}"
-    titles += "  against the first" * first_and_others
+    titles += "  against the first" if others else ""
     lines = [f"{'':<{wide}}{titles}"]
     for group in groups:
         figures = (
             f"{group['removed']:>9.2%}{_with_spread(group['loss'], group['deviation']):>18}"
             f"{shown(group['perplexity']):>12}{group['sequences']:>10,}{group['in_all']:>10,}"
         )
-        against = "" if group is groups[0] else f"  {_against(group['against'])}"
+        against = "" if group is first else f"  {_against(group['against'])}"
         lines.append(f"{_group_name(group):<{wide}}{figures}{against}")
-    notes = ["against      mean difference of the losses of runs with the same seed, with its standard error"]
-    members = [
-        ", ".join(f"{run} (seed {seed})" for run, seed in zip(group["runs"], group["seeds"], strict=True))
-        for group in groups
-    ]
+    notes = [f"settings     {_group_name(group)}: {_named(group['settings'])}" for group in others]
+    if others:
+        notes.append("against      mean difference of the losses of runs with the same seed, with its standard error")
     return "\n".join(
         [
             *lines,
             "",
-            *(f"runs         {runs}" for runs in members),
-            *(f"settings     {_group_name(group)}: {_named(group['settings'])}" for group in groups[1:]),
+            *(f"runs         {_members(group)}" for group in groups),
+            *notes,
             "removed      of the prunable block parameters",
             f"loss         nats per token, with its standard deviation over seeds; dense {shown(found['dense'], 4)}; "
             f"{protocol['text']}: {protocol['windows']:,} windows of {protocol['window']} tokens",
-            *notes[:first_and_others],
             *(f"unlike       {name}: {', '.join(values)}" for name, values in found["unlike"].items()),
         ]
     )
@@ -285,6 +282,10 @@ def compared(found: dict[str, Any]) -> str:
 def _group_name(group: dict[str, Any]) -> str:
     others = len(group["runs"]) - 1
     return group["runs"][0] + (f" and {others} other{'s' * (others > 1)}" if others else "")
+
+
+def _members(group: dict[str, Any]) -> str:
+    return ", ".join(f"{run} (seed {seed})" for run, seed in zip(group["runs"], group["seeds"], strict=True))
 
 
 def _with_spread(mean: float, spread: float | None) -> str:

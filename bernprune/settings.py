@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise ConfigError(f"config file {path} must hold keys and values, but holds {str(data)[:80]!r}")
     try:
-        twice = _repeated([key for name, value in data.items() for key in _keys(_as_section(name, value))])
+        twice = _repeated([key for name, value in data.items() for key in flat(_as_section(name, value))])
     except RecursionError:
         raise ConfigError(f"config file {path} holds an alias of what it lies in") from None
     if twice is not None:
@@ -92,15 +92,6 @@ def _as_section(key: str, value: Any) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
-
-
-def _keys(data: Any, prefix: str = "") -> Iterator[str]:
-    """The dotted names of what nested data hold."""
-    if isinstance(data, dict) and data:
-        for name, value in data.items():
-            yield from _keys(value, f"{prefix}.{name}" if prefix else str(name))
-    else:
-        yield prefix
 
 
 def _repeated(values: Sequence[Any]) -> Any:
@@ -161,10 +152,11 @@ def without(settings: dict[str, Any], keys: Collection[str], prefix: str = "") -
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Nested settings by their dotted names; an empty section is a value."""
     found = dict[str, Any]()
     for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        within = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{key}.") if within else {f"{prefix}{key}": value}
     return found
 
 

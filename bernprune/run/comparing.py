@@ -77,13 +77,12 @@ def compare_runs(paths: Sequence[str | Path]) -> dict[str, Any]:
 
     Returns:
         ``protocol`` of all losses, and the ``dense`` one; ``unlike``, what else differs and should not, by name:
-        libraries and machines, and what runs of one group searched; and ``groups`` in the
-        order given, each with its ``runs`` and their ``seeds``, and ``settings`` that are others than the first
-        group's; means over the runs: the share of the prunable parameters that is ``removed``, ``loss`` (its
-        ``deviation`` None of a single run) and its ``perplexity``, the ``sequences`` of the search and of the whole run
-        (``in_all``); and ``against`` the first group over the ``seeds`` that both have: mean ``difference`` of losses,
-        its standard ``error`` (None of a single one), and how many were ``better`` and ``equal``; None for the first
-        group, or without such seeds.
+        libraries and machines, and what runs of one group searched; and ``groups`` in the order given, each with its
+        ``runs`` and their ``seeds``, and ``settings`` that are others than the first group's; means over the runs: the
+        share of the prunable parameters that is ``removed``, ``loss`` (its ``deviation`` None of a single run) and its
+        ``perplexity``, the ``sequences`` of the search and of the whole run (``in_all``); and ``against`` the first
+        group over the ``seeds`` that both have: mean ``difference`` of losses, its standard ``error`` (None of a single
+        one), and how many were ``better`` and ``equal``; None for the first group, or without such seeds.
 
     Raises:
         RunError: no run, one that is not finished, damaged, or given twice; or runs of other weights than the first, or
@@ -214,8 +213,8 @@ def _against(group: Mapping[int, _Run], first: Mapping[int, _Run]) -> dict[str, 
     found = _mean_and("error", "difference", differences)
     if found["error"] is not None:
         found["error"] /= math.sqrt(len(seeds))
-    better, equal = (sum(map(test, differences)) for test in ((0.0).__gt__, (0.0).__eq__))
-    return {"seeds": seeds, **found, "better": better, "equal": equal}
+    better = sum(difference < 0 for difference in differences)
+    return {"seeds": seeds, **found, "better": better, "equal": differences.count(0)}
 
 
 def _mean_and(spread: str, what: str, values: Sequence[float]) -> dict[str, Any]:
@@ -224,18 +223,13 @@ def _mean_and(spread: str, what: str, values: Sequence[float]) -> dict[str, Any]
 
 
 def _other_settings(run: _Run, first: _Run) -> dict[str, Any]:
-    """Settings of a run that are others than the first one's, or than its preset says; what follows from the two
-    presets goes without saying."""
-    mine, theirs = (flat(make_config({"preset": each.config.preset}).to_dict()) for each in (run, first))
+    """Settings of a run that are others than the first one's; what follows from the two presets goes without saying,
+    and what seems to, but does not, is said."""
+    presets = [flat(make_config({"preset": each.config.preset}).to_dict()) for each in (run, first)]
     told = dict[str, Any]()
     for name, value in run.shown.items():
-        differs = run.settings[name] != first.settings[name]
-        if name in mine and name != "preset":
-            as_preset = (value, first.shown[name]) == (mine[name], theirs[name])
-            told_by_preset = mine[name] != theirs[name]
-            shown = not as_preset and (differs or told_by_preset)
-        else:
-            shown = differs
-        if shown:
+        differs, expected = run.settings[name] != first.settings[name], [preset.get(name) for preset in presets]
+        by_presets = name != "preset" and expected[0] != expected[1]
+        if [value, first.shown[name]] != expected if by_presets else differs:
             told[name] = f"{value} with other contents" if differs and value == first.shown[name] else value
     return told

@@ -104,15 +104,10 @@ class Stage:
         device, began = self.view.device, self.weights
         release(self.view.model)
         opened = open_view(self.config, find_device(self.config.model.device), dtype, anywhere=True)
-        if (now := opened.own_weights or weights_fingerprint(opened.view.model)) != began:
-            raise ModelError(
-                f"the weights of {self.config.model.path} are not those that were searched any more (fingerprint "
-                f"{began}, but now {now}); give them back"
-            )
         known = not self.ops.dtypes or opened.view.model.dtype in self.ops.dtypes
         same = known and opened.view.device == device
         name = "auto" if self.config.backend == "triton" and not same else self.config.backend
-        return replace(
+        found = replace(
             self,
             view=opened.view,
             dtype=opened.dtype,
@@ -121,6 +116,12 @@ class Stage:
             rows=rows_per_forward(self.config, opened.view),
             costs=Costs(),
         )
+        if (now := found.weights) != began:
+            raise ModelError(
+                f"the weights of {self.config.model.path} are not those that were searched any more (fingerprint "
+                f"{began}, but now {now}); give them back"
+            )
+        return found
 
     @contextmanager
     def objective(
