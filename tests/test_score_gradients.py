@@ -106,6 +106,7 @@ def test_fused_listens_to_what_stands_out() -> None:
     assert_close(fused(fine_N, 50 * coarse_N), found, FLOAT32)
     assert_close(fused(50 * fine_N, coarse_N), 50 * found, FLOAT32)
     alike_N, told_N = torch.full((4,), 100.0), torch.tensor([1.0, 1.0, 3.0, 0.2])
+    assert fused(fine_N, torch.zeros(3)).isfinite().all(), "where nothing is coarse"
     for pair in ((alike_N, told_N), (told_N, alike_N)):
         assert fused(*pair).argmax() == 2
 

@@ -18,7 +18,7 @@ from bernprune.scores.taylor import WeightGradient, by_gradients
 def fused(fine_N: torch.Tensor, coarse_N: torch.Tensor) -> torch.Tensor:
     """a fine + (1 - a) coarse, both over their means, with a the softmax of these; times the mean of fine, ``[N]``."""
     pair_2N = torch.stack([fine_N, coarse_N])
-    pair_2N = pair_2N / pair_2N.mean(1, keepdim=True).clamp(min=1e-300)
+    pair_2N = pair_2N / pair_2N.mean(1, keepdim=True).clamp(min=torch.finfo(pair_2N.dtype).tiny)
     return (pair_2N.softmax(0) * pair_2N).sum(0) * fine_N.mean()
 
 
