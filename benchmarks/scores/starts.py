@@ -8,8 +8,8 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -70,7 +70,8 @@ def table(rows: Sequence[Row]) -> str:
     for (model, sparsity), found in sorted(places.items()):
         budgets = sorted({sequences for by_budget in found.values() for sequences in by_budget})
         titles = ["metric", *map(_title, budgets), "draws"]
-        lines += [f"## {model}, {sparsity:.0%} removed", "", f"| {' | '.join(titles)} |"]
+        lines += [f"## {model}, {sparsity:.0%} removed", "", _commits(found.values()), ""]
+        lines += [f"| {' | '.join(titles)} |"]
         lines += [f"| --- |{' ---: |' * (len(budgets) + 1)}"]
         for score, by_budget in sorted(found.items(), key=lambda item: _mean(item[1].get(budgets[-1], []))):
             cells = [_cell(by_budget.get(budget, [])) for budget in budgets]
@@ -78,6 +79,13 @@ def table(rows: Sequence[Row]) -> str:
             lines.append(f"| `{score}` | {' | '.join(cells)} | {draws} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _commits(found: Iterable[dict[int, list[Row]]]) -> str:
+    """How many rows are of which state of the code, the most first."""
+    rows = itertools.chain.from_iterable(itertools.chain.from_iterable(by_budget.values()) for by_budget in found)
+    counted = Counter(row["commit"][:7] for row in rows).most_common()
+    return f"Rows of commits {', '.join(f'{name} ({count})' for name, count in counted)}."
 
 
 def picture(rows: Sequence[Row]) -> bytes:
