@@ -249,6 +249,28 @@ def test_rows_at_once_change_nothing() -> None:
     assert_close(losses[2], losses[0], LOGITS[torch.float32])
 
 
+def test_large_gradients_are_clipped_and_their_norm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a norm of 1, in their direction; small ones stay."""
+    told, taken = [], []
+    for stretch in (0.1, 300.0):
+        training = pupil().training
+        loss, parameters = training._loss, training._parameters
+
+        def stretched(tokens_RT: torch.Tensor, loss: Any = loss, stretch: float = stretch) -> torch.Tensor:
+            return stretch * loss(tokens_RT)
+
+        def noted(parameters: list[torch.Tensor] = parameters) -> None:
+            taken.append(torch.cat([each.grad.flatten() for each in parameters if each.grad is not None]))
+
+        monkeypatch.setattr(training, "_loss", stretched)
+        monkeypatch.setattr(training._optimizer, "step", noted)
+        told.append(training.step()["gradient_norm"])
+    small, large = (gradient.norm().item() for gradient in taken)
+    assert told == pytest.approx([small, 3000 * small], rel=1e-4) and small < 1 < told[1]
+    assert large == pytest.approx(1, rel=1e-4)
+    assert_close(taken[1] / large, taken[0] / small, LOGITS[torch.float32])
+
+
 def test_steps_rise_and_fall() -> None:
     training = pupil(tokens=100 * 4 * WINDOW, warmup=0.1).training
     rates = [training.learning_rate(step) for step in range(100)]

@@ -21,7 +21,7 @@ from bernprune.models.statistics import Gram, weights_by_stream
 from bernprune.models.view import ModelView, describe
 from bernprune.names import RepairName
 from bernprune.objective import masked_objective
-from bernprune.repair import Repairer, fitting, weights
+from bernprune.repair import Repairer, clearly_better, fitting, weights
 from bernprune.repair.closed import Linear, compensated, reconstructed, reformed, rescaled
 from bernprune.repair.moments import Moments
 from bernprune.repair.needs import check_biases, needed_windows
@@ -341,8 +341,21 @@ def test_every_method_ends_in_one_loss(name: str, method: Any) -> None:
     assert done.method == method and len(done.layers) == 4
     masked = loss_of(view, plan)
     assert done.layers[1]["ffn"] is None and done.layers[2]["attention"] is None
-    assert all(branch["after"] <= branch["before"] for layer in done.layers for branch in layer.values() if branch)
+    branches = [branch for layer in done.layers for branch in layer.values() if branch]
+    changed = [branch for branch in branches if branch["repair"] != "none"]
+    assert changed and all((branch["after"] < branch["before"]) == (branch in changed) for branch in branches)
     assert masked == pytest.approx(plain_loss(slice_model(view.model, plan)), rel=1e-10)
+
+
+def test_better_is_by_more_than_a_standard_error_of_the_mean() -> None:
+    """Of differences on the same windows: that losses of different windows differ does not matter."""
+    noise_W = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(50)  # the mean is known to 0.1005
+    others_W = 3 + 100 * torch.arange(100, dtype=torch.float64)
+    for gain, better in [(0.11, True), (0.09, False), (0.0, False), (-0.11, False)]:
+        assert clearly_better(others_W - gain - noise_W, others_W) is better
+    broken_W = others_W.where(noise_W > 0, torch.nan)
+    assert clearly_better(others_W, broken_W) and not clearly_better(broken_W, others_W)
+    assert not clearly_better(broken_W, broken_W)
 
 
 def with_copies(model: Any) -> KeepPlan:
