@@ -107,6 +107,37 @@ def test_what_a_run_kept_is_recovered(
     assert loaded(input_ids=torch.arange(9)[None]).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("way", ["plain", "before the cut"])
+def test_what_is_asked_for_reaches_its_part(
+    way: str, place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeds of windows, adapters and masks, the scale of adapters, the format of weights, the kind of influence."""
+    found: list[tuple[str, Any]] = []
+
+    def watch(name: str, *told: str) -> None:
+        part = getattr(recovery_setup, name)
+
+        def made(*given: Any, **named: Any) -> Any:
+            found.extend((f"{name} {each}", named[each]) for each in told)
+            return part(*given, **named)
+
+        monkeypatch.setattr(recovery_setup, name, made)
+
+    watch("TokenWindows", "seed")
+    watch("Adapters", "scale", "seed")
+    watch("SampledMasks", "seed")
+    influence = recovery_setup.layer_influence
+    monkeypatch.setattr(
+        recovery_setup,
+        "layer_influence",
+        lambda context, kind: found.append((kind, context.view.model.dtype)) or influence(context, kind),
+    )
+    given = ("seed=7", "recover.scale=3.0", "initial.influence=mae", "model.dtype=bfloat16")
+    succeed(*recover(place, finished, *WAYS[way], *given))
+    expected = {"TokenWindows seed": 7, "Adapters scale": 3.0, "Adapters seed": 7, "mae": torch.bfloat16}
+    assert dict(found) == expected | ({"SampledMasks seed": 7} if way == "before the cut" else {})
+
+
 def test_biases_of_a_repair_go_where_the_cut_comes_after(place: Place) -> None:
     succeed(*place.prune("search.sequences=0", "repair.method=bias", "repair.biases=always", "repair.windows=16"))
     done = succeed(*recover(place, place.out, "recover.masks=policy"))
