@@ -195,7 +195,7 @@ class UnitSpace:
         """Parameters of each unit with all that lies in it, float64 ``[U]``."""
         return self.marginal(self.costs_U(), torch.ones(self.size, dtype=torch.float64))
 
-    @property
+    @functools.cached_property
     def nested(self) -> bool:
         """Whether some unit lies in another."""
         return bool((self.parents_U >= 0).any())

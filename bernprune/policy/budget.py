@@ -49,6 +49,11 @@ class Pool(_Limited):
 
     members_U: torch.Tensor
 
+    @functools.cached_property
+    def index(self) -> slice | torch.Tensor:
+        """Of the members, as what takes them fastest."""
+        return slice(None) if self.members_U.all() else self.members_U.nonzero()[:, 0]
+
 
 @dataclass(frozen=True)
 class Cap(_Limited):
@@ -182,7 +187,7 @@ class Budget:
         """``project`` without caps."""
         shifted = probs_U.clone()
         for pool in self.pools:
-            members, values = pool.members_U, probs_U[pool.members_U]
+            members, values = pool.index, probs_U[pool.index]
             low, high = values.min().item() - ceiling, values.max().item() - floor
 
             def clipped(shift: float, values: torch.Tensor = values) -> torch.Tensor:
@@ -217,7 +222,7 @@ class Budget:
         """``at_price`` without caps."""
         probs_U = torch.full_like(worth_U, ceiling)
         for pool in self.pools:
-            worth, deviation, costs = (values_U[pool.members_U] for values_U in (worth_U, deviation_U, costs_U))
+            worth, deviation, costs = (values_U[pool.index] for values_U in (worth_U, deviation_U, costs_U))
             low = ((worth - _SURE * deviation) / costs).min().item()
             high = ((worth + _SURE * deviation) / costs).max().item()
 
@@ -225,7 +230,7 @@ class Budget:
                 probs: torch.Tensor = torch.special.ndtr((worth - price * costs) / deviation)
                 return probs.clamp(floor, ceiling)
 
-            probs_U[pool.members_U] = kept(self._solve(kept, probs_U, pool, low, high))
+            probs_U[pool.index] = kept(self._solve(kept, probs_U, pool, low, high))
         return probs_U
 
     def project_published(self, probs_U: torch.Tensor, *, floor: float = 0.0, ceiling: float = 1.0) -> torch.Tensor:
@@ -240,16 +245,16 @@ class Budget:
             raise BudgetError(f"the published projection needs units that do not nest, but got {self.space.kinds}")
         shifted = probs_U.clone()
         for pool in self.pools:
-            members, values = pool.members_U, probs_U[pool.members_U]
+            members, values = pool.index, probs_U[pool.index]
             costs = self.costs_U[members] / self.costs_U[members].mean()
             high = max(0.0, ((values - floor) / costs).max().item())
 
             def clipped(shift: float, values: torch.Tensor = values, costs: torch.Tensor = costs) -> torch.Tensor:
                 return (values - shift * costs).clamp(floor, ceiling)
 
-            shifted[members] = clipped(0.0)
-            if self._pool_cost(shifted, pool) > pool.limit:
-                shifted[members] = clipped(self._solve(clipped, shifted, pool, 0.0, high))
+            as_is = clipped(0.0)
+            within = self._cost_of(pool, shifted)(as_is) <= pool.limit
+            shifted[members] = as_is if within else clipped(self._solve(clipped, shifted, pool, 0.0, high))
         return shifted
 
     def _within_caps(self, policy: Callable[[torch.Tensor], torch.Tensor], number: int = 0) -> torch.Tensor:
@@ -297,12 +302,12 @@ class Budget:
     def _cost_of(self, pool: Pool, probs_U: torch.Tensor) -> Callable[[torch.Tensor], float]:
         """What a pool costs, as a function of the probabilities of its members alone."""
         if not self.space.nested:
-            costs = self.costs_U[pool.members_U]
+            costs = self.costs_U[pool.index]
             return lambda values: torch.dot(costs, values).item()
         trial = probs_U.clone()
 
         def cost(values: torch.Tensor) -> float:
-            trial[pool.members_U] = values
+            trial[pool.index] = values
             return self._pool_cost(trial, pool)
 
         return cost

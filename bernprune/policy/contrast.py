@@ -20,11 +20,12 @@ def contrast(probs_U: torch.Tensor, design: Design, amplitude_U: torch.Tensor | 
     """
     contrast_U = torch.zeros_like(probs_U)
     for level, other, share in _level_pairs(design.masks) if design.swing else [(0, 0, 1.0)]:
-        own_U, other_U = probs_U + level * amplitude_U, probs_U + other * amplitude_U
-        both_U = own_U * other_U
+        own_U = probs_U + level * amplitude_U
+        told_U = own_U - own_U.square()
         if design.sampling == "antithetic":
-            both_U = _both_keep(own_U, other_U, design.masks)
-        contrast_U += share * (own_U - own_U.square() + own_U * other_U - both_U)
+            other_U = probs_U + other * amplitude_U
+            told_U += own_U * other_U - _both_keep(own_U, other_U, design.masks)
+        contrast_U += share * told_U
     return contrast_U.clamp(min=0)  # where a unit is settled, rounding may leave a trace
 
 

@@ -311,6 +311,8 @@ def some_rows(masks: MaskRows, index: Any) -> MaskRows:
 
 def amplitude(probs_U: torch.Tensor, design: Design, space: UnitSpace) -> torch.Tensor:
     """By how much keep probabilities differ from s where a group is kept more or less, ``[U]``; 0 but for channels."""
+    if not design.swing:
+        return torch.zeros_like(probs_U)
     return design.swing * probs_U * (1 - probs_U) * space.of_kind("channel")
 
 
