@@ -232,6 +232,28 @@ def test_caches_do_not_change_what_is_generated(variant: Variant) -> None:
     assert torch.equal(generated(model, tokens, cache_implementation="static"), expected)
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_speculative_decoding_generates_the_same(variant: Variant) -> None:
+    """Drafts that are refused are taken back from the cache, of a layer without attention too."""
+    model, _ = sliced(variant, without_attention=(1, 3), without_ffn=(2,))
+    repeating = random_tokens(1, 4).repeat(1, 3)
+    expected = generated(model, repeating, use_cache=False)
+    assert torch.equal(generated(model, repeating, prompt_lookup_num_tokens=2), expected)
+    assert torch.equal(generated(model, repeating, assistant_model=sliced(variant, **REMOVED)[0]), expected)
+
+
+@pytest.mark.parametrize("layers", [(1,), (3,), (1, 2, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_taken_back_from_a_cache_are_forgotten(family: str, layers: tuple[int, ...]) -> None:
+    model, _ = sliced(Variant(family, family), without_attention=layers)
+    tokens, cache = random_tokens(2, 6), DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=tokens[:, :5], past_key_values=cache)
+        cache.crop(-2)
+        result = model(input_ids=tokens[:, 3:], past_key_values=cache).logits
+    assert (result - logits_of(model, tokens)[:, 3:]).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("without_attention", [(2,), (2, 3), (1,)])
 def test_sliding_layers_may_lose_their_attention(without_attention: tuple[int, ...]) -> None:
     """Layers 2 and 3 slide: the mask of a type must not be sized by a cache that is never written."""

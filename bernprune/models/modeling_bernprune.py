@@ -20,6 +20,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
@@ -42,21 +43,40 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 
-class SkippedBlock(nn.Module):
-    """Stands where a layer had its attention or FFN; adds nothing to the residual and touches no cache.
+class SkippedFfn(nn.Module):
+    """Stands where a layer had its FFN; adds nothing to the residual."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A zero that broadcasts over ``hidden_states``."""
+        return hidden_states.new_zeros(())
+
+
+class SkippedHeads(nn.Module):
+    """Stands where a layer had its attention; adds nothing to the residual and has no attention weights to give.
 
     Its name avoids "Attention": transformers takes a module class so named for an attention of the file's own, and then
     refuses to switch the attention implementation of every model defined here.
     """
 
-    def __init__(self, *, gives_weights: bool) -> None:
+    def __init__(self, layer_idx: int, head_dim: int) -> None:
         super().__init__()
-        self.gives_weights = gives_weights
+        self.layer_idx, self.head_dim = layer_idx, head_dim
 
-    def forward(self, hidden_states: torch.Tensor, **_: Any) -> Any:
-        """A zero that broadcasts over ``hidden_states``; where attention was, with None for its weights."""
-        nothing = hidden_states.new_zeros(())
-        return (nothing, None) if self.gives_weights else nothing
+    def forward(
+        self, hidden_states: torch.Tensor, cache: Any = None, past_key_values: Any = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        """A zero that broadcasts over ``hidden_states`` ``[B, T, D]``, with None for the weights.
+
+        A cache that grows, named ``past_key_values`` by older transformers, is given the keys and values of no head,
+        ``[B, 0, T, head_dim]``: of an entry that was never written it could not take tokens back, as speculative
+        decoding does.
+        """
+        grows = cache if cache is not None else past_key_values
+        if isinstance(grows, DynamicCache):
+            batch, tokens, _hidden = hidden_states.shape
+            none = hidden_states.new_zeros((batch, 0, tokens, self.head_dim))
+            grows.update(none, none, self.layer_idx)
+        return hidden_states.new_zeros(()), None
 
 
 LAST_PROJECTIONS = {"attention": ("self_attn", "o_proj"), "mlp": ("mlp", "down_proj")}
@@ -74,9 +94,9 @@ def build_layer(layer_class: type[nn.Module], config: PreTrainedConfig, index: i
     layer = layer_class(view, index)
     skipped = getattr(view, "skip", ())
     if "attention" in skipped:
-        layer.self_attn, layer.input_layernorm = SkippedBlock(gives_weights=True), nn.Identity()
+        layer.self_attn, layer.input_layernorm = SkippedHeads(index, view.head_dim), nn.Identity()
     if "mlp" in skipped:
-        layer.mlp, layer.post_attention_layernorm = SkippedBlock(gives_weights=False), nn.Identity()
+        layer.mlp, layer.post_attention_layernorm = SkippedFfn(), nn.Identity()
     added = (getattr(config, "bernprune", None) or {}).get("added_biases")
     for block in added[index] if added else ():
         owner, name = (getattr(layer, LAST_PROJECTIONS[block][0]), LAST_PROJECTIONS[block][1])
