@@ -157,25 +157,31 @@ def layer_flops(model: Any) -> list[tuple[float, float]]:
     """FLOPs per token of each layer's attention and FFN, as torch counts them in a pass over one window.
 
     Eager attention computes the scores of all pairs of tokens, of which causality throws away half, and a window that
-    slides all that lie further back.
+    slides all that lie further back: those have no weight.
     """
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.zeros(1, WINDOW, dtype=torch.int64), use_cache=False)
+        result = model(input_ids=torch.zeros(1, WINDOW, dtype=torch.int64), use_cache=False, output_attentions=True)
     counted = []
     for index in range(len(model.model.layers)):
         attention, ffn = (
             {str(operation): flops for operation, flops in counter.get_flop_counts()[name].items()}
             for name in (f"{type(model).__name__}.model.layers.{index}.{block}" for block in ("self_attn", "mlp"))
         )
-        types, slides = getattr(model.config, "layer_types", None), getattr(model.config, "sliding_window", None)
-        window = slides if slides and (types is None or types[index] == "sliding_attention") else WINDOW
-        share = sum(min(token + 0.5, window) for token in range(WINDOW)) / WINDOW**2  # of a token itself, half
-        scores_and_values = attention.pop("aten.bmm") * share
+        weights_TT = result.attentions[index][0, 0]
+        # Of a token itself half counts, as long as the window leaves out nothing.
+        attended = weights_TT.count_nonzero() - weights_TT[:, 0].count_nonzero() / 2
+        scores_and_values = attention.pop("aten.bmm") * float(attended) / WINDOW**2
         counted.append(((sum(attention.values()) + scores_and_values) / WINDOW, sum(ffn.values()) / WINDOW))
     return counted
 
 
-@all_variants
+UNHEEDED = [  # fields of a config that say nothing to the attention of the family
+    Variant("llama-window", "llama", {"sliding_window": 7}),
+    Variant("mistral-types", "mistral", {"layer_types": ["full_attention"] * 4}),
+]
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, *UNHEEDED], ids=str)
 def test_flops_are_those_that_torch_counts(variant: Variant) -> None:
     """For every granularity the sum over units is what the blocks that can go, whole or in parts, compute."""
     model = variant.model(torch.float32)

@@ -20,6 +20,7 @@ import torch
 from bernprune.errors import ModelError, RunError
 from bernprune.export.vocabulary import Vocabulary
 from bernprune.models.architecture import part
+from bernprune.models.families import attention_window, family_of
 from bernprune.units import LayerShape
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -130,9 +131,9 @@ def _rope_type(config: Any) -> str:
 
 def context_length(config: Any) -> int:
     """As many tokens as llama.cpp runs as the model does, layers of which may attend to a window of so many alone."""
-    longest = int(config.max_position_embeddings)
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    return min(longest, getattr(config, "sliding_window", None) or longest) if slides else longest
+    family = family_of(config.model_type.removeprefix(_PREFIX))
+    windows = [attention_window(family, config, index) for index in range(config.num_hidden_layers)]
+    return min([int(config.max_position_embeddings), *(window for window in windows if window is not None)])
 
 
 def _add_sizes(writer: Any, model: Any) -> None:

@@ -9,13 +9,19 @@ takes for granted, as it cannot import the table.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 from bernprune.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Family:
-    """Attribute names, from the causal-LM model down to one layer's parts."""
+    """Attribute names, from the causal-LM model down to one layer's parts.
+
+    Attributes:
+        windowed: which layers attend to ``config.sliding_window`` tokens alone, if that is set: none, all, or those
+            that ``config.layer_types`` names. transformers heeds no other field in the attention of a family.
+    """
 
     decoder: str = "model"
     layers: str = "layers"
@@ -32,13 +38,14 @@ class Family:
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    windowed: Literal["none", "all", "typed"] = "none"
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "mistral": Family(windowed="all"),
+    "qwen2": Family(windowed="typed"),
+    "qwen3": Family(windowed="typed"),
 }
 
 
@@ -56,3 +63,11 @@ def family_of(model_type: str) -> Family:
             "(to add one, see the head of bernprune/models/families.py)"
         )
     return FAMILIES[model_type]
+
+
+def attention_window(family: Family, config: Any, index: int) -> int | None:
+    """As many tokens as one attends to at most in layer ``index``; None for all of them."""
+    if family.windowed == "none" or (family.windowed == "typed" and config.layer_types[index] != "sliding_attention"):
+        return None
+    window: int | None = config.sliding_window
+    return window

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.architecture import architecture_of, first_opaque
-from bernprune.models.families import Family, family_of
+from bernprune.models.families import Family, attention_window, family_of
 from bernprune.models.linear import is_plain
 from bernprune.names import Kind
 from bernprune.units import KINDS, Architecture, LayerShape, UnitGroup, UnitSpace
@@ -106,12 +106,12 @@ def describe(
     layers = tuple(
         _layer_view(module, family, shape) for module, shape in zip(modules, architecture.layers, strict=True)
     )
+    windows = [attention_window(family, model.config, index) for index in range(len(layers))]
+    attended = [_attended(window, sequence_length) for window in windows]
     groups = [
         group
         for index, layer in enumerate(layers)
-        for group in _groups(
-            index, layer, family, architecture, set(granularity), _attended(model.config, index, sequence_length)
-        )
+        for group in _groups(index, layer, family, architecture, set(granularity), attended[index])
     ]
     if not groups:
         raise ConfigError(f"granularity {list(granularity)} finds no unit: the first layer's attention always stays")
@@ -177,10 +177,9 @@ def count_parameters(*modules: nn.Module) -> int:
     return sum(counts.values())
 
 
-def _attended(config: Any, index: int, sequence_length: int) -> float:
-    """Tokens that one attends to in this layer, on average over so many."""
-    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if window is None or (types is not None and types[index] != "sliding_attention"):
+def _attended(window: int | None, sequence_length: int) -> float:
+    """Tokens that one attends to on average over so many, in a layer of this window."""
+    if window is None:
         return sequence_length / 2
     seen = min(window, sequence_length)
     return float(seen * (1 - seen / (2 * sequence_length)))
