@@ -179,6 +179,7 @@ class RunConfig(Section):
             ("budget.flops_window", flops, "for a budget that is not of flops"),
             ("budget.channel_multiple", channels, "without channel in the granularity"),
             ("search.swing", channels, "without channel in the granularity"),
+            ("search.seconds", self.search.sequences != 0, "for search.sequences 0"),
         ):
             if self._is_active(setting) and not meant:
                 raise ValueError(f"{setting} has no meaning {why}")

@@ -57,7 +57,7 @@ class Section(BaseModel):
         """Python gives half surrogates for bytes of a path that are not UTF-8; no file of ours could hold them."""
         texts = value if isinstance(value, (list, tuple)) else [value]
         if any("\ud800" <= character <= "\udfff" for text in texts if isinstance(text, str) for character in text):
-            raise ValueError("input should be UTF-8")
+            raise ValueError("input should be UTF-8 (or set PYTHONUTF8=1)")
         return value
 
     @field_validator("*", mode="before")

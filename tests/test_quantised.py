@@ -302,7 +302,7 @@ def test_what_torchao_cannot_quantise_is_an_error() -> None:
 def test_without_torchao_there_is_no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
     """And it is said how to get it."""
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ModelError, match=r"int8 weights need torchao.*pip install torchao"):
+    with pytest.raises(ModelError, match=r'int8 weights need torchao.*pip install ".\[quantised\]"'):
         shorten(tiny_model("llama", torch.float32), "int8")
 
 

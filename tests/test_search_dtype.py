@@ -189,7 +189,7 @@ def test_int8_without_torchao(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     monkeypatch.setattr(opening, "load_model", None)
     sentence = in_one_sentence(run(*place.prune("search.dtype=int8")))
-    assert "need torchao" in sentence and "pip install torchao" in sentence
+    assert "need torchao" in sentence and 'pip install ".[quantised]"' in sentence
     assert not place.out.exists()
 
 

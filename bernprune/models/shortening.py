@@ -32,7 +32,7 @@ def int8_quantiser() -> Any:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ModelError(
-            f"int8 weights need torchao, which cannot be imported ({error}); install it with: pip install torchao"
+            f'int8 weights need torchao, which cannot be imported ({error}); install it: pip install ".[quantised]"'
         ) from None
     return lambda module: quantize_(module, Int8WeightOnlyConfig())
 

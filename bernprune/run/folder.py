@@ -306,7 +306,7 @@ def check_writable(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raise RunError(f"output {str(path)!r} cannot be written: its name is not UTF-8") from None
+        raise RunError(f"output {str(path)!r} cannot be written: its name is not UTF-8 (or set PYTHONUTF8=1)") from None
     try:
         if path.exists() and not path.is_dir():
             raise RunError(f"output {path} is a file, but a folder is needed")
