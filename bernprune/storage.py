@@ -7,6 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+
+from bernprune.errors import RunError
+
 
 @contextmanager
 def written_file(path: Path) -> Iterator[Path]:
@@ -20,6 +24,20 @@ def written_file(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises ``RunError`` if what is done within fails to write; ``path`` is where it was to be."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # full disks reach us as either
+        raise RunError(f"{path} cannot be written: {reason(error)}") from error
+
+
+def reason(error: OSError | SafetensorError) -> str:
+    """The reason of a failure to write, in a few words."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
@@ -15,7 +14,8 @@ from bernprune.models.view import count_parameters
 from bernprune.run.folder import check_writable, no_empty_folders
 from bernprune.run.opening import check_family, open_model, open_tokenizer
 from bernprune.run.repairs import Workshop, repair_text
-from bernprune.run.verification import reason, save_and_verify
+from bernprune.run.verification import save_and_verify
+from bernprune.storage import writing
 from bernprune.units import KeepPlan
 
 
@@ -47,9 +47,6 @@ def apply_plan(config: RunConfig, plan: KeepPlan, out: str | Path) -> dict[str, 
     sliced = slice_model(model, plan)
     counts = {"dense_parameters": dense, "pruned_parameters": count_parameters(sliced)}
     tokens_BT = torch.arange(min(64, sliced.config.max_position_embeddings))[None] % sliced.config.vocab_size
-    try:
-        with no_empty_folders(out.parent):
-            verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{out} cannot be written: {reason(error)}") from error
+    with writing(out), no_empty_folders(out.parent):
+        verified = save_and_verify(sliced, tokenizer, out, plan, tokens_BT)
     return {**counts, "repair": record, **verified}

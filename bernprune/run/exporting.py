@@ -13,7 +13,7 @@ from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.view import count_parameters
 from bernprune.names import unknown
 from bernprune.run.folder import MODEL, REPORT, check_writable, no_empty_folders
-from bernprune.storage import written_file
+from bernprune.storage import writing, written_file
 
 SUFFIX = ".gguf"
 _CHECKED_TOKENS = 64
@@ -57,14 +57,11 @@ def export_gguf(
     model, tokenizer = load_model(folder), load_tokenizer(folder, trust_remote_code=trust_remote_code)
     words = vocabulary_of(tokenizer) if vocabulary is None else vocabulary_from(Path(vocabulary), gguf)
     tokens_T = torch.arange(min(_CHECKED_TOKENS, context_length(model.config))) % model.config.vocab_size
-    try:
-        with no_empty_folders(out.parent), written_file(_made(out)) as temporary:
-            architecture = write_gguf(model, words, temporary, dtype=dtype)
-            if model.num_parameters() <= _WIDENED:
-                model = model.float()
-            checked = check_gguf(temporary, model, tokenizer, tokens_T)
-    except OSError as error:
-        raise RunError(f"{out} cannot be written: {error}") from error
+    with writing(out), no_empty_folders(out.parent), written_file(_made(out)) as temporary:
+        architecture = write_gguf(model, words, temporary, dtype=dtype)
+        if model.num_parameters() <= _WIDENED:
+            model = model.float()
+        checked = check_gguf(temporary, model, tokenizer, tokens_T)
     return {
         "architecture": architecture,
         "parameters": count_parameters(model),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import torch
-from safetensors import SafetensorError
 
 from bernprune.config import RunConfig, changed_config, make_config
 from bernprune.costs import NEVER, Costs
@@ -45,10 +44,9 @@ from bernprune.run.reporting import (
 from bernprune.run.scoring import ByMetric, Start, take_start
 from bernprune.run.searches import make_search
 from bernprune.run.stage import Stage, set_stage
-from bernprune.run.verification import reason
 from bernprune.run.workload import Work
 from bernprune.settings import absolute, merge
-from bernprune.storage import write_bytes, write_json
+from bernprune.storage import write_bytes, write_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +82,17 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
     with folder.locked():
         continued = folder.check(config)  # another process may have been here meanwhile
         try:
-            began = _Began.read(folder) if continued else None
-            quick = quick_products(stage.view.device, *_formats(stage, began))
-            with quick, blaming(custom_places(config)):  # before the disk is blamed
-                Workshop.of_stage(stage)  # whether there is text enough
-                check_room(stage, folder)
-                stage = stage if began is None else began.stage(stage)
-                return _run(stage, folder, known=began is not None, continued=continued, finish=finish)
+            with writing(folder.path), blaming(custom_places(config)):  # before the disk is blamed
+                began = _Began.read(folder) if continued else None
+                with quick_products(stage.view.device, *_formats(stage, began)):
+                    Workshop.of_stage(stage)  # whether there is text enough
+                    check_room(stage, folder)
+                    stage = stage if began is None else began.stage(stage)
+                    return _run(stage, folder, known=began is not None, continued=continued, finish=finish)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and _NO_ROOM not in str(error):
                 raise
             raise RunError(f"the GPU's memory is full; {_how_to_need_less(folder, stage)}") from error
-        except (OSError, SafetensorError) as error:  # full disks reach us as either
-            raise RunError(f"{folder.path} cannot be written: {reason(error)}{_how_to_continue(folder)}") from error
         except BernpruneError as error:
             raise type(error)(f"{error}{_how_to_continue(folder)}") from error
 

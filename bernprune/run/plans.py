@@ -18,7 +18,7 @@ from bernprune.report import shown
 from bernprune.run.checkpoint import read_state, write_state
 from bernprune.run.folder import PLAN, RunFolder, open_run
 from bernprune.run.workload import check_budget, make_budget, make_limits
-from bernprune.storage import write_json
+from bernprune.storage import write_json, writing
 from bernprune.units import KeepPlan, UnitSpace
 
 logger = logging.getLogger(__name__)
@@ -118,10 +118,8 @@ def select_plan(out: str | Path, sparsity: float | str, *, nested: bool = False)
         raise RunError(f"{folder.learned} says what another run has learned: it does not fit {folder.plan}")
     mask_U = learned.select(config, share, nested=nested)
     plan = learned.space.plan(mask_U)
-    try:
+    with writing(folder.plans):
         path = write_plan(folder, share, plan, nested=nested)
-    except OSError as error:
-        raise RunError(f"{folder.plans} cannot be written: {error}") from error
     mask_U = learned.space.mask(plan)
     kept = {
         "removed": removed_share(learned.space, mask_U),

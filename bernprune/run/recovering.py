@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from bernprune.backends import find_device
 from bernprune.config import RunConfig, changed_config
@@ -37,9 +36,9 @@ from bernprune.run.origin import surroundings, versions
 from bernprune.run.plans import read_plan
 from bernprune.run.recovery_setup import Prepared, Source, kept_model, open_source, set_up
 from bernprune.run.signals import signals
-from bernprune.run.verification import reason, save_and_verify
+from bernprune.run.verification import save_and_verify
 from bernprune.settings import absolute, check_only, merge
-from bernprune.storage import sync_stream, write_json
+from bernprune.storage import sync_stream, write_json, writing
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +100,8 @@ def recover(
     with folder.locked(), bars(progress), quick_products(find_device(config.model.device), source.dtype):
         continued = folder.check(config)
         try:
-            return _recover(source, folder, continued=continued, finish=finish)
+            with writing(folder.path):
+                return _recover(source, folder, continued=continued, finish=finish)
         except LossError as error:
             anew = "; begin anew with --overwrite" if folder.unfinished else ""
             raise LossError(f"{error}{anew}") from error
@@ -110,8 +110,6 @@ def recover(
             raise RunError(
                 f"the GPU's memory is full; {way} by --set recover.rows=1 or recover.recompute=true"
             ) from error
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{out} cannot be written: {reason(error)}") from error
 
 
 def _finished_run(run: str | Path) -> RunFolder:

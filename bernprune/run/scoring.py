@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from bernprune.config import RunConfig
 from bernprune.custom import blaming, unchanging
@@ -28,11 +27,11 @@ from bernprune.run.initial import (
 )
 from bernprune.run.methods import custom_places
 from bernprune.run.stage import Stage, set_stage
-from bernprune.run.verification import reason
 from bernprune.scores import holds_scores, initial_scores, metric_named, write_scores
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
 from bernprune.scores.files import facts_of
+from bernprune.storage import writing
 from bernprune.units import UnitSpace
 
 _SCORED_TOKENS = 2048  # of one forward pass for a metric, which keeps float32 copies of activations
@@ -193,11 +192,9 @@ def score_model(config: RunConfig, out: str | Path | None = None) -> dict[str, A
     if out is not None:
         facts = {"score": name, "text": config.data.text, "seed": str(config.seed)}
         facts |= facts_of(metric_named(name), stage.view, config.model.path)
-        try:
+        with writing(out):
             out.parent.mkdir(parents=True, exist_ok=True)
             write_scores(out, space, scores_U, facts)
-        except (OSError, SafetensorError) as error:
-            raise RunError(f"{out} cannot be written: {reason(error)}") from error
     groups = [
         {
             "layer": group.layer,

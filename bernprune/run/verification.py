@@ -13,6 +13,7 @@ from bernprune.errors import LossError, RunError
 from bernprune.evaluation.perplexity import advice_on, first_not_finite
 from bernprune.models.products import plain_products
 from bernprune.models.saving import verify_saved, write_pruned, written_whole
+from bernprune.storage import reason
 from bernprune.units import KeepPlan
 
 # Largest difference of a logit between the model in memory and the saved folder, as a share of the largest logit, by
@@ -20,11 +21,6 @@ from bernprune.units import KeepPlan
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 _WINDOWS, _TOKENS = 2, 256  # of 128,000 words in 16 bits their logits take 131 MB
-
-
-def reason(error: OSError | SafetensorError) -> str:
-    """The reason of a failure to write, in a few words."""
-    return getattr(error, "strerror", None) or str(error)
 
 
 @torch.inference_mode()
