@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
     Raises:
         ConfigError: what is not of this form, or not allowed.
     """
-    nested: dict[str, Any] = {}
+    parsed: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
@@ -118,17 +118,14 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
             value = text if text.isspace() else _load(text)  # for YAML it is nothing, but rows may be joined by it
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {setting!r}: the value is not YAML: {' '.join(str(error).split())}") from None
-        nested = merge(nested, _as_section(key, value))
-    return nested
+        parsed = merge(parsed, _as_section(key, value))
+    return parsed
 
 
-def check_only(data: Mapping[str, Any], only: Sequence[str], within: str = "") -> None:
+def check_only(data: Mapping[str, Any], only: Sequence[str]) -> None:
     """Raises ``ConfigError`` if nested data hold another setting than these, or than those of these sections."""
-    for name, value in data.items():
-        key = f"{within}{name}"
-        if isinstance(value, Mapping) and not _among(key, only):
-            check_only(value, only, f"{key}.")
-        elif not _among(key, only):
+    for key in flat(data):
+        if not _among(key, only):
             raise ConfigError(f"setting {key!r} is not possible here; what can be set is {', '.join(only)}")
 
 
@@ -160,52 +157,53 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def difference(stored: dict[str, Any], given: dict[str, Any], prefix: str = "") -> str | None:
+def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | None:
     """The first setting of ``given`` that is another in ``stored``, in words."""
-    for key in given:
-        mine, theirs = stored.get(key), given[key]
-        if isinstance(mine, dict) and isinstance(theirs, dict):
-            inner = difference(mine, theirs, f"{prefix}{key}.")
-            if inner:
-                return inner
-        elif mine != theirs:
-            return f"{prefix}{key} is {mine!r} there and {theirs!r} here"
+    known = flat(stored)
+    for key, value in flat(given).items():
+        if known.get(key) != value:
+            return f"{key} is {known.get(key)!r} there and {value!r} here"
     return None
 
 
-def absolute(data: dict[str, Any]) -> dict[str, Any]:
-    """Local paths made absolute, so that a run can be resumed from another folder."""
+def absolute(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with local paths made absolute, so that a run can be resumed from another folder."""
+    return nested({key: _PLACES[key](value) if key in _PLACES else value for key, value in flat(data).items()})
 
-    def path(value: Any) -> Any:
-        if not isinstance(value, str) or value == EMBEDDED:
-            return value
-        expanded = os.path.expanduser(value)
-        return os.path.abspath(expanded) if os.path.exists(expanded) else value
 
-    def place(value: Any) -> Any:
-        if found := place_of(str(value)):
-            return f"{path(found[0])}:{found[1]}"
-        return path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
+def _path(value: Any) -> Any:
+    if not isinstance(value, str) or value == EMBEDDED:
+        return value
+    expanded = os.path.expanduser(value)
+    return os.path.abspath(expanded) if os.path.exists(expanded) else value
 
-    def source(value: Any) -> Any:
-        if not isinstance(value, str) or path(value) != value:
-            return path(value)
-        folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
-        return path(folder) + colon + rest if os.path.isdir(os.path.expanduser(folder)) else value
 
-    model, text, initial, search = (data.get(name) for name in ("model", "data", "initial", "search"))
-    if isinstance(model, dict) and "path" in model:
-        data = {**data, "model": {**model, "path": path(model["path"])}}
-    if isinstance(text, dict):
-        texts = {key: source(text[key]) for key in ("text", "eval_text") if key in text}
-        data = {**data, "data": {**text, **texts}}
-    if isinstance(initial, dict):
-        files = {"score": place(initial["score"])} if "score" in initial else {}
-        for key in {"also", "members"} & initial.keys():
-            names = several(initial[key])
-            files[key] = [place(name) for name in names] if isinstance(names, list) else names
-        data = {**data, "initial": {**initial, **files}}
-    if isinstance(search, dict):
-        own = {key: place(search[key]) for key in ("method", "baseline", "objective") if key in search}
-        data = {**data, "search": {**search, **own}}
-    return data
+def _text(value: Any) -> Any:
+    if not isinstance(value, str) or _path(value) != value:
+        return _path(value)
+    folder, colon, rest = value.partition(":")  # of a dataset: its configuration and its split
+    return _path(folder) + colon + rest if os.path.isdir(os.path.expanduser(folder)) else value
+
+
+def _named(value: Any) -> Any:
+    if found := place_of(str(value)):
+        return f"{_path(found[0])}:{found[1]}"
+    return _path(value) if str(value).endswith(".safetensors") else value  # not a folder that is called flap
+
+
+def _all_named(value: Any) -> Any:
+    names = several(value)
+    return [_named(name) for name in names] if isinstance(names, list) else names
+
+
+_PLACES: dict[str, Callable[[Any], Any]] = {  # settings that may name a file or folder
+    "model.path": _path,
+    "data.text": _text,
+    "data.eval_text": _text,
+    "initial.score": _named,
+    "initial.also": _all_named,
+    "initial.members": _all_named,
+    "search.method": _named,
+    "search.baseline": _named,
+    "search.objective": _named,
+}
