@@ -72,7 +72,7 @@ def unchanging() -> Iterator[None]:
         _unchanging.files = before
 
 
-def digest_of(what: str, file: str) -> str:
+def code_digest(what: str, file: str) -> str:
     """Of what is executed of a file. Raises ``ConfigError`` as ``defined_at`` does."""
     return _executed(what, _path_of(file)).digest
 

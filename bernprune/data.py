@@ -116,7 +116,7 @@ def evaluation_windows(stream_N: Tensor, window: int, *, max_windows: int | None
     return stream_N[: num_windows * window].view(num_windows, window)
 
 
-def fingerprint(stream_N: Tensor) -> str:
+def text_fingerprint(stream_N: Tensor) -> str:
     """Sixteen hexadecimal digits that tell which tokens were used, for the record of a measurement."""
     return hashlib.sha256(stream_N.cpu().numpy().astype("<i8").tobytes()).hexdigest()[:16]
 

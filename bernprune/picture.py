@@ -20,7 +20,7 @@ def draw(report: dict[str, Any], records: Sequence[dict[str, Any]]) -> bytes:
     kept, learning = figure.subplots(1, 2, width_ratios=[3, 2])
     _draw_layers(kept, report["layers"])
     _draw_losses(learning, records)
-    perplexity = {name: shown(figure, 2) for name, figure in report["perplexity"].items()}
+    perplexity = {name: shown(value, 2) for name, value in report["perplexity"].items()}
     figure.suptitle(
         f"{report['sparsity']['block_parameters']:.1%} of block parameters removed: perplexity {perplexity['dense']} "
         f"dense, {perplexity['initial']} initial metric, {perplexity['pruned']} {titles(report)['pruned']}"

@@ -252,9 +252,9 @@ def compared(found: dict[str, Any]) -> str:
     groups, protocol = found["groups"], found["protocol"]
     first, *others = groups
     wide = max(len(_group_name(group)) for group in groups)
-    titles = f"{'removed':>9}{'loss':>18}{'perplexity':>12}{'searched':>10}{'in all':>10}"
-    titles += "  against the first" if others else ""
-    lines = [f"{'':<{wide}}{titles}"]
+    head = f"{'removed':>9}{'loss':>18}{'perplexity':>12}{'searched':>10}{'in all':>10}"
+    head += "  against the first" if others else ""
+    lines = [f"{'':<{wide}}{head}"]
     for group in groups:
         figures = (
             f"{group['removed']:>9.2%}{_with_spread(group['loss'], group['deviation']):>18}"

@@ -28,7 +28,7 @@ from tiny_run import (
 from tolerances import LOGITS, assert_close
 
 from bernprune.config import make_config
-from bernprune.custom import defined_at, digest_of
+from bernprune.custom import code_digest, defined_at
 from bernprune.errors import ConfigError, RunError
 from bernprune.losses import token_loss
 from bernprune.models.view import describe
@@ -701,10 +701,10 @@ def test_each_file_has_the_siblings_that_it_has_now(tmp_path: Path) -> None:
         return defined_at("score", file, "value", callable)()
 
     assert [value(file) for file in (here, there, here)] == ["here", "there", "here"]
-    digests = [digest_of("score", file) for file in (here, there)]
+    digests = [code_digest("score", file) for file in (here, there)]
     (tmp_path / "helper.py").write_text("VALUE = 'changed'")
     assert [value(file) for file in (here, there)] == ["changed", "there"]
-    assert [digest_of("score", file) == digest for file, digest in zip((here, there), digests, strict=True)] == [0, 1]
+    assert [code_digest("score", file) == digest for file, digest in zip((here, there), digests, strict=True)] == [0, 1]
 
 
 def test_code_may_look_for_its_module_later(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from bernprune import data
-from bernprune.data import PASSAGE, TokenWindows, evaluation_windows, fingerprint, repeated, tokenize
+from bernprune.data import PASSAGE, TokenWindows, evaluation_windows, repeated, text_fingerprint, tokenize
 from bernprune.errors import BernpruneError, ConfigError, DataError, ModelError
 from bernprune.seeding import generator
 from bernprune.text import load_documents
@@ -183,10 +183,10 @@ def test_window_settings_out_of_range_are_refused(error: type[BernpruneError], c
 
 def test_fingerprint_tells_streams_apart() -> None:
     stream = torch.arange(50)
-    assert fingerprint(stream) == fingerprint(stream.clone()) == fingerprint(stream.int())
+    assert text_fingerprint(stream) == text_fingerprint(stream.clone()) == text_fingerprint(stream.int())
     others = [stream[:49], stream.flip(0), stream + 1, stream[:0]]
-    assert len({fingerprint(other) for other in [stream, *others]}) == 5
-    assert len(fingerprint(stream)) == 16
+    assert len({text_fingerprint(other) for other in [stream, *others]}) == 5
+    assert len(text_fingerprint(stream)) == 16
 
 
 @pytest.mark.parametrize("length", [PASSAGE - 1, PASSAGE, PASSAGE + 1, 3 * PASSAGE + 5])

@@ -15,7 +15,7 @@ from tolerances import EXACT, LOGITS, assert_close
 
 from bernprune import costs
 from bernprune.backends import load_backend
-from bernprune.data import fingerprint
+from bernprune.data import text_fingerprint
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import BernpruneError, ConfigError, DataError, LossError, ModelError
 from bernprune.evaluation import perplexity as module
@@ -126,7 +126,7 @@ def test_a_protocol_says_what_was_measured() -> None:
     protocol = Protocol.of("text.jsonl", WINDOWS_WT)
     assert protocol.to_dict() == {
         "text": "text.jsonl",
-        "text_sha256": fingerprint(WINDOWS_WT.flatten()),
+        "text_sha256": text_fingerprint(WINDOWS_WT.flatten()),
         "window": 11,
         "windows": 5,
         "tokens": 5 * 10,

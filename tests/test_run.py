@@ -47,7 +47,7 @@ from tolerances import EXACT, assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bernprune.config import make_config
-from bernprune.data import fingerprint, tokenize
+from bernprune.data import text_fingerprint, tokenize
 from bernprune.embedded import prose
 from bernprune.models.loading import load_tokenizer
 from bernprune.models.slicing import slice_model
@@ -562,7 +562,7 @@ def test_the_held_out_tenth_is_not_learned_from(place: Place) -> None:
     stream = tokenize(tokenizer, load_documents(str(place.text), split="train"), vocab_size=10**6)
     cut = len(stream) * 9 // 10
     learned, held_out = stream[:cut], stream[cut:]
-    assert stage.text_sha256 == fingerprint(learned)
+    assert stage.text_sha256 == text_fingerprint(learned)
     assert torch.equal(stage.eval_windows_WT.flatten(), held_out[: stage.eval_windows_WT.numel()])
     assert stage.train.num_windows == cut // WINDOW
     epoch = stage.train.batch(0, stage.train.num_windows)

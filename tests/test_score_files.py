@@ -17,7 +17,7 @@ from bernprune.policy.bernoulli import graded, initial_probs
 from bernprune.run import scoring
 from bernprune.run.checkpoint import read_state
 from bernprune.scores import SCORES, Options, initial_scores, metric_named, read_scores, write_scores
-from bernprune.scores.files import digest_of
+from bernprune.scores.files import scores_digest
 from bernprune.units import UnitSpace
 
 
@@ -114,7 +114,7 @@ def test_digests_are_of_what_a_run_takes(tmp_path: Path) -> None:
     digests = []
     for given, said in ((scores_U, facts), (scores_U, {**facts, "model": "c"}), (scores_U + 1, facts), (scores_U, {})):
         write_scores(path, FLAT, given, said)
-        digests.append(digest_of(path))
+        digests.append(scores_digest(path))
     assert digests[0] == digests[1] and len(set(digests)) == 3
 
 

@@ -16,7 +16,7 @@ from transformers import LlamaForSequenceClassification
 
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.slicing import slice_model
-from bernprune.models.view import ModelView, describe, fingerprint
+from bernprune.models.view import ModelView, describe, weights_fingerprint
 from bernprune.names import Kind
 from bernprune.units import KINDS, UnitSpace
 
@@ -238,12 +238,12 @@ def test_order_and_repetition_of_the_granularity_mean_nothing() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_fingerprint_is_of_every_weight(dtype: torch.dtype) -> None:
     model = tiny_model("llama", dtype)
-    found = {fingerprint(model), fingerprint(tiny_model("llama", dtype))}
+    found = {weights_fingerprint(model), weights_fingerprint(tiny_model("llama", dtype))}
     assert len(found) == 1
     weight = model.model.layers[1].mlp.down_proj.weight.data.flatten()
     for index in (0, 1, len(weight) - 2):  # between those of which the numbers themselves are taken
         weight[index] *= 1.01
-        found.add(fingerprint(model))
+        found.add(weights_fingerprint(model))
     assert len(found) == 4
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from bernprune.backends import find_device
-from bernprune.data import evaluation_windows, fingerprint, tokenize
+from bernprune.data import evaluation_windows, text_fingerprint, tokenize
 from bernprune.errors import ConfigError, LossError, ModelError
 from bernprune.models.hooks import hooked
 from bernprune.models.loading import load_config, load_model, load_tokenizer
@@ -40,7 +40,7 @@ class Protocol:
     @classmethod
     def of(cls, text: str, windows_WT: torch.Tensor) -> "Protocol":
         count, window = windows_WT.shape
-        return cls(text, fingerprint(windows_WT.flatten()), window, count, count * (window - 1))
+        return cls(text, text_fingerprint(windows_WT.flatten()), window, count, count * (window - 1))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

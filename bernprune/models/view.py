@@ -208,7 +208,7 @@ def _channel_cost(layer: LayerView, family: Family) -> _Cost:
     return _Cost(weights + biases, 2.0 * weights)
 
 
-def fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """16 hexadecimal digits that tell weights apart, from those of each parameter that is not quantised: a few of the
     numbers, and the sum of all their bits, which is the same on any device."""
     found = hashlib.sha256()

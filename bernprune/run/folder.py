@@ -210,13 +210,13 @@ class RunFolder:
         Args:
             inputs: fingerprints of what it begins with: ``weights``, ``text``, ``evaluation``.
         """
-        versions = self._versions(config) | dict(inputs)  # which reads files: before anything is changed
+        began_with = self._versions(config) | dict(inputs)  # which reads files: before anything is changed
         _remove(self.report)  # first, so that what is left is not taken for a finished run
         sync(self.path)
         for name in sorted(_OURS - {LOCK, self.CONFIG}):  # without its config, the rest is not known for a run
             _remove(self.path / name)
         self.write_config(config)
-        write_json(self.versions, versions)
+        write_json(self.versions, began_with)
 
     def _versions(self, config: RunConfig) -> dict[str, str]:
         """What it begins with, beside its inputs."""

@@ -16,7 +16,7 @@ from bernprune.policy.allocation import Evolution
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.scores import Metric, Options, metric_named
 from bernprune.scores.base import PARTS
-from bernprune.scores.files import SUFFIX, digest_of
+from bernprune.scores.files import SUFFIX, scores_digest
 from bernprune.units import UnitSpace, finest
 
 _BY_LAYER: tuple[Allocation, ...] = ("block-influence", "search")
@@ -52,7 +52,7 @@ def metrics_of(config: RunConfig) -> list[Metric]:
 def scores_fingerprint(config: RunConfig) -> str:
     """Of the files of scores that are taken; empty without any. Raises ``ConfigError`` if one cannot be read."""
     names = (*score_names(config), *config.initial.members)
-    return "-".join(digest_of(Path(os.path.expanduser(name))) for name in names if name.endswith(SUFFIX))
+    return "-".join(scores_digest(Path(os.path.expanduser(name))) for name in names if name.endswith(SUFFIX))
 
 
 def check_scores(config: RunConfig) -> None:

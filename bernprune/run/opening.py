@@ -13,7 +13,7 @@ from bernprune.errors import ModelError
 from bernprune.models.families import family_of
 from bernprune.models.loading import load_config, load_model, load_tokenizer, stated_type
 from bernprune.models.shortening import int8_quantiser, shorten, stored_bytes
-from bernprune.models.view import ModelView, describe, fingerprint
+from bernprune.models.view import ModelView, describe, weights_fingerprint
 from bernprune.names import SearchDtype
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def open_view(config: RunConfig, device: torch.device, dtype: SearchDtype, *, an
         chosen = "same"
     own_weights = None
     if chosen in ("bfloat16", "int8"):
-        own_weights = fingerprint(model)
+        own_weights = weights_fingerprint(model)
         shorten(model, chosen)
         view = _describe(config, model)
     if not anywhere:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import bernprune
 from bernprune.backends import find_device
 from bernprune.config import RunConfig
-from bernprune.custom import digest_of
+from bernprune.custom import code_digest
 from bernprune.evaluation.latency import machine
 from bernprune.run.methods import custom_places
 
@@ -37,7 +37,7 @@ def surroundings(config: RunConfig) -> dict[str, str]:
 def origin_of(config: RunConfig) -> dict[str, str]:
     """All of that, and the contents of custom Python files that a run takes from."""
     files = {place.rpartition(":")[0]: what for what, place in custom_places(config)}
-    return surroundings(config) | {file: digest_of(what, file) for file, what in sorted(files.items())}
+    return surroundings(config) | {file: code_digest(what, file) for file, what in sorted(files.items())}
 
 
 def changed_versions(before: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -11,15 +11,14 @@ import torch
 
 from bernprune.backends import TORCH, find_device
 from bernprune.config import RunConfig
-from bernprune.data import TokenWindows, evaluation_windows, fingerprint, repeated
+from bernprune.data import TokenWindows, evaluation_windows, repeated, text_fingerprint
 from bernprune.errors import DataError, ModelError, RunError, prefixed
 from bernprune.evaluation.perplexity import Protocol, check_window, mean_loss
 from bernprune.models.adapters import Adapters, adapted_view
 from bernprune.models.families import family_of
 from bernprune.models.loading import load_config, load_model, load_tokenizer
 from bernprune.models.masking import masked
-from bernprune.models.view import ModelView, count_parameters, describe
-from bernprune.models.view import fingerprint as weights_fingerprint
+from bernprune.models.view import ModelView, count_parameters, describe, weights_fingerprint
 from bernprune.policy.allocation import shares_by_importance
 from bernprune.recovery import SampledMasks, Training, whole_ranks
 from bernprune.run.checkpoint import checkpoint_at, read_state
@@ -76,7 +75,7 @@ def open_source(folder: RunFolder, config: RunConfig, of_run: RunConfig) -> Sour
         evaluation_windows(stream_N[cut:], window),
         eval_WT,
         Protocol.of(eval_name, eval_WT),
-        fingerprint(stream_N),
+        text_fingerprint(stream_N),
         model_config.dtype if config.model.dtype == "auto" else getattr(torch, config.model.dtype),
     )
 
@@ -123,7 +122,7 @@ def _fingerprints(of_run: RunConfig, learned: torch.Tensor, held_out: torch.Tens
         windows_WT = evaluation_windows(held_out, window, max_windows=of_run.data.eval_tokens // window)
     except DataError:  # too short to be that of a run
         return {"evaluation": ""}
-    return {"text": fingerprint(learned), "evaluation": Protocol.of(eval_name, windows_WT).text_sha256}
+    return {"text": text_fingerprint(learned), "evaluation": Protocol.of(eval_name, windows_WT).text_sha256}
 
 
 def _without_held_out(

@@ -19,7 +19,7 @@ import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.config import RunConfig
-from bernprune.data import TokenWindows, fingerprint
+from bernprune.data import TokenWindows, text_fingerprint
 from bernprune.errors import BernpruneError, ConfigError, DataError
 from bernprune.evaluation.perplexity import check_window
 from bernprune.models.masking import choose_ops
@@ -152,8 +152,8 @@ class Workshop:
             "target": quick.target,
             "ridges": list(quick.ridges),
             "biases": quick.biases,
-            "fitted": fingerprint(quick.windows_WT),
-            "judged": fingerprint(self.judging_WT),
+            "fitted": text_fingerprint(quick.windows_WT),
+            "judged": text_fingerprint(self.judging_WT),
         }
 
     def _loss_repaired(self, name: str, plan: KeepPlan) -> tuple[float, bool]:

@@ -12,15 +12,14 @@ import torch
 from bernprune.backends import MaskedOps, find_device, load_backend
 from bernprune.config import RunConfig
 from bernprune.costs import Costs, measure
-from bernprune.data import TokenWindows, evaluation_windows, fingerprint, repeated, tokenize
+from bernprune.data import TokenWindows, evaluation_windows, repeated, text_fingerprint, tokenize
 from bernprune.embedded import EMBEDDED
 from bernprune.errors import DataError, ModelError, prefixed
 from bernprune.evaluation.perplexity import CHARACTERS_PER_TOKEN, Protocol, check_window
 from bernprune.losses import TokenLoss
 from bernprune.models.masking import choose_ops
 from bernprune.models.shortening import int8_quantiser, release
-from bernprune.models.view import ModelView
-from bernprune.models.view import fingerprint as weights_fingerprint
+from bernprune.models.view import ModelView, weights_fingerprint
 from bernprune.names import ObjectiveName, SearchDtype
 from bernprune.objective import MaskedObjective, masked_objective
 from bernprune.policy.allocation import shares_by_kind
@@ -218,7 +217,7 @@ def set_stage(config: RunConfig, *, chooses: bool = True) -> Stage:
         initial_windows_WT=initial_WT,
         eval_windows_WT=windows_WT,
         protocol=protocol,
-        text_sha256=fingerprint(stream),
+        text_sha256=text_fingerprint(stream),
         rows=rows_per_forward(config, view),
         full_dtype=full,
         dtype=dtype,

@@ -1,6 +1,7 @@
 """How much there is to do, as configured: steps, rounds, what is left for the choice and the repair."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import torch
@@ -217,17 +218,14 @@ def _fitting(config: RunConfig, limit: int, step_sequences: int, probe_sequences
     """The most steps that fit, and their rounds."""
     search, least_steps = config.search, _least_round(config)
 
-    def rounds_in(steps: int) -> int:
+    def rounds_of(steps: int) -> int:
         return max(1, min(search.rounds or steps * search.windows // ROUND_WINDOWS, steps // least_steps))
 
-    fits, most = least_steps - 1, limit // step_sequences
-    while fits < most:  # more steps never cost less
-        steps = (fits + most + 1) // 2
-        if steps * step_sequences + rounds_in(steps) * probe_sequences <= limit:
-            fits = steps
-        else:
-            most = steps - 1
-    return (fits, rounds_in(fits)) if fits >= least_steps else (0, 0)
+    def cost(steps: int) -> int:  # more steps never cost less
+        return steps * step_sequences + rounds_of(steps) * probe_sequences
+
+    fits = bisect_right(range(limit // step_sequences + 1), limit, lo=least_steps, key=cost) - 1
+    return (fits, rounds_of(fits)) if fits >= least_steps else (0, 0)
 
 
 def _least_round(config: RunConfig) -> int:

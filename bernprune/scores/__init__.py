@@ -18,6 +18,8 @@ import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError
+from bernprune.models.hooks import evaluating
+from bernprune.models.masking import choose_ops
 from bernprune.models.view import ModelView
 from bernprune.names import place_of, unknown
 from bernprune.scores.base import Context, Metric, Options, run_metric
@@ -135,13 +137,14 @@ def initial_scores(
     if not callable(score) and not isinstance(score, Metric):
         raise ConfigError(f"a score must be a function, or such as SCORES['wanda-sp'], but is {score!r}")
     view.check_windows(windows_WT)
-    return run_metric(
-        as_metric(score),
-        view,
-        windows_WT,
-        seed=seed,
-        ops=ops,
-        rows_per_forward=rows_per_forward,
-        options=options or Options(),
-        notes=notes,
-    )
+    metric, options = as_metric(score), options or Options()
+    metric.check(view.space.finest, options)
+    metric.check_model(view, windows_WT)
+    if rows_per_forward < 1:
+        raise ConfigError(f"rows_per_forward must be 1 or more, but is {rows_per_forward}")
+    ops = ops or choose_ops("auto", view)
+    # Out of inference mode gradients can be taken, as some metrics do, whatever the caller's mode is.
+    with evaluating(view.model), torch.inference_mode(False), torch.autocast(view.device.type, enabled=False):
+        windows_WT = windows_WT.clone()  # which may have been made in inference mode
+        context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
+        return run_metric(metric, context)

@@ -13,8 +13,6 @@ import torch
 
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError, ModelError
-from bernprune.models.hooks import evaluating
-from bernprune.models.masking import choose_ops
 from bernprune.models.view import ModelView
 from bernprune.names import Allocation, Kind
 from bernprune.units import KINDS
@@ -156,34 +154,14 @@ class Metric:
         self.needs(view, windows_WT)
 
 
-def run_metric(
-    metric: Metric,
-    view: ModelView,
-    windows_WT: torch.Tensor,
-    *,
-    seed: int,
-    ops: MaskedOps | None,
-    rows_per_forward: int,
-    options: Options,
-    notes: dict[str, float] | None,
-) -> torch.Tensor:
-    """Scores of all units, float64 ``[U]``, checked; see ``bernprune.scores.initial_scores``."""
-    metric.check(view.space.finest, options)
-    metric.check_model(view, windows_WT)
-    if rows_per_forward < 1:
-        raise ConfigError(f"rows_per_forward must be 1 or more, but is {rows_per_forward}")
-    ops = ops or choose_ops("auto", view)
-    as_it_is = torch.autocast(view.device.type, enabled=False)
-    # Out of inference mode gradients can be taken, as some metrics do, whatever the caller's mode is.
-    with evaluating(view.model), torch.inference_mode(False), as_it_is:
-        windows_WT = windows_WT.clone()  # which may have been made in inference mode
-        context = Context(view, windows_WT, seed, ops, rows_per_forward, options, {} if notes is None else notes)
-        scores_U = checked_scores(metric, context)
+def run_metric(metric: Metric, context: Context) -> torch.Tensor:
+    """As ``checked_scores``, and divided by a power of costs; what the metric has noted is checked, too."""
+    scores_U = checked_scores(metric, context)
     for name, value in context.notes.items():
         context.notes[name] = _checked_note(metric, name, value)
         logger.info("score %s: %s %.4g", metric.name, name, context.notes[name])
-    power = metric.cost_power if options.cost_power is None else options.cost_power
-    return scores_U / view.space.within_U**power if power else scores_U
+    power = metric.cost_power if context.options.cost_power is None else context.options.cost_power
+    return scores_U / context.view.space.within_U**power if power else scores_U
 
 
 def _checked_note(metric: Metric, name: str, value: Any) -> float:

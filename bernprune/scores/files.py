@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from bernprune.errors import ConfigError
-from bernprune.models.view import ModelView
-from bernprune.models.view import fingerprint as weights_fingerprint
+from bernprune.models.view import ModelView, weights_fingerprint
 from bernprune.names import Allocation
 from bernprune.scores.base import Context, Metric
 from bernprune.storage import write_bytes
@@ -79,7 +78,7 @@ def _facts(path: Path) -> dict[str, str]:
         return {}
 
 
-def digest_of(path: Path) -> str:
+def scores_digest(path: Path) -> str:
     """16 hexadecimal digits that tell apart what a run takes of files: scores, and how they are used by default.
 
     Raises:
