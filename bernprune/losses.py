@@ -119,13 +119,12 @@ def token_loss(given: ObjectiveName | LossFunction | TokenLoss) -> TokenLoss:
     return LOSSES[given]
 
 
-def custom_loss(function: LossFunction, name: str, run: LossFunction | None = None) -> TokenLoss:
+def custom_loss(function: LossFunction, name: str) -> TokenLoss:
     """What a function gives, at all tokens whose next one is in the window.
 
     Args:
         function: of float32 logits ``[N, V]`` and next tokens ``[N]`` and, if it takes a third, of the dense model's
             logits. It gives losses ``[N]``, a few tokens of some rows at a time.
-        run: the same, called in its place.
 
     Raises:
         ConfigError: it takes fewer or more; or gives something else, once it is run.
@@ -146,7 +145,7 @@ def custom_loss(function: LossFunction, name: str, run: LossFunction | None = No
     ) -> torch.Tensor:
         def of_part(targets_N: torch.Tensor, *hidden: torch.Tensor) -> torch.Tensor:
             logits, *dense = (head(each_ND).float() for each_ND in hidden)
-            return _checked(name, (run or function)(logits, targets_N, *dense), targets_N)
+            return _checked(name, function(logits, targets_N, *dense), targets_N)
 
         hidden = [hidden_RTD] if dense_RTD is None else [hidden_RTD, dense_RTD]
         size = max(1, _tokens_at_once(head) // len(hidden))

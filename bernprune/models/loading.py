@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -108,21 +110,17 @@ def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code:
         return found
 
 
-class _explained:
+@contextmanager
+def _explained(path: str, what: str) -> Iterator[None]:
     """Turn what transformers may raise on a bad folder or name into one sentence."""
-
-    def __init__(self, path: str, what: str) -> None:
-        self.path, self.what = path, what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, BernpruneError):
-            return  # transformers and what it calls raise nearly every other kind
+    try:
+        yield
+    except BernpruneError:
+        raise
+    except Exception as error:  # transformers and what it calls raise nearly every kind
         told = isinstance(error, OSError | ValueError | ImportError | RuntimeError) and bool(str(error).strip())
         reason = " ".join((str(error) if told else f"{type(error).__name__}: {error}").split())
         reason = reason if len(reason) <= 300 else reason[:297] + "..."
-        local = self.path == EMBEDDED or os.path.isdir(os.path.expanduser(self.path))
+        local = path == EMBEDDED or os.path.isdir(os.path.expanduser(path))
         where = "" if local else ", neither as a local folder nor from the Hugging Face hub"
-        raise ModelError(f"the {self.what} of {self.path} cannot be loaded{where}: {reason}") from error
+        raise ModelError(f"the {what} of {path} cannot be loaded{where}: {reason}") from error

@@ -3,7 +3,7 @@
 Letters: N tokens of one forward pass, E input entries of a projection, W windows, T tokens.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ class Gram:
         size, device = projection.in_features, projection.weight.device
         self._total_EE, self._weight = torch.zeros(size, size, dtype=torch.float64, device=device), 0.0
 
-    def told(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def hook(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         """A forward hook, by which all tokens count alike."""
         self.add(inputs[0])
 
@@ -93,22 +93,15 @@ def moments(
         gathered = {}
         for name, projection in inputs.items():
             entering = gathered[name] = RunningMoments(projection.in_features)
-            hooks.enter_context(hooked((projection, _recorder(entering))))
+            hooks.enter_context(hooked((projection, _recorder(entering.add))))
         for name, projection in (outputs or {}).items():
             leaving = gathered[name] = RunningMoments(projection.out_features)
-            hooks.enter_context(hooked((projection, _recorder_of_output(leaving))))
+            hooks.enter_context(hooked((projection, _recorder(leaving.add, of_output=True))))
         yield gathered
 
 
-def _recorder(statistics: RunningMoments) -> Any:
+def _recorder(add: Callable[[torch.Tensor], None], *, of_output: bool = False) -> Any:
     def record(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        statistics.add(inputs[0].flatten(0, -2))
-
-    return record
-
-
-def _recorder_of_output(statistics: RunningMoments) -> Any:
-    def record(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        statistics.add(output.flatten(0, -2))
+        add((output if of_output else inputs[0]).flatten(0, -2))
 
     return record

@@ -8,6 +8,7 @@ Letters: A kept inputs of a projection, E all its inputs, D its outputs, S those
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -67,9 +68,9 @@ class Fitter:
         kept = torch.zeros(projection.in_features, dtype=torch.bool)
         kept[place.kept_A] = True
         kept_A = kept[inputs_A].to(dense.weight_DA.device)
-        forms: list[tuple[str, float | None, Form]] = [("none", None, _without(kept_A))]
+        forms: list[tuple[str, float | None, Form]] = [("none", None, partial(_without, kept_A=kept_A))]
         if biased:
-            forms.append(("bias", None, _compensating(kept_A)))
+            forms.append(("bias", None, partial(_compensating, kept_A=kept_A)))
         forms += self._forms(kept_A, place.units, biased)
         with prefixed(f"{place.name} cannot be fitted", ModelError):
             choice, chosen = _choose(forms, dense, fit, check, alone=self.method != "scale")
@@ -109,34 +110,26 @@ class Fitter:
 
     def _forms(self, kept_A: torch.Tensor, units: int, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
         if self.method == "admm":
-            yield "admm", None, lambda moments, dense: reformed(moments, dense, kept_A, biased=biased)
+            yield "admm", None, partial(reformed, kept_A=kept_A, biased=biased)
         elif self.method == "scale":
             for ridge in sorted(self.ridges, reverse=True):
-                yield "scale", ridge, _rescaling(ridge, units, biased)
+                yield "scale", ridge, partial(rescaled, ridge=ridge, units=units, biased=biased)
         elif self.method != "bias":
             yield from self._ridges(biased)
 
     def _ridges(self, biased: bool) -> Iterator[tuple[str, float | None, Form]]:
         """Ridge regressions; the one that changes most comes last."""
         for ridge in sorted(self.ridges, reverse=True):
-            yield "ridge", ridge, _reconstructing(ridge, biased)
+            yield "ridge", ridge, partial(reconstructed, ridge=ridge, biased=biased)
 
 
-def _without(kept_A: torch.Tensor) -> Form:
+def _without(moments: Moments, dense: Linear, kept_A: torch.Tensor) -> Linear:
     """The projection as it was, on kept inputs alone."""
-    return lambda _, dense: Linear(dense.weight_DA * kept_A, dense.bias_D)
+    return Linear(dense.weight_DA * kept_A, dense.bias_D)
 
 
-def _compensating(kept_A: torch.Tensor) -> Form:
-    return lambda moments, dense: compensated(moments, _without(kept_A)(moments, dense))
-
-
-def _reconstructing(ridge: float, biased: bool) -> Form:
-    return lambda moments, dense: reconstructed(moments, dense, ridge, biased=biased)
-
-
-def _rescaling(ridge: float, units: int, biased: bool) -> Form:
-    return lambda moments, dense: rescaled(moments, dense, ridge, units=units, biased=biased)
+def _compensating(moments: Moments, dense: Linear, kept_A: torch.Tensor) -> Linear:
+    return compensated(moments, _without(moments, dense, kept_A))
 
 
 def _choose(

@@ -6,6 +6,7 @@ Written beside and renamed; the newest two are kept, so that damage to one costs
 import hashlib
 import json
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def read_latest(folder: Path) -> dict[str, Any] | None:
             f"none of the {len(paths)} checkpoints in {folder} can be read; delete that folder to start over"
         )
     return None
+
+
+def read_checkpoint(folder: Path, keys: Collection[str], text_sha256: str) -> dict[str, Any] | None:
+    """As ``read_latest``. Raises ``RunError`` also for one with other ``keys``, or made on another text."""
+    state = read_latest(folder)
+    if state is not None and state.keys() != set(keys):
+        raise RunError(f"the checkpoints in {folder} are of another version; delete that folder to start over")
+    if state is not None and state["text_sha256"] != text_sha256:
+        raise RunError(f"the text is not the one that the checkpoints in {folder} were made with")
+    return state
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from bernprune.errors import ConfigError, LossError, RunError
+from bernprune.errors import ConfigError, LossError
 from bernprune.names import ReferenceName
 from bernprune.objective import MaskedObjective
 from bernprune.policy.masks import some_rows, with_reference
@@ -23,7 +23,7 @@ from bernprune.policy.search import MaskSearch, Reading, StepStats
 from bernprune.policy.selection import Limits, select
 from bernprune.progress import bar
 from bernprune.repair import ExpectedWeights
-from bernprune.run.checkpoint import read_latest, write_checkpoint
+from bernprune.run.checkpoint import read_checkpoint, write_checkpoint
 from bernprune.run.folder import RunFolder
 from bernprune.run.methods import METHODS, loss_of
 from bernprune.run.signals import signals
@@ -308,15 +308,9 @@ def _check_known(method: str, found: dict[str, Any]) -> None:
 
 def _restore(folder: RunFolder, search: MaskSearch, text_sha256: str) -> tuple[Work, torch.Tensor | None]:
     """What was done, and the keep probabilities that weights were fitted to."""
-    state = read_latest(folder.checkpoints)
+    state = read_checkpoint(folder.checkpoints, ("work", "text_sha256", "search", "fitted_U"), text_sha256)
     if state is None:
         return Work(), None
-    if state.keys() != {"work", "text_sha256", "search", "fitted_U"}:
-        raise RunError(
-            f"the checkpoints in {folder.checkpoints} are of another version; delete that folder to start over"
-        )
-    if state["text_sha256"] != text_sha256:
-        raise RunError(f"the training text is not the one that the checkpoints in {folder.path} were made with")
     search.load_state_dict(state["search"])
     work = Work(**state["work"])
     logger.info("continuing at step %d", work.step)

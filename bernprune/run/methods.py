@@ -129,8 +129,7 @@ def loss_of(search: SearchConfig) -> TokenLoss:
     name = search.objective
     if name in LOSSES:
         return LOSSES[name]
-    function = _own("objective", name, "a function", _is_function)
-    return custom_loss(function, name, blamed("objective", name, function))
+    return custom_loss(blamed("objective", name, _own("objective", name, "a function", _is_function)), name)
 
 
 def custom_places(config: RunConfig) -> list[tuple[str, str]]:

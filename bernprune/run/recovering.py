@@ -30,7 +30,7 @@ from bernprune.models.slicing import slice_model
 from bernprune.models.view import count_parameters
 from bernprune.progress import bar, bars
 from bernprune.recovery import Training
-from bernprune.run.checkpoint import read_latest, write_checkpoint
+from bernprune.run.checkpoint import read_checkpoint, write_checkpoint
 from bernprune.run.folder import RECOVERY_CONFIG, RunFolder, open_run
 from bernprune.run.origin import surroundings, versions
 from bernprune.run.plans import read_plan
@@ -161,14 +161,7 @@ def _stored(source: Source, folder: RecoveryFolder) -> dict[str, Any] | None:
     """The newest checkpoint; None if there is none. Raises ``RunError`` if it belongs to something else."""
     if folder.plan.is_file() and read_plan(folder.plan) != source.plan:
         raise RunError(f"{folder.path} holds an unfinished recovery of another run; give another folder")
-    state = read_latest(folder.checkpoints)
-    if state is not None and state.keys() != _STATE:
-        raise RunError(
-            f"the checkpoints in {folder.checkpoints} are of another version; delete that folder to start over"
-        )
-    if state is not None and state["text_sha256"] != source.text_sha256:
-        raise RunError(f"the text is not the one that the checkpoints in {folder.path} were made with")
-    return state
+    return read_checkpoint(folder.checkpoints, _STATE, source.text_sha256)
 
 
 def _train(

@@ -60,7 +60,7 @@ def _of_layer(combined: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) ->
         def weigh(module: nn.Module, inputs: Any, output_RTD: torch.Tensor) -> None:
             energy.append(output_RTD.double().square().sum().item())
 
-        grams = [(at.projection(point), moments[point].told) for point in POINTS]
+        grams = [(at.projection(point), moments[point].hook) for point in POINTS]
         with hooked(*grams, (at.layer.layer, weigh)):
             seen = at.moments(POINTS)
         tokens, shape = seen["down"].count, at.layer.shape
