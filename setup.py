@@ -4,30 +4,14 @@ Face ships a package called ``kernels`` that a folder with one would shadow."""
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "bernprune/__init__.py").read_text(encoding="utf-8"), re.M)
-PACKAGES = [
-    "bernprune",
-    "bernprune.embedded",
-    "bernprune.cli",
-    "bernprune.evaluation",
-    "bernprune.export",
-    "bernprune.kernels",
-    "bernprune.models",
-    "bernprune.policy",
-    "bernprune.recovery",
-    "bernprune.repair",
-    "bernprune.run",
-    "bernprune.scores",
-    "bernprune_command",
-]
-TEST = ["pytest>=8", "pytest-xdist>=3.6"]
-RECOVER = ["peft>=0.15", "accelerate>=1"]
-# Not among those: where it finds no GPU, it says so in every command.
-QUANTISED = ["torchao>=0.9"]
-GGUF = ["gguf>=0.17"]
+PACKAGES = [*find_packages(include=["bernprune*"], exclude=["bernprune.cli.command"]), "bernprune_command"]
+RECOVER, GGUF = ["peft>=0.15", "accelerate>=1"], ["gguf>=0.17"]
+QUANTISED = ["torchao>=0.9"]  # not for all tests: where it finds no GPU, it says so in every command
+TEST = ["pytest>=8", "pytest-xdist>=3.6", *RECOVER, *GGUF]
 
 setup(
     name="bernprune",
@@ -56,8 +40,8 @@ setup(
         "gguf": GGUF,
         "quantised": QUANTISED,
         "recover": RECOVER,
-        "test": [*TEST, *RECOVER, *GGUF],
-        "dev": [*TEST, *RECOVER, *GGUF, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
+        "test": TEST,
+        "dev": [*TEST, "mypy>=1.11", "ruff>=0.6", "types-PyYAML", "types-tqdm"],
     },
     entry_points={"console_scripts": ["bernprune = bernprune_command:main"]},
     package_dir={"bernprune.kernels": "kernels", "bernprune_command": "bernprune/cli/command"},

@@ -65,8 +65,8 @@ def check_scores(config: RunConfig) -> None:
     for metric in options.members:  # of which ranks count
         metric.check(finest(config.granularity), replace(options, cost_power=None))
     told = [name for metric in (*metrics, *options.members) for name in metric.reads]
-    for name, default in (("pairs", Options.pairs), ("step", Options.step), ("members", Options.members)):
-        if getattr(initial, name) != default and name not in told:
+    for name in ("pairs", "step", "members"):
+        if config.changed(f"initial.{name}") and name not in told:
             raise ConfigError(f"initial.{name} has no meaning for the score {' or '.join(score_names(config))}")
     _check_members(initial.members, options.members)
     given, allocation = finest(config.granularity), allocation_of(config)
@@ -78,7 +78,7 @@ def check_scores(config: RunConfig) -> None:
             f"{', '.join(config.granularity)}; use 'dense'"
         )
     for name, meant in (("influence", "block-influence"), ("generations", "search")):
-        if getattr(initial, name) != type(initial).model_fields[name].default and allocation != meant:
+        if config.changed(f"initial.{name}") and allocation != meant:
             raise ConfigError(
                 f"initial.{name} has no meaning for initial.allocation {allocation!r}, only for {meant!r}"
             )
