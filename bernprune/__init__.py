@@ -35,6 +35,7 @@ from bernprune.run.plans import read_plan, select_plan
 from bernprune.run.recovering import recover
 from bernprune.run.scoring import score_model
 from bernprune.scores import SCORES, initial_scores
+from bernprune.sections import ModelConfig
 from bernprune.units import KeepPlan, UnitSpace
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "KeepPlan",
     "Limits",
     "MaskSearch",
+    "ModelConfig",
     "PosteriorSearch",
     "ReinforceSearch",
     "Repairer",

@@ -71,6 +71,8 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
+    """Which model, and how it is loaded."""
+
     path: str = EMBEDDED
     """Local folder, Hugging Face name, or 'embedded'."""
     revision: str | None = None

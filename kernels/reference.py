@@ -86,7 +86,7 @@ def linear_to_kept(
     *,
     unit_width: int = 1,
 ) -> torch.Tensor:
-    """A linear layer of whose output units the masked ones do not matter: here, they are computed all the same."""
+    """A linear layer of which only the kept output units are used; here, all are computed."""
     return F.linear(x_RTD, weight_ED, bias_E)
 
 

@@ -222,6 +222,7 @@ def test_public_names() -> None:
         "KeepPlan",
         "Limits",
         "MaskSearch",
+        "ModelConfig",
         "PosteriorSearch",
         "ReinforceSearch",
         "Repairer",

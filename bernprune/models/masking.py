@@ -222,14 +222,14 @@ class LiveMasks:
         return working_U
 
     @contextmanager
-    def watching(self, told: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
-        """For the length of the block, ``told`` gets each masked layer and what its channels hand on, ``[P, T, F]``.
+    def watching(self, see: Callable[[int, torch.Tensor], None]) -> Iterator[None]:
+        """For the length of the block, ``see`` gets each masked layer and what its channels hand on, ``[P, T, F]``.
 
         Removed channels are shown too, as they would be if they were kept: nothing may be gathered meanwhile.
         """
         try:
             for layer, branches in self._branches.items():
-                branches["channel"].watch = functools.partial(told, layer)
+                branches["channel"].watch = functools.partial(see, layer)
             yield
         finally:
             for branches in self._branches.values():

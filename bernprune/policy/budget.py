@@ -31,7 +31,7 @@ _SURE = 9.0  # standard deviations beyond which a normal probability is 0 or 1 i
 
 @dataclass(frozen=True)
 class _Limited:
-    """A cost of which no more than a limit may stay."""
+    """A cost that has a limit, which what is kept must not exceed."""
 
     name: str
     total: float

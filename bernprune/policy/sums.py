@@ -1,4 +1,4 @@
-"""What a step's losses say of units: sums over its masks, all that grows with masks times units.
+"""Sums over the masks of a step, by which its losses tell of units: all work that grows with masks times units.
 
 Masks are kept as bits for the length of a step or, by kernels that can, drawn once more for every sum.
 

@@ -30,12 +30,12 @@ def versions() -> dict[str, str]:
 
 
 def surroundings(config: RunConfig) -> dict[str, str]:
-    """Those, and the machine: sums of other threads or of another GPU are rounded otherwise."""
+    """Versions of libraries, and the machine: sums of other threads or of another GPU are rounded otherwise."""
     return versions() | {"machine": machine(find_device(config.model.device))}
 
 
 def origin_of(config: RunConfig) -> dict[str, str]:
-    """All of that, and the contents of custom Python files that a run takes from."""
+    """``surroundings``, and digests of the custom Python files that a run takes from."""
     files = {place.rpartition(":")[0]: what for what, place in custom_places(config)}
     return surroundings(config) | {file: code_digest(what, file) for file, what in sorted(files.items())}
 
