@@ -7,8 +7,9 @@ import pytest
 from tiny_run import Place
 
 from benchmarks.learning.rows import read_rows
-from benchmarks.smollm2 import run, windows
+from benchmarks.smollm2 import run, tasks, windows
 from bernprune.config import make_config
+from bernprune.embedded import MODEL_FOLDER
 from bernprune.repair import Repairer
 
 
@@ -69,6 +70,42 @@ def test_rows_of_repairs_on_more_and_less_text(tmp_path: Path, monkeypatch: pyte
     assert read_rows(tmp_path / "windows.jsonl", windows.KEY)[0]["loss"] == rows[1]["loss"] != rows[0]["loss"]
     with pytest.raises(SystemExit, match=r"results\.jsonl has no row with 7 sequences"):
         windows.main(["--sequences=7", folder])
+
+
+@pytest.mark.usefixtures("small")
+def test_tasks_of_runs_that_were_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model is asked once; a run that was not kept is left out."""
+    asked: list[tuple[Path, str]] = []
+
+    def ask(folder: Path, name: str) -> dict[str, Any]:
+        asked.append((folder, name))
+        return {"metric": "acc", "value": 0.5, "questions": 101}
+
+    monkeypatch.setattr(tasks, "ask", ask)
+    monkeypatch.setattr(tasks, "version", lambda name: "0")
+    given = [f"--folder={tmp_path}", f"--runs={tmp_path / 'runs'}"]
+    run.main(["--sequences=0", *given])
+    run.main(["--sequences=144", given[0]])
+    tasks.main(given)
+    tasks.main(given)
+    models = (run.MODEL, tmp_path / "runs/0.3-0-0/model")
+    assert asked == [(model, task) for model in models for task in tasks.TASKS]
+    assert models[1].is_dir()
+    lines = (tmp_path / "tasks.md").read_text().splitlines()[-2:]
+    assert [line.count("50.0% ± 5.0%") for line in lines] == [len(tasks.TASKS)] * 2
+    assert "30% removed, 0 sequences, seed 0" in lines[1]
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_task_is_asked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the embedded model, which knows little; where nothing is known all answers are wrong or a guess."""
+    pytest.importorskip("lm_eval")
+    if not tasks.DATA.is_dir():
+        pytest.skip("the questions are not here")
+    monkeypatch.setattr(tasks, "LIMIT", 7)
+    found = tasks.ask(MODEL_FOLDER, name)
+    assert found["questions"] == 7 and found["metric"] == tasks.TASKS[name]["metric"]
+    assert (found["value"] * 7) == pytest.approx(round(found["value"] * 7))
 
 
 def test_without_the_model_it_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

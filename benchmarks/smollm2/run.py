@@ -1,7 +1,7 @@
 """Prune SmolLM2-135M-Instruct as it ships, and by a metric alone; README.md says what is measured.
 
 python benchmarks/smollm2/run.py                             # what is missing, and table.md
-python benchmarks/smollm2/run.py --sequences 4096 --seed 0
+python benchmarks/smollm2/run.py --sequences 4096 --seed 0 --runs out/smollm2    # and keep the folder of the run
 """
 
 import argparse
@@ -45,9 +45,14 @@ def check_files() -> None:
             sys.exit(f"error: {path.name} is missing: fetch.py makes the model, and ../shared/data holds the text")
 
 
-def run(key: Row, scratch: Path) -> Row:
+def run_folder(runs: Path, key: Row) -> Path:
+    """Where the run of a row lies."""
+    return runs / "-".join(f"{key[name]:g}" for name in KEY)
+
+
+def run(key: Row, folder: Path) -> Row:
     """A run by the public road, which reports on the last tenth of its text."""
-    report = prune(make_config(settings(key)), scratch / "run")
+    report = prune(make_config(settings(key)), folder)
     return {
         **key,
         "loss": report["loss"],
@@ -96,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sequences", type=list_of(int), default=SEQUENCES)
     parser.add_argument("--seed", type=list_of(int), default=SEEDS)
     parser.add_argument("--folder", type=Path, default=HERE, help="where results.jsonl and table.md lie")
+    parser.add_argument("--runs", type=Path, help="where to keep the folders of runs; by default they are not kept")
     given = parser.parse_args(arguments)
     check_files()
     results = given.folder / "results.jsonl"
@@ -104,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY)):
             continue
         with TemporaryDirectory() as scratch:
-            append_row(results, run(key, Path(scratch)))
+            append_row(results, run(key, run_folder(given.runs or Path(scratch), key)))
     write_bytes(given.folder / "table.md", table(read_rows(results, KEY)).encode())
 
 
