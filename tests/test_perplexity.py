@@ -188,6 +188,17 @@ def test_what_cannot_be_evaluated_is_refused(
         evaluate(config, str(text), window=window)
 
 
+@needs_stories
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_is_evaluated_in_the_number_format_that_is_asked_for(
+    text: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats: list[torch.dtype] = []
+    monkeypatch.setattr(module, "mean_loss", lambda model, windows_WT: formats.append(model.dtype) or 1.0)
+    evaluate(ModelConfig(path=str(STORIES_MODEL), dtype=dtype), str(text), window=32)
+    assert formats == [getattr(torch, dtype)]
+
+
 def test_a_window_of_one_token_predicts_nothing() -> None:
     with pytest.raises(ConfigError, match="2 tokens or more"):
         evaluate(EMBEDDED, EMBEDDED, window=1)

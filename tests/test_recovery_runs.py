@@ -217,6 +217,8 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     """The same command ends in the same weights to the last bit; a setting that costs memory may differ."""
     succeed(*recover(place, finished, out="whole"))
     out = interrupted(place, finished)
+    newest = max((out / "checkpoints").iterdir())
+    write_state(newest, read_state(newest) | {"seconds": 5000.0})
     assert not (out / "model").exists() and not (out / "report.json").exists()
     assert "another configuration" in in_one_sentence(run(*recover(place, finished, "recover.rank=3")))
     with monkeypatch.context() as patch:  # ranks that are known are not computed again, and not otherwise
@@ -229,6 +231,7 @@ def test_an_interrupted_recovery_goes_on(place: Place, finished: Path, monkeypat
     assert all(value.equal(found[name]) for name, value in expected.items())
     reports = [read_json(place.folder / name / "report.json") for name in ("recovered", "whole")]
     assert reports[0]["held_out"] == reports[1]["held_out"] and reports[0]["loss"] == reports[1]["loss"]
+    assert reports[0]["seconds"] > 5000 > reports[1]["seconds"]  # in all
 
 
 def test_a_recovery_is_ended_where_it_stands(place: Place, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

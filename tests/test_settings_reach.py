@@ -39,6 +39,13 @@ def test_the_map_from_scores_is_the_one_that_is_named(given: dict[str, Any], pre
     assert not torch.equal(one, usual)
 
 
+def test_units_that_contain_others_start_at_the_ceiling_of_the_policy(prepared: Place) -> None:
+    space = describe(tiny_model("llama"), ("layer", "kv_group", "channel")).space
+    config = config_at(prepared, policy={"ceiling": 0.93}, granularity=["layer", "kv_group", "channel"])
+    probs_U = start_probs(config, space, torch.ones(space.size, dtype=torch.float64))
+    assert probs_U[space.of_kind("layer")].eq(0.93).all()
+
+
 @pytest.mark.parametrize("name", ["random", "mini-llm", "fused"])
 def test_what_a_metric_draws_follows_the_seed(name: str, prepared: Place) -> None:
     """On text that is the same for both."""

@@ -318,11 +318,13 @@ def test_a_model_that_does_not_fit_is_refused(spoil: Any, message: str) -> None:
 
 
 def test_a_model_on_several_devices_is_refused() -> None:
-    """The sentence names them."""
+    """The sentence names them, whether it is to be masked or sliced."""
     model = tiny_model("llama")
+    plan = random_plan(describe(model).architecture)
     model.model.layers[2].mlp.to("meta")
-    with pytest.raises(ModelError, match="is spread over cpu, meta; load it on one device"):
-        describe(model)
+    for use in (describe, lambda model: slice_model(model, plan)):
+        with pytest.raises(ModelError, match="is spread over cpu, meta; load it on one device"):
+            use(model)
 
 
 def test_what_is_no_dense_language_model_is_refused() -> None:

@@ -15,9 +15,12 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """The family and every size of a dense causal language model that masking and slicing depend on.
 
     Raises:
-        ModelError: the family is unknown, the model is already pruned or its layers differ by config, or a module is
-            missing or has another size than the config says.
+        ModelError: the family is unknown, the model is already pruned, its layers differ by config or it is spread over
+            devices, or a module is missing or has another size than the config says.
     """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ModelError(f"the model is spread over {', '.join(devices)}; load it on one device")
     config = model.config
     family = family_of(config.model_type)
     if config.is_heterogeneous:

@@ -184,9 +184,6 @@ def check_plan(model: PreTrainedModel, plan: KeepPlan) -> None:
         raise ModelError("the plan keeps no layer at all")
     if not kept[0].kv_groups:
         raise ModelError("the plan leaves the first kept layer without attention, where the cache's length is read")
-    devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1:
-        raise ModelError(f"the model is spread over {len(devices)} devices; load it on one to slice it")
 
 
 def _check_same_parts(model: PreTrainedModel, pruned: PreTrainedModel) -> None:

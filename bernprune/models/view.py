@@ -95,9 +95,6 @@ def describe(
     unknown = [kind for kind in granularity if kind not in KINDS]
     if unknown or not granularity:
         raise ConfigError(f"granularity must be some of {', '.join(KINDS)}, but is {list(granularity)}")
-    devices = {str(parameter.device) for parameter in model.parameters()}
-    if len(devices) > 1:
-        raise ModelError(f"the model is spread over {', '.join(sorted(devices))}; load it on one device")
     architecture = architecture_of(model)
     if model.get_output_embeddings() is None:
         raise ModelError(f"a {type(model).__name__} has no output embedding; give a causal language model")
