@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,9 +227,11 @@ def test_latency_states_what_was_timed() -> None:
     """Milliseconds in order, of as many passes as asked for, over the batch given, and on which machine."""
     model, calls = tiny_model("llama", torch.float32), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
+    started = time.monotonic()
     found = latency(model, random_tokens(3, 11), repeats=4, warmup=2)
+    most_ms = 1e3 * (time.monotonic() - started)
     assert len(calls) == 4 + 2
-    assert 0 < found.low_ms <= found.median_ms <= found.high_ms < 60_000
+    assert 0 < found.low_ms <= found.median_ms <= found.high_ms < most_ms
     assert (found.rows, found.window, found.repeats) == (3, 11, 4)
     assert found.machine == machine(torch.device("cpu"))
     assert f"torch {torch.__version__}" in found.machine

@@ -95,7 +95,9 @@ def test_the_report(finished: Path) -> None:
     assert search["ended"].startswith("sequences") and search["kept"] == "learned"
     assert search["finals"].pop("ended").startswith("sequences: ")
     assert search["finals"] == {"sequences": 0, "heats": []} and report["plans"] == []
-    assert report["diagnostics"] == json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])["round"]
+    last = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert report["diagnostics"] == last["round"]
+    assert 0 < last["seconds"] <= search["seconds"] + 0.01  # which is rounded
     known = next(line for line in table(report).splitlines() if line.startswith("known "))
     assert f"channel {report['diagnostics']['agreement']['channel']:.2f}" in known
     assert f"{abs(report['diagnostics']['gap']):.3f} nats" in known
@@ -104,7 +106,6 @@ def test_the_report(finished: Path) -> None:
     assert "masks lost 0.070 nats less than what would be selected" in table(less)
     del report["diagnostics"]["regret"]  # which policy gradients do not know
     assert "; sampled masks lost" in table(report) and "knowing every unit" not in table(report)
-    assert 0 < search["seconds"] < 60
     assert report["verified"]["max_logit_difference"] == 0
 
 
