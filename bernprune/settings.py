@@ -124,8 +124,8 @@ def parse_settings(settings: Sequence[str], *, only: Sequence[str] = ()) -> dict
 
 def check_only(data: Mapping[str, Any], only: Sequence[str]) -> None:
     """Raises ``ConfigError`` if nested data hold another setting than these, or than those of these sections."""
-    for key in flat(data):
-        if not _among(key, only):
+    for key, value in flat(data).items():
+        if value != {} and not _among(key, only):
             raise ConfigError(f"setting {key!r} is not possible here; what can be set is {', '.join(only)}")
 
 
@@ -161,7 +161,7 @@ def difference(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str | Non
     """The first setting of ``given`` that is another in ``stored``, in words."""
     known = flat(stored)
     for key, value in flat(given).items():
-        if known.get(key) != value:
+        if value != {} and known.get(key) != value:
             return f"{key} is {known.get(key)!r} there and {value!r} here"
     return None
 

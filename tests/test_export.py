@@ -128,8 +128,8 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 7}
         ("llama", {}, 64),
         ("mistral", {}, 7),
         ("mistral", {"sliding_window": None}, 64),
-        ("llama", {"sliding_window": 7}, 64),  # of a family whose attention heeds no window
-        ("mistral", {"layer_types": ["full_attention"] * 4}, 7),  # nor does this one heed types
+        ("llama", {"sliding_window": 7}, 7),  # of a family of which caches alone heed a window
+        ("mistral", {"layer_types": ["full_attention"] * 4}, 7),  # and of one that heeds no types
         ("qwen2", {**WINDOWED, "max_window_layers": 1}, 7),
         ("qwen2", {**WINDOWED, "max_window_layers": 4}, 64),
     ],

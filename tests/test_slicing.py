@@ -254,9 +254,24 @@ def test_tokens_taken_back_from_a_cache_are_forgotten(family: str, layers: tuple
     assert (result - logits_of(model, tokens)[:, 3:]).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_rows_of_a_cache_can_be_repeated_and_picked(variant: Variant) -> None:
+    """As where several continuations share what they begin with."""
+    model, _ = sliced(variant, without_attention=(1, 3))
+    tokens, cache = random_tokens(2, 13), DynamicCache(config=model.config)
+    picked = torch.tensor([3, 0, 5])
+    with torch.no_grad():
+        model(input_ids=tokens[:, :9], past_key_values=cache)
+        cache.batch_repeat_interleave(3)
+        cache.batch_select_indices(picked)
+        rows = tokens.repeat_interleave(3, dim=0)[picked]
+        result = model(input_ids=rows[:, 9:], past_key_values=cache).logits
+    assert (result - logits_of(model, rows)[:, 9:]).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("without_attention", [(2,), (2, 3), (1,)])
 def test_sliding_layers_may_lose_their_attention(without_attention: tuple[int, ...]) -> None:
-    """Layers 2 and 3 slide: the mask of a type must not be sized by a cache that is never written."""
+    """Layers 2 and 3 slide: the mask of a type must not be sized by an entry that holds no keys."""
     model, _ = sliced(Variant("qwen2-sliding", "qwen2", SLIDING_LAYERS), without_attention=without_attention)
     tokens, cache = random_tokens(), DynamicCache(config=model.config)
     with torch.no_grad():  # in pieces of several tokens, since the mask of a single one is often left out

@@ -47,7 +47,7 @@ def check_files() -> None:
 
 def run_folder(runs: Path, key: Row) -> Path:
     """Where the run of a row lies."""
-    return runs / "-".join(f"{key[name]:g}" for name in KEY)
+    return runs / "-".join(str(key[name]) for name in KEY)
 
 
 def run(key: Row, folder: Path) -> Row:
@@ -95,7 +95,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fill the rows; what stands in them is not run again."""
+    """Fill the rows; what stands in them is not run again, unless its folder is to be kept and is not there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sparsity", type=list_of(float), default=SPARSITIES)
     parser.add_argument("--sequences", type=list_of(int), default=SEQUENCES)
@@ -107,10 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = given.folder / "results.jsonl"
     for sparsity, sequences, seed in itertools.product(given.sparsity, given.sequences, given.seed):
         key = {"sparsity": sparsity, "sequences": sequences, "seed": seed}
-        if any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY)):
+        known = any(key_of(row, KEY) == key_of(key, KEY) for row in read_rows(results, KEY))
+        if known and (given.runs is None or (run_folder(given.runs, key) / "report.json").is_file()):
             continue
         with TemporaryDirectory() as scratch:
-            append_row(results, run(key, run_folder(given.runs or Path(scratch), key)))
+            row = run(key, run_folder(given.runs or Path(scratch), key))
+        if not known:
+            append_row(results, row)
     write_bytes(given.folder / "table.md", table(read_rows(results, KEY)).encode())
 
 

@@ -18,6 +18,7 @@ from benchmarks.learning.rows import Row, append_row, commit, key_of, list_of, r
 from benchmarks.learning.task import SHARED
 from benchmarks.smollm2 import run
 from bernprune.backends import find_device
+from bernprune.errors import BernpruneError
 from bernprune.evaluation.latency import machine
 from bernprune.storage import write_bytes
 
@@ -111,9 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = given.folder / "tasks.jsonl"
     models = {"dense": run.MODEL}
     for row in read_rows(given.folder / "results.jsonl", run.KEY):
+        name = f"{row['sparsity']:.0%} removed, {row['sequences']:,} sequences, seed {row['seed']}"
         folder = run.run_folder(given.runs, row) / "model" if given.runs else None
         if folder is not None and folder.is_dir():
-            models[f"{row['sparsity']:.0%} removed, {row['sequences']:,} sequences, seed {row['seed']}"] = folder
+            models[name] = folder
+        else:
+            print(f"{name}: left out, as no folder of the run was kept", file=sys.stderr)
     for model, folder in models.items():
         for task in given.task:
             key = {"model": model, "task": task}
@@ -123,4 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BernpruneError as error:
+        sys.exit(f"error: {error}")

@@ -18,11 +18,11 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         ModelError: the family is unknown, the model is already pruned, its layers differ by config or it is spread over
             devices, or a module is missing or has another size than the config says.
     """
+    config = model.config
+    family = family_of(config.model_type)
     devices = sorted({str(parameter.device) for parameter in model.parameters()})
     if len(devices) > 1:
         raise ModelError(f"the model is spread over {', '.join(devices)}; load it on one device")
-    config = model.config
-    family = family_of(config.model_type)
     if config.is_heterogeneous:
         raise ModelError("this model's layers differ by per_layer_config; only models of equal layers can be pruned")
     if (getattr(config, "rope_parameters", None) or {}).get("rope_type") == "longrope":

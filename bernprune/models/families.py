@@ -20,7 +20,7 @@ class Family:
 
     Attributes:
         windowed: which layers attend to ``config.sliding_window`` tokens alone, if that is set: none, all, or those
-            that ``config.layer_types`` names. transformers heeds no other field in the attention of a family.
+            that ``config.layer_types`` names. transformers heeds no other field in a pass without a cache.
     """
 
     decoder: str = "model"

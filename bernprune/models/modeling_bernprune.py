@@ -69,12 +69,14 @@ class SkippedHeads(nn.Module):
 
         A cache that grows, named ``past_key_values`` by older transformers, is given the keys and values of no head,
         ``[B, 0, T, head_dim]``: of an entry that was never written it could not take tokens back, as speculative
-        decoding does.
+        decoding does. Where rows are repeated or picked, it passes over entries without keys, but for ones that slide:
+        so only these have rows.
         """
         grows = cache if cache is not None else past_key_values
         if isinstance(grows, DynamicCache):
-            batch, tokens, _hidden = hidden_states.shape
-            none = hidden_states.new_zeros((batch, 0, tokens, self.head_dim))
+            rows, tokens, _hidden = hidden_states.shape
+            slides = self.layer_idx < len(grows.layers) and grows.is_sliding[self.layer_idx]
+            none = hidden_states.new_zeros((rows if slides else 0, 0, tokens, self.head_dim))
             grows.update(none, none, self.layer_idx)
         return hidden_states.new_zeros(()), None
 
