@@ -28,7 +28,7 @@ from bernprune.repair.weights import Weights, put
 
 logger = logging.getLogger(__name__)
 
-RIDGE = 0.01  # of the mean square of an input
+_RIDGE = 0.01  # of the mean square of an input
 _OUT: dict[Kind, str] = {"kv_group": "attention output", "channel": "down"}  # projections out of units
 
 
@@ -79,9 +79,7 @@ class ExpectedWeights:
     token count as shares of its residual stream (``weights_by_stream``).
     """
 
-    def __init__(
-        self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int, ridge: float = RIDGE
-    ) -> None:
+    def __init__(self, view: ModelView, windows_WT: torch.Tensor, *, rows_per_forward: int) -> None:
         """Takes one pass over the windows, int64.
 
         Raises:
@@ -89,7 +87,7 @@ class ExpectedWeights:
         """
         if view.opaque is not None:
             raise ModelError(f"weights can only be fitted to a policy where they are plain, but {view.opaque}")
-        self._ridge, self._places = ridge, list(_places(view, windows_WT, rows_per_forward))
+        self._places = list(_places(view, windows_WT, rows_per_forward))
         self._originals = Weights(place.projection for place in self._places)
         self._on_cpu = False  # from when a GPU was full
 
@@ -104,7 +102,7 @@ class ExpectedWeights:
         try:
             gram_EE, probs_N = place.gram_EE.to(device), probs_U[place.units].to(device)
             with prefixed(f"{place.name} cannot be fitted", ModelError):
-                return expected_fit(weight_DE.to(device), gram_EE, probs_N, self._ridge)
+                return expected_fit(weight_DE.to(device), gram_EE, probs_N, _RIDGE)
         except torch.OutOfMemoryError:  # of a GPU, and fewer rows would not help
             if self._on_cpu:
                 raise

@@ -19,10 +19,10 @@ def metric_at(file: str, name: str) -> Metric:
         ConfigError: no such file or name in it, a file that cannot be executed, or something else of that name.
     """
     place, found = f"{file}:{name}", defined_at("score", file, name, _is_score)
+    if not _is_score(found):
+        raise ConfigError(f"score {place} must be a function or a Metric, but is {found!r}")
     if isinstance(found, Metric):
         return replace(found, name=place, run=_guarded(place, found.run))
-    if not callable(found) or isinstance(found, type):
-        raise ConfigError(f"score {place} must be a function or a Metric, but is {found!r}")
     return as_metric(_guarded(place, found), place)
 
 
