@@ -1,5 +1,6 @@
 """What repairs and weights for the policy take is counted as it is done."""
 
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -177,7 +178,7 @@ def test_work_in_float64_is_counted_exactly(deciding: int, monkeypatch: pytest.M
         moments.add(torch.randn(40, inputs), torch.randn(40, outputs))
     dense = fitting.Linear(torch.randn(outputs, inputs, dtype=torch.float64), None)
     forms = [("none", None, lambda _, dense: dense)]
-    forms += [("ridge", ridge, fitting._reconstructing(ridge, False)) for ridge in (1.0, 0.1, 1e-9)]
+    forms += [("ridge", ridge, partial(fitting.reconstructed, ridge=ridge, biased=False)) for ridge in (1.0, 0.1, 1e-9)]
     with FlopCounterMode(display=False) as counter:
         choice, _ = fitting._choose(forms, dense, fit, check)
     assert choice.repair == "ridge", "the fit comes once more"
