@@ -64,7 +64,7 @@ def _choice(report: dict[str, Any]) -> list[str]:
         )
     elif search["kept"] != "learned" and search["steps"]:
         row = ROWS[search["kept"]]
-        lines.append(f"kept         comes from the row '{row}': {judged}, what was learned did not beat it")
+        lines.append(f"kept         comes from the row '{row}': {judged}, it was better than what was learned")
     elif search["kept"] == "uniform":
         lines.append(f"kept         comes from the row '{ROWS['uniform']}': {judged}, it was the best")
     return lines

@@ -186,6 +186,27 @@ class Nothing(MaskSearch):
         pass
 
 
+class Lost(Signs):
+    def tell(self, masks_BKCU, losses_BKC, **given):
+        stats = super().tell(masks_BKCU, losses_BKC, **given)
+        self.probs_U = self.probs_U * float("nan")
+        return stats
+
+
+class Beyond(Signs):
+    def tell(self, masks_BKCU, losses_BKC, **given):
+        stats = super().tell(masks_BKCU, losses_BKC, **given)
+        self.probs_U = self.probs_U + 1
+        return stats
+
+
+class Fewer(Signs):
+    def tell(self, masks_BKCU, losses_BKC, **given):
+        stats = super().tell(masks_BKCU, losses_BKC, **given)
+        self.probs_U = self.probs_U[1:]
+        return stats
+
+
 class Short(Signs):
     def tell(self, masks_BKCU, losses_BKC):
         pass
@@ -274,6 +295,15 @@ class Whole(LeaveOneOut):
 class Unknown(LeaveOneOut):
     def advantages(self, losses_BKC, reference_BC):
         return losses_BKC * float("nan")
+
+
+class Alike(LeaveOneOut):
+    def advantages(self, losses_BKC):
+        return losses_BKC
+
+
+class Perhaps(LeaveOneOut):
+    needs_reference = "yes"
 
 
 class Broken(LeaveOneOut):
@@ -580,6 +610,11 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Doubts", "Doubts must give signal_to_noise in diagnose for each kind, but gave {'channel'"),
         ("search.method={}:Regrets", "Regrets must give a number as regret in diagnose, but gave None"),
         ("search.method={}:Gapes", "Gapes must give a number as gap in diagnose, but gave 'wide'"),
+        ("search.method={}:Lost", "in [0, 1], but left nan to nan in step 0"),
+        ("search.method={}:Beyond", "in [0, 1], but left 1."),
+        ("search.method={}:Fewer", "in [0, 1], but left torch.Size(["),
+        ("search.baseline={}:Alike", "Alike must take returns and those of a reference in advantages, but too many"),
+        ("search.baseline={}:Perhaps", "Perhaps must say by True or False whether it needs_reference"),
         ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
         ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
         ("search.method={}:Unbegun", "Unbegun must have a classmethod for its begin, but has <function"),
@@ -604,9 +639,12 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Elsewhere", "Elsewhere must begin as a MaskSearch, but began as 3"),
         ("search.baseline={}:Signs", "Signs must be a class of baselines, but lacks min_masks, advantages"),
         ("search.baseline={}:Many", "needs at least 99 masks a step, but got 3"),
-        ("search.baseline={}:Whole", "Whole must give finite advantages, but gave some of int64 that are not"),
+        ("search.baseline={}:Whole", "Whole must give finite floating-point advantages, but gave int64, not all of"),
         ("search.baseline={}:Endless", "Endless must be a class of baselines"),
-        ("search.baseline={}:Unknown", "Unknown must give finite advantages, but gave some of float64 that are not"),
+        (
+            "search.baseline={}:Unknown",
+            "Unknown must give finite floating-point advantages, but gave float64, not all of",
+        ),
         ("search.baseline={}:Broken", "Broken failed in line"),
         ("search.objective={}:one", "one must take logits, next tokens and"),
         ("search.objective={}:Signs", "Signs must be a function, but is 'Signs'"),

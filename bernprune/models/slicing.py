@@ -34,7 +34,7 @@ def slice_model(model: PreTrainedModel, plan: KeepPlan) -> PreTrainedModel:
     """The pruned model: physically smaller, and of the class that a saved folder loads as.
 
     The dense ``model`` is used up: each of its weights is released before the next is sliced, so memory peaks at the
-    dense model plus one weight, and its parts move into the result. Using it afterwards raises ``AttributeError``.
+    dense model plus one weight, and its parts move into the result. It cannot be used afterwards.
     Kept are dtype, device, ``requires_grad``, tied embeddings, training mode, ``generation_config`` and
     ``name_or_path``; hooks on sliced modules and an enabled gradient checkpointing are not.
 

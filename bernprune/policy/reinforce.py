@@ -101,9 +101,10 @@ class ReinforceSearch(MaskSearch):
             )
         if not advantages_BKC.is_floating_point() or not advantages_BKC.isfinite().all():
             raise ConfigError(
-                f"baseline {type(self.baseline).__name__} must give finite advantages, but gave some of "
-                f"{str(advantages_BKC.dtype).removeprefix('torch.')} that are not"
+                f"baseline {type(self.baseline).__name__} must give finite floating-point advantages, but gave "
+                f"{str(advantages_BKC.dtype).removeprefix('torch.')}, not all of which are that"
             )
+        advantages_BKC = advantages_BKC.detach()
         # The mean over masks, but the sum over the chunks of each.
         chunks = losses_BKC.shape[-1]
         gradient_U = chunks * reinforce(

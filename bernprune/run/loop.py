@@ -176,6 +176,7 @@ class _Loop:
             raise ConfigError(
                 f"search {self.stage.config.search.method} must give a StepStats in tell, but gave {stats!r:.100}"
             )
+        self._check_policy(step)
         self._check_read(stats, step)
         self.work.step += 1
         self.work.sequences += self.stage.workload.step_sequences
@@ -223,6 +224,17 @@ class _Loop:
         if self.selected is None or not torch.equal(priorities_U, self.selected[0]):
             self.selected = priorities_U.clone(), current_selection(self.search, self.graded_U, self.stage.limits)
         return self.selected[1]
+
+    def _check_policy(self, step: int) -> None:
+        """Before anything is saved of it: a custom search that is mended goes on from what was."""
+        probs_U, size = self.search.probs_U, self.stage.view.space.size
+        fits = isinstance(probs_U, torch.Tensor) and probs_U.shape == (size,)
+        if not fits or not bool(((probs_U >= 0) & (probs_U <= 1)).all()):
+            left = f"{probs_U.min():g} to {probs_U.max():g}" if fits else f"{getattr(probs_U, 'shape', probs_U)!r:.100}"
+            raise ConfigError(
+                f"search {self.stage.config.search.method} must leave probs_U [{size}] in [0, 1], but left {left} in "
+                f"step {step}"
+            )
 
     def _check_read(self, stats: StepStats, step: int) -> None:
         """Activities that are not finite are as bad as losses; if they may be dropped, they were left out."""

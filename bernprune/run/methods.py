@@ -115,6 +115,14 @@ def baseline_of(config: RunConfig) -> Baseline:
         else blamed("baseline", name, _own("baseline", name, "a class of baselines", _is_baseline))
     )
     baseline = make(search.baseline_window, search.masks)
+    if not isinstance(baseline.needs_reference, bool):
+        raise ConfigError(f"baseline {name} must say by True or False whether it needs_reference")
+    try:
+        inspect.signature(baseline.advantages).bind(None, None)
+    except TypeError as error:
+        raise ConfigError(
+            f"baseline {name} must take returns and those of a reference in advantages, but {error}"
+        ) from None
     check_masks(name, baseline, search.masks)
     if search.sampling == "antithetic" and not isinstance(baseline, LeaveOneOut):
         raise ConfigError(
