@@ -9,6 +9,7 @@ import torch
 from spaces import BLOCKS, FLAT, LAYERED_BLOCKS, NESTED, SPACES, make_space, of_kind, random_numbers
 from tolerances import EXACT, assert_close
 
+from bernprune.errors import ConfigError
 from bernprune.names import Kind, MapName, Scope
 from bernprune.policy.bernoulli import const, entropy, graded, initial_probs, norm, reordered, sigmap
 from bernprune.policy.budget import Budget
@@ -158,6 +159,22 @@ def test_const_uses_its_sharpness_and_uniform_no_score() -> None:
     assert [int((probs_U[FLAT.span("channel", layer)] == 0.8).sum()) for layer in range(3)] == [7, 4, 3]
     assert_close(probs_U[channels].unique(), [0.2, 0.8], EXACT)
     assert initial_probs(FLAT, scores_U, keep=0.6, map_name="uniform").eq(0.6).all()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "keep", "said"),
+    [
+        (lambda scores_U: scores_U[1:], 0.6, "finite numbers, one a unit, but are"),
+        (lambda scores_U: scores_U.index_fill(0, torch.tensor([2, 4]), math.nan), 0.6, "2 of them not finite"),
+        (lambda scores_U: scores_U, 7, "above 0 and below 1, but is 7"),
+    ],
+    ids=["fewer", "nan", "share"],
+)
+def test_scores_that_tell_nothing_are_refused(
+    spoil: Callable[[torch.Tensor], torch.Tensor], keep: float, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        initial_probs(FLAT, spoil(torch.ones(FLAT.size, dtype=torch.float64)), keep=keep)
 
 
 @all_maps

@@ -291,6 +291,15 @@ def test_a_power_of_costs_means_nothing_to_a_file(tmp_path: Path) -> None:
         check_scores(make_config({"initial": {"score": "magnitude", "also": "flap", "cost_power": 0.5}}))
 
 
+def test_a_metric_of_layers_scores_each_unit() -> None:
+    def fewer(at: LayerPass) -> Any:
+        return {"kv_group": torch.ones(at.layer.shape.kv_groups), "channel": torch.ones(at.layer.shape.channels - 1)}
+
+    view = describe(tiny_model("llama"))
+    with pytest.raises(ConfigError, match=r"a score must give 19 numbers for channel in layer 0, but gave \[18\]"):
+        initial_scores(view, random_tokens(3), Metric("fewer", "", "", by_layer(fewer)))
+
+
 def test_a_metric_of_layers_runs_each_once() -> None:
     """One that asks for more would look at the next layer."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from bernprune.errors import ConfigError
 from bernprune.names import Kind, MapName, Scope, check_name
 from bernprune.units import UnitSpace
 
@@ -64,9 +65,13 @@ def initial_probs(
             same; see ``bernprune.policy.allocation``.
 
     Raises:
-        ConfigError: an unknown map or scope.
+        ConfigError: an unknown map or scope; scores that are not finite numbers, one a unit; no share to keep.
     """
     check_name("map", map_name, MapName)
+    if scores_U.shape != (space.size,) or not scores_U.isfinite().all():
+        raise ConfigError(f"scores must be {space.size} finite numbers, one a unit, but are {_described(scores_U)}")
+    if not 0 < keep < 1:
+        raise ConfigError(f"the share of units to keep must be above 0 and below 1, but is {keep:g}")
     probs_U = torch.full((space.size,), ceiling, dtype=torch.float64)
     for kind, units_N in _mapped_sets(space, scope):
         share = _share(space, units_N, keep, shares_G)
@@ -74,6 +79,11 @@ def initial_probs(
         scores_N = scores_N / scores_N.abs().max().clamp(min=torch.finfo(torch.float64).tiny)  # beside _EPSILON
         probs_U[units_N] = _map_of(map_name, kind, sharpness)(scores_N, share)
     return probs_U
+
+
+def _described(scores_U: torch.Tensor) -> str:
+    unknown = int((~scores_U.isfinite()).sum())
+    return f"{list(scores_U.shape)}" + (f", {unknown} of them not finite" if unknown else "")
 
 
 def _share(space: UnitSpace, units_N: torch.Tensor, keep: float, shares_G: torch.Tensor | None) -> float:

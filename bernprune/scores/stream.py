@@ -211,8 +211,13 @@ def of_units(saliences: Sequence[torch.Tensor], count: int) -> torch.Tensor:
 
 
 def fill(view: ModelView, layer: int, scored: Scores, scores_U: torch.Tensor) -> None:
-    """Write the scores of one layer's units to where they belong."""
+    """Write the scores of one layer's units to where they belong. Raises ``ConfigError`` if there are fewer or more."""
     for kind, values in scored.items():
         span = view.space.span(kind, layer)
         if span is not None:
-            scores_U[span] = values.double().cpu()
+            count = span.stop - span.start
+            if values.numel() != count:
+                raise ConfigError(
+                    f"a score must give {count} numbers for {kind} in layer {layer}, but gave {list(values.shape)}"
+                )
+            scores_U[span] = values.double().cpu().flatten()
