@@ -286,9 +286,12 @@ class RunConfig(Section):
 
     @property
     def judges_finalists(self) -> bool:
-        """Whether finalists of the search are repaired, and judged by that."""
+        """Whether finalists of the search are judged by what they lose, after a repair of each if there is one.
+
+        What was learned in view of a repair that is then given up may be worse than what the metric keeps.
+        """
         given = self.repair.judge_finalists
-        return self.repair.method != "none" and (self.fits_to_policy if given is None else given)
+        return self.fits_to_policy if given is None else given
 
     @property
     def longest_window(self) -> int:

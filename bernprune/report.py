@@ -52,7 +52,8 @@ def _choice(report: dict[str, Any]) -> list[str]:
     judged = "on text not learned from"
     beaten = "not clearly better"
     if "finalists" in report["repair"]:
-        judged, beaten = "after a repair of each", "not better"
+        judged = "as they are" if report["repair"]["method"] == "none" else "after a repair of each"
+        beaten = "not better"
     if finals["sequences"]:
         rounds, won = len(finals["heats"]), sum(heat["winner"] > 0 for heat in finals["heats"])
         tried = f"changes tried in {rounds} round{'s' * (rounds > 1)}, kept in {won}" if rounds else "no changes tried"
@@ -107,15 +108,12 @@ def recovered(report: dict[str, Any]) -> str:
 
 def repaired(repair: dict[str, Any]) -> list[str]:
     """What was repaired, and which finalists were tried so, if that was asked for."""
+    windows = f"{repair.get('judging_windows', 0):,} windows"
     if repair["method"] == "none":
-        return []
-    judged = f"on {repair['judging_windows']:,} windows that it was not fitted on"
-    losses = repair["losses"]
-    chosen = repair["chosen"]
-    lines = list[str]()
-    if "finalists" in repair:
-        tried = ", ".join(f"{name} {shown(loss, 4)}" for name, loss in repair["finalists"].items())
-        lines.append(f"finalists    {tried}: loss after a repair of each, {judged}")
+        return _finalists(repair, f"of each, on {windows}")
+    judged = f"on {windows} that it was not fitted on"
+    lines = _finalists(repair, f"after a repair of each, {judged}")
+    losses, chosen = repair["losses"], repair["chosen"]
     if chosen == "none":
         tried = " and ".join(name for name in losses if name != "none")
         why = f"{tried} did not lower the loss {judged}" if tried else "none could be tried, as said in warnings"
@@ -126,6 +124,13 @@ def repaired(repair: dict[str, Any]) -> list[str]:
         f"repair       {chosen}, from {repair['windows']:,} windows in {repair['seconds']:.0f} s: loss {before} before "
         f"and {after} after, {judged}",
     ]
+
+
+def _finalists(repair: dict[str, Any], how: str) -> list[str]:
+    if "finalists" not in repair:
+        return []
+    tried = ", ".join(f"{name} {shown(loss, 4)}" for name, loss in repair["finalists"].items())
+    return [f"finalists    {tried}: loss {how}"]
 
 
 def _stopped(ended: str) -> str:

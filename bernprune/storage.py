@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and folders that are made for them."""
 
 import json
 import os
@@ -64,3 +64,47 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_writable(path: Path) -> None:
+    """Raises ``RunError`` where no folder of this path can be, or the file formats of a result cannot name it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise RunError(f"output {str(path)!r} cannot be written: its name is not UTF-8 (or set PYTHONUTF8=1)") from None
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunError(f"output {path} is a file, but a folder is needed")
+        parent = nearest_parent(path)
+    except OSError as error:  # a name too long for the file system
+        raise RunError(f"output {path} cannot be written: {error.strerror}") from None
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RunError(f"output {path} cannot be written: {parent} is not a writable folder")
+
+
+@contextmanager
+def no_empty_folders(path: Path) -> Iterator[None]:
+    """On an error within, remove the folder ``path`` and those above it that were made for it, as far as empty."""
+    existed = nearest_parent(path)
+    try:
+        yield
+    except BaseException:
+        remove_empty(path, existed)
+        raise
+
+
+def nearest_parent(path: Path) -> Path:
+    """The path itself or the nearest folder above it that exists."""
+    while not path.exists() and not path.is_symlink():
+        path = path.parent
+    return path
+
+
+def remove_empty(path: Path, existed: Path) -> None:
+    """Remove the folders from ``path`` up to ``existed``, which stays, as far as they are empty."""
+    while path != existed and path != path.parent:
+        try:
+            path.rmdir()
+        except OSError:
+            return
+        path = path.parent

@@ -51,7 +51,7 @@ class Child:
 
 
 def _written(file: IO[bytes]) -> str:
-    if file.closed or not file.seekable():
+    if file.closed or not file.readable() or not file.seekable():
         return ""
     file.seek(0)
     return file.read().decode()

@@ -118,6 +118,11 @@ def _finished(place: Place) -> Path:
     return place.out
 
 
+def _damaged_report(place: Place) -> Path:
+    (_unfinished(place) / "report.json").write_text('{"model"')
+    return place.out
+
+
 def _damaged_config(place: Place) -> Path:
     (_unfinished(place) / "config.yaml").write_text("seed: [")
     return place.out
@@ -139,6 +144,12 @@ def _of_another_program(place: Place) -> Path:
     (place.out / "checkpoints").mkdir(parents=True)
     (place.out / "checkpoints/a.pt").write_text("precious")
     (place.out / "config.yaml").write_text("lr: 0.1")
+    return place.out
+
+
+def _of_no_settings(place: Place) -> Path:
+    place.out.mkdir(parents=True)
+    (place.out / "config.yaml").write_text("{a line")
     return place.out
 
 
@@ -464,6 +475,7 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         lambda p: [*p.prune(out=_of_another_program(p)), "--overwrite"],
         ("not empty", "no bernprune run"),
     ),
+    "out-of-no-settings": (lambda p: p.prune(out=_of_no_settings(p)), ("not empty", "no bernprune run")),
     "resume-another-program": (
         lambda p: ["resume", str(_of_another_program(p))],
         ("config.yaml", "not what a run leaves", "'lr'"),
@@ -483,7 +495,8 @@ BAD: dict[str, tuple[Try, tuple[str, ...]]] = {
         ("is not empty and holds no bernprune run",),
     ),
     "out-around-the-text": (_input_within, ("data.text", "lies in", "would replace it")),
-    "resume-finished": (lambda p: ["resume", str(_finished(p))], ("is finished", "model")),
+    "resume-finished": (lambda p: ["resume", str(_finished(p)), "--finish"], ("is finished", "model")),
+    "resume-damaged-report": (lambda p: ["resume", str(_damaged_report(p))], ("report.json is damaged",)),
     "resume-nothing": (lambda p: ["resume", "temporary"], ("temporary", "no bernprune run")),
     "resume-what-never-began": (
         lambda p: ["resume", str(_folder(p, "begun/.lock").parent)],

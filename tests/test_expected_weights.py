@@ -206,10 +206,10 @@ def test_what_cannot_be_solved_is_named(kind: Kind, said: str, monkeypatch: pyte
     ids=str,
 )
 def test_when_weights_are_refitted(given: dict[str, Any], expected: bool) -> None:
-    """It is settled when a run begins, and finalists are judged after their repair if so."""
+    """It is settled when a run begins, and finalists are judged if so, whatever repair is left in the end."""
     config = make_config(given)
     assert config.search.refit is expected
-    assert config.judges_finalists is (expected and config.repair.method != "none")
+    assert config.judges_finalists is expected
     assert make_config(config.to_dict() | {"repair": {"method": "none"}}).search.refit is expected
     assert not make_config(merge(config.to_dict(), {"search": {"sequences": 0}})).judges_finalists
 
@@ -317,6 +317,19 @@ def test_a_repair_that_changes_on_the_way_changes_no_search(
     succeed("resume", str(place.out), *settings(*changes))
     assert make_config(read_yaml(place.out / "config.yaml")).search.refit
     assert without_times(place.out / "metrics.jsonl") == without_times(place.folder / "whole" / "metrics.jsonl")
+
+
+def test_finalists_are_judged_as_they_are_where_the_repair_is_given_up(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was learned in view of a repair may be worse without one than what the metric keeps."""
+    interrupted_at(5, monkeypatch, place.prune(*REFITTED))
+    done = succeed("resume", str(place.out), *settings("repair.method=none"))
+    report = read_json(place.out / "report.json")
+    losses, windows = report["repair"]["finalists"], report["repair"]["judging_windows"]
+    assert len(losses) > 1 and min(losses, key=losses.get) == report["search"]["kept"]
+    assert f"loss of each, on {windows} windows" in done.out and report["repair"]["method"] == "none"
+    assert report["windows_run"]["choice"] == windows * len(losses)
 
 
 def test_a_run_goes_on_with_the_weights_that_it_had(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

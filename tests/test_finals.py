@@ -647,13 +647,9 @@ def test_where_steps_led_is_forgotten_with_the_finalist(best: str, stage: Stage)
     """If another one is better once repaired: it has priorities of its own."""
     masks_NU = torch.eye(stage.budget.space.size).bool()
     finalists, led_U = {"learned": masks_NU[0], "widths": masks_NU[1]}, random_numbers(stage.budget.space.size, 5)
-    stage = replace(
-        stage,
-        config=make_config(merge(stage.config.to_dict(), {"repair": {"method": "bias", "judge_finalists": True}})),
-    )
     made = Finals("learned", finalists["learned"], priorities_U=led_U)
-    workshop: Any = SimpleNamespace(prefer=lambda plans, path: (best, dict.fromkeys(plans, 1.0)))
-    judged = pipeline._judge_repaired(stage, RunFolder(Path("out")), workshop, made, finalists)
+    workshop: Any = SimpleNamespace(prefer=lambda plans, path: (best, dict.fromkeys(plans, 1.0)), judging_WT=[1])
+    judged = pipeline._judge(stage, RunFolder(Path("out")), workshop, made, finalists)
     assert judged["finalists"].keys() == finalists.keys()
     assert (made.kept, made.priorities_U is led_U) == (best, best == "learned")
     assert made.mask_U.equal(finalists[best])

@@ -257,6 +257,12 @@ def test_a_verified_model_stays(happens: type[BaseException], place: Place, fini
     assert done.code == (130 if happens is KeyboardInterrupt else 0) and "bernprune resume" not in done.err
     assert "initial" not in read_json(place.out / "report.json")["latency"]
     assert (place.out / "model" / "config.json").is_file()
+    if happens is KeyboardInterrupt:
+        assert f"interrupted; the run in {place.out} is finished, and its result lies in {place.out}/model" in done.err
+        assert not (place.out / "report.png").exists()
+    again = succeed("resume", str(place.out))
+    assert f"result       {place.out}/model" in again.out and (not done.out or again.out == done.out)
+    assert (place.out / "report.png").exists()
 
 
 @pytest.mark.parametrize(("module", "last"), [(loop, "write_checkpoint"), (finals, "write_state")])

@@ -111,7 +111,7 @@ def test_the_repair_may_change_on_the_way(place: Place, monkeypatch: pytest.Monk
         with pytest.raises(ZeroDivisionError):
             run(*place.prune(*repairing_by("ridge")))
     succeed("resume", str(place.out), *settings("repair.method=none", "repair.windows=null"))
-    assert read_json(place.out / "report.json")["repair"] == {"method": "none"}
+    assert read_json(place.out / "report.json")["repair"].keys() == {"method", "finalists", "judging_windows"}
 
 
 def test_finalists_are_judged_by_what_repair_makes_of_them(
@@ -253,7 +253,7 @@ def test_what_judges_has_a_limit(place: Place, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(workload, "MOST_JUDGING", most)
         stage = set_stage(make_config({"model": given[0], "data": given[1], "search": {"sequences": 12_000}}))
         workshop = Workshop.of_stage(stage)
-        assert workshop is not None and stage.kept_back is not None
+        assert stage.kept_back is not None
         stages.append((stage.kept_back.num_windows, len(workshop.judging_WT)))
     assert stages[1] == (33, 33) and min(stages[0]) > 33
 
@@ -266,7 +266,7 @@ def test_finalists_are_judged_on_text_that_was_not_learned_from(sequences: int, 
     given = {"path": str(place.model)}, {"text": str(place.text), "window": WINDOW}
     stage = set_stage(make_config({"model": given[0], "data": given[1], "search": search, "repair": {"windows": 6}}))
     workshop = Workshop.of_stage(stage)
-    assert workshop is not None and stage.workload.steps is not None
+    assert stage.workload.steps is not None
     read_WT = stage.train.windows(0, 2 * stage.workload.steps)
     read, judging = ({tuple(row_T.tolist()) for row_T in rows_WT} for rows_WT in (read_WT, workshop.judging_WT))
     assert (stage.kept_back is not None) == kept_back and (len(read_WT) > stage.train.num_windows) == kept_back
@@ -274,7 +274,7 @@ def test_finalists_are_judged_on_text_that_was_not_learned_from(sequences: int, 
     assert {tuple(row_T.tolist()) for row_T in workshop.repairer.windows_WT} <= read
     if not kept_back:  # a search that was ended earlier leaves more
         earlier = Workshop.of_stage(stage, 4)
-        assert earlier is not None and torch.equal(earlier.judging_WT, stage.train.windows(8, 6))
+        assert torch.equal(earlier.judging_WT, stage.train.windows(8, 6))
 
 
 @pytest.mark.parametrize(

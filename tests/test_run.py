@@ -648,13 +648,23 @@ def test_an_ordinary_command(place: Place) -> None:
     assert shown["result"] == ["result", "out/model-0.3/model"]
 
 
-def test_nobody_reads_on(place: Place) -> None:
+@pytest.mark.parametrize("command", ["units", "--help"])
+def test_nobody_reads_on(command: str, place: Place) -> None:
     """``bernprune units | head -1`` ends without a traceback."""
     read, write = os.pipe()
     os.close(read)
+    given = [str(place.model), *settings(f"data.window={WINDOW}")] if command == "units" else []
     with open(write, "wb") as out:
-        done = Child(["units", str(place.model), *settings(f"data.window={WINDOW}")], place.folder, out).ended()
+        done = Child([command, *given], place.folder, out).ended()
     assert (done.err, done.code) == ("", 141)
+
+
+def test_a_full_disk_behind_stdout_costs_no_result(place: Place, finished: Path) -> None:
+    """It is said where that lies."""
+    with open("/dev/full", "wb") as out:
+        done = Child(["resume", str(finished)], place.folder, out).ended()
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert f"No space left on device; the run in {finished} is finished, and its result lies in" in done.err
 
 
 # Settings of a short search, and the share of the initial perplexity that it must reach.

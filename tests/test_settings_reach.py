@@ -75,5 +75,4 @@ def test_flops_are_those_of_the_window(prepared: Place) -> None:
 def test_a_repair_is_fitted_as_it_is_told(prepared: Place) -> None:
     repair = {"method": "ridge", "target": "own", "ridges": [3.0], "windows": 20}
     workshop = Workshop.of_stage(set_stage(config_at(prepared, repair=repair)))
-    assert workshop is not None
     assert (workshop.repairer.target, tuple(workshop.repairer.ridges)) == ("own", (3.0,))

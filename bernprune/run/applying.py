@@ -11,11 +11,10 @@ from bernprune.errors import RunError
 from bernprune.models.products import quick_products
 from bernprune.models.slicing import check_plan, slice_model
 from bernprune.models.view import count_parameters
-from bernprune.run.folder import check_writable, no_empty_folders
 from bernprune.run.opening import check_family, open_model, open_tokenizer
 from bernprune.run.repairs import Workshop, repair_text
 from bernprune.run.verification import save_and_verify
-from bernprune.storage import writing
+from bernprune.storage import check_writable, no_empty_folders, writing
 from bernprune.units import KeepPlan
 
 

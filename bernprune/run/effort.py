@@ -141,6 +141,8 @@ def windows_run(
         finalists = len(repair.get("finalists", ()))  # auto judges them by the first that it tries
         counted["repair"] = sum(passes) * repair["windows"] + finalists * sum(passes[:1]) * repair["finalist_windows"]
         counted["repair"] += (finalists + len(tried) + 1) * repair["judging_windows"]
+    elif "finalists" in repair:
+        counted["choice"] += len(repair["finalists"]) * repair["judging_windows"]
     counted["evaluation"] = evaluated
     return {name: count for name, count in counted.items() if count}
 

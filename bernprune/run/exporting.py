@@ -12,8 +12,8 @@ from bernprune.export.vocabulary import vocabulary_from, vocabulary_of
 from bernprune.models.loading import load_model, load_tokenizer
 from bernprune.models.view import count_parameters
 from bernprune.names import unknown
-from bernprune.run.folder import MODEL, REPORT, check_writable, no_empty_folders
-from bernprune.storage import writing, written_file
+from bernprune.run.folder import CONFIG, MODEL, RECOVERY_CONFIG, REPORT
+from bernprune.storage import check_writable, no_empty_folders, writing, written_file
 
 SUFFIX = ".gguf"
 _CHECKED_TOKENS = 64
@@ -50,7 +50,7 @@ def export_gguf(
     if out.exists():
         raise RunError(f"output {out} exists already; give a file that does not")
     check_writable(out.parent)
-    is_run = (source / MODEL).is_dir()
+    is_run = any((source / name).exists() for name in (CONFIG, RECOVERY_CONFIG, MODEL))
     if is_run and not (source / REPORT).is_file():
         raise RunError(f"the run in {source} is not finished: no model of it was verified")
     folder = str(source / MODEL if is_run else source)

@@ -34,7 +34,7 @@ from bernprune.config import RunConfig, make_config
 from bernprune.errors import ConfigError, RunError
 from bernprune.run.origin import CHANGED, INPUTS, changed_versions, origin_of, versions
 from bernprune.settings import difference, read_yaml, without
-from bernprune.storage import sync, write_bytes, write_json
+from bernprune.storage import check_writable, nearest_parent, remove_empty, sync, write_bytes, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,12 +87,17 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return self.report.is_file()
+        """Whether there is a run with its result; one that is to be replaced counts for none, here and below."""
+        return self._has_run and self.report.is_file()
 
     @property
     def unfinished(self) -> bool:
-        """Whether there is a run to continue; one that is to be replaced is none."""
-        return self.config.is_file() and not self.finished and self._config_written() != self._to_replace
+        """Whether there is a run to continue."""
+        return self._has_run and not self.report.is_file()
+
+    @property
+    def _has_run(self) -> bool:
+        return self._config_written() != self._to_replace
 
     def _config_written(self) -> int | None:
         """When, in nanoseconds; None if there is none."""
@@ -143,7 +148,11 @@ class RunFolder:
     def _check_is_run(self) -> None:
         """What is to be replaced must be ours: others, too, call a file config.yaml, and a folder model."""
         sections = {"model", "data", "budget", "search", "policy", "repair", "report"}  # ours name every setting
-        if not self.config.is_file() or not sections <= read_yaml(self.config).keys():
+        try:
+            is_run = self.config.is_file() and sections <= read_yaml(self.config).keys()
+        except ConfigError:
+            is_run = False
+        if not is_run:
             raise RunError(f"{self.path} is not empty and holds no bernprune {self.WORK}; {self.OTHER}")
 
     def _check_apart(self, config: RunConfig) -> None:
@@ -173,12 +182,12 @@ class RunFolder:
         Raises:
             RunError: it cannot be made or locked, or another process works in it.
         """
-        existed = _nearest_parent(self.path)
+        existed = nearest_parent(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / LOCK, "w")  # noqa: SIM115 - closed below
         except OSError as error:
-            _remove_empty(self.path, existed)
+            remove_empty(self.path, existed)
             raise RunError(f"output {self.path} cannot be written: {error.strerror or error}") from None
         with file:
             try:
@@ -202,7 +211,7 @@ class RunFolder:
         """Leave nothing where no run began."""
         if not self.config.is_file():
             (self.path / LOCK).unlink(missing_ok=True)
-            _remove_empty(self.path, existed)
+            remove_empty(self.path, existed)
 
     def start(self, config: RunConfig, inputs: Mapping[str, str] = MappingProxyType({})) -> None:
         """Begin a fresh run, in the place of an earlier one of ours. Raises ``OSError``.
@@ -290,6 +299,13 @@ class RunFolder:
     def _models(self) -> list[Path]:
         return [self.model, *self.path.glob(f".{MODEL}.*")]
 
+    def read_report(self) -> dict[str, Any]:
+        """What a finished run came to. Raises ``RunError`` if the file is damaged."""
+        try:
+            return dict(json.loads(self.report.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.report} is damaged ({error})") from None
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """The records of all steps."""
         return [json.loads(line) for line in _lines(self.metrics)]
@@ -299,33 +315,6 @@ class RunFolder:
         kept = [line for line in _lines(self.metrics) if _step_of(line) < step]
         write_bytes(self.metrics, "".join(f"{line}\n" for line in kept).encode())
         return open(self.metrics, "a", encoding="utf-8", buffering=1)
-
-
-def check_writable(path: Path) -> None:
-    """Raises ``RunError`` where no folder of this path can be, or the file formats of a result cannot name it."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise RunError(f"output {str(path)!r} cannot be written: its name is not UTF-8 (or set PYTHONUTF8=1)") from None
-    try:
-        if path.exists() and not path.is_dir():
-            raise RunError(f"output {path} is a file, but a folder is needed")
-        parent = _nearest_parent(path)
-    except OSError as error:  # a name too long for the file system
-        raise RunError(f"output {path} cannot be written: {error.strerror}") from None
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RunError(f"output {path} cannot be written: {parent} is not a writable folder")
-
-
-@contextlib.contextmanager
-def no_empty_folders(path: Path) -> Iterator[None]:
-    """On an error within, remove the folder ``path`` and those above it that were made for it, as far as empty."""
-    existed = _nearest_parent(path)
-    try:
-        yield
-    except BaseException:
-        _remove_empty(path, existed)
-        raise
 
 
 def open_run(path: Path) -> RunFolder:
@@ -353,29 +342,12 @@ def _is_scrap(name: str) -> bool:
     return name == LOCK or (name.startswith(".") and name.endswith(".part"))
 
 
-def _nearest_parent(path: Path) -> Path:
-    """The path itself or the nearest folder above it that exists."""
-    while not path.exists() and not path.is_symlink():
-        path = path.parent
-    return path
-
-
 def _is_at(path: Path, file: IO[Any]) -> bool:
     """Whether an open file is still that of the path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
         return False
-
-
-def _remove_empty(path: Path, existed: Path) -> None:
-    """Remove the folders from ``path`` up to ``existed``, which stays, as far as they are empty."""
-    while path != existed and path != path.parent:
-        try:
-            path.rmdir()
-        except OSError:
-            return
-        path = path.parent
 
 
 def _remove(path: Path) -> None:

@@ -85,7 +85,8 @@ def _in_folder(stage: Stage, folder: RunFolder, *, finish: bool) -> dict[str, An
             with writing(folder.path), blaming(custom_places(config)):  # before the disk is blamed
                 began = _Began.read(folder) if continued else None
                 with quick_products(stage.view.device, *_formats(stage, began)):
-                    Workshop.of_stage(stage)  # whether there is text enough
+                    if stage.config.repair.method != "none":
+                        Workshop.of_stage(stage)  # whether there is text enough
                     check_room(stage, folder)
                     stage = stage if began is None else began.stage(stage)
                     return _run(stage, folder, known=began is not None, continued=continued, finish=finish)
@@ -123,16 +124,23 @@ def resume(
 ) -> dict[str, Any]:
     """Continue the unfinished run in ``out``, with ``changes`` to settings of ``FREE_SETTINGS``, as nested plain data.
 
+    Returns its report; of a run that is finished already, the one that lies there.
+
     Args:
         finish: end the search after one more step or, if it is over, the final choice, and go on with what comes after.
 
     Raises:
-        RunError: there is none, or another setting was changed.
+        RunError: there is none, another setting was changed, or the run is finished and something is to change.
         ConfigError: a setting that is unknown, or out of range.
     """
     folder = open_run(Path(out))
     if folder.finished:
-        raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
+        if changes or finish:
+            raise RunError(f"the run in {out} is finished; its result lies in {folder.model}")
+        report = folder.read_report()
+        if not folder.picture.exists():  # it was stopped before it was drawn
+            _draw(folder, report)
+        return report
     config = folder.read_config()
     if changes:
         config = changed_config(config, absolute(dict(changes)))
@@ -219,12 +227,15 @@ def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, 
     folder.remove_model()  # of an earlier try that did not reach its report
     figures = search_figures(stage, searched.dense_loss, searched.work, finals)
     full = stage.with_weights("same")
-    workshop = Workshop.of_stage(full, searched.work.step)
-    judged = _judge_repaired(full, folder, workshop, finals, searched.finalists)
+    judged, workshop = dict[str, Any](), None
+    repairs, judges = stage.config.repair.method != "none", stage.config.judges_finalists
+    if repairs or judges:
+        workshop = Workshop.of_stage(full, searched.work.step)
+        judged = _judge(full, folder, workshop, finals, searched.finalists) if judges else {}
     learned = _write_kept(full, folder, searched)
     changed = int((metric.masks["initial"] != finals.mask_U).sum())
     losses = losses_by_metric(full, searched.dense_loss if full is stage else None, metric.masks)
-    if workshop is not None:
+    if repairs:
         losses["unrepaired"] = mask_loss(full, finals.mask_U, "before its repair")
     report = {
         "scores": {name: dict(sorted(searched.notes[name].items())) for name in score_names(stage.config)},
@@ -237,7 +248,7 @@ def _deliver(stage: Stage, folder: RunFolder, searched: _Searched) -> dict[str, 
     }
     device = full.view.device  # of a model that is used up below
     with folder.delivering():
-        report = merge(report, make_pruned(full, folder, finals.mask_U, workshop))
+        report = merge(report, make_pruned(full, folder, finals.mask_U, workshop if repairs else None))
         report = with_ratios(report | {"windows_run": windows_of_run(full, report, again=full is not stage)})
         write_json(folder.report, report)
     return _with_extras(full, folder, report, metric.masks["initial"], device)
@@ -255,12 +266,10 @@ def _write_kept(stage: Stage, folder: RunFolder, searched: _Searched) -> Learned
     return learned
 
 
-def _judge_repaired(
-    stage: Stage, folder: RunFolder, workshop: Workshop | None, finals: Finals, finalists: dict[str, torch.Tensor]
+def _judge(
+    stage: Stage, folder: RunFolder, workshop: Workshop, finals: Finals, finalists: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
-    """Keep what is best after repair, if that is asked for."""
-    if workshop is None or not stage.config.judges_finalists:
-        return {}
+    """Keep the finalist that is best, after a repair of each if there is one; returns its part of the report."""
     rivals = {name: mask_U for name, mask_U in finalists.items() if name != finals.kept}
     others = {name: mask_U for name, mask_U in rivals.items() if not mask_U.equal(finals.mask_U)}
     masks = {finals.kept: finals.mask_U, **others}
@@ -270,7 +279,7 @@ def _judge_repaired(
         finals.kept = best
         finals.mask_U = others[best]
         finals.priorities_U = None
-    return {"finalists": losses}
+    return {"finalists": losses, "judging_windows": len(workshop.judging_WT)}
 
 
 def _with_extras(
@@ -283,11 +292,15 @@ def _with_extras(
             write_json(folder.report, report)
     except Exception as error:  # no room for the dense model once more, say
         logger.warning("the initial metric's model could not be timed: %s", str(error) or type(error).__name__)
+    _draw(folder, report)
+    return report
+
+
+def _draw(folder: RunFolder, report: dict[str, Any]) -> None:
     try:
         write_bytes(folder.picture, draw(report, folder.read_metrics()))
     except Exception as error:  # matplotlib and what it calls raise nearly every kind
         logger.warning("%s could not be drawn: %s", folder.picture, error)
-    return report
 
 
 class _Began(NamedTuple):

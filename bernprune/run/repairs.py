@@ -89,14 +89,12 @@ class Workshop:
         return cls(settings.method, repairer, judging_WT, ops)
 
     @classmethod
-    def of_stage(cls, stage: Stage, steps: int | None = None) -> "Workshop | None":
-        """The workshop of a run; None where nothing is to be repaired.
+    def of_stage(cls, stage: Stage, steps: int | None = None) -> "Workshop":
+        """The workshop of a run. Raises as ``of`` does.
 
         Args:
             steps: that the search has taken; by default those that are planned, if any are.
         """
-        if stage.config.repair.method == "none":
-            return None
         taken = (stage.workload.steps or 0) if steps is None else steps
         learned = taken * stage.config.search.windows
         return cls.of(stage.config, stage.view, stage.train, stage.ops, stage.rows, stage.kept_back, learned)
@@ -125,7 +123,8 @@ class Workshop:
     def prefer(self, plans: Mapping[str, KeepPlan], path: Path | None = None) -> tuple[str, dict[str, float | None]]:
         """Which of several plans has the least loss once it is repaired, and the mean loss of each then.
 
-        For ``auto`` the plainest of what it tries decides. The model is left as it was.
+        For ``auto`` the plainest of what it tries decides; with ``none`` each is judged as it is. The model is left as
+        it was.
 
         Args:
             path: of a JSON file that holds the losses so far, as each may take long.
@@ -159,6 +158,8 @@ class Workshop:
     def _loss_repaired(self, name: str, plan: KeepPlan) -> tuple[float, bool]:
         """Mean loss of a finalist after its repair, and whether it was repaired. If it cannot be, ``auto`` would leave
         it as it is; by a method that was asked for it could not be had at all, and just loses."""
+        if self.method == "none":
+            return self.losses(plan).mean().item(), True
         logger.info("repairing the finalist %r, to judge it", name)
         done = None
         try:

@@ -15,7 +15,6 @@ from bernprune.models.products import quick_products
 from bernprune.policy.allocation import search_shares, shares_by_importance, shares_by_kind, shares_of_groups
 from bernprune.policy.bernoulli import graded, reordered
 from bernprune.policy.selection import select
-from bernprune.run.folder import check_writable
 from bernprune.run.initial import (
     SEARCH_EVERY,
     allocation_of,
@@ -31,7 +30,7 @@ from bernprune.scores import holds_scores, initial_scores, metric_named, write_s
 from bernprune.scores.base import Context
 from bernprune.scores.block_influence import layer_influence
 from bernprune.scores.files import facts_of
-from bernprune.storage import writing
+from bernprune.storage import check_writable, writing
 from bernprune.units import UnitSpace
 
 _SCORED_TOKENS = 2048  # of one forward pass for a metric, which keeps float32 copies of activations
