@@ -207,6 +207,22 @@ class Fewer(Signs):
         return stats
 
 
+class Overdrawn(Signs):
+    def draw(self, random):
+        return super().draw(random)[:3]
+
+
+class Listed(Signs):
+    @property
+    def priorities_U(self):
+        return [1.0]
+
+
+class Amnesiac(Signs):
+    def load_state_dict(self):
+        pass
+
+
 class Short(Signs):
     def tell(self, masks_BKCU, losses_BKC):
         pass
@@ -615,6 +631,9 @@ def test_the_dense_model_is_counted(own: Path) -> None:
         ("search.method={}:Fewer", "in [0, 1], but left torch.Size(["),
         ("search.baseline={}:Alike", "Alike must take returns and those of a reference in advantages, but too many"),
         ("search.baseline={}:Perhaps", "Perhaps must say by True or False whether it needs_reference"),
+        ("search.method={}:Overdrawn", "numbers as draw, one a unit, but gave torch.Size([3])"),
+        ("search.method={}:Listed", "numbers as priorities_U, one a unit, but gave [1.0]"),
+        ("search.method={}:Amnesiac", "Amnesiac must take in load_state_dict what MaskSearch does, but too many"),
         ("search.method={}:Short", "Short must take in tell what MaskSearch does, but got an unexpected keyword"),
         ("search.method={}:Unseeded", "Unseeded must take in __init__ what MaskSearch does, but got an unexpected"),
         ("search.method={}:Unbegun", "Unbegun must have a classmethod for its begin, but has <function"),

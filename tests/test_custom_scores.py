@@ -295,9 +295,19 @@ def test_a_metric_of_layers_scores_each_unit() -> None:
     def fewer(at: LayerPass) -> Any:
         return {"kv_group": torch.ones(at.layer.shape.kv_groups), "channel": torch.ones(at.layer.shape.channels - 1)}
 
+    def channels(at: LayerPass) -> Any:
+        return {"channel": torch.ones(at.layer.shape.channels)}
+
     view = describe(tiny_model("llama"))
     with pytest.raises(ConfigError, match=r"a score must give 19 numbers for channel in layer 0, but gave \[18\]"):
         initial_scores(view, random_tokens(3), Metric("fewer", "", "", by_layer(fewer)))
+    with pytest.raises(ModelError, match="score 'some' is not finite in layer 0 for a kv_group, or leaves"):
+        initial_scores(view, random_tokens(3), Metric("some", "", "", by_layer(channels)))
+
+
+def test_a_metric_is_allotted_as_metrics_can_be() -> None:
+    with pytest.raises(ConfigError, match="allocation 'globl' is unknown"):
+        Metric("mine", "", "", by_layer(lambda at: {}), allocation="globl")
 
 
 def test_a_metric_of_layers_runs_each_once() -> None:

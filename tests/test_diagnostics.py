@@ -15,6 +15,7 @@ import torch
 from spaces import FLAT, NESTED, SPACES, make_space, normal_numbers, of_kind, random_numbers
 from tolerances import EXACT, GUARDED, assert_close
 
+from bernprune.errors import ConfigError
 from bernprune.policy.baselines import make_baseline
 from bernprune.policy.bernoulli import initial_probs
 from bernprune.policy.budget import Budget
@@ -342,3 +343,15 @@ def test_a_policy_says_where_it_stands() -> None:
         "entropy_by_layer": entropy_by_layer(FLAT, search.probs_U),
         "rank_correlation": rank_correlation(FLAT, search.probs_U, scores_U),
     }
+
+
+def test_what_a_search_cannot_learn_from_is_refused() -> None:
+    """Scores that are not finite, and losses of a reference that are not one a window and chunk."""
+    budget, start_U = Budget(FLAT, 0.4), torch.full((FLAT.size,), 0.6, dtype=torch.float64)
+    scores_U = start_U.index_fill(0, torch.tensor([3]), torch.nan)
+    with pytest.raises(ConfigError, match="1 of them not finite"):
+        PosteriorSearch(budget, start_U, scores_U, seed=3, design=Design(2, 4), round_steps=3)
+    baseline = make_baseline("matched", window=5, num_masks=4)
+    search = ReinforceSearch(budget, start_U, baseline=baseline, seed=3, design=Design(2, 4))
+    with pytest.raises(ConfigError, match=r"losses of a reference must be \[2, 1\], but are \[3, 1\]"):
+        search.tell(search.ask(0), torch.ones(2, 4, 1), learning_rate=0.1, reference_BC=torch.ones(3, 1))

@@ -18,6 +18,7 @@ from bernprune.errors import ConfigError, ModelError
 from bernprune.models.slicing import slice_model
 from bernprune.models.view import ModelView, describe, weights_fingerprint
 from bernprune.names import Kind
+from bernprune.scores import SCORES, initial_scores
 from bernprune.units import KINDS, UnitSpace
 
 Granularity = tuple[Kind, ...]
@@ -315,6 +316,13 @@ def test_a_model_that_does_not_fit_is_refused(spoil: Any, message: str) -> None:
     spoil(model)
     with pytest.raises(ModelError, match=message):
         describe(model)
+
+
+def test_a_model_that_slicing_has_used_up_is_refused() -> None:
+    view = describe(tiny_model("llama"))
+    slice_model(view.model, random_plan(view.architecture))
+    with pytest.raises(ModelError, match="was used up when it was sliced; load it again"):
+        initial_scores(view, torch.ones(2, 8, dtype=torch.int64), SCORES["wanda-sp"])
 
 
 def test_a_model_on_several_devices_is_refused() -> None:

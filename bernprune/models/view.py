@@ -55,8 +55,11 @@ class ModelView:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
-        return self.model.device
+        """Where the model lies. Raises ``ModelError`` if slicing has used it up."""
+        first = next(self.model.parameters(), None)
+        if first is None:
+            raise ModelError("the model was used up when it was sliced; load it again")
+        return first.device
 
     @property
     def num_parameters(self) -> int:

@@ -124,9 +124,10 @@ class PosteriorSearch(MaskSearch):
             raise ConfigError(f"a round must have more than 0 steps, but has {round_steps:g}")
         if not 0 < floor < ceiling < 1:
             raise ConfigError(f"the posterior policy needs 0 < floor < ceiling < 1, but got {floor:g} and {ceiling:g}")
-        if not len(scores_US) == budget.space.size:
+        if not len(scores_US) == budget.space.size or not scores_US.isfinite().all():
             raise ConfigError(
-                f"scores must be [{budget.space.size}] or of several metrics, but are {list(scores_US.shape)}"
+                f"scores must be [{budget.space.size}] or of several metrics, all finite, but are "
+                f"{list(scores_US.shape)}, {int((~scores_US.isfinite()).sum())} of them not finite"
             )
         self.discount, self.round_steps, self._first_swing = discount, round_steps, design.swing
         self._kernels = kernels

@@ -92,6 +92,10 @@ class ReinforceSearch(MaskSearch):
                 f"baseline {type(self.baseline).__name__} needs reference_BC, the losses of a reference mask"
             )
         if reference_BC is not None:
+            if reference_BC.shape != losses_BKC[:, 0].shape:
+                raise ConfigError(
+                    f"losses of a reference must be {list(losses_BKC[:, 0].shape)}, but are {list(reference_BC.shape)}"
+                )
             reference_BC = rewards_to_go(reference_BC.double().cpu(), self.discount)
         advantages_BKC = self.baseline.advantages(returns_BKC, reference_BC)
         if not isinstance(advantages_BKC, torch.Tensor) or advantages_BKC.shape != returns_BKC.shape:

@@ -45,7 +45,12 @@ def _check_search(config: RunConfig) -> None:
     found = search_class(config)
     kind = method_of(config)
     step = ("learning_rate", "reference_BC", "reading")
-    calls: list[tuple[str, Callable[..., Any], int, Iterable[str]]] = [("tell", found.tell, 3, step)]
+    calls: list[tuple[str, Callable[..., Any], int, Iterable[str]]] = [
+        ("tell", found.tell, 3, step),
+        ("draw", found.draw, 2, ()),
+        ("state_dict", found.state_dict, 1, ()),
+        ("load_state_dict", found.load_state_dict, 2, ()),
+    ]
     if kind == CUSTOM:
         _check_settings(config)
         if not inspect.ismethod(found.begin):

@@ -79,6 +79,11 @@ def _check_made(config: RunConfig, search: MaskSearch) -> None:
                 f"search {name} must have {what} {planned} with these masks, as its class says, but has "
                 f"{getattr(search, what)}"
             )
+    size = len(search.probs_U)
+    for what, values_U in (("priorities_U", search.priorities_U), ("draw", search.draw(torch.Generator()))):
+        if not isinstance(values_U, torch.Tensor) or values_U.shape != (size,):
+            given = getattr(values_U, "shape", values_U)
+            raise ConfigError(f"search {name} must give {size} numbers as {what}, one a unit, but gave {given!r:.100}")
     state, least = search.state_dict(), MaskSearch.state_dict(search).keys()
     if not isinstance(state, dict) or not least <= state.keys():
         raise ConfigError(f"search {name} must keep in state_dict what MaskSearch does: {', '.join(least)}")

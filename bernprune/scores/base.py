@@ -14,7 +14,7 @@ import torch
 from bernprune.backends import MaskedOps
 from bernprune.errors import ConfigError, ModelError
 from bernprune.models.view import ModelView
-from bernprune.names import Allocation, Kind
+from bernprune.names import Allocation, Kind, check_name
 from bernprune.units import KINDS
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,9 @@ class Metric:
     standardised: bool = False
     needs: Callable[[ModelView, torch.Tensor], None] = _any_model
 
+    def __post_init__(self) -> None:
+        check_name("allocation", self.allocation, Allocation)
+
     def forwards(self, layers: int, options: Options) -> float:
         """What it costs, in forward passes over the calibration text; layers that are pruned in turn run twice."""
         passes = self.passes(layers, options)
@@ -190,8 +193,10 @@ def checked_scores(metric: Metric, context: Context) -> torch.Tensor:
     for kind in set(space.kinds) - set(metric.kinds):
         scores_U[space.of_kind(kind)] = 0.0
     if not scores_U.isfinite().all():
-        where = space.layer_U[~scores_U.isfinite()][0].item()
-        raise ModelError(f"score {metric.name!r} is not finite in layer {where}")
+        group = space.groups[int(space.group_U[~scores_U.isfinite()][0])]
+        raise ModelError(
+            f"score {metric.name!r} is not finite in layer {group.layer} for a {group.kind}, or leaves it out"
+        )
     return scores_U
 
 

@@ -7,6 +7,7 @@ Letters: D, E output and input width of a projection, U units.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -118,7 +119,7 @@ def by_layer(score: LayerScore) -> Callable[[Context], torch.Tensor]:
     def run(context: Context) -> torch.Tensor:
         view, rows = context.view, context.rows_per_forward
         stream = LayerStream(view, context.windows_WT, rows_per_forward=rows)
-        scores_U = torch.zeros(view.space.size, dtype=torch.float64)
+        scores_U = torch.full((view.space.size,), math.nan, dtype=torch.float64)  # what is left out is found out
         pruned = context.options.pruned_inputs
 
         def go_through(index: int) -> None:
@@ -152,7 +153,7 @@ def by_weights(score: Score) -> Callable[[Context], torch.Tensor]:
     """As ``by_column``, for a metric that looks at no inputs: no text is run."""
 
     def run(context: Context) -> torch.Tensor:
-        scores_U = torch.zeros(context.view.space.size, dtype=torch.float64)
+        scores_U = torch.full((context.view.space.size,), math.nan, dtype=torch.float64)
         for index, layer in enumerate(context.view.layers):
             unseen = {point: RunningMoments(getattr(layer, point).in_features) for point in POINTS}
             fill(context.view, index, _of_projections(context, layer, index, score, unseen), scores_U)
