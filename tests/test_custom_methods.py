@@ -276,6 +276,11 @@ class Others(LeaveOneOut):
     pass
 
 
+class Trained(LeaveOneOut):
+    def advantages(self, losses_BKC, reference_BC):
+        return super().advantages(losses_BKC, reference_BC).requires_grad_()
+
+
 class Unlike(LeaveOneOut):
     def advantages(self, losses_BKC, reference_BC):
         return losses_BKC[:, 0]
@@ -372,9 +377,10 @@ def own(tmp_path: Path) -> Path:
         (("search.masks_per=batch", NO_CHUNKS), ("search.masks_per=batch", NO_CHUNKS, "search.method={}:Posterior")),
         ((*OURS, *PLAIN), (*OURS, *PLAIN, "search.method={}:Posterior")),
         (METHODS["reinforce"], (*METHODS["reinforce"], "search.baseline={}:Others")),
+        (METHODS["reinforce"], (*METHODS["reinforce"], "search.baseline={}:Trained")),
         ((*METHODS["reinforce"], *TUNED), (*METHODS["reinforce"], *TUNED, "search.method={}:Reinforce")),
     ],
-    ids=["objective", "search", "batch", "settings", "baseline", "gradients"],
+    ids=["objective", "search", "batch", "settings", "baseline", "trained", "gradients"],
 )
 def test_what_is_like_ours_runs_like_it(like: tuple[str, ...], mine: tuple[str, ...], own: Path, place: Place) -> None:
     """To the bit: with as many sequences, over the same masks and text."""

@@ -41,7 +41,7 @@ from bernprune.models.view import describe
 from bernprune.objective import MaskedObjective
 from bernprune.policy.search import Reading, Seen
 from bernprune.run import applying, finishing, loop, opening, pipeline, stage, verification
-from bernprune.run.checkpoint import read_latest, read_state, write_checkpoint, write_state
+from bernprune.run.checkpoint import read_checkpoint, read_latest, read_state, write_checkpoint, write_state
 from bernprune.run.folder import RunFolder
 from bernprune.run.plans import read_plan
 
@@ -393,6 +393,17 @@ def test_the_older_checkpoint_is_used(damage: str, place: Place, undisturbed: Pa
     assert state_of(newer) == whole
     assert (place.out / "plan.json").read_bytes() == (undisturbed / "plan.json").read_bytes()
     assert steps_of(place.out) == list(range(10))
+
+
+def test_checkpoints_of_another_text_are_refused(tmp_path: Path) -> None:
+    """Also where the fingerprints are lost that a run began with."""
+    write_checkpoint(tmp_path, 3, {"step": 3, "text_sha256": "ab"})
+    keys = ("step", "text_sha256")
+    assert read_checkpoint(tmp_path, keys, "ab") == {"step": 3, "text_sha256": "ab"}
+    with pytest.raises(RunError, match="the text is not the one that the checkpoints"):
+        read_checkpoint(tmp_path, keys, "cd")
+    with pytest.raises(RunError, match="are of another version"):
+        read_checkpoint(tmp_path, (*keys, "search"), "ab")
 
 
 def test_a_damaged_checkpoint_takes_no_place(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Pruned models as GGUF files: what stands in them, what llama.cpp makes of them, and what is refused."""
 
 import importlib.util
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -398,6 +399,8 @@ def test_a_run_is_exported(place: Place, tmp_path: Path, monkeypatch: pytest.Mon
         done = run("export", *arguments)
         assert done.code == 2 and sentence in done.err and done.err.count("\n") == 1
     (out / "report.json").unlink()  # as in a run that was killed while its model was verified
+    assert "is not finished" in run("export", str(out), str(tmp_path / "c.gguf")).err
+    shutil.rmtree(out / "model")
     assert "is not finished" in run("export", str(out), str(tmp_path / "c.gguf")).err
     assert {path.name for path in tmp_path.iterdir()} == before
 
