@@ -80,7 +80,7 @@ def table(rows: Sequence[Row]) -> str:
         "",
     ]
     lines += [f"| {' | '.join(titles)} |", f"| {' | '.join(['---:'] * 7 + ['---'] * 2)} |"]
-    for row in sorted(rows, key=lambda row: key_of(row, KEY)):
+    for row in sorted(rows, key=lambda row: [row[name] for name in KEY]):
         losses = [f"{row['loss'][name]:.3f}" for name in ("dense", "initial", "unrepaired", "pruned")]
         cells = [
             f"{row['sparsity']:.0%}",

@@ -43,24 +43,26 @@ def run_app(app: typer.Typer, arguments: list[str]) -> int:
             sys.stdout.flush()
     except BernpruneError as error:
         return _fail(str(error), debug)
-    except SystemExit:  # of typer, whose help nobody reads on
-        _drop_stuck_output()
+    except SystemExit as error:
+        if error.code != 1:
+            raise
+        _drop_stuck_output()  # of typer, whose help nobody reads on
         return READER_GONE
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except OSError as error:  # a full disk behind stdout, a folder for temporary files that is gone
         _drop_stuck_output()
-        return _fail(f"the system refused: {error}{_what_is_there()}", debug)
+        return _fail(f"the system refused: {error}{_how_it_stands()}", debug)
     except torch.OutOfMemoryError:
         return _fail("the GPU's memory is full; another model.device, or a shorter model.dtype, may do", debug)
     except Exception as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words, of a RuntimeError
-            return _fail(f"the machine's memory is full{_what_is_there()}", debug)
+            return _fail(f"the machine's memory is full{_how_it_stands()}", debug)
         if not hasattr(error, "format_message"):  # the usage errors of typer, whichever click it carries
             raise
         return _fail(error.format_message(), debug)
     if code == INTERRUPTED:  # what typer makes of Ctrl-C
-        print(f"interrupted{_what_is_there(or_finish=True)}", file=sys.stderr)
+        print(f"interrupted{_how_it_stands(or_finish=True)}", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
@@ -94,7 +96,7 @@ def _drop_stuck_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _what_is_there(*, or_finish: bool = False) -> str:
+def _how_it_stands(*, or_finish: bool = False) -> str:
     """How to go on with the work in the folder, or where its result lies, as the end of a sentence."""
     folder = AtWork.folder
     if folder is not None and folder.finished:

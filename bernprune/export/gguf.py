@@ -133,8 +133,9 @@ def context_length(config: Any) -> int:
     """As many tokens as llama.cpp runs as the model does, layers of which may attend to a window of so many alone."""
     family = family_of(config.model_type.removeprefix(_PREFIX))
     windows = [attention_window(family, config, index) for index in range(config.num_hidden_layers)]
-    windows.append(getattr(config, "sliding_window", None) if family.windowed == "none" else None)  # caches heed it
-    return min([int(config.max_position_embeddings), *(window for window in windows if window is not None)])
+    if family.windowed == "none":  # its attention heeds no window, but caches do
+        windows.append(getattr(config, "sliding_window", None))
+    return min([int(config.max_position_embeddings), *filter(None, windows)])
 
 
 def _add_sizes(writer: Any, model: Any) -> None:
